@@ -1,0 +1,26 @@
+"""Hypergradients for PyTorch: the derivative of an outer loss through an inner solution.
+
+The answer is right, or it says that it may not be.
+"""
+
+from __future__ import annotations
+
+from ._conditions import FixedPoint, GaussNewton, Minimum, Root
+from ._decorators import custom_argmin, custom_fixed_point, custom_root
+from ._errors import (
+    ConvergenceWarning,
+    Diverged,
+    HypergradError,
+    IndefiniteHessian,
+    NotConnected,
+    NotConverged,
+    NotFinite,
+    SingularHessian,
+    StructureMismatch,
+    UnsupportedOperation,
+)
+from ._implicit_grad import implicit_backward, implicit_grad
+from ._info import SolveInfo, Status
+from .solvers import CG, GMRES, Exact, Identity, Neumann
+
+__version__ = "0.1.0"

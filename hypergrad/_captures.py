@@ -1,0 +1,98 @@
+"""Tensors that a user's function reaches past its arguments: found, named, and refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._errors import NotConnected
+from ._problem import Problem
+from ._trace import graph
+from ._transforms import carries_derivative, is_batched, is_wrapped
+
+
+def refuse_past_arguments(
+    what: str,
+    outputs: Sequence[Tensor | None],
+    aliases: Sequence[Tensor],
+    problem: Problem,
+) -> None:
+    """Raise if a function reached a caller's tensor and not the argument made from it.
+
+    Raises
+    ------
+    NotConnected
+        Naming the leaf.
+    """
+    own = {id(alias) for alias in aliases}
+    leaves: set[tuple[Any, ...]] = set()
+    nodes: set[Any] = set()
+    for output in outputs:
+        if output is not None:
+            found, reached = graph(output)
+            leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
+            nodes |= reached
+    leaves.discard(())
+    for tree in (problem.params, *problem.args):
+        for position, variable in enumerate(tree.variables):
+            if _memory(variable) in leaves or variable.grad_fn in nodes:
+                raise NotConnected(
+                    f"{what} reaches {tree.variable_path(position)} past its arguments (a module "
+                    "called directly, or a captured tensor), so that its derivative would be lost. "
+                    "Call a module as torch.func.functional_call(module, params, args), and use "
+                    "the arguments that the function is given."
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What identifies a plain tensor's memory; nothing for wrapped and empty ones."""
+    if is_wrapped(tensor) or tensor.numel() == 0:
+        return ()
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def names_of_captured(functions: Sequence[Callable[..., Any]]) -> str:
+    """The names, for a message, of captured tensors that carry a derivative or a batch."""
+    found = []
+    for function in functions:
+        for name, tensor in _captured(function):
+            if (carries_derivative(tensor) or is_batched(tensor)) and name not in found:
+                found.append(name)
+    if not found:
+        return "a captured tensor"
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+
+
+def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    while isinstance(function, functools.partial):
+        yield from _tensors_in("partial", [function.args, function.keywords])
+        function = function.func
+    if isinstance(function, nn.Module):
+        yield from _tensors_in("module", function)
+        return
+    owner = getattr(function, "__self__", None)
+    if owner is not None:
+        yield from _tensors_in("self", getattr(owner, "__dict__", {}))
+    try:
+        variables = inspect.getclosurevars(function)
+    except TypeError:
+        return
+    for name, value in {**variables.globals, **variables.nonlocals}.items():
+        yield from _tensors_in(name, value)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, nn.Module):
+        for key, tensor in value.named_parameters():
+            yield f"{name}.{key}", tensor
+        return
+    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        if isinstance(leaf, Tensor):
+            yield name + str(pytree.keystr(path)), leaf
+        elif isinstance(leaf, nn.Module):
+            yield from _tensors_in(name + str(pytree.keystr(path)), leaf)

@@ -1,0 +1,363 @@
+"""The decorators that make an inner solver's answer differentiable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._captures import names_of_captured
+from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
+from ._errors import StructureMismatch, UnsupportedOperation
+from ._functions import ImplicitSolution, Rule
+from ._info import SolveInfo
+from ._linearise import Linearisation
+from ._outside import call_outside
+from ._problem import Problem
+from ._randomness import Draw, unnoticed
+from ._report import OnFailure, check_on_failure
+from ._trace import detached
+from ._transforms import (
+    carries_derivative,
+    first_slice,
+    forward_mode_active,
+    is_batched,
+    transforms_active,
+)
+from ._tree import Tree
+from .solvers import Solver, choose
+from .solvers._base import check_symmetry
+
+Fit = TypeVar("Fit", bound=Callable[..., Any])
+Batching = Literal["vmap", "loop"]
+
+
+def custom_argmin(
+    inner: Any,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    solver: Solver | None = None,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    batching: Batching = "vmap",
+    callback: Callable[[SolveInfo], Any] | None = None,
+) -> Callable[[Fit], Fit]:
+    """Make a minimiser differentiable: ``fit(init, *args)`` minimises ``inner(params, *args)``.
+
+    The decorated function is called as before. Its answer takes part in autograd and in
+    `torch.func`: first and higher derivatives, forward and reverse, and `vmap`, by implicit
+    differentiation of the inner problem; how `fit` finds it plays no part.
+
+    `fit` is called with plain detached tensors, outside the caller's transforms and with grad
+    mode on, so that any solver can be used in it. It returns `init`'s structure, shapes and
+    dtypes (any, where `init` is None). Keyword arguments reach `fit` alone.
+
+    Parameters
+    ----------
+    inner : callable or condition
+        ``inner(params, *args)``, a scalar tensor, or a condition object whose functions receive
+        ``(params, *args)``.
+    argnums : int or sequence of int, optional
+        Positions, in the decorated function, of the arguments that are differentiated. None:
+        every floating-point tensor after the initial guess. Position 0, the initial guess, has
+        no gradient and is refused.
+    has_aux : bool
+        Whether `fit` returns ``(params, aux)``; aux is passed on, without gradient.
+    solver : Solver, optional
+        The linear solver; None: as in `implicit_grad`.
+    inner_tol : float, optional
+        Above this relative inner residual the inner problem counts as unsolved; judged when a
+        derivative is taken.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do when a derivative may be wrong.
+    batching : {"vmap", "loop"}
+        Under `torch.func.vmap`: map `fit`, or call it once a task.
+    callback : callable, optional
+        ``callback(info)``, called for every linear solve that a derivative makes.
+
+    Returns
+    -------
+    decorator : callable
+        Takes `fit`, returns it made differentiable.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Where a derivative would be lost: by a captured tensor under a transform, a keyword
+        argument that requires grad, or ``argnums=0``.
+
+    References
+    ----------
+    Blondel et al., Efficient and modular implicit differentiation, 2022.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> def ridge(w, X, y, lam):
+    ...     return ((X @ w - y) ** 2).sum() / 2 + lam * (w @ w) / 2
+    >>> @hypergrad.custom_argmin(ridge)
+    ... def fit(init, X, y, lam):
+    ...     return torch.linalg.solve(X.T @ X + lam * torch.eye(X.shape[1]), X.T @ y)
+    >>> X, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 1.0])
+    >>> torch.func.grad(lambda lam: fit(None, X, y, lam).sum())(torch.tensor(1.0))
+    tensor(-0.0833)
+    """
+    return _decorator(
+        as_condition(inner, Minimum),
+        argnums=argnums,
+        has_aux=has_aux,
+        solver=solver,
+        inner_tol=inner_tol,
+        on_failure=on_failure,
+        batching=batching,
+        callback=callback,
+    )
+
+
+def custom_root(
+    F: Any,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    solver: Solver | None = None,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    batching: Batching = "vmap",
+    callback: Callable[[SolveInfo], Any] | None = None,
+) -> Callable[[Fit], Fit]:
+    """Make a root finder differentiable: ``fit(init, *args)`` solves ``F(params, *args) = 0``.
+
+    Parameters
+    ----------
+    F : callable or condition
+        ``F(params, *args)``, shaped like ``params``.
+    argnums, has_aux, solver, inner_tol, on_failure, batching, callback
+        As in `custom_argmin`.
+
+    Returns
+    -------
+    decorator : callable
+        Takes `fit`, returns it made differentiable.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> @hypergrad.custom_root(lambda x, a: x**2 - a)
+    ... def sqrt(init, a):
+    ...     return a.sqrt()
+    >>> torch.func.grad(lambda a: sqrt(None, a))(torch.tensor(4.0))
+    tensor(0.2500)
+    """
+    return _decorator(
+        as_condition(F, Root),
+        argnums=argnums,
+        has_aux=has_aux,
+        solver=solver,
+        inner_tol=inner_tol,
+        on_failure=on_failure,
+        batching=batching,
+        callback=callback,
+    )
+
+
+def custom_fixed_point(
+    T: Any,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    solver: Solver | None = None,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    batching: Batching = "vmap",
+    callback: Callable[[SolveInfo], Any] | None = None,
+) -> Callable[[Fit], Fit]:
+    """Make a fixed-point solver differentiable: ``T(params, *args) = params`` at its answer.
+
+    Parameters
+    ----------
+    T : callable or condition
+        ``T(params, *args)``, shaped like ``params``.
+    argnums, has_aux, solver, inner_tol, on_failure, batching, callback
+        As in `custom_argmin`.
+
+    Returns
+    -------
+    decorator : callable
+        Takes `fit`, returns it made differentiable.
+
+    References
+    ----------
+    Bai, Kolter and Koltun, Deep equilibrium models, 2019.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> @hypergrad.custom_fixed_point(lambda x, a: torch.cos(a * x))
+    ... def equilibrium(x, a):
+    ...     for _ in range(100):
+    ...         x = torch.cos(a * x)
+    ...     return x
+    >>> a = torch.tensor(0.5, requires_grad=True)
+    >>> equilibrium(torch.tensor(1.0), a).backward()
+    >>> a.grad
+    tensor(-0.3159)
+    """
+    return _decorator(
+        as_condition(T, FixedPoint),
+        argnums=argnums,
+        has_aux=has_aux,
+        solver=solver,
+        inner_tol=inner_tol,
+        on_failure=on_failure,
+        batching=batching,
+        callback=callback,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    argnums: tuple[int, ...] | None
+    has_aux: bool
+    solver: Solver | None
+    inner_tol: float | None
+    on_failure: OnFailure
+    batching: Batching
+    callback: Callable[[SolveInfo], Any] | None
+
+
+def _decorator(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+    check_on_failure(options["on_failure"])
+    if options["batching"] not in ("vmap", "loop"):
+        raise ValueError(f"batching must be 'vmap' or 'loop'; got {options['batching']!r}.")
+    settings = _Options(argnums=_positions(argnums), **options)
+
+    def decorate(fit: Fit) -> Fit:
+        @functools.wraps(fit)
+        def solve(init: Any, *args: Any, **keywords: Any) -> Any:
+            return _solve(condition, fit, settings, init, args, keywords)
+
+        return solve  # type: ignore[return-value]
+
+    return decorate
+
+
+def _positions(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if argnums is None:
+        return None
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if 0 in positions:
+        raise UnsupportedOperation(
+            "argnums=0 is the initial guess, on which an inner solution does not depend: its "
+            "gradient is zero. If it is the centre of a proximal term, pass it as a further "
+            "argument too."
+        )
+    if any(p < 0 for p in positions):
+        raise ValueError(f"argnums must be positive; got {argnums!r}.")
+    return positions
+
+
+def _solve(
+    condition: Condition,
+    fit: Callable[..., Any],
+    options: _Options,
+    init: Any,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> Any:
+    _refuse_keywords(keywords)
+    names = _argument_names(fit, len(args))
+    trees = [Tree(name, value) for name, value in zip(names, args, strict=True)]
+    start = Tree("init", init)
+    name = getattr(fit, "__name__", "the inner solver")
+    solution = call_outside(fit, (init, *args), keywords, options.batching)
+    aux = None
+    if options.has_aux:
+        if not (isinstance(solution, tuple) and len(solution) == 2):
+            raise StructureMismatch(f"With has_aux=True {name} must return (params, aux).")
+        solution, aux = solution
+    if init is not None:
+        start.match(f"What {name} returned", solution)
+    params = Tree("params", solution)
+    problem = _restricted(Problem.of(condition, params, trees), options.argnums, names)
+    layout = problem.layout()
+    solver = choose(options.solver, layout.n, condition.symmetric)
+    check_symmetry(solver, condition.symmetric)
+    rule = Rule(
+        problem=problem,
+        solver=solver,
+        inner_tol=options.inner_tol,
+        on_failure=options.on_failure,
+        callback=options.callback,
+        draw=Draw(),
+    )
+    rule, captured = _with_captured(rule)
+    found = ImplicitSolution.apply(rule, captured, *problem.tensors)
+    answer = params.rebuild(found)
+    return (answer, aux) if options.has_aux else answer
+
+
+def _argument_names(fit: Callable[..., Any], count: int) -> list[str]:
+    """What the arguments after the initial guess are called, for messages."""
+    names = [f"args[{i}]" for i in range(count)]
+    try:
+        parameters = list(inspect.signature(fit).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return names
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for i, parameter in enumerate(parameters[:count]):
+        if parameter.kind in positional:
+            names[i] = parameter.name
+    return names
+
+
+def _refuse_keywords(keywords: dict[str, Any]) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(keywords)[0]:
+        if isinstance(leaf, Tensor) and (carries_derivative(leaf) or is_batched(leaf)):
+            raise UnsupportedOperation(
+                f"The keyword argument {pytree.keystr(path)} carries a derivative or a batch, but "
+                "keyword arguments reach the inner solver alone and have no gradient. Pass it by "
+                "position, or detach it."
+            )
+
+
+def _restricted(problem: Problem, argnums: tuple[int, ...] | None, names: list[str]) -> Problem:
+    if argnums is None:
+        return problem
+    if max(argnums, default=0) > len(names):
+        raise ValueError(f"argnums={argnums} is out of range: there are {len(names) + 1} arguments.")
+    return problem.restricted({p - 1 for p in argnums})
+
+
+def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
+    """Find tensors that the inner problem captures and that carry derivatives.
+
+    Under plain autograd the condition's value, as a function of them, is returned, so that their
+    derivative is taken too. Elsewhere it would be lost, and that is an error.
+    """
+    problem, condition = rule.problem, rule.problem.condition
+    transformed = transforms_active() or forward_mode_active()
+    if not transformed and not torch.is_grad_enabled():
+        return rule, None
+    plain = [first_slice(t) if transformed else detached(t) for t in problem.tensors]
+    with unnoticed(), torch.inference_mode(False), torch.enable_grad():
+        values = condition.probe(problem, plain)
+    if transformed and any(carries_derivative(v) or is_batched(v) for v in values):
+        raise UnsupportedOperation(
+            f"The inner problem captures {names_of_captured(condition.functions())}, which "
+            "carries a derivative or a batch that would be lost under a function transform or in "
+            "forward mode. Pass it as an argument of the decorated function (and of the inner "
+            "problem), or detach it if it is a constant."
+        )
+    if not any(v.requires_grad for v in values):
+        return rule, None
+    lin = Linearisation(problem, plain, rule.draw)
+    captured = lin.layout.flatten(lin.record.residual)
+    names = names_of_captured(condition.functions())
+    return dataclasses.replace(rule, captured=names), captured

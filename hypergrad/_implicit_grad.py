@@ -1,0 +1,344 @@
+"""One hypergradient: the direct term minus the cross derivative times the linear solve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._conditions import Minimum, as_condition
+from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
+from ._evidence import finite, solve_linear
+from ._info import SolveInfo
+from ._captures import refuse_past_arguments
+from ._linearise import Linearisation
+from ._problem import Problem, scalar
+from ._randomness import Draw
+from ._report import OnFailure, check_on_failure, judge, warn
+from ._trace import detached, trace
+from ._transforms import refuse_derivatives
+from ._tree import Tree
+from .solvers import Solver, choose
+from .solvers._base import check_symmetry
+
+
+def implicit_grad(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    *,
+    solver: Solver | None = None,
+    x0: Any = None,
+    has_aux: bool = False,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+) -> Any:
+    """Hypergradient of an outer loss through the solution of an inner problem.
+
+    Computes d/d hparams of ``outer(params*(hparams), hparams)`` by implicit differentiation:
+    the direct term minus ``(dF/dhparams)^T u``, where ``A^T u = d outer / d params``.
+
+    Each loss is evaluated once. Random numbers are drawn as by one call of each, and all
+    products of the solve see the same draw. Nothing of the caller's is changed.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``, a scalar tensor; with `has_aux` a pair of it and anything.
+    inner : callable or condition
+        ``inner(params, hparams)``, an objective that `params` minimises, or a condition object
+        such as `GaussNewton`, `Root` or `FixedPoint`.
+    params : pytree of Tensor
+        The inner solution, found in any way. Parameters that are frozen beside others that are
+        not are constants.
+    hparams : pytree of Tensor
+        The outer variables. The answer is shaped like them.
+    solver : Solver, optional
+        The linear solver. None: `Exact` up to 512 unknowns, else `CG` for a symmetric A and
+        `GMRES` otherwise.
+    x0 : pytree of Tensor, optional
+        Where the linear solve starts, shaped like `params`: the last call's ``info.solution``.
+    has_aux : bool
+        Whether `outer` returns ``(loss, aux)``.
+    inner_tol : float, optional
+        Above this relative inner residual the inner problem counts as unsolved. None: measured,
+        not judged.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do when the answer may be wrong.
+    return_info : bool
+        Whether to return a `SolveInfo` too.
+
+    Returns
+    -------
+    grads : pytree of Tensor
+        Shaped like `hparams`, same dtypes and devices, detached.
+    info : SolveInfo
+        With `return_info`; ``info.aux`` holds what `outer` returned beside its value.
+    aux : pytree
+        With `has_aux` and without `return_info`.
+
+    Raises
+    ------
+    NotConnected
+        If `outer` does not depend on `params`, or `inner` not on some leaf of it.
+    StructureMismatch
+        If a loss is no scalar or an argument has the wrong structure.
+    NotFinite
+        If a number is not finite, unless `on_failure` is "ignore".
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+        With ``on_failure="raise"``.
+    UnsupportedOperation
+        If the solver needs a symmetric matrix and the condition's is not, or when the answer
+        is differentiated: use `custom_argmin` for that.
+
+    References
+    ----------
+    Bengio, Gradient-based optimization of hyperparameters, 2000; Pedregosa, Hyperparameter
+    optimization with approximate gradient, 2016, equation 3.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> y = torch.tensor([1.0, 2.0, 3.0])
+    >>> def inner(w, lam):
+    ...     return ((X @ w - y) ** 2).sum() / 2 + lam * (w @ w) / 2
+    >>> def outer(w, lam):
+    ...     return ((w - 1) ** 2).sum()
+    >>> lam = torch.tensor(0.5)
+    >>> w = torch.linalg.solve(X.T @ X + lam * torch.eye(2), X.T @ y)
+    >>> hypergrad.implicit_grad(outer, inner, w, lam)
+    tensor(-0.1884)
+    """
+    answer = _hypergradient(
+        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure
+    )
+    if return_info:
+        return answer.grads, answer.info
+    return (answer.grads, answer.info.aux) if has_aux else answer.grads
+
+
+def implicit_backward(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    *,
+    solver: Solver | None = None,
+    x0: Any = None,
+    has_aux: bool = False,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+) -> Any:
+    """Accumulate the hypergradient into the ``.grad`` of the hyperparameters.
+
+    Acts as ``torch.autograd.backward(leaves of hparams, grads)``: the gradient passes through
+    hyperparameters that are not leaves, such as ``log_wd.exp()``, and those that need no
+    gradient are skipped.
+
+    Parameters
+    ----------
+    outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
+        As in `implicit_grad`.
+
+    Returns
+    -------
+    loss : Tensor
+        The value of the outer loss, detached.
+    info : SolveInfo
+        With `return_info`.
+    aux : pytree
+        With `has_aux` and without `return_info`.
+
+    Raises
+    ------
+    NotConnected
+        As `implicit_grad`, and if no leaf of `hparams` requires grad.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> log_lam = torch.zeros((), requires_grad=True)
+    >>> inner = lambda w, lam: (w - 1) ** 2 + lam * w**2  # w = 1 / (1 + lam)
+    >>> hypergrad.implicit_backward(lambda w, lam: w, inner, torch.tensor(0.5), log_lam.exp())
+    tensor(0.5000)
+    >>> log_lam.grad
+    tensor(-0.2500)
+    """
+    leaves = [h for h in Tree("hparams", hparams).variables if h.requires_grad]
+    if not leaves:
+        raise NotConnected(
+            "No tensor in hparams requires grad, so there is nowhere to accumulate a gradient. "
+            "Set requires_grad_() on the hyperparameters, or call implicit_grad."
+        )
+    answer = _hypergradient(
+        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure
+    )
+    pairs = [
+        (h, g)
+        for h, g in zip(Tree("hparams", hparams).variables, answer.leaves, strict=True)
+        if h.requires_grad
+    ]
+    torch.autograd.backward([h for h, _ in pairs], [g for _, g in pairs])
+    if return_info:
+        return answer.info.outer_value, answer.info
+    if has_aux:
+        return answer.info.outer_value, answer.info.aux
+    return answer.info.outer_value
+
+
+@dataclasses.dataclass
+class _Answer:
+    grads: Any
+    leaves: list[Tensor]
+    info: SolveInfo
+
+
+def _hypergradient(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    solver: Solver | None,
+    x0: Any,
+    has_aux: bool,
+    inner_tol: float | None,
+    on_failure: OnFailure,
+) -> _Answer:
+    check_on_failure(on_failure)
+    condition = as_condition(inner, Minimum)
+    P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
+    problem = Problem.of(condition, P, [H])
+    layout = problem.layout()
+    solver = choose(solver, layout.n, condition.symmetric)
+    check_symmetry(solver, condition.symmetric)
+    looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
+
+    tensors = [detached(t) for t in problem.tensors]
+    start = None
+    if x0 is not None:
+        start = layout.flatten([detached(t) for t in P.match("x0", x0)])
+    value, aux, cotangent, direct = _outer_gradient(outer, problem, tensors, has_aux)
+    lin = Linearisation(problem, tensors, Draw())
+    refuse_past_arguments("inner", lin.record.residual, lin.aliases, problem)
+
+    b = layout.flatten(cotangent)
+    flat_params = layout.flatten([tensors[i] for i in problem.inner])
+    u, info = solve_linear(
+        lin, solver, b, flat_params, transpose=True, inner_tol=inner_tol, x0=start, looks=looks
+    )
+    indirect = lin.cross(u)
+    leaves = [
+        _difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)
+    ]
+    info = dataclasses.replace(
+        info,
+        solution=P.fill(layout.split(u)),
+        outer_value=value,
+        aux=pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux),
+    )
+
+    def places() -> Any:
+        for tree in (P, H):
+            for i, variable in enumerate(tree.variables):
+                yield tree.variable_path(i), variable.detach()
+        yield "the outer loss", value
+        for i, part in enumerate(cotangent):
+            if part is not None:
+                yield f"the gradient of the outer loss by {P.variable_path(i)}", part
+        for i, part in enumerate(direct):
+            if part is not None:
+                yield f"the gradient of the outer loss by {H.variable_path(i)}", part
+        for i, part in enumerate(layout.split(lin.residual)):
+            yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
+        for i, part in enumerate(layout.split(lin.transposed(torch.ones_like(b)))):
+            yield f"the product with the inner Hessian at {P.variable_path(i)}", part
+        for i, part in enumerate(layout.split(u)):
+            yield f"the solution of the linear system at {P.variable_path(i)}", part
+        for i, part in enumerate(indirect):
+            if part is not None:
+                yield f"the cross derivative by {H.variable_path(i)}", part
+
+    sound = finite(value, lin.residual, u, *leaves)
+    judge(info, solver, inner_tol=inner_tol, on_failure=on_failure, sound=sound, places=places)
+    _warn_of_unused(H, direct, indirect, on_failure)
+    leaves = refuse_derivatives(leaves, problem.tensors, _not_differentiable)
+    return _Answer(H.fill(leaves), leaves, info)
+
+
+def _outer_gradient(
+    outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
+) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None]]:
+    """Value, aux and the gradients of the outer loss by the inner and outer variables."""
+    inner, places = problem.inner, list(problem.outer)
+
+    def evaluate(
+        aliases: list[Tensor],
+    ) -> tuple[Tensor, Any, list[Tensor | None]]:
+        given = list(tensors)
+        for place, alias in zip([*inner, *places], aliases, strict=True):
+            given[place] = alias
+        returned = outer(*problem.arguments(given))
+        aux = None
+        if has_aux:
+            if not (isinstance(returned, tuple) and len(returned) == 2):
+                raise StructureMismatch("With has_aux=True outer must return (loss, aux).")
+            returned, aux = returned
+        value = scalar("outer", returned)
+        refuse_past_arguments("outer", [value], aliases, problem)
+        found: list[Tensor | None] = [None] * len(aliases)
+        if value.requires_grad:
+            found = list(torch.autograd.grad(value, aliases, allow_unused=True))
+        return value.detach(), aux, found
+
+    value, aux, found = trace(evaluate, [tensors[i] for i in [*inner, *places]])
+    cotangent, direct = found[: len(inner)], found[len(inner) :]
+    if all(part is None for part in cotangent):
+        raise NotConnected(
+            "outer does not depend on params, so the inner problem plays no part in its gradient. "
+            "Use params in outer: a module must be called as torch.func.functional_call(module, "
+            "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
+            "connection."
+        )
+    return value, aux, cotangent, direct
+
+
+def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:
+    if direct is None and indirect is None:
+        return torch.zeros_like(like.detach())
+    if indirect is None:
+        assert direct is not None
+        return direct.detach()
+    if direct is None:
+        return -indirect.detach()
+    return (direct - indirect).detach()
+
+
+def _warn_of_unused(
+    H: Tree, direct: list[Tensor | None], indirect: list[Tensor | None], on_failure: OnFailure
+) -> None:
+    unused = [
+        H.variable_path(i)
+        for i, (d, c) in enumerate(zip(direct, indirect, strict=True))
+        if d is None and c is None
+    ]
+    if unused and on_failure != "ignore":
+        warn(
+            f"Neither outer nor inner depends on {', '.join(unused)}: the gradient there is zero. "
+            "If that is not meant, look for a .detach(), a copy, or a value that is captured in "
+            "place of the argument."
+        )
+
+
+def _not_differentiable() -> Exception:
+    return UnsupportedOperation(
+        "implicit_grad returns a detached hypergradient that cannot be differentiated again. Make "
+        "the inner solver differentiable with custom_argmin, and differentiate outer through it."
+    )

@@ -1,0 +1,167 @@
+"""What comes back with an answer: the status of a linear solve and the evidence for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Status(IntEnum):
+    """How a linear solve ended; the numbers are fixed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import Status
+    >>> Status(torch.tensor(1)).name
+    'MAX_ITERATIONS'
+    >>> (torch.tensor([0, 2]) == Status.CONVERGED).tolist()
+    [True, False]
+    """
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    NEGATIVE_CURVATURE = 2
+    BREAKDOWN = 3
+    STAGNATED = 4
+    DIVERGED = 5
+    SINGULAR = 6
+    NOT_FINITE = 7
+
+    @classmethod
+    def _missing_(cls, value: object) -> Status | None:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return cls(int(value.item()))
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SolveInfo:
+    """The evidence for one hypergradient, or for a batch of them.
+
+    It is a registered pytree whose leaves are tensors, so that it can leave ``torch.func.vmap``
+    with one entry per task. A figure that the method does not know is NaN.
+
+    Attributes
+    ----------
+    status : Tensor
+        int64, a `Status` of the linear solve.
+    success : Tensor
+        bool: the linear solve met what was asked of it and, where that is judged, the inner
+        problem was solved to ``inner_tol``.
+    iterations, matvecs : Tensor
+        int64: the iterations made, and the products with the matrix, those for the true
+        residual included.
+    residual_norm : Tensor
+        ``||b - (A + damping I) u|| / ||b||`` of the returned ``u``, recomputed at the end.
+    negative_curvature : Tensor
+        bool: a direction p with p.Ap <= 0 was met.
+    inner_residual : Tensor
+        How far ``params`` is from solving the inner problem: ``||F|| ||u|| / (||b|| ||params||)``.
+        ``||b|| / ||u||`` is the curvature that the solve has seen, so this estimates the
+        relative distance from ``params`` to the inner solution.
+    outer_error : Tensor
+        ``u . F``, the first-order estimate of ``outer(params) - outer(solution)``.
+    error_estimate : Tensor
+        Estimate of the relative error of the hypergradient.
+    eigenvalues : Tensor
+        Shape ``(2,)``: lowest and highest Ritz value seen.
+    solution : pytree
+        u, shaped like ``params``: pass it as the next call's ``x0``.
+    outer_value : Tensor
+        The value of the outer loss.
+    aux : pytree
+        What the outer loss returned beside its value, with ``has_aux=True``.
+    method : str
+        The name of the method that made the solve (static text).
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> matvec = lambda v: 2.0 * v
+    >>> x, info = hypergrad.CG().solve(matvec, torch.ones(3))
+    >>> print(info)
+    CG: CONVERGED after 1 iterations, 2 products; residual 0.0e+00
+    """
+
+    status: Tensor
+    success: Tensor
+    iterations: Tensor
+    matvecs: Tensor
+    residual_norm: Tensor
+    negative_curvature: Tensor
+    inner_residual: Tensor
+    outer_error: Tensor
+    error_estimate: Tensor
+    eigenvalues: Tensor
+    solution: Any
+    outer_value: Tensor
+    aux: Any = None
+    method: str = ""
+
+    def __str__(self) -> str:
+        """One line a solve, for people."""
+        if self.status.ndim == 0:
+            return f"{self.method}: {self._describe(())}"
+        tasks = [
+            f"task {list(index) if len(index) > 1 else index[0]}: {self._describe(index)}"
+            for index in torch.cartesian_prod(
+                *(torch.arange(n) for n in self.status.shape)
+            ).reshape(-1, self.status.ndim).tolist()
+        ]
+        shown = tasks if len(tasks) <= 8 else [*tasks[:8], f"... and {len(tasks) - 8} more tasks"]
+        return "\n".join([f"{self.method}, {len(tasks)} tasks", *shown])
+
+    def _describe(self, index: tuple[int, ...] | list[int]) -> str:
+        at = tuple(index)
+        text = (
+            f"{Status(self.status[at]).name} after {int(self.iterations[at])} iterations, "
+            f"{int(self.matvecs[at])} products"
+        )
+        for label, figure in (
+            ("residual", self.residual_norm),
+            ("inner residual", self.inner_residual),
+            ("outer error", self.outer_error),
+        ):
+            value = float(figure[at])
+            if value == value:
+                text += f"; {label} {value:.1e}"
+        return text
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(SolveInfo) if f.name != "method")
+
+
+def _flatten_with_keys(
+    info: SolveInfo,
+) -> tuple[list[tuple[Any, Any]], tuple[str, tuple[str, ...]]]:
+    # None is a leaf to torch's pytrees, and cannot leave vmap: it goes into the static part.
+    present = tuple(name for name in _FIELDS if getattr(info, name) is not None)
+    keyed = [(pytree.GetAttrKey(name), getattr(info, name)) for name in present]
+    return keyed, (info.method, present)
+
+
+def _flatten(info: SolveInfo) -> tuple[list[Any], tuple[str, tuple[str, ...]]]:
+    keyed, static = _flatten_with_keys(info)
+    return [leaf for _, leaf in keyed], static
+
+
+def _unflatten(leaves: Any, static: tuple[str, tuple[str, ...]]) -> SolveInfo:
+    method, present = static
+    fields: dict[str, Any] = dict.fromkeys(_FIELDS)
+    fields.update(zip(present, leaves, strict=True))
+    return SolveInfo(**fields, method=method)
+
+
+pytree.register_pytree_node(
+    SolveInfo,
+    _flatten,
+    _unflatten,
+    serialized_type_name="hypergrad.SolveInfo",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -1,0 +1,127 @@
+"""A condition linearised at a point: the operator A, its transpose and the cross derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._conditions import ForwardReplay, Product, Replay
+from ._problem import Problem
+from ._randomness import Draw
+from ._trace import trace
+from .solvers._base import dense_by_products
+
+
+class Linearisation:
+    """F and its derivatives at a point, from one evaluation of the user's functions.
+
+    Vectors are flat, ``(*tasks, n)``, with the task axes along which the matrices differ. A
+    further axis in front, of right-hand sides that share a matrix, is mapped over.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is linearised.
+    tensors : sequence of Tensor
+        Where. Products are differentiable in those that carry derivatives.
+    draw : Draw
+        The random numbers of the evaluation.
+    forward : bool
+        Whether products with A itself are wanted, and not those with its transpose alone.
+    cross_forward : bool
+        The same for the cross derivative.
+    tasks : sequence of int, optional
+        Sizes of all task axes: every task gets a matrix of its own, also where they are shared.
+    inside : callable, optional
+        ``inside(linearisation, seed)``, called while the evaluation is being recorded, with a
+        zero that is recorded too; what it returns is kept as `extra`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        draw: Draw,
+        *,
+        forward: bool = False,
+        cross_forward: bool = False,
+        tasks: Sequence[int] | None = None,
+        inside: Callable[[Linearisation, Tensor], Any] | None = None,
+    ) -> None:
+        self.problem = problem if tasks is None else problem.with_own_axes()
+        self.layout = problem.layout()
+        self.extra: Any = None
+        inner, outer = problem.inner, list(problem.outer)
+        seeded = forward or cross_forward or inside is not None or not problem.condition.twice
+        if tasks is None:
+            self.lead = tensors[inner[0]].shape[: len(problem.own_axes)]
+        else:
+            self.lead = torch.Size(tasks)
+
+        def evaluate(aliases: list[Tensor]) -> None:
+            seed = aliases.pop() if seeded else None
+            self.aliases = aliases
+            given = list(tensors)
+            for place, alias in zip([*inner, *outer], aliases, strict=True):
+                given[place] = alias
+            if tasks is not None:
+                for place in inner:
+                    given[place] = problem.one_for_each(given[place], tasks)
+            params, args = [given[i] for i in inner], aliases[len(inner) :]
+            self.record = self.problem.condition.record(
+                self.problem, given, params, seed, forward=forward
+            )
+            self._cross = Replay(self.record.residual, args)
+            if cross_forward:
+                assert seed is not None
+                self._cross_forward = ForwardReplay(self.record.residual, args, seed)
+            if inside is not None:
+                assert seed is not None
+                self.extra = inside(self, seed)
+
+        variables = [tensors[i] for i in [*inner, *outer]]
+        if seeded:
+            variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
+        with draw.evaluation():
+            trace(evaluate, variables)
+        self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
+        """``A^T u``."""
+        return self._apply(self.record.transposed, u, create_graph)
+
+    def product(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """``A v``."""
+        assert self.record.product is not None
+        return self._apply(self.record.product, v, create_graph)
+
+    def cross(self, u: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+        """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+        return self._cross(self.layout.split(u), create_graph)
+
+    def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
+        """``(dF/dargs) tangents``."""
+        return self.layout.flatten(self._cross_forward(tangents, create_graph), self.lead)
+
+    def dense(self, transpose: bool) -> Tensor:
+        """A, or its transpose, as a matrix ``(*tasks, n, n)``."""
+        product = self.transposed if transpose else self.product
+        n = self.layout.n
+        if not self.lead:
+            return dense_by_products(product, self.residual)
+        eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
+        columns = eye.reshape(n, *[1] * len(self.lead), n).expand(n, *self.lead, n)
+        return product(columns).movedim(0, -1)
+
+    def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
+        def one(v: Tensor) -> Tensor:
+            with torch.set_grad_enabled(create_graph):
+                return self.layout.flatten(product(self.layout.split(v), create_graph), v.shape[:-1])
+
+        if v.ndim > len(self.lead) + 1:
+            mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)
+            return mapped
+        return one(v)

@@ -1,0 +1,158 @@
+"""Calling a user's solver with plain tensors, outside every transform that surrounds the call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._trace import detached
+from ._transforms import transforms_active
+
+
+def call_outside(
+    fit: Callable[..., Any], arguments: Any, keywords: dict[str, Any], batching: Literal["vmap", "loop"]
+) -> Any:
+    """``fit(*arguments, **keywords)`` on detached plain tensors, with grad mode on.
+
+    Under `torch.func.vmap` the solver is mapped, or called once a task.
+
+    Parameters
+    ----------
+    fit : callable
+        The user's solver.
+    arguments : tuple
+        Its positional arguments, in the caller's context.
+    keywords : dict
+        Its keyword arguments, passed on as they are.
+    batching : {"vmap", "loop"}
+        What to do with task axes.
+
+    Returns
+    -------
+    answer : pytree
+        What `fit` returned, its tensors detached and back in the caller's context.
+    """
+    leaves, spec = pytree.tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def on_tensors(tensors: Sequence[Tensor]) -> Any:
+        given = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        return fit(*pytree.tree_unflatten(given, spec), **keywords)
+
+    call = _Call(on_tensors, batching)
+    tensors = [detached(leaves[i]) for i in places]
+    found = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)
+    return call.structure.rebuild(found)
+
+
+@dataclasses.dataclass
+class _Structure:
+    """What the solver returned, with its tensors taken out."""
+
+    leaves: list[Any] = dataclasses.field(default_factory=list)
+    spec: Any = None
+
+    def take(self, answer: Any) -> list[Tensor]:
+        self.leaves, self.spec = pytree.tree_flatten(answer)
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
+        return tensors
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if leaf is None else leaf[0] for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A solver on a list of tensors, under the task axes that vmap has added so far."""
+
+    fit: Callable[[Sequence[Tensor]], Any]
+    batching: Literal["vmap", "loop"]
+    axes: tuple[tuple[tuple[int | None, ...], int, str], ...] = ()  # in_dims, size, randomness
+    structure: _Structure = dataclasses.field(default_factory=_Structure)
+
+    def under(self, in_dims: Sequence[int | None], size: int, randomness: str) -> _Call:
+        axis = (tuple(in_dims), size, randomness)
+        return dataclasses.replace(self, axes=(axis, *self.axes))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        mapped = self._one
+        for axis in reversed(self.axes):
+            mapped = self._looped(mapped, axis) if self.batching == "loop" else self._mapped(mapped, axis)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = mapped(list(tensors))
+        given = {t.data_ptr() for t in tensors}
+        plain = [t.detach() for t in found]
+        return tuple(t.clone() if t.data_ptr() in given else t for t in plain)
+
+    def _one(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.structure.take(self.fit(tensors))
+
+    def _mapped(self, one: Any, axis: tuple[tuple[int | None, ...], int, str]) -> Any:
+        in_dims, _, randomness = axis
+        mapped = torch.func.vmap(one, in_dims=(list(in_dims),), randomness=randomness)
+
+        def call(tensors: Sequence[Tensor]) -> Any:
+            try:
+                return mapped(tensors)
+            except Exception as error:
+                error.add_note(
+                    "hypergrad: the inner solver was mapped over tasks by torch.func.vmap. Where "
+                    "it uses .backward(), torch.optim, .item() or NumPy, decorate it with "
+                    "batching='loop', which calls it once a task."
+                )
+                raise
+
+        return call
+
+    def _looped(self, one: Any, axis: tuple[tuple[int | None, ...], int, str]) -> Any:
+        in_dims, size, _ = axis
+
+        def call(tensors: Sequence[Tensor]) -> list[Tensor]:
+            tasks = [
+                one([t if d is None else t[i] for t, d in zip(tensors, in_dims, strict=True)])
+                for i in range(size)
+            ]
+            return [torch.stack([t.detach() for t in parts]) for parts in zip(*tasks, strict=True)]
+
+        return call
+
+
+class _Outside(torch.autograd.Function):
+    """A call whose vmap rule adds a task axis, so that it runs below all transforms."""
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return call([t.detach() for t in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.count = len(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, call: _Call, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims = in_dims[1:]
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+        own = [None if d is None else 0 for d in dims]
+        found = _Outside.apply(call.under(own, info.batch_size, info.randomness), *moved)
+        return found, (0,) * len(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        return (None,) * ctx.count

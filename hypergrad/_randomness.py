@@ -1,0 +1,58 @@
+"""One random draw for all evaluations that belong to one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+State = tuple[torch.Tensor, dict[int, torch.Tensor]]
+
+
+class Draw:
+    """The random numbers of a function that is evaluated several times.
+
+    The first evaluation draws from the caller's generators, as any call would; every later one
+    sees the same numbers again and leaves the generators as it found them.
+    """
+
+    def __init__(self) -> None:
+        self._first: State | None = None
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Surround one evaluation."""
+        if self._first is None:
+            self._first = _state()
+            yield
+            return
+        now = _state()
+        _restore(self._first)
+        try:
+            yield
+        finally:
+            _restore(now)
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Surround an evaluation that must leave the caller's generators as they were."""
+    now = _state()
+    try:
+        yield
+    finally:
+        _restore(now)
+
+
+def _state() -> State:
+    cuda: dict[int, torch.Tensor] = {}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return torch.get_rng_state(), cuda
+
+
+def _restore(state: State) -> None:
+    torch.set_rng_state(state[0])
+    for device, numbers in state[1].items():
+        torch.cuda.set_rng_state(numbers, device)

@@ -1,0 +1,203 @@
+"""Where an answer is judged: what is warned of or raised, in which words."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._errors import (
+    ConvergenceWarning,
+    Diverged,
+    HypergradError,
+    IndefiniteHessian,
+    NotConverged,
+    NotFinite,
+    SingularHessian,
+)
+from ._info import SolveInfo, Status
+from ._transforms import all_tasks
+from .solvers._base import Solver
+
+OnFailure = Literal["warn", "raise", "ignore"]
+#: Where a number came from, and the tensors to look at: called only when one is not finite.
+Places = Callable[[], Iterable[tuple[str, Tensor]]]
+
+_HERE = str(Path(__file__).parent)
+
+
+def check_on_failure(on_failure: str) -> None:
+    """Refuse an `on_failure` that is none of the three."""
+    if on_failure not in ("warn", "raise", "ignore"):
+        raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}.")
+
+
+def judge(
+    info: SolveInfo,
+    solver: Solver,
+    *,
+    inner_tol: float | None,
+    on_failure: OnFailure,
+    sound: Tensor,
+    places: Places,
+) -> None:
+    """Warn or raise, once for all tasks, if an answer is not what it should be.
+
+    Reads one packed tensor from the device, and nothing with ``on_failure="ignore"``.
+
+    Parameters
+    ----------
+    info : SolveInfo
+        The evidence.
+    solver : Solver
+        The solver that was used, whose fields the advice names.
+    inner_tol : float or None
+        The relative inner residual above which the inner problem counts as unsolved.
+    on_failure : str
+        What to do about a failure.
+    sound : Tensor
+        bool, for each task: all numbers of the answer are finite.
+    places : callable
+        The tensors to search for the first that is not finite.
+
+    Raises
+    ------
+    NotFinite
+        If a number is not finite, with "warn" too.
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+        If `on_failure` is "raise" and a task failed.
+    """
+    if on_failure == "ignore":
+        return
+    figures = (
+        sound,
+        info.success,
+        info.status,
+        info.iterations,
+        info.residual_norm,
+        info.inner_residual,
+        *info.eigenvalues.unbind(dim=-1),
+    )
+    rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
+    bad = [row for row in rows if not row[0]]
+    if bad:
+        raise NotFinite(_count(len(bad), len(rows)) + _not_finite(places))
+    failed = [row for row in rows if not row[1]]
+    if not failed:
+        return
+    worst = max(failed, key=_severity)
+    error, text = _diagnose(worst, solver, inner_tol, exact=on_failure == "raise")
+    text = _count(len(failed), len(rows)) + text
+    if on_failure == "raise":
+        raise error(text)
+    warn(text)
+
+
+def warn(text: str) -> None:
+    """Issue a `ConvergenceWarning` at the line that called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _internal(frame.f_back.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ConvergenceWarning, stacklevel=level + 1)
+
+
+def _internal(filename: str) -> bool:
+    return filename.startswith(_HERE) or f"{Path('torch')}/" in filename.replace("\\", "/")
+
+
+def _severity(row: Sequence[float]) -> tuple[bool, float]:
+    """Failures of the linear solve first, then by the size of the figure."""
+    status, residual, inner = row[2], row[4], row[5]
+    return status != Status.CONVERGED, residual if math.isfinite(residual) else inner
+
+
+def _count(failed: int, tasks: int) -> str:
+    return "" if tasks == 1 else f"{failed} of {tasks} tasks: "
+
+
+def _diagnose(
+    row: Sequence[float], solver: Solver, inner_tol: float | None, *, exact: bool
+) -> tuple[type[HypergradError], str]:
+    _, _, status, iterations, residual, inner, low, high = row
+    name = type(solver).__name__
+    at = f"relative residual {_figure(residual, exact)}"
+    match Status(int(status)):
+        case Status.MAX_ITERATIONS if not _inner_alone(row, inner_tol, solver):
+            return NotConverged, (
+                f"{name} ran out of iterations ({int(iterations)}) at {at}. Raise maxiter (terms "
+                "for Neumann), loosen rtol, add damping, or pass a preconditioner; x0=last_info."
+                "solution starts from the last answer."
+            )
+        case Status.NEGATIVE_CURVATURE:
+            return IndefiniteHessian, (
+                f"{name} met negative curvature (p.Ap <= 0) after {int(iterations)} iterations, at "
+                f"{at}: the matrix is not positive definite, so params is no minimum of the inner "
+                "problem or the iterate is far from one. Add damping, use GMRES() or "
+                "Exact(), or a GaussNewton condition, whose curvature cannot be negative."
+            )
+        case Status.SINGULAR:
+            return SingularHessian, (
+                f"The matrix is singular and the system has no solution ({name}, {at}). Add "
+                "damping=..., or a regulariser to the inner problem."
+            )
+        case Status.DIVERGED:
+            bound = (
+                f" The largest eigenvalue is about {_figure(high, exact)}: a step_size of "
+                f"{_figure(1 / high, exact)} is safe."
+                if math.isfinite(high) and high > 0
+                else ""
+            )
+            return Diverged, (
+                f"{name} diverged: its terms grew ({at}).{bound} Leave step_size=None to have it "
+                "estimated, or use CG() or GMRES()."
+            )
+        case Status.STAGNATED:
+            return NotConverged, (
+                f"{name} stagnated at the rounding floor of the dtype, at {at}. Use float64, "
+                "loosen rtol, or pass a preconditioner."
+            )
+        case Status.BREAKDOWN:
+            return NotConverged, (
+                f"{name} broke down after {int(iterations)} iterations, at {at}. Use GMRES() or "
+                "Exact()."
+            )
+    curvature = (
+        f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
+    )
+    return NotConverged, (
+        f"params does not solve the inner problem: its relative inner residual is "
+        f"{_figure(inner, exact)} and inner_tol is {inner_tol:g}. The implicit gradient is exact "
+        f"only at a solution; its error is of the order of the condition's norm divided by the "
+        f"lowest curvature.{curvature} Solve the inner problem further, or pass inner_tol=None "
+        "where it is truncated on purpose."
+    )
+
+
+def _inner_alone(row: Sequence[float], inner_tol: float | None, solver: Solver) -> bool:
+    """Whether a linear solve that used up its budget is no failure by itself."""
+    unsolved = inner_tol is not None and row[5] > inner_tol
+    return unsolved and getattr(solver, "rtol", None) is None
+
+
+def _figure(value: float, exact: bool) -> str:
+    """A figure, rounded to a power of ten so that a loop warns once."""
+    if exact or not math.isfinite(value) or value == 0:
+        return f"{value:.3g}"
+    return f"about 1e{round(math.log10(abs(value))):d}" if value > 0 else f"{value:.0e}"
+
+
+def _not_finite(places: Places) -> str:
+    for where, tensor in places():
+        rows = all_tasks((~torch.isfinite(tensor)).reshape(-1)[None].any(dim=1))
+        if bool(rows.any()):
+            return (
+                f"{where} holds NaN or infinity. Look at the data and the step size of the inner "
+                "solver, or pass on_failure='ignore' to have NaN left as NaN."
+            )
+    return "the answer holds NaN or infinity, which the linear solve produced."

@@ -1,0 +1,70 @@
+"""Evaluating a function once so that its derivatives can be taken many times.
+
+In plain autograd the function runs on fresh aliases of its arguments; inside a function
+transform a level of `torch.func.vjp` provides them. Either way `torch.autograd.grad` then
+replays the recorded graph, with a choice of inputs, as often as is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._transforms import layers, transforms_active
+
+T = TypeVar("T")
+
+
+def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
+    """Call ``fun(aliases)`` so that what it returns can be differentiated by its aliases.
+
+    The aliases stay connected to `variables` where those carry derivatives of their own: detach
+    first where that is not wanted. The caller's grad mode does not matter.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        if not transforms_active():
+            return fun([_alias(v) for v in variables])
+        found: list[T] = []
+
+        def record(*aliases: Tensor) -> Tensor:
+            found.append(fun(list(aliases)))
+            return aliases[0]
+
+        torch.func.vjp(record, *variables)
+        return found[0]
+
+
+def _alias(variable: Tensor) -> Tensor:
+    if variable.requires_grad:
+        return variable.view_as(variable)
+    return detached(variable).requires_grad_()
+
+
+def detached(variable: Tensor) -> Tensor:
+    """The tensor's values, cut off from every derivative that surrounds the call."""
+    if variable.is_inference():
+        return variable.clone()  # an inference tensor cannot take part in autograd
+    return variable.detach()
+
+
+def graph(output: Tensor) -> tuple[list[Tensor], set[Any]]:
+    """The leaf tensors and the nodes of an output's graph, in every surrounding level."""
+    leaves: list[Tensor] = []
+    seen: set[Any] = set()
+    for layer in layers(output):
+        stack = [layer.grad_fn] if layer.grad_fn is not None else []
+        if layer.grad_fn is None and layer.requires_grad:
+            leaves.append(layer)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                leaves.append(variable)
+            stack.extend(n for n, _ in node.next_functions if n is not None)
+    return leaves, seen

@@ -1,0 +1,158 @@
+"""What the library needs to know of the function transforms (torch.func) that surround a call.
+
+This is the only file that touches functorch's private names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+
+def transforms_active() -> bool:
+    """Whether the caller is inside `torch.func.grad`, `vmap`, `jvp` or another transform."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def forward_mode_active() -> bool:
+    """Whether the caller is inside `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def primal(tensor: Tensor) -> Tensor:
+    """The tensor without its tangent at the innermost forward-mode level."""
+    return forward_ad.unpack_dual(tensor, level=0).primal if forward_mode_active() else tensor
+
+
+@contextmanager
+def lower_levels() -> Iterator[None]:
+    """Inside a jvp rule: let operations carry the tangents of the levels further out.
+
+    PyTorch switches forward mode off while a rule runs, which would cut those levels off in
+    silence. Use it on tensors that have been through `primal`.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a function transform: its values may not be looked at."""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def layers(tensor: Tensor) -> list[Tensor]:
+    """The tensor and what it wraps, outermost wrapper first, the plain tensor last."""
+    found = [tensor]
+    while is_wrapped(found[-1]):
+        found.append(_functorch.get_unwrapped(found[-1]))
+    return found
+
+
+def carries_derivative(tensor: Tensor) -> bool:
+    """Whether any transform, or plain autograd, differentiates with respect to this tensor."""
+    return any(layer.requires_grad or _has_tangent(layer) for layer in layers(tensor))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the tensor carries a batch dimension of a surrounding `torch.func.vmap`."""
+    return any(_functorch.is_batchedtensor(layer) for layer in layers(tensor))
+
+
+def first_slice(tensor: Tensor) -> Tensor:
+    """A plain tensor with the logical shape of `tensor`: the first task of every batch."""
+    if not is_wrapped(tensor):
+        return tensor.detach()
+    inner = _functorch.get_unwrapped(tensor)
+    if _functorch.is_batchedtensor(tensor):
+        inner = inner.select(_functorch.maybe_get_bdim(tensor), 0)
+    return first_slice(inner)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if not forward_mode_active():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+class _AllTasks(torch.autograd.Function):
+    """All tasks' rows of a ``(k,)`` tensor as one plain ``(tasks, k)`` tensor.
+
+    The batching rule returns an unbatched result, so that Python may look at it under any
+    nesting of transforms.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return rows.detach().reshape(-1, rows.shape[-1]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], rows: Tensor) -> tuple[Tensor, None]:
+        return _AllTasks.apply(rows.movedim(in_dims[0], 0)), None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+
+def all_tasks(rows: Tensor) -> Tensor:
+    """Rows of every task, ``(tasks, k)``, as a plain tensor that the host may read."""
+    rows = rows.detach()
+    if is_wrapped(rows):
+        rows = _AllTasks.apply(rows)
+        while is_wrapped(rows):
+            rows = _functorch.get_unwrapped(rows)
+        return rows
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def any_task(flag: Tensor) -> bool:
+    """Whether a flag is set for any task. Synchronises with the host once."""
+    if is_wrapped(flag):
+        flag = all_tasks(flag.reshape(-1)[None].any(dim=1))
+    return bool(flag.any()) if flag.ndim else bool(flag)
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity on a result that must not be differentiated: doing so raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: Callable[[], Exception], result: Tensor, *sources: Tensor) -> Tensor:
+        return result.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ctx.message()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise ctx.message()
+
+
+def refuse_derivatives(
+    results: list[Tensor], sources: list[Tensor], message: Callable[[], Exception]
+) -> list[Tensor]:
+    """Results whose differentiation with respect to `sources`, by a transform, raises."""
+    tracked = [s for s in sources if is_wrapped(s) and carries_derivative(s)]
+    if not tracked:
+        return results
+    return [_Refuse.apply(message, result, *tracked) for result in results]

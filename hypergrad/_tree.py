@@ -1,0 +1,194 @@
+"""Pytrees at the border, flat vectors inside: taking arguments apart and putting them together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._errors import StructureMismatch, UnsupportedOperation
+
+
+class Tree:
+    """An argument taken apart: the tensors that a derivative can reach, and the rest.
+
+    Floating-point tensors are variables. Integer and boolean tensors, None, numbers and, with
+    ``skip_frozen``, an `nn.Parameter` that is frozen beside others that are not, are constants.
+
+    Parameters
+    ----------
+    name : str
+        What the argument is called, for messages.
+    value : pytree
+        The argument.
+    skip_frozen : bool
+        Whether frozen parameters are constants.
+    """
+
+    def __init__(self, name: str, value: Any, *, skip_frozen: bool = False) -> None:
+        _refuse_modules(name, value)
+        keyed, self.spec = pytree.tree_flatten_with_path(value)
+        self.name = name
+        self.leaves = [leaf for _, leaf in keyed]
+        self._paths = [path for path, _ in keyed]
+        frozen = skip_frozen and any(_is_variable(leaf) and leaf.requires_grad for leaf in self.leaves)
+        self.where = []
+        for index, leaf in enumerate(self.leaves):
+            _refuse_modules(name + pytree.keystr(self._paths[index]), leaf)
+            if isinstance(leaf, Tensor) and leaf.is_complex():
+                raise UnsupportedOperation(
+                    f"{self.path(index)} is complex ({leaf.dtype}); hypergrad differentiates real "
+                    "tensors only. Pass torch.view_as_real(tensor) and go back to complex inside "
+                    "the function."
+                )
+            if not _is_variable(leaf):
+                continue
+            if frozen and isinstance(leaf, nn.Parameter) and not leaf.requires_grad:
+                continue
+            self.where.append(index)
+
+    @property
+    def variables(self) -> list[Tensor]:
+        """The tensors that carry derivatives, in the order of the pytree."""
+        return [self.leaves[i] for i in self.where]
+
+    def path(self, index: int) -> str:
+        """The name of a leaf for a message, such as ``params['0.weight']``."""
+        return self.name + str(pytree.keystr(self._paths[index]))
+
+    def variable_path(self, position: int) -> str:
+        """The name of the variable at a position of `variables`."""
+        return self.path(self.where[position])
+
+    def rebuild(self, variables: Sequence[Any]) -> Any:
+        """The argument with other variables in it and the constants in their places."""
+        leaves = list(self.leaves)
+        for index, value in zip(self.where, variables, strict=True):
+            leaves[index] = value
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the argument, variables and constants."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def variables_among_tensors(self) -> list[int]:
+        """The positions of the variables among `tensors`."""
+        places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return [places.index(i) for i in self.where]
+
+    def rebuild_tensors(self, tensors: Sequence[Any]) -> Any:
+        """The argument with other tensors in it."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def fill(self, variables: Sequence[Tensor]) -> Any:
+        """A derivative shaped like the argument: zeros where a tensor carries none."""
+        leaves = [
+            torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves
+        ]
+        for index, value in zip(self.where, variables, strict=True):
+            leaves[index] = value
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def match(self, what: str, value: Any) -> list[Tensor]:
+        """The leaves of `value` at the variables' places, after a check of the structure.
+
+        Raises
+        ------
+        StructureMismatch
+            If `value` has another structure, or a leaf another shape, dtype or device.
+        """
+        leaves, spec = pytree.tree_flatten(value)
+        if spec != self.spec:
+            raise StructureMismatch(
+                f"{what} must have the structure of {self.name}: expected {self.spec}, got {spec}."
+            )
+        found = []
+        for index in self.where:
+            want, got = self.leaves[index], leaves[index]
+            path = what + str(pytree.keystr(self._paths[index]))
+            if not isinstance(got, Tensor):
+                raise StructureMismatch(
+                    f"{path} must be a tensor of shape {tuple(want.shape)}, like "
+                    f"{self.path(index)}; got {type(got).__name__}."
+                )
+            for figure, expected, actual in (
+                ("shape", tuple(want.shape), tuple(got.shape)),
+                ("dtype", want.dtype, got.dtype),
+                ("device", want.device, got.device),
+            ):
+                if expected != actual:
+                    raise StructureMismatch(
+                        f"{path} has {figure} {actual}, but {self.path(index)} has "
+                        f"{figure} {expected}; they must agree."
+                    )
+            found.append(got)
+        return found
+
+
+class Layout:
+    """How the variables of a pytree lie in one flat vector.
+
+    Vectors have shape ``(*lead, n)``, where ``lead`` are task dimensions that the variables
+    have in front of their own shape. The vector's dtype is the widest of the variables', and
+    never narrower than float32.
+    """
+
+    def __init__(self, tree: Tree, variables: Sequence[Tensor], lead: int = 0) -> None:
+        if not variables:
+            raise StructureMismatch(
+                f"{tree.name} holds no floating-point tensor to differentiate with respect to."
+            )
+        self.shapes = [v.shape[lead:] for v in variables]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.n = sum(self.sizes)
+        self.dtypes = [v.dtype for v in variables]
+        self.device = variables[0].device
+        for position, variable in enumerate(variables):
+            if variable.device != self.device:
+                raise StructureMismatch(
+                    f"{tree.variable_path(position)} is on {variable.device} but "
+                    f"{tree.variable_path(0)} is on {self.device}; move them to one device."
+                )
+        self.dtype = torch.float32
+        for dtype in self.dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+
+    def flatten(self, parts: Sequence[Tensor | None], lead: Sequence[int] = ()) -> Tensor:
+        """One vector ``(*lead, n)`` from the parts; None stands for zeros."""
+        flat = [
+            torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
+            if part is None
+            else part.reshape(*lead, size).to(self.dtype)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector, each in its variable's shape and dtype."""
+        lead = vector.shape[:-1]
+        pieces = (vector,) if len(self.sizes) == 1 else torch.split(vector, self.sizes, dim=-1)
+        return [
+            piece.reshape(lead + shape).to(dtype)
+            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        ]
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _refuse_modules(name: str, value: Any) -> None:
+    if isinstance(value, nn.Module) or inspect.isgenerator(value):
+        kind = "an nn.Module" if isinstance(value, nn.Module) else "a generator"
+        raise StructureMismatch(
+            f"{name} is {kind}; pass its tensors as dict(module.named_parameters()) and call it as "
+            "torch.func.functional_call(module, params, args) in the function."
+        )

@@ -1,0 +1,372 @@
+"""What all linear solvers share: the system, the meaning of their fields, and the evidence.
+
+A solver works on flat vectors of shape ``(*tasks, n)``. Every task is a system of its own, with
+its own status; a task that has stopped is frozen while the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._errors import UnsupportedOperation
+from .._info import SolveInfo, Status
+from .._transforms import any_task
+from .._tree import Layout, Tree
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass
+class LinearSystem:
+    """``A x = b`` on flat vectors ``(*tasks, n)``.
+
+    Attributes
+    ----------
+    matvec, rmatvec : callable
+        Products with A and, where known, with its transpose.
+    b : Tensor
+        The right-hand side.
+    x0 : Tensor, optional
+        Where an iteration starts.
+    symmetric : bool, optional
+        Whether A is known to be symmetric; None: the caller did not say.
+    dense : callable, optional
+        A as a matrix, ``(*tasks, n, n)`` or with fewer task dimensions where tasks share it.
+    layout, tree : Layout, Tree
+        How a vector becomes a pytree, for preconditioners.
+    looks : bool
+        Whether the host may look at values between iterations.
+    contraction : bool
+        Whether A = I - J with J the derivative of a map that is meant to contract.
+    """
+
+    matvec: Product
+    b: Tensor
+    layout: Layout
+    tree: Tree
+    x0: Tensor | None = None
+    rmatvec: Product | None = None
+    symmetric: bool | None = None
+    dense: Callable[[], Tensor] | None = None
+    looks: bool = True
+    contraction: bool = False
+
+
+@dataclasses.dataclass
+class Solution:
+    """A flat answer and its evidence; every figure has the tasks' shape."""
+
+    x: Tensor
+    status: Tensor
+    success: Tensor
+    iterations: Tensor
+    matvecs: int
+    residual_norm: Tensor
+    negative_curvature: Tensor
+    eigenvalues: Tensor
+    method: str
+
+
+class Solver(ABC):
+    """A method for ``(A + damping I) x = b``, as a value: frozen, printable and shareable."""
+
+    needs_symmetry: ClassVar[bool] = False
+
+    def solve(
+        self,
+        matvec: Callable[[Any], Any],
+        b: Any,
+        *,
+        x0: Any = None,
+        rmatvec: Callable[[Any], Any] | None = None,
+    ) -> tuple[Any, SolveInfo]:
+        """Solve ``(A + damping I) x = b`` on pytrees.
+
+        Parameters
+        ----------
+        matvec : callable
+            ``v -> A v`` on pytrees shaped like `b`.
+        b : pytree of Tensor
+            The right-hand side.
+        x0 : pytree of Tensor, optional
+            Where an iteration starts; zeros by default. Direct methods have no use for it.
+        rmatvec : callable, optional
+            ``v -> A^T v``, for methods that need the transpose.
+
+        Returns
+        -------
+        x : pytree of Tensor
+            The answer, shaped like `b`.
+        info : SolveInfo
+            Its evidence. Nothing is raised or warned of here: look at ``info.success``.
+        """
+        tree = Tree("b", b)
+        layout = Layout(tree, tree.variables)
+
+        def flat(product: Callable[[Any], Any], name: str) -> Product:
+            return lambda v: layout.flatten(
+                tree.match(f"{name}(v)", product(tree.rebuild(layout.split(v))))
+            )
+
+        system = LinearSystem(
+            matvec=flat(matvec, "matvec"),
+            b=layout.flatten(tree.variables),
+            layout=layout,
+            tree=tree,
+            x0=None if x0 is None else layout.flatten(tree.match("x0", x0)),
+            rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec"),
+        )
+        system.dense = lambda: dense_by_products(system.matvec, system.b)
+        found = self.run(system)
+        x = tree.rebuild(layout.split(found.x))
+        return x, info_of(found, solution=x)
+
+    @abstractmethod
+    def run(self, system: LinearSystem) -> Solution:
+        """Solve a flat system."""
+
+
+def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
+    """The `SolveInfo` of a flat solution; figures that are not given are NaN."""
+    nan = torch.full_like(found.residual_norm, math.nan)
+    figures: dict[str, Any] = {
+        "success": found.success,
+        "inner_residual": nan,
+        "outer_error": nan,
+        "error_estimate": nan,
+        "outer_value": nan,
+    }
+    return SolveInfo(
+        status=found.status,
+        iterations=found.iterations,
+        matvecs=torch.full_like(found.iterations, found.matvecs),
+        residual_norm=found.residual_norm,
+        negative_curvature=found.negative_curvature,
+        eigenvalues=found.eigenvalues,
+        solution=solution,
+        method=found.method,
+        **{**figures, **evidence},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative(Solver):
+    """The fields that all Krylov methods share.
+
+    Parameters
+    ----------
+    maxiter : int, optional
+        Most iterations. None: ten times the unknowns, at most 5000. Given without `rtol` it is
+        a budget: running out of it is no failure.
+    rtol, atol : float
+        Stop when ``||r|| <= max(rtol ||b||, atol)``. ``rtol=None`` is a tolerance that the dtype
+        can reach (1e-6 in float64, 1e-4 in float32) and counts as met at the rounding floor.
+    damping : float
+        The system solved is ``(A + damping I) x = b``.
+    preconditioner : callable, optional
+        ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
+    """
+
+    maxiter: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    damping: float = 0.0
+    preconditioner: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least("maxiter", self.maxiter, 1)
+        at_least("rtol", self.rtol, 0.0)
+        at_least("atol", self.atol, 0.0)
+        finite("damping", self.damping)
+
+    def run(self, system: LinearSystem) -> Solution:
+        """Iterate from `x0`, and again from the answer where its true residual is too large.
+
+        The right-hand side is scaled to norm one, so that neither a tiny nor a huge one loses
+        accuracy; the residual that is reported is ``b - A x`` of the x that is returned.
+        """
+        matvec = Counted(system.matvec, self.damping)
+        precondition = batched_preconditioner(self.preconditioner, system)
+        scale = norm(system.b)
+        present = (scale > 0) & torch.isfinite(scale)
+        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
+        b = system.b / unit
+        tol = (self.atol / unit[..., 0]).clamp(min=tolerance(self.rtol, b.dtype))
+        looks = system.looks or self.rtol != 0
+        limit = self.maxiter or min(10 * b.shape[-1], 5000)
+
+        x, r = torch.zeros_like(b), b
+        if system.x0 is not None:
+            x = system.x0.to(b.dtype) / unit
+            r = b - matvec(x)
+        size = norm(r)
+        active = present & (size > tol)
+        status = torch.where(
+            torch.isfinite(scale + size), int(Status.CONVERGED), int(Status.NOT_FINITE)
+        )
+        iterations = torch.zeros_like(status)
+        negative = torch.zeros_like(present)
+        eigenvalues = b.new_full((*scale.shape, 2), math.nan)
+        first = True
+        while limit > 0 and (not looks or any_task(active)):
+            part = self._iterate(matvec, precondition, r, tol, active, limit, looks)
+            limit -= part.steps
+            candidate = x + part.x
+            r_new = b - matvec(candidate)
+            size_new = norm(r_new)
+            keep = active & ((size_new < size) | ~torch.isfinite(size_new) | first)
+            x = torch.where(keep[..., None], candidate, x)
+            r = torch.where(keep[..., None], r_new, r)
+            met = size_new <= tol
+            claimed = part.status == Status.CONVERGED
+            stalled = claimed & ~met & ~(size_new < 0.5 * size)
+            ended = torch.where(stalled, int(Status.STAGNATED), part.status)
+            ended = torch.where(met, int(Status.CONVERGED), ended)
+            ended = torch.where(torch.isfinite(size_new), ended, int(Status.NOT_FINITE))
+            again = active & claimed & ~met & ~stalled & torch.isfinite(size_new)
+            ended = torch.where(again, int(Status.MAX_ITERATIONS), ended)
+            status = torch.where(active, ended, status)
+            iterations = torch.where(active, iterations + part.iterations, iterations)
+            negative = negative | (active & part.negative)
+            if first:
+                eigenvalues = part.eigenvalues
+            size = torch.where(keep, size_new, size)
+            active, first = again, False
+            if not looks:
+                break
+        size = torch.where(scale == 0, torch.zeros_like(size), size)
+        broken = (status == Status.NOT_FINITE)[..., None]
+        x = torch.where(broken, torch.full_like(x, math.nan), x * unit)
+        x = torch.where((scale == 0)[..., None], torch.zeros_like(x), x)
+        return Solution(
+            x=x,
+            status=status,
+            success=self._succeeded(status),
+            iterations=iterations,
+            matvecs=matvec.count,
+            residual_norm=torch.where(torch.isfinite(scale), size, torch.full_like(size, math.nan)),
+            negative_curvature=negative,
+            eigenvalues=eigenvalues,
+            method=type(self).__name__,
+        )
+
+    def _succeeded(self, status: Tensor) -> Tensor:
+        good = status == Status.CONVERGED
+        if self.rtol is None:
+            good = good | (status == Status.STAGNATED)
+            if self.maxiter is not None:
+                good = good | (status == Status.MAX_ITERATIONS)
+        return good
+
+    @abstractmethod
+    def _iterate(
+        self,
+        matvec: Product,
+        precondition: Product | None,
+        r: Tensor,
+        tol: Tensor,
+        active: Tensor,
+        limit: int,
+        looks: bool,
+    ) -> Part:
+        """Correct an answer whose residual is `r`, until ``||r|| <= tol`` by the recursion."""
+
+
+@dataclasses.dataclass
+class Part:
+    """One pass of an iteration: the correction, and how it ended for each task."""
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    steps: int
+    negative: Tensor
+    eigenvalues: Tensor
+
+
+class Counted:
+    """A product with ``A + damping I`` that counts how often it is formed."""
+
+    def __init__(self, matvec: Product, damping: float) -> None:
+        self.matvec, self.damping, self.count = matvec, damping, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Form one product."""
+        self.count += 1
+        product = self.matvec(v)
+        return product if self.damping == 0 else torch.add(product, v, alpha=self.damping)
+
+
+def tolerance(rtol: float | None, dtype: torch.dtype) -> float:
+    """`rtol`, or where it is None one that the dtype can reach."""
+    if rtol is not None:
+        return rtol
+    return 1e-6 if dtype == torch.float64 else 1e-4
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each task's vectors."""
+    return torch.linalg.vecdot(a, b)
+
+
+def norm(v: Tensor) -> Tensor:
+    """The Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
+    if v.shape[-1] == 0:
+        return v.new_zeros(v.shape[:-1])
+    largest = v.abs().amax(dim=-1)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    return unit * torch.linalg.vector_norm(v / unit[..., None], dim=-1)
+
+
+def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
+    """The matrix of a product, column by column, for one system."""
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    columns: Tensor = torch.func.vmap(matvec, chunk_size=128)(eye)
+    return columns.mT
+
+
+def batched_preconditioner(
+    preconditioner: Callable[[Any], Any] | None, system: LinearSystem
+) -> Product | None:
+    """A preconditioner on pytrees as one on flat vectors, mapped over the tasks."""
+    if preconditioner is None:
+        return None
+    tree, layout = system.tree, system.layout
+
+    def one(v: Tensor) -> Tensor:
+        answer = preconditioner(tree.rebuild(layout.split(v)))
+        return layout.flatten(tree.match("preconditioner(v)", answer))
+
+    mapped = one
+    for _ in system.b.shape[:-1]:
+        mapped = torch.func.vmap(mapped)
+    return mapped
+
+
+def check_symmetry(solver: Solver, symmetric: bool | None) -> None:
+    """Refuse a solver that needs symmetry where the matrix is known to lack it."""
+    if solver.needs_symmetry and symmetric is False:
+        raise UnsupportedOperation(
+            f"{type(solver).__name__} needs a symmetric matrix, and this condition's is not. Use "
+            "GMRES() or Exact(), or declare symmetric=True on the condition where it holds."
+        )
+
+
+def at_least(name: str, value: float | None, bound: float) -> None:
+    """Raise ValueError unless the field is None or at least the bound."""
+    if value is not None and not value >= bound:
+        raise ValueError(f"{name} must be at least {bound}; got {value!r}.")
+
+
+def finite(name: str, value: float) -> None:
+    """Raise ValueError unless the field is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}.")

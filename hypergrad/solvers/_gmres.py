@@ -1,0 +1,178 @@
+"""The generalised minimal residual method, restarted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .._info import Status
+from .._transforms import any_task
+from ._base import Iterative, Part, Product, at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class GMRES(Iterative):
+    """GMRES, for any square system.
+
+    Each cycle minimises the residual over a growing Krylov space and keeps its basis, `restart`
+    vectors at most. The preconditioner is applied from the right, so the residual that is
+    tested is that of the system itself.
+
+    Parameters
+    ----------
+    maxiter, rtol, atol, damping, preconditioner
+        As in every iterative solver: see the documentation of the linear solvers.
+    restart : int, optional
+        Length of a cycle; None: the number of unknowns, at most 50.
+
+    References
+    ----------
+    Saad and Schultz, GMRES: a generalized minimal residual algorithm, 1986.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> A = torch.tensor([[2.0, 1.0], [-1.0, 3.0]], dtype=torch.float64)
+    >>> b = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> x, info = hypergrad.GMRES(rtol=1e-10).solve(lambda v: A @ v, b)
+    >>> torch.allclose(A @ x, b), hypergrad.Status(info.status).name
+    (True, 'CONVERGED')
+    """
+
+    restart: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        at_least("restart", self.restart, 1)
+
+    def _iterate(
+        self,
+        matvec: Product,
+        precondition: Product | None,
+        r: Tensor,
+        tol: Tensor,
+        active: Tensor,
+        limit: int,
+        looks: bool,
+    ) -> Part:
+        length = self.restart or min(r.shape[-1], 50)
+        total = torch.zeros_like(r)
+        iterations = torch.zeros_like(active, dtype=torch.int64)
+        status = torch.full_like(iterations, int(Status.MAX_ITERATIONS))
+        steps = 0
+        size = torch.linalg.vector_norm(r, dim=-1)
+        while steps < limit and (not looks or any_task(active)):
+            cycle = _Cycle(r, active)
+            for _ in range(min(length, limit - steps)):
+                if looks and not any_task(cycle.active):
+                    break
+                cycle.extend(matvec, precondition, tol)
+                steps += 1
+            y = cycle.correction()
+            step = y if precondition is None else precondition(y)
+            total = total + torch.where(active[..., None], step, torch.zeros_like(step))
+            r = r - matvec(torch.where(active[..., None], step, torch.zeros_like(step)))
+            size_new = torch.linalg.vector_norm(r, dim=-1)
+            iterations = iterations + cycle.iterations
+            met = cycle.residual <= tol
+            stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
+            hopeless = torch.where(cycle.singular, int(Status.SINGULAR), int(Status.STAGNATED))
+            status = torch.where(active & met, int(Status.CONVERGED), status)
+            status = torch.where(stuck, hopeless, status)
+            active = active & ~met & ~stuck
+            size = size_new
+        unknown = ~torch.isfinite(size)
+        return Part(
+            x=torch.where(unknown[..., None], torch.full_like(total, math.nan), total),
+            status=torch.where(unknown, int(Status.NOT_FINITE), status),
+            iterations=iterations,
+            steps=steps,
+            negative=torch.zeros_like(active),
+            eigenvalues=r.new_full((*tol.shape, 2), math.nan),
+        )
+
+
+class _Cycle:
+    """The Arnoldi basis of one cycle and the triangular least-squares problem beside it.
+
+    A task that has stopped appends trivial columns, so that its answer does not change.
+    """
+
+    def __init__(self, r: Tensor, active: Tensor) -> None:
+        self.residual = torch.linalg.vector_norm(r, dim=-1)
+        unit = torch.where(self.residual > 0, self.residual, torch.ones_like(self.residual))
+        self.basis = [r / unit[..., None]]
+        self.rotations: list[tuple[Tensor, Tensor]] = []
+        self.columns: list[Tensor] = []  # of the triangular factor
+        self.targets: list[Tensor] = []  # the rotated right-hand side
+        self.last = self.residual
+        self.active = active
+        self.singular = torch.zeros_like(active)
+        self.iterations = torch.zeros_like(active, dtype=torch.int64)
+
+    def extend(self, matvec: Product, precondition: Product | None, tol: Tensor) -> None:
+        """One more basis vector, orthogonalised twice."""
+        eps = torch.finfo(self.residual.dtype).eps
+        v = self.basis[-1]
+        w = matvec(v if precondition is None else precondition(v))
+        before = torch.linalg.vector_norm(w, dim=-1)
+        basis = torch.stack(self.basis, dim=-2)
+        column = torch.zeros_like(basis[..., 0])
+        for _ in range(2):
+            part = (basis @ w[..., None])[..., 0]
+            w = w - (basis.mT @ part[..., None])[..., 0]
+            column = column + part
+        length = torch.linalg.vector_norm(w, dim=-1)
+        invariant = length <= 10 * eps * before
+        length = torch.where(invariant, torch.zeros_like(length), length)
+        self.basis.append(w / torch.where(invariant, torch.ones_like(length), length)[..., None])
+        self._append(column, length, before, invariant, tol)
+
+    def _append(
+        self, column: Tensor, length: Tensor, before: Tensor, invariant: Tensor, tol: Tensor
+    ) -> None:
+        """Rotate a Hessenberg column into the triangular factor."""
+        entries = list(column.unbind(dim=-1))
+        for i, (c, s) in enumerate(self.rotations):
+            entries[i], entries[i + 1] = (
+                c * entries[i] + s * entries[i + 1],
+                c * entries[i + 1] - s * entries[i],
+            )
+        diagonal = torch.hypot(entries[-1], length)
+        null = diagonal <= 10 * torch.finfo(length.dtype).eps * before
+        safe = torch.where(null, torch.ones_like(diagonal), diagonal)
+        c = torch.where(null, torch.ones_like(safe), entries[-1] / safe)
+        s = torch.where(null, torch.zeros_like(safe), length / safe)
+        self.rotations.append((c, s))
+        useful = self.active & ~null
+        zero = torch.zeros_like(safe)
+        entries = [torch.where(useful, e, zero) for e in entries[:-1]]
+        entries.append(torch.where(useful, safe, torch.ones_like(safe)))
+        self.columns.append(torch.stack(entries, dim=-1))
+        self.targets.append(torch.where(useful, c * self.last, zero))
+        self.last = torch.where(useful, -s * self.last, self.last)
+        self.residual = torch.where(useful, self.last.abs(), self.residual)
+        self.singular = self.singular | (self.active & null)
+        self.iterations = self.iterations + self.active
+        self.active = useful & ~invariant & (self.residual > tol)
+
+    def correction(self) -> Tensor:
+        """The combination of the basis that minimises the residual."""
+        if not self.columns:
+            return torch.zeros_like(self.basis[0])
+        count = len(self.columns)
+        rows = [
+            torch.nn.functional.pad(column, (0, count - column.shape[-1]))
+            for column in self.columns
+        ]
+        triangle = torch.stack(rows, dim=-1)
+        target = torch.stack(self.targets, dim=-1)[..., None]
+        y = torch.linalg.solve_triangular(triangle, target, upper=True)
+        basis = torch.stack(self.basis[:count], dim=-1)
+        return (basis @ y)[..., 0]
+
+
