@@ -21,6 +21,40 @@ from ._errors import (
 )
 from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
+from ._root import root_jvp, root_vjp
+from ._unrolled import unrolled_grad
 from .solvers import CG, GMRES, Exact, Identity, Neumann
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "ConvergenceWarning",
+    "Diverged",
+    "Exact",
+    "FixedPoint",
+    "GaussNewton",
+    "HypergradError",
+    "Identity",
+    "IndefiniteHessian",
+    "Minimum",
+    "Neumann",
+    "NotConnected",
+    "NotConverged",
+    "NotFinite",
+    "Root",
+    "SingularHessian",
+    "SolveInfo",
+    "Status",
+    "StructureMismatch",
+    "UnsupportedOperation",
+    "custom_argmin",
+    "custom_fixed_point",
+    "custom_root",
+    "implicit_backward",
+    "implicit_grad",
+    "root_jvp",
+    "root_vjp",
+    "unrolled_grad",
+]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ._errors import NotConnected
 from ._problem import Problem
 from ._trace import graph
-from ._transforms import carries_derivative, is_batched, is_wrapped
+from ._transforms import carries_derivative, has_tangent, is_batched, is_wrapped, layers
 
 
 def refuse_past_arguments(
@@ -47,6 +47,18 @@ def refuse_past_arguments(
                     "Call a module as torch.func.functional_call(module, params, args), and use "
                     "the arguments that the function is given."
                 )
+
+
+def reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
+    """Whether a value depends on a derivative or a batch further out than the traced aliases."""
+    own, *further = layers(value)
+    if any(carries_derivative(layer) for layer in further) or is_batched(value):
+        return True
+    if further:
+        return False
+    known = {id(alias) for alias in aliases}
+    leaves, _ = graph(own)
+    return has_tangent(own) or any(id(leaf) not in known for leaf in leaves)
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

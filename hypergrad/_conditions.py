@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,14 +96,18 @@ class Record:
 class Condition(ABC):
     """What an inner solution satisfies: F(params, *args) = 0, shaped like ``params``.
 
-    `symmetric` says whether A = dF/dparams is known to be symmetric.
+    Every condition has a bool `symmetric`: whether A = dF/dparams is known to be symmetric.
     """
 
-    symmetric: bool
     #: Whether second derivatives through the solution are right.
     twice: ClassVar[bool] = True
     #: Whether A = I - J for a map that is meant to contract.
     contraction: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # a class variable of some conditions and a field of others
+
+        @property
+        def symmetric(self) -> bool: ...
 
     @abstractmethod
     def functions(self) -> list[Callable[..., Any]]:
@@ -239,6 +243,8 @@ class GaussNewton(Condition):
     ) -> Record:
         """The exact gradient, and the products of the Gauss-Newton matrix."""
         outputs = problem.outputs(self.outputs, tensors)
+        # Fresh aliases: one output may have been computed from another.
+        outputs = pytree.tree_map(lambda o: o.view_as(o) if _differentiable(o) else o, outputs)
         leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _differentiable(leaf)]
         value = problem.objective("loss", self.loss, tensors, first=outputs)
         of_outputs = _gradient(value, leaves)
@@ -354,7 +360,9 @@ class FixedPoint(Condition):
         """``params - T``, recorded."""
         values = problem.equation("T(params, ...)", self.T, tensors)
         residual = [p - value for p, value in zip(params, values, strict=True)]
-        return _record_equation(problem, residual, params, seed if forward else None, self.symmetric)
+        return _record_equation(
+            problem, residual, params, seed if forward else None, self.symmetric
+        )
 
 
 def as_condition(inner: Any, default: type[Minimum] | type[Root] | type[FixedPoint]) -> Condition:

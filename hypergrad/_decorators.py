@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._captures import names_of_captured
+from ._captures import names_of_captured, reaches_past
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
@@ -22,7 +22,7 @@ from ._outside import call_outside
 from ._problem import Problem
 from ._randomness import Draw, unnoticed
 from ._report import OnFailure, check_on_failure
-from ._trace import detached
+from ._trace import detached, trace
 from ._transforms import (
     carries_derivative,
     first_slice,
@@ -207,7 +207,7 @@ def custom_fixed_point(
     >>> a = torch.tensor(0.5, requires_grad=True)
     >>> equilibrium(torch.tensor(1.0), a).backward()
     >>> a.grad
-    tensor(-0.3159)
+    tensor(-0.3218)
     """
     return _decorator(
         as_condition(T, FixedPoint),
@@ -331,31 +331,54 @@ def _restricted(problem: Problem, argnums: tuple[int, ...] | None, names: list[s
     if argnums is None:
         return problem
     if max(argnums, default=0) > len(names):
-        raise ValueError(f"argnums={argnums} is out of range: there are {len(names) + 1} arguments.")
+        raise ValueError(
+            f"argnums={argnums} is out of range: there are {len(names) + 1} arguments."
+        )
     return problem.restricted({p - 1 for p in argnums})
 
 
 def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
     """Find tensors that the inner problem captures and that carry derivatives.
 
-    Under plain autograd the condition's value, as a function of them, is returned, so that their
-    derivative is taken too. Elsewhere it would be lost, and that is an error.
+    Under plain autograd their derivative is taken too. Elsewhere it would be lost, and that is
+    an error.
+
+    Returns
+    -------
+    rule : Rule
+        With the names of what is captured.
+    captured : Tensor or None
+        The condition's value as a function of what is captured.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Under a function transform or in forward mode.
     """
     problem, condition = rule.problem, rule.problem.condition
     transformed = transforms_active() or forward_mode_active()
     if not transformed and not torch.is_grad_enabled():
         return rule, None
     plain = [first_slice(t) if transformed else detached(t) for t in problem.tensors]
-    with unnoticed(), torch.inference_mode(False), torch.enable_grad():
-        values = condition.probe(problem, plain)
-    if transformed and any(carries_derivative(v) or is_batched(v) for v in values):
+    places = [*problem.inner, *problem.outer]
+
+    def reaches_further(aliases: list[Tensor]) -> bool:
+        given = list(plain)
+        for place, alias in zip(places, aliases, strict=True):
+            given[place] = alias
+        values = condition.probe(problem, given)
+        return any(reaches_past(value, aliases) for value in values)
+
+    with unnoticed():
+        captures = trace(reaches_further, [plain[i] for i in places])
+    if transformed and captures:
         raise UnsupportedOperation(
             f"The inner problem captures {names_of_captured(condition.functions())}, which "
             "carries a derivative or a batch that would be lost under a function transform or in "
             "forward mode. Pass it as an argument of the decorated function (and of the inner "
             "problem), or detach it if it is a constant."
         )
-    if not any(v.requires_grad for v in values):
+    if not captures:
         return rule, None
     lin = Linearisation(problem, plain, rule.draw)
     captured = lin.layout.flatten(lin.record.residual)

@@ -63,9 +63,12 @@ def solve_linear(
         looks=looks,
         contraction=condition.contraction,
     )
-    found = solver.run(system)
+    with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
+        found = solver.run(system)
     size = norm(lin.residual)
-    inner = size * norm(found.x) / (norm(b) * norm(params))
+    # Parameters this close to zero are zero: what is left of them is rounding.
+    least = (torch.finfo(params.dtype).eps * lin.layout.n) ** 0.5
+    inner = size * norm(found.x) / (norm(b) * norm(params).clamp(min=least))
     inner = torch.where(size == 0, torch.zeros_like(inner), inner)
     success = found.success
     if inner_tol is not None:
@@ -85,4 +88,3 @@ def finite(*tensors: Tensor | None) -> Tensor:
     present = [t for t in tensors if t is not None and t.numel()]
     largest = [torch.linalg.vector_norm(t, float("inf")).to(torch.float64) for t in present]
     return torch.isfinite(torch.stack(largest)).all()
-

@@ -57,7 +57,9 @@ class Rule:
         """The rule under one more vmap."""
         return dataclasses.replace(self, problem=self.problem.with_axis(axis))
 
-    def solve(self, lin: Linearisation, tensors: Sequence[Tensor], b: Tensor, transpose: bool) -> Tensor:
+    def solve(
+        self, lin: Linearisation, tensors: Sequence[Tensor], b: Tensor, transpose: bool
+    ) -> Tensor:
         """Solve ``A u = b`` (or with A^T) for plain tensors; judge it; report it."""
         order = self._order(b.ndim - 1)
         arranged = b.permute(*order, b.ndim - 1)
@@ -142,9 +144,7 @@ class LinearSolve(torch.autograd.Function):
             def of_product(lin: Linearisation, seed: Tensor) -> Replay:
                 return Replay([lin.transposed(right, create_graph=True)], lin.aliases)
 
-            lin = Linearisation(
-                problem, tensors, rule.draw, tasks=u.shape[:-1], inside=of_product
-            )
+            lin = Linearisation(problem, tensors, rule.draw, tasks=u.shape[:-1], inside=of_product)
             found = lin.extra([left], create_graph=higher_order())
             for place, part in zip(places, found, strict=True):
                 grads[place] = None if part is None else -part
@@ -179,8 +179,7 @@ class LinearSolve(torch.autograd.Function):
                 inside=along,
             )
             moved = [
-                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i]
-                for i in places
+                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i] for i in places
             ]
             change = lin.extra(moved, create_graph=True)[0]
             rhs = rhs if change is None else rhs - change
@@ -279,7 +278,10 @@ def _with_axis(
     ]
     if own:
         for place in problem.inner:
-            dims[place], moved[place] = 0, _in_front(tensors[place], in_dims[place], info.batch_size)
+            dims[place], moved[place] = (
+                0,
+                _in_front(tensors[place], in_dims[place], info.batch_size),
+            )
     return TaskAxis(tuple(dims), info.randomness), moved
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._captures import refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
 from ._evidence import finite, solve_linear
 from ._info import SolveInfo
-from ._captures import refuse_past_arguments
 from ._linearise import Linearisation
 from ._problem import Problem, scalar
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn
-from ._trace import detached, trace
+from ._trace import detached, further_out, trace
 from ._transforms import refuse_derivatives
 from ._tree import Tree
 from .solvers import Solver, choose
@@ -114,7 +114,7 @@ def implicit_grad(
     >>> lam = torch.tensor(0.5)
     >>> w = torch.linalg.solve(X.T @ X + lam * torch.eye(2), X.T @ y)
     >>> hypergrad.implicit_grad(outer, inner, w, lam)
-    tensor(-0.1884)
+    tensor(-0.1634)
     """
     answer = _hypergradient(
         outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure
@@ -225,7 +225,7 @@ def _hypergradient(
     start = None
     if x0 is not None:
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
-    value, aux, cotangent, direct = _outer_gradient(outer, problem, tensors, has_aux)
+    value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
     lin = Linearisation(problem, tensors, Draw())
     refuse_past_arguments("inner", lin.record.residual, lin.aliases, problem)
 
@@ -235,9 +235,7 @@ def _hypergradient(
         lin, solver, b, flat_params, transpose=True, inner_tol=inner_tol, x0=start, looks=looks
     )
     indirect = lin.cross(u)
-    leaves = [
-        _difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)
-    ]
+    leaves = [_difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)]
     info = dataclasses.replace(
         info,
         solution=P.fill(layout.split(u)),
@@ -269,19 +267,20 @@ def _hypergradient(
     sound = finite(value, lin.residual, u, *leaves)
     judge(info, solver, inner_tol=inner_tol, on_failure=on_failure, sound=sound, places=places)
     _warn_of_unused(H, direct, indirect, on_failure)
-    leaves = refuse_derivatives(leaves, problem.tensors, _not_differentiable)
+    sources = [*problem.tensors, *sources, *lin.captured]
+    leaves = refuse_derivatives(leaves, sources, _not_differentiable)
     return _Answer(H.fill(leaves), leaves, info)
 
 
 def _outer_gradient(
     outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
-) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None]]:
-    """Value, aux and the gradients of the outer loss by the inner and outer variables."""
+) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """Value, aux, the gradients of the outer loss by the inner and outer variables, captures."""
     inner, places = problem.inner, list(problem.outer)
 
     def evaluate(
         aliases: list[Tensor],
-    ) -> tuple[Tensor, Any, list[Tensor | None]]:
+    ) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor]]:
         given = list(tensors)
         for place, alias in zip([*inner, *places], aliases, strict=True):
             given[place] = alias
@@ -296,9 +295,9 @@ def _outer_gradient(
         found: list[Tensor | None] = [None] * len(aliases)
         if value.requires_grad:
             found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-        return value.detach(), aux, found
+        return value.detach(), aux, found, further_out(value)
 
-    value, aux, found = trace(evaluate, [tensors[i] for i in [*inner, *places]])
+    value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
     cotangent, direct = found[: len(inner)], found[len(inner) :]
     if all(part is None for part in cotangent):
         raise NotConnected(
@@ -307,7 +306,7 @@ def _outer_gradient(
             "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
             "connection."
         )
-    return value, aux, cotangent, direct
+    return value, aux, cotangent, direct, captured
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:
@@ -315,7 +314,7 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
         return torch.zeros_like(like.detach())
     if indirect is None:
         assert direct is not None
-        return direct.detach()
+        return direct.detach().clone(memory_format=torch.contiguous_format)
     if direct is None:
         return -indirect.detach()
     return (direct - indirect).detach()

@@ -64,7 +64,8 @@ class SolveInfo:
     inner_residual : Tensor
         How far ``params`` is from solving the inner problem: ``||F|| ||u|| / (||b|| ||params||)``.
         ``||b|| / ||u||`` is the curvature that the solve has seen, so this estimates the
-        relative distance from ``params`` to the inner solution.
+        relative distance from ``params`` to the inner solution. Norms of ``params`` below
+        sqrt(n eps) count as that.
     outer_error : Tensor
         ``u . F``, the first-order estimate of ``outer(params) - outer(solution)``.
     error_estimate : Tensor
@@ -110,9 +111,10 @@ class SolveInfo:
             return f"{self.method}: {self._describe(())}"
         tasks = [
             f"task {list(index) if len(index) > 1 else index[0]}: {self._describe(index)}"
-            for index in torch.cartesian_prod(
-                *(torch.arange(n) for n in self.status.shape)
-            ).reshape(-1, self.status.ndim).tolist()
+            for index in torch
+            .cartesian_prod(*(torch.arange(n) for n in self.status.shape))
+            .reshape(-1, self.status.ndim)
+            .tolist()
         ]
         shown = tasks if len(tasks) <= 8 else [*tasks[:8], f"... and {len(tasks) - 8} more tasks"]
         return "\n".join([f"{self.method}, {len(tasks)} tasks", *shown])
@@ -120,7 +122,7 @@ class SolveInfo:
     def _describe(self, index: tuple[int, ...] | list[int]) -> str:
         at = tuple(index)
         text = (
-            f"{Status(self.status[at]).name} after {int(self.iterations[at])} iterations, "
+            f"{Status(int(self.status[at])).name} after {int(self.iterations[at])} iterations, "
             f"{int(self.matvecs[at])} products"
         )
         for label, figure in (

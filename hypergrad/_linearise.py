@@ -11,7 +11,7 @@ from torch import Tensor
 from ._conditions import ForwardReplay, Product, Replay
 from ._problem import Problem
 from ._randomness import Draw
-from ._trace import trace
+from ._trace import further_out, trace
 from .solvers._base import dense_by_products
 
 
@@ -75,6 +75,9 @@ class Linearisation:
                 self.problem, given, params, seed, forward=forward
             )
             self._cross = Replay(self.record.residual, args)
+            self.captured = [
+                t for part in self.record.residual if part is not None for t in further_out(part)
+            ]
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)
@@ -119,7 +122,9 @@ class Linearisation:
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         def one(v: Tensor) -> Tensor:
             with torch.set_grad_enabled(create_graph):
-                return self.layout.flatten(product(self.layout.split(v), create_graph), v.shape[:-1])
+                return self.layout.flatten(
+                    product(self.layout.split(v), create_graph), v.shape[:-1]
+                )
 
         if v.ndim > len(self.lead) + 1:
             mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached
 from ._transforms import transforms_active
 
 
 def call_outside(
-    fit: Callable[..., Any], arguments: Any, keywords: dict[str, Any], batching: Literal["vmap", "loop"]
+    fit: Callable[..., Any],
+    arguments: Any,
+    keywords: dict[str, Any],
+    batching: Literal["vmap", "loop"],
 ) -> Any:
     """``fit(*arguments, **keywords)`` on detached plain tensors, with grad mode on.
 
@@ -46,7 +50,8 @@ def call_outside(
             given[place] = tensor
         return fit(*pytree.tree_unflatten(given, spec), **keywords)
 
-    call = _Call(on_tensors, batching)
+    of_init = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments[0]))
+    call = _Call(on_tensors, batching, of_init)
     tensors = [detached(leaves[i]) for i in places]
     found = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)
     return call.structure.rebuild(found)
@@ -60,10 +65,15 @@ class _Structure:
     spec: Any = None
 
     def take(self, answer: Any) -> list[Tensor]:
-        self.leaves, self.spec = pytree.tree_flatten(answer)
-        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
-        return tensors
+        leaves, spec = pytree.tree_flatten(answer)
+        static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        if self.spec is not None and (spec, static) != (self.spec, self.leaves):
+            raise StructureMismatch(
+                "The inner solver returned another structure, or another number or string, for "
+                "one task than for the others. Return tensors where tasks differ."
+            )
+        self.leaves, self.spec = static, spec
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         given = iter(tensors)
@@ -77,6 +87,7 @@ class _Call:
 
     fit: Callable[[Sequence[Tensor]], Any]
     batching: Literal["vmap", "loop"]
+    of_init: int  # how many of the tensors are the initial guess, which fit may overwrite
     axes: tuple[tuple[tuple[int | None, ...], int, str], ...] = ()  # in_dims, size, randomness
     structure: _Structure = dataclasses.field(default_factory=_Structure)
 
@@ -87,12 +98,23 @@ class _Call:
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         mapped = self._one
         for axis in reversed(self.axes):
-            mapped = self._looped(mapped, axis) if self.batching == "loop" else self._mapped(mapped, axis)
+            mapped = (
+                self._looped(mapped, axis)
+                if self.batching == "loop"
+                else self._mapped(mapped, axis)
+            )
+        given = [t.clone() if i < self.of_init else t for i, t in enumerate(tensors)]
+        versions = [t._version for t in given[self.of_init :]]
         with torch.inference_mode(False), torch.enable_grad():
-            found = mapped(list(tensors))
-        given = {t.data_ptr() for t in tensors}
+            found = mapped(given)
+        if versions != [t._version for t in given[self.of_init :]]:
+            raise UnsupportedOperation(
+                "The inner solver changed one of its arguments in place; only the initial guess "
+                "may be overwritten. Work on a copy: tensor.clone()."
+            )
+        theirs = {t.data_ptr() for t in given}
         plain = [t.detach() for t in found]
-        return tuple(t.clone() if t.data_ptr() in given else t for t in plain)
+        return tuple(t.clone() if t.data_ptr() in theirs else t for t in plain)
 
     def _one(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.structure.take(self.fit(tensors))

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch
+from ._transforms import WatchForDerivatives
 from ._tree import Layout, Tree
 
 if TYPE_CHECKING:
@@ -136,10 +138,7 @@ class Problem:
     def objective(
         self, what: str, fun: Callable[..., Any], tensors: Sequence[Tensor], first: Any = None
     ) -> Tensor:
-        """The sum over tasks of a scalar function of ``(params, *args)``.
-
-        With `first` given it takes the place of `params`.
-        """
+        """The sum over tasks of a scalar function; `first` may take the place of `params`."""
 
         def one(first: Any, tensors: Sequence[Tensor]) -> Tensor:
             params, *args = self.arguments(tensors)
@@ -165,14 +164,33 @@ class Problem:
     def _over_tasks(
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
     ) -> Any:
+        if not self.own_axes:
+            return one(first, list(tensors))
         mapped = one
         for axis in reversed(self.own_axes):
-            mapped = torch.func.vmap(
-                mapped,
-                in_dims=(None if first is None else 0, list(axis.in_dims)),
-                randomness=axis.randomness,
-            )
-        return mapped(first, list(tensors))
+            in_dims = (None if first is None else 0, list(axis.in_dims))
+            mapped = torch.func.vmap(mapped, in_dims=in_dims, randomness=axis.randomness)
+        with WatchForDerivatives() as watch:
+            found = mapped(first, list(tensors))
+        return self._looped(one, first, tensors) if watch.seen else found
+
+    def _looped(
+        self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
+    ) -> Any:
+        """The same task by task, for functions that take derivatives themselves."""
+        # A derivative of a mapped derivative is wrong in PyTorch 2.13 through affine norm layers.
+        if not self.own_axes:
+            return one(first, list(tensors))
+        axis, *rest = self.own_axes
+        inside = dataclasses.replace(self, axes=tuple(rest))
+        size = next(t.shape[0] for t, d in zip(tensors, axis.in_dims, strict=True) if d == 0)
+
+        def task(i: int) -> Any:
+            part = pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, first)
+            given = [t if d is None else t[i] for t, d in zip(tensors, axis.in_dims, strict=True)]
+            return inside._looped(one, part, given)
+
+        return pytree.tree_map(lambda *parts: torch.stack(parts), *[task(i) for i in range(size)])
 
 
 def scalar(what: str, value: Any) -> Tensor:

@@ -127,16 +127,17 @@ def _diagnose(
     _, _, status, iterations, residual, inner, low, high = row
     name = type(solver).__name__
     at = f"relative residual {_figure(residual, exact)}"
+    after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
         case Status.MAX_ITERATIONS if not _inner_alone(row, inner_tol, solver):
             return NotConverged, (
-                f"{name} ran out of iterations ({int(iterations)}) at {at}. Raise maxiter (terms "
+                f"{name} ran out of iterations{after}, at {at}. Raise maxiter (terms "
                 "for Neumann), loosen rtol, add damping, or pass a preconditioner; x0=last_info."
                 "solution starts from the last answer."
             )
         case Status.NEGATIVE_CURVATURE:
             return IndefiniteHessian, (
-                f"{name} met negative curvature (p.Ap <= 0) after {int(iterations)} iterations, at "
+                f"{name} met negative curvature (p.Ap <= 0){after}, at "
                 f"{at}: the matrix is not positive definite, so params is no minimum of the inner "
                 "problem or the iterate is far from one. Add damping, use GMRES() or "
                 "Exact(), or a GaussNewton condition, whose curvature cannot be negative."
@@ -163,10 +164,7 @@ def _diagnose(
                 "loosen rtol, or pass a preconditioner."
             )
         case Status.BREAKDOWN:
-            return NotConverged, (
-                f"{name} broke down after {int(iterations)} iterations, at {at}. Use GMRES() or "
-                "Exact()."
-            )
+            return NotConverged, (f"{name} broke down{after}, at {at}. Use GMRES() or Exact().")
     curvature = (
         f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
     )

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._transforms import layers, transforms_active
+from ._guard import Guard
+from ._transforms import carries_derivative, layers, transforms_active
 
 T = TypeVar("T")
 
@@ -23,14 +24,28 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
 
     The aliases stay connected to `variables` where those carry derivatives of their own: detach
     first where that is not wanted. The caller's grad mode does not matter.
+
+    Parameters
+    ----------
+    fun : callable
+        Called once, with a list of aliases.
+    variables : sequence of Tensor
+        What the aliases stand for.
+
+    Returns
+    -------
+    answer
+        What `fun` returned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         if not transforms_active():
-            return fun([_alias(v) for v in variables])
+            with Guard():
+                return fun([_alias(v) for v in variables])
         found: list[T] = []
 
         def record(*aliases: Tensor) -> Tensor:
-            found.append(fun(list(aliases)))
+            with Guard():
+                found.append(fun(list(aliases)))
             return aliases[0]
 
         torch.func.vjp(record, *variables)
@@ -48,6 +63,12 @@ def detached(variable: Tensor) -> Tensor:
     if variable.is_inference():
         return variable.clone()  # an inference tensor cannot take part in autograd
     return variable.detach()
+
+
+def further_out(output: Tensor) -> list[Tensor]:
+    """What a traced output is to the transforms around the trace, if they differentiate it."""
+    further = layers(output)[1:]
+    return further[:1] if any(carries_derivative(layer) for layer in further) else []
 
 
 def graph(output: Tensor) -> tuple[list[Tensor], set[Any]]:

@@ -6,13 +6,15 @@ This is the only file that touches functorch's private names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 def transforms_active() -> bool:
@@ -56,7 +58,7 @@ def layers(tensor: Tensor) -> list[Tensor]:
 
 def carries_derivative(tensor: Tensor) -> bool:
     """Whether any transform, or plain autograd, differentiates with respect to this tensor."""
-    return any(layer.requires_grad or _has_tangent(layer) for layer in layers(tensor))
+    return any(layer.requires_grad or has_tangent(layer) for layer in layers(tensor))
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -74,10 +76,38 @@ def first_slice(tensor: Tensor) -> Tensor:
     return first_slice(inner)
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is dual at the forward-mode level that it belongs to."""
     if not forward_mode_active():
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    own_level = max(_functorch.maybe_get_level(tensor), 0)
+    with ExitStack() as stack:
+        # An operation sees the tangents of the innermost level alone.
+        while (_functorch.maybe_current_level() or 0) > own_level:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        return forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+class WatchForDerivatives(TorchFunctionMode):
+    """Notices whether a function that is being called takes derivatives itself.
+
+    `seen` is set when a transform is entered inside it, beyond those that are active when its
+    first operation runs, or `torch.autograd.grad` is called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+        self._level: int | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass every operation on."""
+        level = _functorch.maybe_current_level() or 0
+        self._level = level if self._level is None else min(self._level, level)
+        self.seen = self.seen or level > self._level or func is torch.autograd.grad
+        return func(*args, **(kwargs or {}))
 
 
 class _AllTasks(torch.autograd.Function):

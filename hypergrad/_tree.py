@@ -35,7 +35,9 @@ class Tree:
         self.name = name
         self.leaves = [leaf for _, leaf in keyed]
         self._paths = [path for path, _ in keyed]
-        frozen = skip_frozen and any(_is_variable(leaf) and leaf.requires_grad for leaf in self.leaves)
+        frozen = skip_frozen and any(
+            _is_variable(leaf) and leaf.requires_grad for leaf in self.leaves
+        )
         self.where = []
         for index, leaf in enumerate(self.leaves):
             _refuse_modules(name + pytree.keystr(self._paths[index]), leaf)
@@ -99,6 +101,18 @@ class Tree:
 
     def match(self, what: str, value: Any) -> list[Tensor]:
         """The leaves of `value` at the variables' places, after a check of the structure.
+
+        Parameters
+        ----------
+        what : str
+            What `value` is called, for messages.
+        value : pytree
+            What is checked.
+
+        Returns
+        -------
+        leaves : list of Tensor
+            In the order of `variables`.
 
         Raises
         ------

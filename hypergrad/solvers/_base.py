@@ -192,6 +192,16 @@ class Iterative(Solver):
 
         The right-hand side is scaled to norm one, so that neither a tiny nor a huge one loses
         accuracy; the residual that is reported is ``b - A x`` of the x that is returned.
+
+        Parameters
+        ----------
+        system : LinearSystem
+            What is solved.
+
+        Returns
+        -------
+        solution : Solution
+            The answer and its evidence.
         """
         matvec = Counted(system.matvec, self.damping)
         precondition = batched_preconditioner(self.preconditioner, system)
@@ -204,8 +214,8 @@ class Iterative(Solver):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
 
         x, r = torch.zeros_like(b), b
-        if system.x0 is not None:
-            x = system.x0.to(b.dtype) / unit
+        if system.x0 is not None and (not looks or any_task(present)):
+            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             r = b - matvec(x)
         size = norm(r)
         active = present & (size > tol)
@@ -215,6 +225,7 @@ class Iterative(Solver):
         iterations = torch.zeros_like(status)
         negative = torch.zeros_like(present)
         eigenvalues = b.new_full((*scale.shape, 2), math.nan)
+        reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
         first = True
         while limit > 0 and (not looks or any_task(active)):
             part = self._iterate(matvec, precondition, r, tol, active, limit, looks)
@@ -222,7 +233,10 @@ class Iterative(Solver):
             candidate = x + part.x
             r_new = b - matvec(candidate)
             size_new = norm(r_new)
-            keep = active & ((size_new < size) | ~torch.isfinite(size_new) | first)
+            # A truncated iteration is closer in the energy norm also where its residual is not.
+            truncated = part.status == Status.MAX_ITERATIONS
+            better = (size_new < size) | ~torch.isfinite(size_new) | (truncated & first)
+            keep = active & better
             x = torch.where(keep[..., None], candidate, x)
             r = torch.where(keep[..., None], r_new, r)
             met = size_new <= tol
@@ -239,6 +253,7 @@ class Iterative(Solver):
             if first:
                 eigenvalues = part.eigenvalues
             size = torch.where(keep, size_new, size)
+            reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
             if not looks:
                 break
@@ -249,7 +264,7 @@ class Iterative(Solver):
         return Solution(
             x=x,
             status=status,
-            success=self._succeeded(status),
+            success=self._succeeded(status, size, reached),
             iterations=iterations,
             matvecs=matvec.count,
             residual_norm=torch.where(torch.isfinite(scale), size, torch.full_like(size, math.nan)),
@@ -258,10 +273,13 @@ class Iterative(Solver):
             method=type(self).__name__,
         )
 
-    def _succeeded(self, status: Tensor) -> Tensor:
+    def _succeeded(self, status: Tensor, size: Tensor, reached: Tensor) -> Tensor:
+        """Converged, or as close as was asked for: to the rounding floor, or to the budget."""
         good = status == Status.CONVERGED
         if self.rtol is None:
-            good = good | (status == Status.STAGNATED)
+            floor = 100 * torch.finfo(size.dtype).eps * (1 + reached)
+            near = size <= floor.clamp(max=tolerance(None, size.dtype) ** 0.5)
+            good = good | ((status == Status.STAGNATED) & near)
             if self.maxiter is not None:
                 good = good | (status == Status.MAX_ITERATIONS)
         return good
@@ -290,6 +308,7 @@ class Part:
     steps: int
     negative: Tensor
     eigenvalues: Tensor
+    largest: Tensor  # of ||A v|| / ||v|| over the vectors met
 
 
 class Counted:

@@ -63,7 +63,7 @@ class CG(Iterative):
         best, best_rr = x, rr
         steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
         flat = torch.finfo(r.dtype).eps * r.shape[-1]
-        stopped = zero  # p.Ap of the direction at which a task had to stop
+        stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
         failed = torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
         steps = 0
@@ -71,11 +71,11 @@ class CG(Iterative):
             steps += 1
             Ap = matvec(p)
             pAp, pp = dot(p, Ap), dot(p, p)
-            steepest = torch.maximum(steepest, pAp / pp)
+            steepest = torch.maximum(steepest, pAp.abs() / pp)
             usable = pAp > flat * steepest * pp  # false for NaN too
             moving = active & usable
             stopping = active & ~usable
-            stopped = torch.where(stopping, pAp, stopped)
+            stopped = torch.where(stopping, pAp / pp, stopped)
             failed = failed | stopping
             alpha = torch.where(moving, rz / pAp, zero)[..., None]
             x = torch.addcmul(x, alpha, p)
@@ -91,7 +91,7 @@ class CG(Iterative):
             iterations = iterations + moving
             active = moving & (rr > target)
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        negative = failed & (stopped < 0)
+        negative = failed & (stopped < -flat * steepest)
         status = torch.where(failed, int(Status.SINGULAR), status)
         status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(failed & ~torch.isfinite(stopped), int(Status.NOT_FINITE), status)
@@ -105,4 +105,5 @@ class CG(Iterative):
             steps=steps,
             negative=negative,
             eigenvalues=r.new_full((*tol.shape, 2), math.nan),
+            largest=steepest,
         )

@@ -64,12 +64,17 @@ class Exact(Solver):
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         unit_b = b / unit
         x, regular = _by_lu(A, unit_b)
+        good_enough = max(tolerance(None, b.dtype), 10 * n * torch.finfo(b.dtype).eps)
         sound = torch.isfinite(A).flatten(-2).all(dim=-1) & torch.isfinite(scale)
         if any_task(sound & ~regular):
             fallback = _of_minimum_norm(torch.where(sound[..., None, None], A, 0.0), unit_b)
-            x = torch.where(regular[..., None], x, fallback)
+            # Of minimum norm where that solves the system, else whatever comes closest.
+            missed = norm(unit_b - (A @ fallback[..., None])[..., 0])
+            other = norm(unit_b - (A @ x[..., None])[..., 0])
+            worse = (missed > good_enough) & (other < missed)
+            x = torch.where((regular | worse)[..., None], x, fallback)
         size = norm(unit_b - (A @ x[..., None])[..., 0])
-        solved = size <= max(tolerance(None, b.dtype), 10 * n * torch.finfo(b.dtype).eps)
+        solved = size <= good_enough
         status = torch.where(solved, int(Status.CONVERGED), int(Status.SINGULAR))
         status = torch.where(sound, status, int(Status.NOT_FINITE))
         x = torch.where(sound[..., None], x * unit, torch.full_like(x, math.nan))

@@ -65,6 +65,7 @@ class GMRES(Iterative):
         status = torch.full_like(iterations, int(Status.MAX_ITERATIONS))
         steps = 0
         size = torch.linalg.vector_norm(r, dim=-1)
+        largest = torch.zeros_like(size)
         while steps < limit and (not looks or any_task(active)):
             cycle = _Cycle(r, active)
             for _ in range(min(length, limit - steps)):
@@ -78,6 +79,7 @@ class GMRES(Iterative):
             r = r - matvec(torch.where(active[..., None], step, torch.zeros_like(step)))
             size_new = torch.linalg.vector_norm(r, dim=-1)
             iterations = iterations + cycle.iterations
+            largest = torch.maximum(largest, cycle.largest)
             met = cycle.residual <= tol
             stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
             hopeless = torch.where(cycle.singular, int(Status.SINGULAR), int(Status.STAGNATED))
@@ -93,6 +95,7 @@ class GMRES(Iterative):
             steps=steps,
             negative=torch.zeros_like(active),
             eigenvalues=r.new_full((*tol.shape, 2), math.nan),
+            largest=largest,
         )
 
 
@@ -113,6 +116,7 @@ class _Cycle:
         self.active = active
         self.singular = torch.zeros_like(active)
         self.iterations = torch.zeros_like(active, dtype=torch.int64)
+        self.largest = torch.zeros_like(self.residual)
 
     def extend(self, matvec: Product, precondition: Product | None, tol: Tensor) -> None:
         """One more basis vector, orthogonalised twice."""
@@ -120,6 +124,7 @@ class _Cycle:
         v = self.basis[-1]
         w = matvec(v if precondition is None else precondition(v))
         before = torch.linalg.vector_norm(w, dim=-1)
+        self.largest = torch.maximum(self.largest, before)
         basis = torch.stack(self.basis, dim=-2)
         column = torch.zeros_like(basis[..., 0])
         for _ in range(2):
@@ -174,5 +179,3 @@ class _Cycle:
         y = torch.linalg.solve_triangular(triangle, target, upper=True)
         basis = torch.stack(self.basis[:count], dim=-1)
         return (basis @ y)[..., 0]
-
-

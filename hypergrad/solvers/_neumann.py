@@ -78,8 +78,8 @@ class Neumann(Solver):
             step = torch.full_like(b[..., :1], self.step_size or 1.0)
         x, residual = torch.zeros_like(b), b
         size = norm(b)
-        if system.x0 is not None:
-            x = system.x0.to(b.dtype) / unit
+        if system.x0 is not None and any_task(present):
+            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             residual = b - matvec(x)
             size = norm(residual)
         best, best_size = x, size

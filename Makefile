@@ -1,0 +1,70 @@
+# Every target sets up what it needs in .venv by itself; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# torch is installed first, and nothing that is installed later may replace it.
+# A machine with a GPU gets its own build by these two, at the first set-up:
+#   make demo TORCH_PIP_ARGS="--index-url <the index of the build for your GPU>"
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+# Further arguments for the program behind a target.
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
+SPHINX := $(BIN)/python -m sphinx -W -q
+
+.PHONY: help demo omniglot test docs lint format bench clean
+# Two pips in one environment get into each other's way.
+.NOTPARALLEL:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.with-examples  ## iMAML on sinusoids: trains, then a table and a picture
+	$(BIN)/python -m examples.imaml.sinusoid $(ARGS)
+
+omniglot: $(VENV)/.with-examples  ## iMAML on Omniglot, 5-way 1-shot
+	$(BIN)/python -m examples.imaml.omniglot $(ARGS)
+
+# One thread each: as many workers as cores are already at work.
+test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+docs: $(VENV)/.with-docs  ## build the documentation and run its snippets
+	$(SPHINX) -b html docs docs/_build/html
+	$(SPHINX) -b doctest docs docs/_build/doctest
+	@echo "The documentation is in docs/_build/html/index.html"
+
+lint: $(VENV)/.with-dev  ## style, docstrings and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.with-dev  ## format the code, and mend what can be mended by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.with-bench  ## the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove the environment, the caches and what was built
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A set-up is done when its stamp is there; one that was broken off runs again.
+$(CONSTRAINTS):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed: make PYTHON=<path of one>" >&2; exit 1; }
+	@echo "Setting up $(VENV): $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+		> $@.part
+	@mv $@.part $@
+
+$(VENV)/.with-%: pyproject.toml | $(CONSTRAINTS)
+	@echo "Setting up $(VENV): torch-hypergrad[$*]"
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,66 @@
+"""Configuration of the documentation: `make docs` builds it and runs its snippets."""
+
+import sys
+from pathlib import Path
+
+import hypergrad
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from inventory import PYTHON, TORCH, write_inventory  # noqa: E402
+
+project = "hypergrad"
+author = "The hypergrad authors"
+copyright = f"2026, {author}"
+version = release = hypergrad.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+nitpick_ignore = [("py:class", "Tensor"), ("py:class", "pytree")]  # in prose, as types of fields
+nitpick_ignore_regex = [("py:class", r"hypergrad\.(.+\.)?_.*")]  # private names in signatures
+default_role = "literal"
+
+html_theme = "furo"
+html_title = f"hypergrad {release}"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = False
+# The types in docstrings are for reading ("pytree of tensors"); those in signatures are links.
+napoleon_use_param = False
+napoleon_use_rtype = False
+
+# Where the links lead is read from lists kept here, not from the network.
+INVENTORIES = HERE / "_build" / "inventories"
+write_inventory(INVENTORIES / "python.inv", "Python", PYTHON)
+write_inventory(INVENTORIES / "torch.inv", "PyTorch", TORCH)
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", str(INVENTORIES / "python.inv")),
+    "torch": ("https://docs.pytorch.org/docs/stable", str(INVENTORIES / "torch.inv")),
+}
+
+# The snippets of a page run in order and share their names; a warning fails them.
+# What autodoc brings in is left out: pytest runs the examples in the docstrings.
+doctest_test_doctest_blocks = ""
+doctest_global_setup = """
+import warnings
+warnings.simplefilter("error", UserWarning)
+import torch
+torch.manual_seed(0)
+torch.set_num_threads(1)
+"""

@@ -1,0 +1,54 @@
+"""Watching a user's function while it is evaluated, for what would change the caller's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ._errors import UnsupportedOperation
+
+_NORMS = (functional.batch_norm, functional.instance_norm)
+
+
+class Guard(TorchFunctionMode):
+    """Refuses norm layers that would update their running statistics.
+
+    The counter of batches, which such a layer moves on first, is put back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counters: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass every other operation on."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.add_ and _is_counter(args[0]):
+            self._counters.append(args[0])
+        if func in _NORMS and _updates_statistics(func, args, kwargs):
+            for counter in self._counters:
+                counter.sub_(1)
+            raise UnsupportedOperation(
+                "A loss runs a batch-norm layer in train mode with running statistics, which would "
+                "be changed by evaluating it. Call module.eval(), or build the layer with "
+                "track_running_stats=False (batch statistics alone), or use GroupNorm."
+            )
+        return func(*args, **kwargs)
+
+
+def _is_counter(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.ndim == 0 and tensor.dtype == torch.int64
+
+
+def _updates_statistics(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    training = "training" if func is functional.batch_norm else "use_input_stats"
+    default = func is not functional.batch_norm
+    names = ("input", "running_mean", "running_var", "weight", "bias", training)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return bool(given.get(training, default)) and given.get("running_mean") is not None

@@ -1,0 +1,244 @@
+"""The two rules of implicit differentiation by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._conditions import Root, as_condition
+from ._errors import StructureMismatch, UnsupportedOperation
+from ._evidence import solve_linear
+from ._functions import LinearSolve, Rule
+from ._info import SolveInfo
+from ._linearise import Linearisation
+from ._problem import Problem
+from ._randomness import Draw
+from ._report import OnFailure, check_on_failure, judge
+from ._trace import detached
+from ._transforms import carries_derivative
+from ._tree import Tree
+from .solvers import Solver, choose
+from .solvers._base import check_symmetry
+
+
+def root_vjp(
+    F: Any,
+    params: Any,
+    args: tuple[Any, ...],
+    cotangent: Any,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    solver: Solver | None = None,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+) -> Any:
+    """Vector-Jacobian product of the root ``params(args)`` of ``F(params, *args) = 0``.
+
+    Computes ``-(dF/dargs)^T u`` with ``A^T u = cotangent`` and A = dF/dparams. The result is
+    differentiable where the inputs carry derivatives.
+
+    Parameters
+    ----------
+    F : callable or condition
+        ``F(params, *args)``, shaped like `params`.
+    params : pytree of Tensor
+        The root.
+    args : tuple of pytrees
+        The arguments after `params`.
+    cotangent : pytree of Tensor
+        Shaped like `params`.
+    argnums : int or sequence of int, optional
+        Which arguments of `F` to differentiate: ``args[0]`` is 1. None: all of `args`.
+    solver : Solver, optional
+        The linear solver; None: as in `implicit_grad`.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do when the linear solve fails.
+    return_info : bool
+        Whether to return a `SolveInfo` too; not where the inputs carry derivatives.
+
+    Returns
+    -------
+    grads : pytree or tuple of pytrees
+        Shaped like ``args``, or like the one or the several arguments that `argnums` names.
+    info : SolveInfo
+        With `return_info`.
+
+    References
+    ----------
+    Blondel et al., Efficient and modular implicit differentiation, 2022, section 2.1.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> F = lambda x, a: x**2 - a
+    >>> hypergrad.root_vjp(F, torch.tensor(2.0), (torch.tensor(4.0),), torch.tensor(1.0))
+    (tensor(0.2500),)
+    """
+    rule, trees = _rule(F, params, args, argnums, solver, on_failure)
+    problem = rule.problem
+    b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
+    lin, u, info = _solved(rule, b, transpose=True, return_info=return_info)
+    found = lin.cross(u, create_graph=_tracked(b, problem=problem))
+    grads = {
+        place: None if g is None else -g for place, g in zip(problem.outer, found, strict=True)
+    }
+    start, answer = len(problem.params.tensors), []
+    for tree in trees:
+        places = [start + i for i in tree.variables_among_tensors]
+        parts = [
+            torch.zeros_like(v) if grads.get(p) is None else grads[p]
+            for p, v in zip(places, tree.variables, strict=True)
+        ]
+        answer.append(tree.fill(parts))  # type: ignore[arg-type]
+        start += len(tree.tensors)
+    chosen = _chosen(answer, argnums)
+    return (chosen, info) if return_info else chosen
+
+
+def root_jvp(
+    F: Any,
+    params: Any,
+    args: tuple[Any, ...],
+    tangents: Any,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    solver: Solver | None = None,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+) -> Any:
+    """Jacobian-vector product of the root ``params(args)`` of ``F(params, *args) = 0``.
+
+    Computes ``-v`` with ``A v = (dF/dargs) tangents`` and A = dF/dparams. The result is
+    differentiable where the inputs carry derivatives.
+
+    Parameters
+    ----------
+    F, params, args, argnums, solver, on_failure, return_info
+        As in `root_vjp`.
+    tangents : pytree or tuple of pytrees
+        Shaped like `args`, or like the one or the several arguments that `argnums` names.
+
+    Returns
+    -------
+    tangent : pytree of Tensor
+        Shaped like `params`.
+    info : SolveInfo
+        With `return_info`.
+
+    Raises
+    ------
+    StructureMismatch
+        If `tangents` does not match the arguments.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> F = lambda x, a: x**2 - a
+    >>> hypergrad.root_jvp(F, torch.tensor(2.0), (torch.tensor(4.0),), (torch.tensor(1.0),))
+    tensor(0.2500)
+    """
+    rule, trees = _rule(F, params, args, argnums, solver, on_failure)
+    problem = rule.problem
+    given = (tangents,) if isinstance(argnums, int) else tuple(tangents)
+    positions = _positions(argnums, len(trees))
+    if len(given) != len(positions):
+        raise StructureMismatch(
+            f"tangents must have one entry for each differentiated argument: {len(positions)}, got "
+            f"{len(given)}."
+        )
+    moving: dict[int, Tensor] = {}
+    for position, tangent in zip(positions, given, strict=True):
+        tree = trees[position - 1]
+        start = len(problem.params.tensors) + sum(len(t.tensors) for t in trees[: position - 1])
+        parts = tree.match(f"tangents for args[{position - 1}]", tangent)
+        moving.update(zip((start + i for i in tree.variables_among_tensors), parts, strict=True))
+    tensors = problem.tensors if not return_info else [detached(t) for t in problem.tensors]
+    lin = Linearisation(problem, tensors, rule.draw, cross_forward=True)
+    b = -lin.cross_forward(
+        [moving[p] for p in problem.outer], create_graph=_tracked(*moving.values(), problem=problem)
+    )
+    _, v, info = _solved(rule, b, transpose=False, return_info=return_info)
+    answer = problem.params.fill(lin.layout.split(v))
+    return (answer, info) if return_info else answer
+
+
+def _rule(
+    F: Any,
+    params: Any,
+    args: tuple[Any, ...],
+    argnums: int | Sequence[int] | None,
+    solver: Solver | None,
+    on_failure: OnFailure,
+) -> tuple[Rule, list[Tree]]:
+    check_on_failure(on_failure)
+    if not isinstance(args, tuple):
+        raise StructureMismatch(f"args must be a tuple of arguments; got {type(args).__name__}.")
+    condition = as_condition(F, Root)
+    trees = [Tree(f"args[{i}]", value) for i, value in enumerate(args)]
+    problem = Problem.of(condition, Tree("params", params), trees)
+    problem = problem.restricted({p - 1 for p in _positions(argnums, len(args))})
+    chosen = choose(solver, problem.layout().n, condition.symmetric)
+    check_symmetry(chosen, condition.symmetric)
+    return Rule(problem, chosen, None, on_failure, None, Draw()), trees
+
+
+def _positions(argnums: int | Sequence[int] | None, count: int) -> list[int]:
+    if argnums is None:
+        return list(range(1, count + 1))
+    positions = [argnums] if isinstance(argnums, int) else list(argnums)
+    for position in positions:
+        if not 1 <= position <= count:
+            raise ValueError(
+                f"argnums counts F's arguments: params is 0, args are 1 to {count}; got "
+                f"{argnums!r}."
+            )
+    return positions
+
+
+def _chosen(answer: list[Any], argnums: int | Sequence[int] | None) -> Any:
+    if argnums is None:
+        return tuple(answer)
+    if isinstance(argnums, int):
+        return answer[argnums - 1]
+    return tuple(answer[p - 1] for p in argnums)
+
+
+def _tracked(*tensors: Tensor, problem: Problem) -> bool:
+    """Whether what is computed from these and the problem may be differentiated."""
+    return torch.is_grad_enabled() and any(
+        carries_derivative(t) for t in [*tensors, *problem.tensors]
+    )
+
+
+def _solved(
+    rule: Rule, b: Tensor, *, transpose: bool, return_info: bool
+) -> tuple[Linearisation, Tensor, SolveInfo | None]:
+    """The linearisation and the solution: with its evidence, or differentiable."""
+    problem = rule.problem
+    if not return_info:
+        lin = Linearisation(problem, problem.tensors, rule.draw)
+        return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None
+    if _tracked(b, problem=problem):
+        raise UnsupportedOperation(
+            "return_info=True returns a detached answer, but an input requires grad. Detach the "
+            "inputs, or leave return_info out."
+        )
+    tensors = [detached(t) for t in problem.tensors]
+    forward = not transpose and not problem.condition.symmetric
+    lin = Linearisation(problem, tensors, rule.draw, forward=forward)
+    params = lin.layout.flatten([tensors[i] for i in problem.inner])
+    u, info = solve_linear(lin, rule.solver, b, params, transpose=transpose, inner_tol=None)
+    info = dataclasses.replace(info, solution=problem.params.fill(lin.layout.split(u)))
+    judge(
+        info,
+        rule.solver,
+        inner_tol=None,
+        on_failure=rule.on_failure,
+        sound=torch.isfinite(u).all(),
+        places=lambda: [("the right-hand side", b), ("the condition", lin.residual), ("u", u)],
+    )
+    return lin, u, info
