@@ -18,7 +18,7 @@ from ._transforms import carries_derivative, has_tangent, is_batched, is_wrapped
 
 def refuse_past_arguments(
     what: str,
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
     aliases: Sequence[Tensor],
     problem: Problem,
 ) -> None:
@@ -33,10 +33,9 @@ def refuse_past_arguments(
     leaves: set[tuple[Any, ...]] = set()
     nodes: set[Any] = set()
     for output in outputs:
-        if output is not None:
-            found, reached = graph(output)
-            leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
-            nodes |= reached
+        found, reached = graph(output)
+        leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
+        nodes |= reached
     leaves.discard(())
     for tree in (problem.params, *problem.args):
         for position, variable in enumerate(tree.variables):
@@ -68,15 +67,20 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
-def names_of_captured(functions: Sequence[Callable[..., Any]]) -> str:
-    """The names, for a message, of captured tensors that carry a derivative or a batch."""
-    found = []
+def carries_something(tensor: Tensor) -> bool:
+    """Whether a tensor carries a derivative or a batch."""
+    return carries_derivative(tensor) or is_batched(tensor)
+
+
+def names_of_captured(
+    functions: Sequence[Callable[..., Any]], wanted: Callable[[Tensor], bool]
+) -> str:
+    """The names, for a message, of the wanted ones among the tensors that functions capture."""
+    found: list[str] = []
     for function in functions:
         for name, tensor in _captured(function):
-            if (carries_derivative(tensor) or is_batched(tensor)) and name not in found:
+            if wanted(tensor) and name not in found:
                 found.append(name)
-    if not found:
-        return "a captured tensor"
     return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 

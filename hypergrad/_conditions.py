@@ -80,6 +80,8 @@ class Record:
 
     Attributes
     ----------
+    values : list of Tensor
+        What the user's functions returned.
     residual : list of Tensor or None
         F, a tensor for each inner variable; None where it is constant zero.
     transposed : callable
@@ -88,6 +90,7 @@ class Record:
         ``v -> A v``; None where it was not asked for.
     """
 
+    values: list[Tensor]
     residual: list[Tensor | None]
     transposed: Product
     product: Product | None
@@ -173,7 +176,7 @@ class Minimum(Condition):
         gradient = _gradient(value, params)
         _require_all(problem, gradient)
         hessian = Replay(gradient, params)
-        return Record(gradient, hessian, hessian)
+        return Record([value], gradient, hessian, hessian)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,12 +252,14 @@ class GaussNewton(Condition):
         value = problem.objective("loss", self.loss, tensors, first=outputs)
         of_outputs = _gradient(value, leaves)
         gradient = _gradient(value, params)
+        values = [value]
         regular: Replay | None = None
         if self.regulariser is not None:
             penalty = problem.objective("regulariser", self.regulariser, tensors)
+            values.append(penalty)
             of_penalty = _gradient(penalty, params)
             regular = Replay(of_penalty, params)
-            gradient = [_plus(a, b) for a, b in zip(gradient, of_penalty, strict=True)]
+            gradient = [plus(a, b) for a, b in zip(gradient, of_penalty, strict=True)]
         _require_all(problem, gradient)
         assert seed is not None
         jacobian = ForwardReplay(leaves, params, seed)
@@ -264,10 +269,10 @@ class GaussNewton(Condition):
         def product(v: Parts, create_graph: bool = False) -> list[Tensor | None]:
             found = pullback(curvature(jacobian(v)))
             if regular is not None:
-                found = [_plus(a, b) for a, b in zip(found, regular(v), strict=True)]
+                found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]
             return found
 
-        return Record(gradient, product, product)
+        return Record(values, gradient, product, product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,9 +399,9 @@ def _record_equation(
     transposed = Replay(values, params)
     residual: list[Tensor | None] = list(values)
     if symmetric:
-        return Record(residual, transposed, transposed)
+        return Record(values, residual, transposed, transposed)
     product = None if seed is None else ForwardReplay(residual, params, seed)
-    return Record(residual, transposed, product)
+    return Record(values, residual, transposed, product)
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -420,7 +425,8 @@ def _differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum, where None stands for zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b

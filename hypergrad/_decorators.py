@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._captures import names_of_captured, reaches_past
+from ._captures import carries_something, names_of_captured, reaches_past
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
@@ -373,14 +373,19 @@ def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
         captures = trace(reaches_further, [plain[i] for i in places])
     if transformed and captures:
         raise UnsupportedOperation(
-            f"The inner problem captures {names_of_captured(condition.functions())}, which "
+            f"The inner problem captures {_names(condition)}, which "
             "carries a derivative or a batch that would be lost under a function transform or in "
             "forward mode. Pass it as an argument of the decorated function (and of the inner "
-            "problem), or detach it if it is a constant."
+            "problem), or detach it if it is a constant. Random numbers under vmap count as "
+            "captured too: draw them outside."
         )
     if not captures:
         return rule, None
     lin = Linearisation(problem, plain, rule.draw)
     captured = lin.layout.flatten(lin.record.residual)
-    names = names_of_captured(condition.functions())
+    names = _names(condition)
     return dataclasses.replace(rule, captured=names), captured
+
+
+def _names(condition: Condition) -> str:
+    return names_of_captured(condition.functions(), carries_something) or "a tensor"

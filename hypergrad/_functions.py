@@ -23,7 +23,14 @@ from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
 from ._report import OnFailure, judge
-from ._transforms import forward_mode_active, lower_levels, primal, transforms_active
+from ._transforms import (
+    alive,
+    forward_mode_active,
+    lower_levels,
+    primal,
+    refuse_old_vmap,
+    transforms_active,
+)
 from .solvers import Solver
 
 
@@ -77,6 +84,9 @@ class Rule:
             inner_tol=self.inner_tol,
         )
 
+        sound = torch.isfinite(u).all(dim=-1) & torch.isfinite(lin.residual).all(dim=-1)
+        sound = sound & torch.isfinite(params).all(dim=-1)
+
         def places() -> Any:
             yield "the right-hand side (the incoming derivative)", arranged
             yield "the inner solution", params
@@ -88,7 +98,7 @@ class Rule:
             self.solver,
             inner_tol=self.inner_tol,
             on_failure=self.on_failure,
-            sound=torch.isfinite(u).all(dim=-1),
+            sound=sound,
             places=places,
         )
         if self.callback is not None:
@@ -132,7 +142,8 @@ class LinearSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
         rule, problem = ctx.rule, ctx.rule.problem
-        u, *tensors = ctx.saved_tensors
+        refuse_old_vmap([w])
+        u, *tensors = [alive(t) for t in ctx.saved_tensors]
         z = LinearSolve.apply(rule, not ctx.transpose, w, *tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
         places = [*problem.inner, *problem.outer]
@@ -160,7 +171,7 @@ class LinearSolve(torch.autograd.Function):
     def _jvp(
         ctx: Any, rule: Rule, problem: Problem, db: Tensor | None, tangents: Sequence[Any]
     ) -> Tensor:
-        u, *tensors = [primal(t) for t in ctx.saved_tensors]
+        u, *tensors = [primal(alive(t)) for t in ctx.saved_tensors]
         rhs = torch.zeros_like(u) if db is None else db
         places = [*problem.inner, *problem.outer]
         if any(tangents[i] is not None for i in places):
@@ -216,7 +227,8 @@ class ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        rule, tensors = ctx.rule, ctx.saved_tensors
+        refuse_old_vmap(cotangents)
+        rule, tensors = ctx.rule, [alive(t) for t in ctx.saved_tensors]
         if ctx.captures and higher_order():
             raise UnsupportedOperation(
                 f"The inner problem captures {rule.captured}, whose higher derivatives would be "
@@ -244,7 +256,7 @@ class ImplicitSolution(torch.autograd.Function):
                 "be lost. Pass captured tensors as arguments of the decorated function."
             )
         with lower_levels():
-            rule, tensors = ctx.rule, [primal(t) for t in ctx.saved_tensors]
+            rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
             lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)
             given = [
                 torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i]

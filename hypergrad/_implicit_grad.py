@@ -227,7 +227,7 @@ def _hypergradient(
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
     value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
     lin = Linearisation(problem, tensors, Draw())
-    refuse_past_arguments("inner", lin.record.residual, lin.aliases, problem)
+    refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
 
     b = layout.flatten(cotangent)
     flat_params = layout.flatten([tensors[i] for i in problem.inner])
@@ -295,7 +295,7 @@ def _outer_gradient(
         found: list[Tensor | None] = [None] * len(aliases)
         if value.requires_grad:
             found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-        return value.detach(), aux, found, further_out(value)
+        return value, aux, found, further_out(value)
 
     value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
     cotangent, direct = found[: len(inner)], found[len(inner) :]
@@ -306,7 +306,7 @@ def _outer_gradient(
             "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
             "connection."
         )
-    return value, aux, cotangent, direct, captured
+    return value.detach(), aux, cotangent, direct, captured
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:

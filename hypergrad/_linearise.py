@@ -75,9 +75,7 @@ class Linearisation:
                 self.problem, given, params, seed, forward=forward
             )
             self._cross = Replay(self.record.residual, args)
-            self.captured = [
-                t for part in self.record.residual if part is not None for t in further_out(part)
-            ]
+            self.captured = [t for value in self.record.values for t in further_out(value)]
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)

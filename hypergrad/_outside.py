@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached
-from ._transforms import transforms_active
+from ._transforms import is_batched, transforms_active
 
 
 def call_outside(
@@ -41,6 +42,7 @@ def call_outside(
     answer : pytree
         What `fit` returned, its tensors detached and back in the caller's context.
     """
+    _refuse_captured_batch(fit)
     leaves, spec = pytree.tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -55,6 +57,15 @@ def call_outside(
     tensors = [detached(leaves[i]) for i in places]
     found = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)
     return call.structure.rebuild(found)
+
+
+def _refuse_captured_batch(fit: Callable[..., Any]) -> None:
+    names = names_of_captured([fit], is_batched) if transforms_active() else ""
+    if names:
+        raise UnsupportedOperation(
+            f"The inner solver captures {names}, which is batched by torch.func.vmap; it is called "
+            "outside of that, once for all tasks. Pass it as an argument of the decorated function."
+        )
 
 
 @dataclasses.dataclass
@@ -140,10 +151,11 @@ class _Call:
         in_dims, size, _ = axis
 
         def call(tensors: Sequence[Tensor]) -> list[Tensor]:
-            tasks = [
-                one([t if d is None else t[i] for t, d in zip(tensors, in_dims, strict=True)])
-                for i in range(size)
-            ]
+            tasks = []
+            for i in range(size):
+                part = [t if d is None else t[i] for t, d in zip(tensors, in_dims, strict=True)]
+                part[: self.of_init] = [t.clone() for t in part[: self.of_init]]
+                tasks.append(one(part))
             return [torch.stack([t.detach() for t in parts]) for parts in zip(*tasks, strict=True)]
 
         return call

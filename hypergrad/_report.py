@@ -149,8 +149,8 @@ def _diagnose(
             )
         case Status.DIVERGED:
             bound = (
-                f" The largest eigenvalue is about {_figure(high, exact)}: a step_size of "
-                f"{_figure(1 / high, exact)} is safe."
+                f" The largest eigenvalue is {_figure(high, exact)}: a step_size of "
+                f"{_figure(1 / (1.5 * high), exact)} is safe."
                 if math.isfinite(high) and high > 0
                 else ""
             )

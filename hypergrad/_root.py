@@ -78,7 +78,8 @@ def root_vjp(
     >>> hypergrad.root_vjp(F, torch.tensor(2.0), (torch.tensor(4.0),), torch.tensor(1.0))
     (tensor(0.2500),)
     """
-    rule, trees = _rule(F, params, args, argnums, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure)
+    _positions(argnums, len(trees))
     problem = rule.problem
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
     lin, u, info = _solved(rule, b, transpose=True, return_info=return_info)
@@ -141,7 +142,7 @@ def root_jvp(
     >>> hypergrad.root_jvp(F, torch.tensor(2.0), (torch.tensor(4.0),), (torch.tensor(1.0),))
     tensor(0.2500)
     """
-    rule, trees = _rule(F, params, args, argnums, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure)
     problem = rule.problem
     given = (tangents,) if isinstance(argnums, int) else tuple(tangents)
     positions = _positions(argnums, len(trees))
@@ -150,13 +151,13 @@ def root_jvp(
             f"tangents must have one entry for each differentiated argument: {len(positions)}, got "
             f"{len(given)}."
         )
-    moving: dict[int, Tensor] = {}
+    tensors = problem.tensors if not return_info else [detached(t) for t in problem.tensors]
+    moving = {place: torch.zeros_like(tensors[place]) for place in problem.outer}
     for position, tangent in zip(positions, given, strict=True):
         tree = trees[position - 1]
         start = len(problem.params.tensors) + sum(len(t.tensors) for t in trees[: position - 1])
         parts = tree.match(f"tangents for args[{position - 1}]", tangent)
         moving.update(zip((start + i for i in tree.variables_among_tensors), parts, strict=True))
-    tensors = problem.tensors if not return_info else [detached(t) for t in problem.tensors]
     lin = Linearisation(problem, tensors, rule.draw, cross_forward=True)
     b = -lin.cross_forward(
         [moving[p] for p in problem.outer], create_graph=_tracked(*moving.values(), problem=problem)
@@ -170,7 +171,6 @@ def _rule(
     F: Any,
     params: Any,
     args: tuple[Any, ...],
-    argnums: int | Sequence[int] | None,
     solver: Solver | None,
     on_failure: OnFailure,
 ) -> tuple[Rule, list[Tree]]:
@@ -179,8 +179,8 @@ def _rule(
         raise StructureMismatch(f"args must be a tuple of arguments; got {type(args).__name__}.")
     condition = as_condition(F, Root)
     trees = [Tree(f"args[{i}]", value) for i, value in enumerate(args)]
+    # Every argument stays a variable, whichever are asked for: the answer may depend on all.
     problem = Problem.of(condition, Tree("params", params), trees)
-    problem = problem.restricted({p - 1 for p in _positions(argnums, len(args))})
     chosen = choose(solver, problem.layout().n, condition.symmetric)
     check_symmetry(chosen, condition.symmetric)
     return Rule(problem, chosen, None, on_failure, None, Draw()), trees

@@ -5,7 +5,7 @@ This is the only file that touches functorch's private names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from ._errors import UnsupportedOperation
+
 
 def transforms_active() -> bool:
     """Whether the caller is inside `torch.func.grad`, `vmap`, `jvp` or another transform."""
@@ -25,6 +27,27 @@ def transforms_active() -> bool:
 def forward_mode_active() -> bool:
     """Whether the caller is inside `torch.autograd.forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """What a saved tensor is once the transform that it was saved under has returned."""
+    return _functorch.unwrap_if_dead(tensor)
+
+
+def refuse_old_vmap(tensors: Iterable[Tensor]) -> None:
+    """Raise for the batches of ``is_grads_batched=True``, which no rule of ours can see.
+
+    Raises
+    ------
+    UnsupportedOperation
+        With the transform to use instead.
+    """
+    if any(_functorch.is_legacy_batchedtensor(t) for t in tensors):
+        raise UnsupportedOperation(
+            "torch.autograd.grad(is_grads_batched=True) and functional.jacobian(vectorize=True) do "
+            "not go through an implicit solution. Use torch.func.jacrev, or torch.func.vmap over "
+            "torch.func.vjp."
+        )
 
 
 def primal(tensor: Tensor) -> Tensor:
@@ -78,8 +101,8 @@ def first_slice(tensor: Tensor) -> Tensor:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether the tensor is dual at the forward-mode level that it belongs to."""
-    if not forward_mode_active():
-        return False
+    if not forward_mode_active() or _functorch.is_batchedtensor(tensor):
+        return False  # a batch has its tangents in what it wraps
     own_level = max(_functorch.maybe_get_level(tensor), 0)
     with ExitStack() as stack:
         # An operation sees the tangents of the innermost level alone.

@@ -93,7 +93,10 @@ class Tree:
     def fill(self, variables: Sequence[Tensor]) -> Any:
         """A derivative shaped like the argument: zeros where a tensor carries none."""
         leaves = [
-            torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves
+            torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in self.leaves
         ]
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
@@ -151,8 +154,8 @@ class Layout:
     """How the variables of a pytree lie in one flat vector.
 
     Vectors have shape ``(*lead, n)``, where ``lead`` are task dimensions that the variables
-    have in front of their own shape. The vector's dtype is the widest of the variables', and
-    never narrower than float32.
+    have in front of their own shape. The vector's `dtype` is the widest of the variables', and
+    never narrower than float32; `precision` is the narrowest, to which products are rounded.
     """
 
     def __init__(self, tree: Tree, variables: Sequence[Tensor], lead: int = 0) -> None:
@@ -171,6 +174,7 @@ class Layout:
                     f"{tree.variable_path(position)} is on {variable.device} but "
                     f"{tree.variable_path(0)} is on {self.device}; move them to one device."
                 )
+        self.precision = max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = torch.float32
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint as checkpointed
 
+from ._conditions import Replay, plus
 from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
 from ._problem import scalar
+from ._randomness import Draw
 from ._trace import detached, further_out, trace
-from ._transforms import refuse_derivatives, transforms_active
+from ._transforms import refuse_derivatives
 from ._tree import Tree
 
 
@@ -54,7 +56,7 @@ def unrolled_grad(
         Differentiate the last so many steps only: cheaper, and biased.
     checkpoint : bool
         Keep one inner state in about sqrt(steps) and compute the rest again: memory of
-        2 sqrt(steps) steps for one more forward pass. Not inside function transforms.
+        2 sqrt(steps) steps for one more forward pass.
     mode : {"reverse"}
         The direction of differentiation.
     has_aux : bool
@@ -78,7 +80,7 @@ def unrolled_grad(
     StructureMismatch
         If `step` changes the structure of the inner variables, or `outer` is no scalar.
     UnsupportedOperation
-        If the answer is differentiated, or for `checkpoint` inside a function transform.
+        If the answer is differentiated.
     ValueError
         If `steps` or `truncate` is negative.
 
@@ -99,49 +101,13 @@ def unrolled_grad(
         raise UnsupportedOperation(f"mode must be 'reverse'; got {mode!r}.")
     if steps < 0 or (truncate is not None and truncate < 0):
         raise ValueError(f"steps and truncate must not be negative; got {steps} and {truncate}.")
-    if checkpoint and transforms_active():
-        raise UnsupportedOperation(
-            "checkpoint=True does not work inside torch.func transforms, where "
-            "torch.utils.checkpoint is not supported. Use truncate=k, or batch the tasks in step."
-        )
     H = Tree("hparams", hparams)
     _refuse_shared(init, H)
-    numbered = _takes_number(step)
     first = 0 if truncate is None else max(0, steps - truncate)
 
-    def advance(params: Any, given: Any, start: int, stop: int) -> Any:
-        for k in range(start, stop):
-            tree = Tree("params", params)
-            params = step(params, given, k) if numbered else step(params, given)
-            tree.match("What step returned", params)
-        return params
-
-    def evaluate(aliases: list[Tensor]) -> tuple[Any, Any, list[Tensor | None], list[Tensor]]:
-        given = H.rebuild(aliases)
-        params = init(given) if callable(init) else _map(init, detached)
-        if first:
-            with torch.no_grad():
-                params = advance(params, given, 0, first)
-            params = _map(params, Tensor.detach)
-        length = max(1, math.isqrt(steps - first)) if checkpoint else max(1, steps - first)
-        for start in range(first, steps, length):
-            stop = min(start + length, steps)
-            if checkpoint:
-                params = _checkpointed(advance, params, given, start, stop)
-            else:
-                params = advance(params, given, start, stop)
-        returned, aux = outer(params, given), None
-        if has_aux:
-            if not (isinstance(returned, tuple) and len(returned) == 2):
-                raise StructureMismatch("With has_aux=True outer must return (loss, aux).")
-            returned, aux = returned
-        value = scalar("outer", returned)
-        found: list[Tensor | None] = [None] * len(aliases)
-        if value.requires_grad:
-            found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-        return _map(params, Tensor.detach), _map(aux, Tensor.detach), found, further_out(value)
-
-    params, aux, found, captured = trace(evaluate, [detached(v) for v in H.variables])
+    unroll = _Unrolling(outer, step, init, H, _takes_number(step), has_aux)
+    length = max(1, math.isqrt(steps - first)) if checkpoint else max(1, steps - first)
+    params, aux, found, captured = unroll.gradient(first, steps, length)
     leaves = [
         torch.zeros_like(v.detach())
         if g is None
@@ -151,16 +117,97 @@ def unrolled_grad(
     leaves = refuse_derivatives(leaves, [*H.variables, *captured], _not_differentiable)
     answer: list[Any] = [H.fill(leaves)]
     if has_aux:
-        answer.append(aux)
+        answer.append(_map(aux, Tensor.detach))
     if return_params:
-        answer.append(params)
+        answer.append(_map(params, Tensor.detach))
     return answer[0] if len(answer) == 1 else tuple(answer)
 
 
-def _checkpointed(
-    advance: Callable[..., Any], params: Any, given: Any, start: int, stop: int
-) -> Any:
-    return checkpointed(advance, params, given, start, stop, use_reentrant=False)
+@dataclasses.dataclass(frozen=True)
+class _Unrolling:
+    """The steps as a chain of segments, differentiated one by one from the last.
+
+    Only the inner variables between segments are kept; what a segment computes is recorded when
+    its turn comes. Without checkpointing there is a single segment.
+    """
+
+    outer: Callable[[Any, Any], Any]
+    step: Callable[..., Any]
+    init: Any
+    H: Tree
+    numbered: bool
+    has_aux: bool
+
+    def gradient(
+        self, first: int, steps: int, length: int
+    ) -> tuple[Any, Any, list[Tensor | None], list[Tensor]]:
+        """Final params, aux, gradients by the hyperparameters, and what the loss captures."""
+        constants = [detached(v) for v in self.H.variables]
+        given = self.H.rebuild(constants)
+        start: Any = None if callable(self.init) else _map(self.init, detached)
+        with torch.no_grad():
+            if first:
+                begin = self.init(given) if start is None else start
+                start = _map(self.advance(begin, given, 0, first), Tensor.detach)
+            bounds = [(s, min(s + length, steps)) for s in range(first, steps, length)]
+            bounds = bounds or [(first, first)]
+            states, draws = [start], [Draw() for _ in bounds]
+            for (s, e), draw in zip(bounds[:-1], draws, strict=False):
+                with draw.evaluation():
+                    begin = self.init(given) if states[-1] is None else states[-1]
+                    states.append(_map(self.advance(begin, given, s, e), Tensor.detach))
+
+        def last(aliases: list[Tensor], params: Any) -> Any:
+            given = self.H.rebuild(aliases)
+            params = self.advance(params, given, *bounds[-1])
+            returned, aux = self.outer(params, given), None
+            if self.has_aux:
+                if not (isinstance(returned, tuple) and len(returned) == 2):
+                    raise StructureMismatch("With has_aux=True outer must return (loss, aux).")
+                returned, aux = returned
+            value = scalar("outer", returned)
+            return [value], [torch.ones_like(value)], (params, aux, further_out(value))
+
+        found, cotangent, (params, aux, captured) = self.segment(states[-1], constants, last)
+        for i in reversed(range(len(bounds) - 1)):
+
+            def middle(
+                aliases: list[Tensor], params: Any, i: int = i, pulled: Any = cotangent
+            ) -> Any:
+                ended = self.advance(params, self.H.rebuild(aliases), *bounds[i])
+                return Tree("params", ended).variables, pulled, None
+
+            with draws[i].evaluation():
+                more, cotangent, _ = self.segment(states[i], constants, middle)
+            found = [plus(a, b) for a, b in zip(found, more, strict=True)]
+        return params, aux, found, captured
+
+    def segment(
+        self, state: Any, constants: list[Tensor], evaluate: Callable[[list[Tensor], Any], Any]
+    ) -> tuple[list[Tensor | None], list[Tensor | None], Any]:
+        """Pull a cotangent back through a segment: to the hyperparameters and to its start."""
+        tree = None if state is None else Tree("params", state)
+
+        def pull(aliases: list[Tensor]) -> tuple[list[Tensor | None], Any]:
+            of_hparams = aliases[: len(constants)]
+            if tree is None:
+                params = self.init(self.H.rebuild(of_hparams))
+            else:
+                params = tree.rebuild(aliases[len(constants) :])
+            outputs, cotangents, more = evaluate(of_hparams, params)
+            return Replay(outputs, aliases)(cotangents), more
+
+        variables = [*constants, *([] if tree is None else tree.variables)]
+        found, more = trace(pull, variables)
+        return found[: len(constants)], found[len(constants) :], more
+
+    def advance(self, params: Any, given: Any, start: int, stop: int) -> Any:
+        """Make the steps from `start` to `stop`."""
+        for k in range(start, stop):
+            tree = Tree("params", params)
+            params = self.step(params, given, k) if self.numbered else self.step(params, given)
+            tree.match("What step returned", params)
+        return params
 
 
 def _takes_number(step: Callable[..., Any]) -> bool:

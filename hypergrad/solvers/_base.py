@@ -22,6 +22,9 @@ from .._tree import Layout, Tree
 
 Product = Callable[[Tensor], Tensor]
 
+# What ``rtol=None`` means, by the dtype in which products are formed.
+_REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
 
 @dataclasses.dataclass
 class LinearSystem:
@@ -167,7 +170,8 @@ class Iterative(Solver):
         a budget: running out of it is no failure.
     rtol, atol : float
         Stop when ``||r|| <= max(rtol ||b||, atol)``. ``rtol=None`` is a tolerance that the dtype
-        can reach (1e-6 in float64, 1e-4 in float32) and counts as met at the rounding floor.
+        can reach (1e-6 in float64, 1e-4 in float32, 5e-3 in float16, 3e-2 in bfloat16) and
+        counts as met at the rounding floor.
     damping : float
         The system solved is ``(A + damping I) x = b``.
     preconditioner : callable, optional
@@ -209,7 +213,8 @@ class Iterative(Solver):
         present = (scale > 0) & torch.isfinite(scale)
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         b = system.b / unit
-        tol = (self.atol / unit[..., 0]).clamp(min=tolerance(self.rtol, b.dtype))
+        precision = system.layout.precision
+        tol = (self.atol / unit[..., 0]).clamp(min=tolerance(self.rtol, precision))
         looks = system.looks or self.rtol != 0
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
 
@@ -264,7 +269,7 @@ class Iterative(Solver):
         return Solution(
             x=x,
             status=status,
-            success=self._succeeded(status, size, reached),
+            success=self._succeeded(status, size, reached, precision),
             iterations=iterations,
             matvecs=matvec.count,
             residual_norm=torch.where(torch.isfinite(scale), size, torch.full_like(size, math.nan)),
@@ -273,12 +278,14 @@ class Iterative(Solver):
             method=type(self).__name__,
         )
 
-    def _succeeded(self, status: Tensor, size: Tensor, reached: Tensor) -> Tensor:
+    def _succeeded(
+        self, status: Tensor, size: Tensor, reached: Tensor, precision: torch.dtype
+    ) -> Tensor:
         """Converged, or as close as was asked for: to the rounding floor, or to the budget."""
         good = status == Status.CONVERGED
         if self.rtol is None:
-            floor = 100 * torch.finfo(size.dtype).eps * (1 + reached)
-            near = size <= floor.clamp(max=tolerance(None, size.dtype) ** 0.5)
+            floor = 100 * torch.finfo(precision).eps * (1 + reached)
+            near = size <= floor.clamp(max=tolerance(None, precision) ** 0.5)
             good = good | ((status == Status.STAGNATED) & near)
             if self.maxiter is not None:
                 good = good | (status == Status.MAX_ITERATIONS)
@@ -326,9 +333,7 @@ class Counted:
 
 def tolerance(rtol: float | None, dtype: torch.dtype) -> float:
     """`rtol`, or where it is None one that the dtype can reach."""
-    if rtol is not None:
-        return rtol
-    return 1e-6 if dtype == torch.float64 else 1e-4
+    return _REACHABLE[dtype] if rtol is None else rtol
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -63,19 +63,23 @@ class CG(Iterative):
         best, best_rr = x, rr
         steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
         flat = torch.finfo(r.dtype).eps * r.shape[-1]
+        pp = dot(p, p)
         stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
+        bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
         failed = torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
-            pAp, pp = dot(p, Ap), dot(p, p)
+            pAp = dot(p, Ap)
             steepest = torch.maximum(steepest, pAp.abs() / pp)
             usable = pAp > flat * steepest * pp  # false for NaN too
             moving = active & usable
             stopping = active & ~usable
             stopped = torch.where(stopping, pAp / pp, stopped)
+            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
+            bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
             failed = failed | stopping
             alpha = torch.where(moving, rz / pAp, zero)[..., None]
             x = torch.addcmul(x, alpha, p)
@@ -86,12 +90,14 @@ class CG(Iterative):
             better = rr < best_rr
             best = torch.where(better[..., None], x, best)
             best_rr = torch.where(better, rr, best_rr)
-            p = torch.addcmul(z, torch.where(moving, rz_new / rz, zero)[..., None], p)
+            beta = torch.where(moving, rz_new / rz, zero)
+            p = torch.addcmul(z, beta[..., None], p)
+            pp = rr + beta.square() * pp if precondition is None else dot(p, p)
             rz = rz_new
             iterations = iterations + moving
             active = moving & (rr > target)
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        negative = failed & (stopped < -flat * steepest)
+        negative = failed & ((stopped < -flat * steepest) | bent)
         status = torch.where(failed, int(Status.SINGULAR), status)
         status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(failed & ~torch.isfinite(stopped), int(Status.NOT_FINITE), status)

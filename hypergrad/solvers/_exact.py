@@ -64,7 +64,9 @@ class Exact(Solver):
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         unit_b = b / unit
         x, regular = _by_lu(A, unit_b)
-        good_enough = max(tolerance(None, b.dtype), 10 * n * torch.finfo(b.dtype).eps)
+        good_enough = max(
+            tolerance(None, system.layout.precision), 10 * n * torch.finfo(b.dtype).eps
+        )
         sound = torch.isfinite(A).flatten(-2).all(dim=-1) & torch.isfinite(scale)
         if any_task(sound & ~regular):
             fallback = _of_minimum_norm(torch.where(sound[..., None, None], A, 0.0), unit_b)

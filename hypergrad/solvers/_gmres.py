@@ -65,7 +65,7 @@ class GMRES(Iterative):
         status = torch.full_like(iterations, int(Status.MAX_ITERATIONS))
         steps = 0
         size = torch.linalg.vector_norm(r, dim=-1)
-        largest = torch.zeros_like(size)
+        largest, singular = torch.zeros_like(size), torch.zeros_like(active)
         while steps < limit and (not looks or any_task(active)):
             cycle = _Cycle(r, active)
             for _ in range(min(length, limit - steps)):
@@ -82,7 +82,8 @@ class GMRES(Iterative):
             largest = torch.maximum(largest, cycle.largest)
             met = cycle.residual <= tol
             stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
-            hopeless = torch.where(cycle.singular, int(Status.SINGULAR), int(Status.STAGNATED))
+            singular = singular | cycle.singular
+            hopeless = torch.where(singular, int(Status.SINGULAR), int(Status.STAGNATED))
             status = torch.where(active & met, int(Status.CONVERGED), status)
             status = torch.where(stuck, hopeless, status)
             active = active & ~met & ~stuck
@@ -135,11 +136,9 @@ class _Cycle:
         invariant = length <= 10 * eps * before
         length = torch.where(invariant, torch.zeros_like(length), length)
         self.basis.append(w / torch.where(invariant, torch.ones_like(length), length)[..., None])
-        self._append(column, length, before, invariant, tol)
+        self._append(column, length, invariant, tol)
 
-    def _append(
-        self, column: Tensor, length: Tensor, before: Tensor, invariant: Tensor, tol: Tensor
-    ) -> None:
+    def _append(self, column: Tensor, length: Tensor, invariant: Tensor, tol: Tensor) -> None:
         """Rotate a Hessenberg column into the triangular factor."""
         entries = list(column.unbind(dim=-1))
         for i, (c, s) in enumerate(self.rotations):
@@ -148,7 +147,7 @@ class _Cycle:
                 c * entries[i + 1] - s * entries[i],
             )
         diagonal = torch.hypot(entries[-1], length)
-        null = diagonal <= 10 * torch.finfo(length.dtype).eps * before
+        null = diagonal <= 1e3 * torch.finfo(length.dtype).eps * self.largest
         safe = torch.where(null, torch.ones_like(diagonal), diagonal)
         c = torch.where(null, torch.ones_like(safe), entries[-1] / safe)
         s = torch.where(null, torch.zeros_like(safe), length / safe)

@@ -95,7 +95,6 @@ class Neumann(Solver):
             residual = residual - matvec(gain)
             size_new = norm(residual)
             ratio = size_new / size
-            highest = torch.where(active & (ratio > 1), (1 + ratio) / step[..., 0], highest)
             if estimated:
                 step = torch.where((active & (ratio > 1))[..., None], step / 2, step)
             size = torch.where(active, size_new, size)
@@ -118,6 +117,8 @@ class Neumann(Solver):
         if self.rtol is None:
             success = success | (status == Status.MAX_ITERATIONS)
         x = torch.where(sound[..., None], best * unit, torch.full_like(best, math.nan))
+        if any_task(diverged):
+            highest = torch.where(diverged, largest_eigenvalue(matvec, residual), math.nan)
         low = torch.full_like(highest, math.nan)
         return Solution(
             x=x,
@@ -134,9 +135,15 @@ class Neumann(Solver):
 
 def _estimated_step(matvec: Counted, b: Tensor) -> Tensor:
     """A step size ``(*tasks, 1)`` below 2 / (largest eigenvalue that `b` can excite)."""
-    v, largest = b, torch.zeros_like(b[..., :1])
-    for _ in range(_POWER_STEPS):
-        v = matvec(v / norm(v).clamp(min=torch.finfo(b.dtype).tiny)[..., None])
-        largest = torch.maximum(largest, norm(v)[..., None])
+    largest = largest_eigenvalue(matvec, b)[..., None]
     usable = (largest > 0) & torch.isfinite(largest)
     return torch.where(usable, 1 / (_SAFETY * largest), torch.ones_like(largest))
+
+
+def largest_eigenvalue(matvec: Counted, v: Tensor) -> Tensor:
+    """The largest modulus of an eigenvalue, seen from below by a power iteration from `v`."""
+    largest = torch.zeros_like(v[..., 0])
+    for _ in range(_POWER_STEPS):
+        v = matvec(v / norm(v).clamp(min=torch.finfo(v.dtype).tiny)[..., None])
+        largest = torch.maximum(largest, norm(v))
+    return largest
