@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ._conditions import ForwardReplay, Product, Replay
+from ._errors import UnsupportedOperation
 from ._problem import Problem
 from ._randomness import Draw
-from ._trace import further_out, trace
+from ._trace import further_out, graph, trace
 from .solvers._base import dense_by_products
 
 
@@ -79,6 +80,8 @@ class Linearisation:
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)
+            if tasks is not None:
+                refuse_third_derivatives(self.record.residual)
             if inside is not None:
                 assert seed is not None
                 self.extra = inside(self, seed)
@@ -128,3 +131,29 @@ class Linearisation:
             mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)
             return mapped
         return one(v)
+
+
+def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:
+    """Raise where a second derivative through the solution would be wrong in PyTorch itself.
+
+    It needs the third derivative of the objective. In PyTorch 2.13 that of the fused norm layers
+    is wrong, since their double backward takes the mean and the deviation for constants.
+
+    Raises
+    ------
+    UnsupportedOperation
+        If the condition was computed through such a layer.
+    """
+    for part in residual:
+        for node in graph(part)[1] if part is not None else ():
+            fused = node.name().startswith(_FUSED_NORMS)
+            if fused and getattr(node, "_saved_training", True):
+                raise UnsupportedOperation(
+                    "A second derivative through this solution needs the third derivative of a "
+                    "norm layer, which is wrong in PyTorch for layer_norm, instance_norm and "
+                    "batch_norm with batch statistics. Use GroupNorm (GroupNorm(1, n) in place of "
+                    "LayerNorm) or RMSNorm, or write the norm out in elementary operations."
+                )
+
+
+_FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")

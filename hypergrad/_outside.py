@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached
-from ._transforms import is_batched, transforms_active
+from ._transforms import is_wrapped, transforms_active
 
 
 def call_outside(
@@ -42,7 +42,7 @@ def call_outside(
     answer : pytree
         What `fit` returned, its tensors detached and back in the caller's context.
     """
-    _refuse_captured_batch(fit)
+    _refuse_captured(fit)
     leaves, spec = pytree.tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -59,12 +59,12 @@ def call_outside(
     return call.structure.rebuild(found)
 
 
-def _refuse_captured_batch(fit: Callable[..., Any]) -> None:
-    names = names_of_captured([fit], is_batched) if transforms_active() else ""
+def _refuse_captured(fit: Callable[..., Any]) -> None:
+    names = names_of_captured([fit], is_wrapped) if transforms_active() else ""
     if names:
         raise UnsupportedOperation(
-            f"The inner solver captures {names}, which is batched by torch.func.vmap; it is called "
-            "outside of that, once for all tasks. Pass it as an argument of the decorated function."
+            f"The inner solver captures {names}, which belongs to a torch.func transform; the "
+            "solver is called outside of that. Pass it as an argument of the decorated function."
         )
 
 

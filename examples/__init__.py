@@ -1,0 +1,1 @@
+"""Programs that use `hypergrad` on real problems."""

@@ -1,0 +1,243 @@
+"""The flags that both programs share, and how a program ends."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
+
+import torch
+
+from examples.imaml.inner import GaussNewtonSteps, GradientDescent, InnerSolver
+from examples.imaml.meta import Curvature, Method
+from examples.imaml.training import TrainingFailed
+
+SolverName: TypeAlias = Literal["gradient-descent", "gauss-newton"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+SMOKE_META_STEPS, SMOKE_TASKS_PER_STEP, SMOKE_TEST_TASKS = 4, 4, 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is tuned for each method by itself; a flag that is given replaces it for all.
+
+    Parameters
+    ----------
+    inner_solver, inner_steps, inner_lr
+        How a task is adapted to; the rate is that of gradient descent.
+    lam
+        Strength of the proximal term.
+    lr
+        Adam's rate at the start.
+    tasks_per_step
+        Tasks in a meta-step.
+    """
+
+    inner_solver: SolverName
+    inner_steps: int
+    inner_lr: float
+    lam: float
+    lr: float
+    tasks_per_step: int
+
+    def build_solver(self, *, proximal: bool) -> InnerSolver:
+        """Make the inner solver; `proximal` says whether gradient steps see the proximal term."""
+        if self.inner_solver == "gauss-newton":
+            return GaussNewtonSteps(self.inner_steps)
+        return GradientDescent(self.inner_steps, self.inner_lr, proximal)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says, in types."""
+
+    method: Method
+    compare: tuple[Method, ...]
+    shots: int
+    queries: int
+    cg_steps: int
+    curvature: Curvature
+    damping: float
+    clip: float
+    meta_steps: int
+    time_budget: float | None
+    validate_every: int
+    test_tasks: int
+    seed: int
+    device: torch.device
+    out: Path
+    smoke: bool
+    recipes: dict[Method, Recipe]
+    further: dict[str, Any] = field(default_factory=dict)
+    """The flags of one program alone."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without the usage, and exit."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Make the type of a flag that takes whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {text!r}"
+            )
+        return int(text)
+
+    return parse
+
+
+def real(*, above: float | None = None, least: float | None = None) -> Callable[[str], float]:
+    """Make the type of a flag that takes finite numbers above, or from, a bound."""
+    bound = f"above {above:g}" if above is not None else f"of at least {least:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        low = value > above if above is not None else value >= (least or 0.0)
+        if not (low and value < float("inf")):
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text!r}")
+        return value
+
+    return parse
+
+
+def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> OneLineParser:
+    """Make a parser with the shared flags.
+
+    Parameters
+    ----------
+    program
+        The name to start error messages with.
+    description
+        For ``--help``.
+    defaults
+        Defaults of the flags that differ between the programs.
+
+    Returns
+    -------
+    OneLineParser
+        The parser, to which a program may add flags of its own.
+    """
+    parser = OneLineParser(
+        prog=program, description=description, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="imaml", help="how the meta-gradient is computed")
+    add("--compare", nargs="*", choices=METHODS, metavar="METHOD",
+        help="methods trained after it for the same time; no name: none")  # fmt: skip
+    for flag, kind, text in (
+        ("--inner-steps", whole(1), "steps of adaptation"),
+        ("--inner-lr", real(above=0), "rate of gradient descent in the adaptation"),
+        ("--lam", real(above=0), "strength of the proximal term"),
+        ("--lr", real(above=0), "Adam's rate at the start, which falls to zero along a cosine"),
+        ("--tasks-per-step", whole(1), "tasks in a meta-step"),
+    ):
+        add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the method's own)")
+    add("--inner-solver", choices=get_args(SolverName), default=argparse.SUPPRESS,
+        help="how a task is adapted to (default: the method's own)")  # fmt: skip
+    add("--cg-steps", type=whole(1), help="products in the linear solve of iMAML, at most")
+    add("--curvature", choices=get_args(Curvature), default="gauss-newton", help="A in that solve")
+    add("--damping", type=real(least=0), default=0.0, help="added to A")
+    add("--clip", type=real(above=0), default=10.0, help="norm of a task's meta-gradient, at most")
+    add("--shots", type=whole(1), help="examples a task gives to adapt to (for each class)")
+    add("--queries", type=whole(1), help="queries of a task in training (for each class)")
+    add("--meta-steps", type=whole(1), help="meta-steps")
+    add("--time-budget", type=real(above=0), metavar="SECONDS",
+        help="stop training after so many seconds; then no run is like another")  # fmt: skip
+    add("--validate-every", type=whole(1), metavar="STEPS", help="meta-steps between validations")
+    add("--test-tasks", type=whole(2), default=600, help="unseen tasks behind the last table")
+    add("--seed", type=whole(0), default=0, help="of initial parameters and training tasks")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
+    add("--smoke", action="store_true", help="a run of seconds, to see that everything works")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def read_settings(
+    parser: OneLineParser,
+    recipes: Mapping[Method, Recipe],
+    problem: str,
+    arguments: list[str] | None = None,
+) -> Settings:
+    """Parse the command line; wrong arguments end the program with status 2.
+
+    Parameters
+    ----------
+    parser
+        From `make_parser`.
+    recipes
+        What each method uses where no flag says otherwise.
+    problem
+        Part of the name of the output folder.
+    arguments
+        The command line; None: that of the process.
+
+    Returns
+    -------
+    Settings
+        The settings.
+    """
+    given = vars(parser.parse_args(arguments))
+    names = list(Recipe.__dataclass_fields__)
+    overrides = {name: given.pop(name) for name in names if name in given}
+    own = {method: replace(recipe, **overrides) for method, recipe in recipes.items()}
+    compare = tuple(dict.fromkeys(m for m in given.pop("compare") if m != given["method"]))
+    for method in (given["method"], *compare):
+        if method == "maml" and own[method].inner_solver != "gradient-descent":
+            parser.error(
+                "--method maml differentiates through --inner-solver gradient-descent only"
+            )
+    if given["device"] == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; cpu and auto are possible")
+    if given["device"] == "auto":
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    given["device"] = torch.device(given["device"])
+    out = given.pop("out") or Path("runs", f"{problem}-{given['method']}-seed{given['seed']}")
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out}: a file is there; the name of a folder is needed")
+    if given["smoke"]:
+        given["meta_steps"] = min(given["meta_steps"], SMOKE_META_STEPS)
+        given["validate_every"] = min(given["validate_every"], SMOKE_META_STEPS // 2)
+        given["test_tasks"] = min(given["test_tasks"], SMOKE_TEST_TASKS)
+        own = {
+            method: replace(r, tasks_per_step=min(r.tasks_per_step, SMOKE_TASKS_PER_STEP))
+            for method, r in own.items()
+        }
+    shared = {name: given.pop(name) for name in Settings.__dataclass_fields__ if name in given}
+    return Settings(**shared, compare=compare, out=out, recipes=own, further=given)
+
+
+def finish(program: Callable[[], None], expected: tuple[type[Exception], ...] = ()) -> NoReturn:
+    """Run a program and exit: 130 after Ctrl-C, 1 with one line after an expected error.
+
+    Parameters
+    ----------
+    program
+        What to run.
+    expected
+        Errors whose message is all that a user needs, beside a failed training.
+    """
+    try:
+        program()
+    except KeyboardInterrupt:
+        print("interrupted; what was measured so far is in the output folder", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, (TrainingFailed, *expected)):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)

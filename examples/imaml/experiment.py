@@ -1,0 +1,163 @@
+"""One experiment: a method, and others beside it, trained and tested on the same tasks."""
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import hypergrad
+from examples.imaml.command_line import Settings
+from examples.imaml.episodes import Episodes, Params
+from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.reporting import Outcome, summarise
+from examples.imaml.run_folder import RunFolder
+from examples.imaml.training import Schedule, Trained, train
+
+
+class Benchmark(Protocol):
+    """A family of tasks, the network that learns them and what it is judged by."""
+
+    @property
+    def figure(self) -> str:
+        """What the runs are judged by, in words."""
+        ...
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether the figure is to rise."""
+        ...
+
+    def build_network(self) -> nn.Module:
+        """Make the network, with fresh parameters from torch's own generator."""
+        ...
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return a task's loss, convex in the outputs."""
+        ...
+
+    def sample(self, tasks: int, generator: torch.Generator) -> Episodes:
+        """Draw training tasks."""
+        ...
+
+    def validate(self, learner: MetaLearner, params: Params) -> float:
+        """Return the figure on the validation tasks, the same at each call."""
+        ...
+
+    def test(self, learner: MetaLearner, params: Params) -> dict[str, Tensor]:
+        """Return figures on the test tasks, one entry a task."""
+        ...
+
+
+def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> MetaLearner:
+    """Make the learner of one method, as the settings have it.
+
+    Parameters
+    ----------
+    settings
+        The settings.
+    method
+        Which of the methods.
+    benchmark
+        The tasks.
+
+    Returns
+    -------
+    MetaLearner
+        The learner.
+    """
+    recipe = settings.recipes[method]
+    network = benchmark.build_network().to(settings.device)
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        return torch.func.functional_call(network, params, (x,))
+
+    return MetaLearner(
+        model=model,
+        loss=benchmark.loss,
+        method=method,
+        inner_solver=recipe.build_solver(proximal=method != "maml"),
+        lam=recipe.lam,
+        cg_steps=settings.cg_steps,
+        curvature=settings.curvature,
+        damping=settings.damping,
+        clip=settings.clip,
+    )
+
+
+def run_experiment(
+    settings: Settings, benchmark: Benchmark, console: Console
+) -> tuple[dict[Method, Outcome], dict[Method, MetaLearner]]:
+    """Train and test the chosen method, then the others for the same time.
+
+    The chosen method's files lie in the output folder, those of another in a folder of its
+    name inside it; `config.json`, `parameters.pt` and `results.json` are written here.
+
+    Parameters
+    ----------
+    settings
+        The settings.
+    benchmark
+        The tasks.
+    console
+        Where progress is shown.
+
+    Returns
+    -------
+    outcomes : dict
+        The outcome of each method, the chosen one first.
+    learners : dict
+        Their learners.
+    """
+    folder = RunFolder(settings.out)
+    folder.write_json("config.json", _describe(settings))
+    outcomes: dict[Method, Outcome] = {}
+    learners: dict[Method, MetaLearner] = {}
+    steps, budget = settings.meta_steps, settings.time_budget
+    for method in (settings.method, *settings.compare):
+        learners[method] = build_learner(settings, method, benchmark)
+        own = folder if method == settings.method else RunFolder(settings.out / method)
+        trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
+        outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
+        folder.write_json("results.json", summarise(outcomes))
+        if not settings.smoke:
+            steps, budget = 10**9, outcomes[settings.method].trained.seconds
+    return outcomes, learners
+
+
+def _train_one(
+    settings: Settings,
+    learner: MetaLearner,
+    benchmark: Benchmark,
+    steps: int,
+    budget: float | None,
+    folder: RunFolder,
+    console: Console,
+) -> Trained:
+    recipe = settings.recipes[learner.method]
+    torch.manual_seed(settings.seed)
+    network = benchmark.build_network().to(settings.device)
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    trained = train(
+        learner,
+        dict(network.named_parameters()),
+        lambda tasks: benchmark.sample(tasks, generator),
+        lambda params: benchmark.validate(learner, params),
+        Schedule(steps, budget, recipe.tasks_per_step, recipe.lr, settings.validate_every),
+        folder,
+        console=console,
+        figure=benchmark.figure,
+        larger_is_better=benchmark.larger_is_better,
+    )
+    folder.write("parameters.pt", lambda path: torch.save(trained.params, path))
+    return trained
+
+
+def _describe(settings: Settings) -> dict[str, object]:
+    versions = {"hypergrad": hypergrad.__version__, "torch": torch.__version__}
+    return {
+        **dataclasses.asdict(settings),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,114 @@
+"""The two networks of the meta-learning examples.
+
+Both are ordinary modules for `torch.func.functional_call`: parameters come from
+outside, there are no buffers, and nothing depends on the training mode, so that
+`torch.func.vmap` may give each task parameters of its own.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SinusoidMLP(nn.Sequential):
+    """The network 1-40-40-1 with ReLU of Finn et al. 2017, section 5.1."""
+
+    def __init__(self, hidden: int = 40) -> None:
+        """Make the layers.
+
+        Parameters
+        ----------
+        hidden
+            Width of both hidden layers.
+        """
+        super().__init__(
+            nn.Linear(1, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 1),
+        )
+
+
+class OmniglotConvNet(nn.Module):
+    """Four strided 3 x 3 convolutions with batch statistics and ReLU, and a linear head.
+
+    The statistics are always those of the pictures in the call, at test time too
+    (transductive, as in Finn et al. 2017): there are no running ones.
+
+    Convolutions are `F.conv2d`, which `vmap` over tasks turns into one grouped
+    convolution; on the CPU that is faster than unfolding and a batched product.
+    """
+
+    def __init__(self, ways: int, channels: int = 64) -> None:
+        """Make the layers.
+
+        Parameters
+        ----------
+        ways
+            Number of classes.
+        channels
+            Filters in each convolution.
+        """
+        super().__init__()
+        self.first = InputBlock(channels)
+        self.rest = nn.Sequential(*(_block(channels) for _ in range(3)))
+        self.head = nn.Linear(4 * channels, ways)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, ways] for images [B, 1, 28, 28]."""
+        logits: Tensor = self.head(self.rest(self.first(images)).flatten(1))
+        return logits
+
+
+class InputBlock(nn.Module):
+    """Convolution, batch normalisation and ReLU of one-channel images, in one pass.
+
+    The same function as `Conv2d(1, channels, 3, stride=2, padding=1, bias=False)`,
+    `BatchNorm2d(channels, track_running_stats=False)`, `ReLU()`. A filter's
+    response is linear in the 3 x 3 patch under it, so its mean and variance over
+    the batch follow from the patches' mean m and 9 x 9 covariance C as w.m and
+    w.Cw, and the normalisation is a rescaled filter and a bias. This spares the
+    largest activation of the network all the passes of a normalisation, forward,
+    backward and twice backward; on the CPU the whole network's gradients and
+    curvature products take a fifth to a third less time.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        """Make the filters.
+
+        Parameters
+        ----------
+        channels
+            Number of filters.
+        eps
+            Added to the variance, as in `torch.nn.BatchNorm2d`.
+        """
+        super().__init__()
+        self.filters = nn.Parameter(torch.empty(channels, 1, 3, 3))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+        nn.init.kaiming_normal_(self.filters, nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return activations [B, channels, H/2, W/2] for images [B, 1, H, W]."""
+        patches = F.unfold(images, 3, stride=2, padding=1)  # [B, 9, H/2 * W/2]
+        patches = patches.transpose(0, 1).flatten(1)
+        mean = patches.mean(1)
+        centred = patches - mean[:, None]
+        covariance = centred @ centred.T / patches.shape[1]
+        filters = self.filters.flatten(1)
+        variance = ((filters @ covariance) * filters).sum(1)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        bias = self.bias - scale * (filters @ mean)
+        scaled = self.filters * scale[:, None, None, None]
+        return torch.relu(F.conv2d(images, scaled, bias, stride=2, padding=1))
+
+
+def _block(channels: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    return nn.Sequential(
+        convolution, nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()
+    )

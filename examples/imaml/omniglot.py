@@ -1,0 +1,242 @@
+"""Meta-learn to tell handwritten characters apart: ``python -m examples.imaml.omniglot``.
+
+N-way K-shot classification of Omniglot (Lake et al. 2015), by default 5-way 1-shot. Every
+choice is made on validation characters; test characters are for the last table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from examples.imaml.command_line import Recipe, Settings, finish, make_parser, read_settings, whole
+from examples.imaml.episodes import Episodes, Params
+from examples.imaml.experiment import run_experiment
+from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.models import OmniglotConvNet
+from examples.imaml.omniglot_archive import OmniglotError
+from examples.imaml.omniglot_data import (
+    Split,
+    draw_characters,
+    find_data_dir,
+    load_omniglot,
+    sample_tasks,
+    split_characters,
+    with_rotations,
+)
+from examples.imaml.reporting import Outcome, draw_learning_curves, print_table, save_figure
+from examples.imaml.run_folder import RunFolder
+
+VALIDATION_SEED, TEST_SEED = 20151212, 20151213
+VALIDATION_TASKS, TEST_QUERIES = 200, 15
+TASKS_AT_ONCE = 20
+
+# How these were found: examples/README.md.
+RECIPES: dict[Method, Recipe] = {
+    "imaml": Recipe("gradient-descent", 5, inner_lr=0.4, lam=0.1, lr=5e-3, tasks_per_step=8),
+    "fomaml": Recipe("gradient-descent", 5, inner_lr=0.4, lam=0.1, lr=3e-3, tasks_per_step=16),
+    "maml": Recipe("gradient-descent", 5, inner_lr=0.4, lam=0.1, lr=1e-3, tasks_per_step=8),
+}
+
+
+@dataclass(frozen=True)
+class OmniglotBenchmark:
+    """Classification of characters, judged by accuracy.
+
+    A query batch's statistics see all its queries (transductive, as in the papers). The
+    figure "one at a time" gives each query a batch of its own, with the support set beside it
+    so that there is something to take statistics of.
+    """
+
+    characters: Split
+    ways: int
+    shots: int
+    queries: int
+    test_tasks: int
+    device: torch.device
+    figure: str = "validation accuracy"
+    larger_is_better: bool = True
+
+    @classmethod
+    def build(cls, settings: Settings) -> "OmniglotBenchmark":
+        """Read, or draw, the characters and put them on the device."""
+        data_dir = settings.further["data_dir"]
+        if settings.smoke and find_data_dir(data_dir) is None:
+            images = draw_characters()
+        else:
+            images = load_omniglot(data_dir, download=settings.further["download"])
+        split = split_characters(images)
+        split = split._replace(train=with_rotations(split.train))
+        return cls(
+            Split(*(part.to(settings.device) for part in split)),
+            settings.further["ways"],
+            settings.shots,
+            settings.queries,
+            settings.test_tasks,
+            settings.device,
+        )
+
+    def build_network(self) -> nn.Module:
+        """Make the four convolutions and the linear head."""
+        return OmniglotConvNet(self.ways)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return cross_entropy(outputs, targets)
+
+    def sample(self, tasks: int, generator: torch.Generator) -> Episodes:
+        """Draw training tasks."""
+        return self._draw(self.characters.train, tasks, self.queries, generator)
+
+    def validate(self, learner: MetaLearner, params: Params) -> float:
+        """Return the accuracy on the validation tasks."""
+        count = min(VALIDATION_TASKS, self.test_tasks)
+        batches = self._batches(self.characters.validation, count, VALIDATION_SEED)
+        accuracies = [_accuracy(learner.predict(params, batch), batch) for batch in batches]
+        return torch.cat(accuracies).mean().item()
+
+    def test(self, learner: MetaLearner, params: Params) -> dict[str, Tensor]:
+        """Return each test task's accuracy, with all queries together and one at a time."""
+        together, alone = [], []
+        for batch in self._batches(self.characters.test, self.test_tasks, TEST_SEED):
+            together.append(_accuracy(learner.predict(params, batch), batch))
+            alone.append(_accuracy(learner.predict_one_at_a_time(params, batch), batch))
+        return {"together": torch.cat(together), "one at a time": torch.cat(alone)}
+
+    def first_test_task(self) -> Episodes:
+        """Return a batch of one test task, for the picture."""
+        batch = next(self._batches(self.characters.test, TASKS_AT_ONCE, TEST_SEED))
+        return Episodes(*(part[:1] for part in batch))
+
+    def _batches(self, images: Tensor, tasks: int, seed: int) -> Iterator[Episodes]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        queries = min(TEST_QUERIES, images.shape[1] - self.shots)
+        for start in range(0, tasks, TASKS_AT_ONCE):
+            yield self._draw(images, min(TASKS_AT_ONCE, tasks - start), queries, generator)
+
+    def _draw(
+        self, images: Tensor, tasks: int, queries: int, generator: torch.Generator
+    ) -> Episodes:
+        drawn = sample_tasks(
+            images, tasks=tasks, ways=self.ways, shots=self.shots, queries=queries,
+            generator=generator,
+        )  # fmt: skip
+        return Episodes(*drawn)
+
+
+def draw(
+    outcomes: dict[Method, Outcome], learner: MetaLearner, benchmark: OmniglotBenchmark
+) -> Figure:
+    """Draw the learning curves, and one test task with the predictions for its queries.
+
+    Parameters
+    ----------
+    outcomes
+        The runs, that of `learner` among them.
+    learner
+        Whose predictions are drawn.
+    benchmark
+        The tasks.
+
+    Returns
+    -------
+    Figure
+        The picture.
+    """
+    task = benchmark.first_test_task()
+    scores = learner.predict(outcomes[learner.method].trained.params, task)
+    predicted = scores[0].argmax(-1).cpu()
+    support_x, support_y, query_x, query_y = (part[0].cpu() for part in task)
+    ways, queries = benchmark.ways, len(query_y) // benchmark.ways
+    figure = Figure(figsize=(14, max(4.0, 0.5 * ways)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    draw_learning_curves(left, outcomes, benchmark.figure)
+    _tile(right, support_x, support_y, ways, benchmark.shots, 0)
+    _tile(right, query_x, query_y, ways, queries, benchmark.shots + 1)
+    for k, (truth, guess) in enumerate(zip(query_y.tolist(), predicted.tolist(), strict=True)):
+        column = benchmark.shots + 1 + k % queries
+        colour = "tab:green" if truth == guess else "tab:red"
+        right.text(column + 0.05, truth + 0.2, str(guess), color=colour, fontsize="x-small")
+    right.set_xlim(0, benchmark.shots + 1 + queries)
+    right.set_ylim(ways, 0)
+    right.set_yticks([way + 0.5 for way in range(ways)], [str(way) for way in range(ways)])
+    right.set_xticks(
+        [benchmark.shots / 2, benchmark.shots + 1 + queries / 2],
+        ["support set", "queries, with the predicted class"],
+    )
+    right.set_title("an unseen task")
+    return figure
+
+
+def read_command_line(arguments: list[str] | None = None) -> Settings:
+    """Read the settings of a run from the command line."""
+    parser = make_parser(
+        "omniglot",
+        "Meta-learn N-way K-shot classification with implicit, unrolled or first-order MAML.",
+        {
+            "compare": [],
+            "cg_steps": 5,
+            "shots": 1,
+            "queries": 5,
+            "meta_steps": 4000,
+            "validate_every": 100,
+        },
+    )
+    parser.add_argument("--ways", type=whole(2), default=5, help="classes of a task")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder of the archives (default: the variable OMNIGLOT_DIR)"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
+    settings = read_settings(parser, RECIPES, "omniglot", arguments)
+    if settings.shots + settings.queries > 20:
+        parser.error("--shots and --queries: together at most 20, the drawings of a character")
+    if settings.shots > 19:
+        parser.error("--shots: at most 19, so that a drawing is left to ask about")
+    if settings.further["ways"] > 100:
+        parser.error("--ways: at most 100, the characters to validate with")
+    return settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, test, and write table and picture."""
+    settings, console = read_command_line(arguments), Console()
+    benchmark = OmniglotBenchmark.build(settings)
+    outcomes, learners = run_experiment(settings, benchmark, console)
+    picture = draw(outcomes, learners[settings.method], benchmark)
+    path = RunFolder(settings.out).write("omniglot.png", save_figure(picture))
+    print_table(
+        console,
+        f"Accuracy in % on {settings.test_tasks} tasks of unseen characters,\n"
+        f"{benchmark.ways}-way {settings.shots}-shot (mean and 95% interval)",
+        outcomes,
+        scale=100,
+    )
+    console.print(
+        "Together: batch statistics over all of a task's queries (transductive). "
+        "One at a time: over the support set and a single query."
+    )
+    console.print(f"Picture: {path}", soft_wrap=True)
+
+
+def _accuracy(outputs: Tensor, episodes: Episodes) -> Tensor:
+    return (outputs.argmax(-1) == episodes.query_y).float().mean(-1)
+
+
+def _tile(axes: Axes, images: Tensor, labels: Tensor, ways: int, count: int, left: int) -> None:
+    """Draw `count` pictures of each class in a row of its own; rows are sorted by class."""
+    for k, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        column = left + k % count
+        axes.imshow(
+            1 - image[0].numpy(), cmap="gray", vmin=0, vmax=1,
+            extent=(column, column + 0.95, label + 0.95, label),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    finish(main, expected=(OmniglotError,))

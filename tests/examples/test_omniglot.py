@@ -1,0 +1,95 @@
+"""The Omniglot program, run as a user runs it, on characters of random strokes."""
+
+import json
+
+import pytest
+import torch
+
+from examples.imaml.episodes import Episodes
+from examples.imaml.experiment import build_learner
+from examples.imaml.omniglot import OmniglotBenchmark, main, read_command_line
+from examples.imaml.omniglot_archive import OmniglotError
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("OMNIGLOT_DIR", raising=False)
+
+
+@pytest.fixture
+def smoke(tmp_path):
+    def run(*flags, folder="run"):
+        main(["--smoke", "--out", str(tmp_path / folder), *flags])
+        return tmp_path / folder
+
+    return run
+
+
+def test_smoke_run_ends_with_table_picture_and_files(smoke, capsys):
+    folder = smoke()
+
+    shown = capsys.readouterr().out
+    for text in ("5-way 1-shot", "together", "one at a time", "transductive", "±"):
+        assert text in shown
+    assert (folder / "omniglot.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["further"]["ways"] == 5
+    figures = json.loads((folder / "results.json").read_text())["imaml"]["figures"]
+    assert all(0.2 < mean <= 1 for mean, _ in figures.values())
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_same_seed_gives_the_same_metrics(smoke):
+    flags = ("--ways", "3", "--queries", "2", "--test-tasks", "2", "--meta-steps", "2")
+    first = smoke(*flags, folder="first")
+    again = smoke(*flags, folder="again")
+
+    assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml"])
+def test_other_methods_and_settings(smoke, method):
+    folder = smoke(
+        "--method", method, "--ways", "2", "--shots", "2", "--queries", "1",
+        "--inner-steps", "1", "--test-tasks", "2", "--meta-steps", "2",
+    )  # fmt: skip
+
+    assert list(json.loads((folder / "results.json").read_text())) == [method]
+
+
+def test_without_data_the_error_says_what_to_do(tmp_path):
+    with pytest.raises(OmniglotError, match="--data-dir or set OMNIGLOT_DIR"):
+        main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (["--ways", "1"], "a whole number of at least 2"),
+        (["--ways", "101"], "at most 100"),
+        (["--shots", "16"], "at most 20"),
+        (["--shots", "20", "--queries", "0"], "at least 1"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_one_line(capsys, flags, allowed):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert allowed in message
+
+
+def test_one_query_at_a_time_does_not_depend_on_the_other_queries():
+    settings = read_command_line(["--smoke", "--ways", "2", "--test-tasks", "2"])
+    benchmark = OmniglotBenchmark.build(settings)
+    learner = build_learner(settings, "imaml", benchmark)
+    params = {name: leaf.detach() for name, leaf in benchmark.build_network().named_parameters()}
+    batch = benchmark.sample(2, torch.Generator().manual_seed(0))
+    first = Episodes(batch.support_x, batch.support_y, batch.query_x[:, :1], batch.query_y[:, :1])
+
+    every = learner.predict_one_at_a_time(params, batch)
+    alone = learner.predict_one_at_a_time(params, first)
+
+    torch.testing.assert_close(every[:, :1], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(every, learner.predict(params, batch))

@@ -1,0 +1,279 @@
+"""Hypergradients against closed forms: what the library computes is the true derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import hypergrad
+from hypergrad import CG, GMRES, Exact, GaussNewton, Identity, Neumann, Root, Status
+from tests.problems import (
+    EVERY,
+    F64,
+    TASKS,
+    WELL_POSED,
+    Problem,
+    central_differences,
+    equilibrium,
+    ill_conditioned_ridge,
+    imaml,
+    imaml_matrices,
+    kepler,
+    logistic,
+    relative_error,
+    ridge,
+    ridge_data,
+)
+
+# PyTorch's own forward mode imports a module that uses torch.jit.script.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+
+Make = Callable[..., Problem]
+
+SOLVERS = [
+    pytest.param(Exact(), 1e-9, id="Exact"),
+    pytest.param(CG(rtol=1e-10), 1e-6, id="CG"),
+    pytest.param(GMRES(rtol=1e-10), 1e-6, id="GMRES"),
+    pytest.param(Neumann(terms=5000, rtol=1e-10), 1e-6, id="Neumann"),
+]
+
+
+def every(problems: list[Make]) -> Any:
+    return pytest.mark.parametrize("make", problems, ids=lambda make: make.__name__)
+
+
+def hypergradient(problem: Problem, **options: Any) -> Any:
+    params = problem.solve(problem.hparams)
+    inner = problem.inner if problem.kind == "minimum" else problem.condition
+    return hypergrad.implicit_grad(problem.outer, inner, params, problem.hparams, **options)
+
+
+def skip_unless_suited(problem: Problem, solver: Any) -> None:
+    if isinstance(solver, CG) and not problem.symmetric:
+        pytest.skip("CG is for symmetric matrices")
+
+
+@every(EVERY)
+def test_the_reference_agrees_with_central_differences(make):
+    problem = make()
+    expected = problem.hypergradient(problem.hparams)
+    assert relative_error(central_differences(problem), expected) < 1e-6
+
+
+@every(WELL_POSED)
+@pytest.mark.parametrize(("solver", "tolerance"), SOLVERS)
+def test_implicit_grad_gives_the_closed_form(make, solver, tolerance):
+    problem = make()
+    skip_unless_suited(problem, solver)
+    found, info = hypergradient(problem, solver=solver, return_info=True)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < tolerance
+    assert info.status == Status.CONVERGED
+    assert info.success
+
+
+@every(WELL_POSED)
+@pytest.mark.parametrize(("solver", "tolerance"), SOLVERS)
+@pytest.mark.parametrize("way", ["backward", "torch.func.grad"])
+def test_the_decorators_give_the_closed_form(make, solver, tolerance, way):
+    problem = make()
+    skip_unless_suited(problem, solver)
+    fit = problem.decorated(solver=solver, on_failure="raise")
+
+    def value(hparams):
+        return problem.outer(fit(hparams), hparams)
+
+    if way == "backward":
+        leaf = pytree.tree_map(lambda t: t.clone().requires_grad_(), problem.hparams)
+        value(leaf).backward()
+        found = pytree.tree_map(lambda t: t.grad, leaf)
+    else:
+        found = torch.func.grad(value)(problem.hparams)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < tolerance
+
+
+@every(WELL_POSED)
+def test_the_decorators_give_the_closed_form_in_forward_mode(make):
+    problem = make()
+    fit = problem.decorated(solver=Exact(), on_failure="raise")
+
+    def value(hparams):
+        return problem.outer(fit(hparams), hparams)
+
+    found = torch.func.jacfwd(value)(problem.hparams)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+@every(WELL_POSED)
+def test_implicit_backward_accumulates_the_closed_form(make):
+    problem = make()
+    leaf = pytree.tree_map(lambda t: t.clone().requires_grad_(), problem.hparams)
+    expected = problem.hypergradient(problem.hparams)
+    for count in (1, 2):
+        params = problem.solve(problem.hparams)
+        loss = hypergrad.implicit_backward(
+            problem.outer, problem.condition, params, leaf, solver=Exact()
+        )
+        assert loss == problem.outer(params, problem.hparams)
+        assert not loss.requires_grad
+        found = pytree.tree_map(lambda t, count=count: t.grad / count, leaf)
+        assert relative_error(found, expected) < 1e-9
+
+
+@every(WELL_POSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_defaults_are_silent_and_right_on_a_well_posed_problem(make, dtype):
+    problem = make(dtype)  # a warning is an error here
+    found, info = hypergradient(problem, return_info=True)
+    expected = make(F64).hypergradient(make(F64).hparams)
+    assert relative_error(found, expected) < (1e-9 if dtype == F64 else 2e-5)
+    assert info.success
+    assert all(leaf.dtype == dtype for leaf in pytree.tree_leaves(found))
+
+
+@every(WELL_POSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", [CG(), GMRES(), Neumann(terms=500)], ids=repr)
+def test_each_solver_at_its_defaults_is_silent_on_a_well_posed_problem(make, dtype, solver):
+    problem = make(dtype)
+    skip_unless_suited(problem, solver)
+    found = hypergradient(problem, solver=solver)
+    expected = make(F64).hypergradient(make(F64).hparams)
+    assert relative_error(found, expected) < (1e-5 if dtype == F64 else 1e-3)
+
+
+@every(WELL_POSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_decorators_are_silent_by_default_on_a_well_posed_problem(make, dtype):
+    problem = make(dtype)
+    fit = problem.decorated()
+    found = torch.func.grad(lambda h: problem.outer(fit(h), h))(problem.hparams)
+    expected = make(F64).hypergradient(make(F64).hparams)
+    assert relative_error(found, expected) < (1e-9 if dtype == F64 else 2e-5)
+
+
+def test_a_condition_number_of_nine_million_costs_exact_no_accuracy():
+    problem = ill_conditioned_ridge()
+    expected = problem.hypergradient(problem.hparams)
+    for found in (hypergradient(problem), hypergradient(problem, solver=Exact())):
+        assert relative_error(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("solver", [CG(), GMRES()], ids=repr)
+def test_an_iterative_answer_at_nine_million_is_right_or_says_that_it_is_not(solver):
+    problem = ill_conditioned_ridge()
+    found, info = hypergradient(problem, solver=solver, on_failure="ignore", return_info=True)
+    expected = problem.hypergradient(problem.hparams)
+    # The error of u is at most the condition number times the residual.
+    bound = max(9e6 * float(info.residual_norm), 1e-6)
+    assert torch.sign(found) == torch.sign(expected)
+    assert relative_error(found, expected) < bound
+
+
+def test_cg_solves_the_condition_number_of_nine_million_when_asked_to():
+    problem = ill_conditioned_ridge()
+    found, info = hypergradient(problem, solver=CG(rtol=1e-10), return_info=True)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-6
+    assert info.status == Status.CONVERGED
+
+
+def test_each_task_of_a_batch_gets_its_own_closed_form():
+    H, c, target, lam = imaml_matrices()
+    problem = imaml()
+    theta, phi = problem.hparams, problem.solve(problem.hparams)
+
+    def task(H, c, target, phi):
+        def inner(phi, theta):
+            return phi @ H @ phi / 2 - c @ phi + lam / 2 * (phi - theta).square().sum()
+
+        def outer(phi, theta):
+            return (phi - target).square().sum() / 2
+
+        return hypergrad.implicit_grad(outer, inner, phi, theta, return_info=True)
+
+    found, info = torch.func.vmap(task)(H, c, target, phi)
+    eye = torch.eye(4, dtype=F64)
+    expected = torch.linalg.solve(eye + H / lam, (phi - target)[..., None])[..., 0]
+    assert relative_error(found, expected) < 1e-9
+    assert info.status.tolist() == [Status.CONVERGED] * TASKS
+
+
+def test_the_identity_scaled_by_lambda_is_first_order_maml():
+    problem = imaml()
+    lam = imaml_matrices()[3]
+    phi = problem.solve(problem.hparams)
+    target = imaml_matrices()[2]
+    found = hypergradient(problem, solver=Identity(scale=lam))
+    assert relative_error(found, ((phi - target) / TASKS).sum(dim=0)) < 1e-12
+
+
+def test_the_gauss_newton_condition_is_exact_for_a_linear_model():
+    problem = ridge()
+    X, y = ridge_data()
+    condition = GaussNewton(
+        outputs=lambda w, lam: X @ w,
+        loss=lambda z, lam: (z - y).square().sum() / 2,
+        regulariser=lambda w, lam: lam * (w @ w) / 2,
+    )
+    w = problem.solve(problem.hparams)
+    found = hypergrad.implicit_grad(problem.outer, condition, w, problem.hparams)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+def test_the_gradient_as_a_root_gives_what_the_objective_gives():
+    for make in (ridge, logistic):
+        problem = make()
+        condition = Root(torch.func.grad(problem.inner), symmetric=True)
+        params = problem.solve(problem.hparams)
+        found = hypergrad.implicit_grad(
+            problem.outer, condition, params, problem.hparams, solver=CG(rtol=1e-10)
+        )
+        assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-6
+
+
+@pytest.mark.parametrize("make", [kepler, equilibrium])
+def test_root_vjp_is_the_derivative_of_the_solution(make):
+    problem = make()
+    params = problem.solve(problem.hparams)
+    (direct,) = torch.func.grad(lambda h: problem.outer(params, h[0]))((problem.hparams,))
+    cotangent = torch.func.grad(problem.outer)(params, problem.hparams)
+    (indirect,) = hypergrad.root_vjp(problem.condition, params, (problem.hparams,), cotangent)
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(indirect))
+    found = pytree.tree_map(torch.add, direct, indirect)
+    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+def test_root_jvp_gives_keplers_derivatives():
+    problem = kepler()
+    E = problem.solve(problem.hparams)
+    e = problem.hparams[0]
+    one, zero = torch.ones((), dtype=F64), torch.zeros((), dtype=F64)
+    slope = 1 / (1 - e * torch.cos(E))
+    for tangent, expected in (((zero, one), slope), ((one, zero), slope * torch.sin(E))):
+        found = hypergrad.root_jvp(problem.condition, E, (problem.hparams,), (tangent,))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_second_derivative_of_keplers_root_is_right():
+    problem = kepler()
+    fit = problem.decorated()
+    e, M = problem.hparams
+    E = problem.solve(problem.hparams)
+    # dE/dM = 1 / (1 - e cos E), so d2E/dM2 = -e sin E / (1 - e cos E)^3.
+    expected = -e * torch.sin(E) / (1 - e * torch.cos(E)) ** 3
+    for transform in (torch.func.hessian, lambda f: torch.func.jacfwd(torch.func.jacfwd(f))):
+        found = transform(lambda M: fit((e, M)))(M)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_the_second_derivative_of_ridge_is_right():
+    problem = ridge()
+    fit = problem.decorated()
+    found = torch.func.hessian(lambda lam: problem.outer(fit(lam), lam))(problem.hparams)
+    step = torch.tensor(1e-4, dtype=F64)
+    up, down = problem.hparams + step, problem.hparams - step
+    expected = (problem.hypergradient(up) - problem.hypergradient(down)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -1,0 +1,798 @@
+"""Properties that hold for every problem: Hypothesis draws the problems.
+
+Two references are independent of this library: `higher` and `torchopt` differentiate the steps of
+their own optimisers.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import hypergrad
+from hypergrad import CG, GMRES, Exact, FixedPoint, Neumann, Root, SolveInfo
+from tests.problems import F64, data, flat, relative_error
+
+pytestmark = pytest.mark.filterwarnings(
+    # PyTorch's own forward mode imports a module that uses torch.jit.script.
+    "ignore:.torch.jit.script.:DeprecationWarning",
+    # higher's optimisers are subclasses of what torch has since renamed.
+    "ignore::DeprecationWarning:higher",
+)
+
+few = settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],  # shrinking would outlast the limit for a test
+)
+fewer = settings(few, max_examples=6)
+
+SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2, 1)])
+
+
+class InnerProblem:
+    """A strongly convex inner problem on a pytree, with hyperparameters that enter nonlinearly.
+
+    ``inner = w.H(theta).w / 2 - c(theta).w + softplus terms``, with eigenvalues between 1 and
+    about 6, so that gradient descent at 0.2 converges.
+    """
+
+    STEP = 0.2
+
+    def __init__(self, seed: int, shapes: list[tuple[int, ...]], kind: str) -> None:
+        self.seed, self.kind = seed, kind
+        self.sizes = [torch.Size(shape).numel() for shape in shapes]
+        self.shapes = shapes
+        self.n = n = sum(self.sizes)
+        Q = torch.linalg.qr(data(seed, n, n, dtype=F64)).Q
+        self.H = Q * torch.linspace(0.5, 2.0, n, dtype=F64) @ Q.T
+        self.c, self.slope = data(seed + 1, n, dtype=F64), data(seed + 2, n, 2, dtype=F64)
+        self.target = data(seed + 3, n, dtype=F64)
+        self.mix = data(seed + 4, 3, n, dtype=F64) / n
+        self.hparams = {"shift": data(seed + 5, 2, dtype=F64), "log": torch.tensor(0.3, dtype=F64)}
+        self.init = self.build(data(seed + 6, n, dtype=F64))
+
+    def build(self, vector: Tensor) -> Any:
+        """The vector as a pytree of this problem's kind."""
+        parts = torch.split(vector, self.sizes)
+        leaves = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        if self.kind == "dict":
+            return {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
+        if self.kind == "nested":
+            return [leaves[0], {"rest": tuple(leaves[1:])}]
+        return tuple(leaves)
+
+    def vector(self, params: Any) -> Tensor:
+        return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(params)])
+
+    def inner(self, params: Any, hparams: dict[str, Tensor]) -> Tensor:
+        w = self.vector(params)
+        quadratic = w @ self.H @ w / 2 + hparams["log"].exp() * w @ w / 4
+        linear = (self.c + self.slope @ torch.tanh(hparams["shift"])) @ w
+        return quadratic - linear + torch.nn.functional.softplus(self.mix @ w).sum()
+
+    def outer(self, params: Any, hparams: dict[str, Tensor]) -> Tensor:
+        direct = 0.1 * hparams["shift"].square().sum()
+        return (self.vector(params) - self.target).square().mean() + direct
+
+    def gradient_step(self, params: Any, hparams: dict[str, Tensor]) -> Any:
+        gradient = torch.func.grad(self.inner)(params, hparams)
+        return pytree.tree_map(lambda w, g: w - self.STEP * g, params, gradient)
+
+    def autograd_step(self, params: Any, hparams: dict[str, Tensor]) -> Any:
+        """The same step with the gradient by plain autograd."""
+        leaves, spec = pytree.tree_flatten(params)
+        gradient = torch.autograd.grad(self.inner(params, hparams), leaves, create_graph=True)
+        moved = [w - self.STEP * g for w, g in zip(leaves, gradient, strict=True)]
+        return pytree.tree_unflatten(moved, spec)
+
+    def step_by_hand(self, params: Any, hparams: dict[str, Tensor]) -> Any:
+        """The same step with the gradient written out."""
+        w = self.vector(params)
+        quadratic = self.H @ w + hparams["log"].exp() * w / 2
+        linear = self.c + self.slope @ torch.tanh(hparams["shift"])
+        gradient = quadratic - linear + self.mix.T @ torch.sigmoid(self.mix @ w)
+        return self.build(w - self.STEP * gradient)
+
+    def solve(self, hparams: dict[str, Tensor]) -> Any:
+        """Newton's method, to rounding."""
+        w = torch.zeros(self.n, dtype=F64)
+
+        def value(w: Tensor) -> Tensor:
+            return self.inner(self.build(w), hparams)
+
+        for _ in range(8):
+            H = torch.autograd.functional.hessian(value, w)
+            w = w - torch.linalg.solve(H, torch.autograd.functional.jacobian(value, w))
+        return self.build(w)
+
+    def implicit(self, **options: Any) -> Any:
+        params = self.solve(self.hparams)
+        return hypergrad.implicit_grad(self.outer, self.inner, params, self.hparams, **options)
+
+
+@st.composite
+def inner_problems(draw: Callable[..., Any]) -> InnerProblem:
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
+    kind = draw(st.sampled_from(["dict", "nested", "tuple"]))
+    return InnerProblem(draw(st.integers(0, 10_000)), shapes, kind)
+
+
+class Weights(torch.nn.Module):
+    """The inner variables as a module, which `higher` and `torchopt` ask for."""
+
+    def __init__(self, problem: InnerProblem) -> None:
+        super().__init__()
+        self.problem = problem
+        leaves = pytree.tree_leaves(problem.init)
+        self.weights = torch.nn.ParameterList([leaf.clone() for leaf in leaves])
+
+    def forward(self) -> Tensor:
+        return torch.cat([weight.reshape(-1) for weight in self.weights])
+
+
+STEPS = 150  # gradient descent at 0.2 on eigenvalues of at least 1: 0.8 ** 150 = 3e-15
+
+
+# Against unrolled differentiation, run to convergence
+
+
+@few
+@given(inner_problems())
+def test_the_implicit_hypergradient_is_the_limit_of_unrolled_grad(problem):
+    found = problem.implicit()
+    expected = hypergrad.unrolled_grad(
+        problem.outer, problem.gradient_step, problem.init, problem.hparams, steps=STEPS
+    )
+    assert relative_error(found, expected) < 1e-9
+
+
+@fewer
+@given(inner_problems())
+def test_the_implicit_hypergradient_is_what_higher_unrolls_to(problem):
+    higher = pytest.importorskip("higher")
+    model = Weights(problem)
+    optimiser = torch.optim.SGD(model.parameters(), lr=problem.STEP)
+    hparams = {name: value.clone().requires_grad_() for name, value in problem.hparams.items()}
+    with higher.innerloop_ctx(model, optimiser, copy_initial_weights=True) as (fast, steps):
+        for _ in range(STEPS):
+            steps.step(problem.inner(problem.build(fast()), hparams))
+        problem.outer(problem.build(fast()), hparams).backward()
+    expected = {name: value.grad for name, value in hparams.items()}
+    assert relative_error(problem.implicit(), expected) < 1e-9
+
+
+@fewer
+@given(inner_problems())
+def test_the_implicit_hypergradient_is_what_torchopt_unrolls_to(problem):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports the deprecated functorch
+        torchopt = pytest.importorskip("torchopt")
+    hparams = {name: value.clone().requires_grad_() for name, value in problem.hparams.items()}
+    optimiser = torchopt.sgd(lr=problem.STEP)
+    weights = tuple(leaf.clone().requires_grad_() for leaf in pytree.tree_leaves(problem.init))
+    state = optimiser.init(weights)
+    for _ in range(STEPS):
+        vector = torch.cat([w.reshape(-1) for w in weights])
+        value = problem.inner(problem.build(vector), hparams)
+        gradients = torch.autograd.grad(value, weights, create_graph=True)
+        updates, state = optimiser.update(gradients, state, params=weights, inplace=False)
+        weights = torchopt.apply_updates(weights, updates, inplace=False)
+    vector = torch.cat([w.reshape(-1) for w in weights])
+    problem.outer(problem.build(vector), hparams).backward()
+    expected = {name: value.grad for name, value in hparams.items()}
+    assert relative_error(problem.implicit(), expected) < 1e-9
+
+
+@few
+@given(inner_problems())
+def test_the_decorated_solver_is_the_limit_of_unrolled_grad(problem):
+    @hypergrad.custom_argmin(problem.inner)
+    def fit(init, hparams):
+        return problem.solve(hparams)
+
+    found = torch.func.grad(lambda h: problem.outer(fit(problem.init, h), h))(problem.hparams)
+    expected = hypergrad.unrolled_grad(
+        problem.outer, problem.gradient_step, problem.init, problem.hparams, steps=STEPS
+    )
+    assert relative_error(found, expected) < 1e-9
+
+
+@few
+@given(inner_problems(), st.sampled_from(["CG", "GMRES", "Neumann"]))
+def test_every_solver_gives_the_dense_answer(problem, name):
+    solver = {
+        "CG": CG(rtol=1e-12),
+        "GMRES": GMRES(rtol=1e-12),
+        "Neumann": Neumann(terms=500, rtol=1e-12),
+    }[name]
+    expected = problem.implicit(solver=Exact())
+    assert relative_error(problem.implicit(solver=solver), expected) < 1e-9
+
+
+@few
+@given(inner_problems())
+def test_the_step_as_a_fixed_point_gives_what_the_objective_gives(problem):
+    params = problem.solve(problem.hparams)
+    found = hypergrad.implicit_grad(
+        problem.outer, FixedPoint(problem.gradient_step), params, problem.hparams
+    )
+    assert relative_error(found, problem.implicit()) < 1e-9
+
+
+# The two rules
+
+
+class Equation:
+    """A root problem with a matrix that is not symmetric, and several arguments."""
+
+    def __init__(self, seed: int, n: int) -> None:
+        self.M = data(seed, n, n, dtype=F64) / n + 2 * torch.eye(n, dtype=F64)
+        self.P = data(seed + 1, n, 3, dtype=F64)
+        self.args = (
+            {"a": data(seed + 2, 3, dtype=F64)},
+            torch.tensor(0.7, dtype=F64),
+        )
+        x = torch.zeros(n, dtype=F64)
+        for _ in range(100):
+            x = x - torch.linalg.solve(self.M, self(self.split(x), *self.args)["x"])
+        self.params = self.split(x)
+
+    @staticmethod
+    def split(x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
+
+    def __call__(self, params: dict[str, Tensor], first: Any, second: Tensor) -> dict[str, Tensor]:
+        x = params["x"]
+        return {"x": self.M @ x + second * torch.sin(x) / 4 - self.P @ first["a"].tanh()}
+
+    def jacobians(self) -> tuple[Tensor, Tensor]:
+        """A, and the derivative by all arguments, as dense matrices by PyTorch."""
+        x, (first, second) = self.params["x"], self.args
+        blocks = torch.autograd.functional.jacobian(
+            lambda x, a, b: self({"x": x}, {"a": a}, b)["x"], (x, first["a"], second)
+        )
+        return blocks[0], torch.cat([blocks[1], blocks[2][:, None]], dim=1)
+
+
+equations = st.builds(Equation, st.integers(0, 10_000), st.integers(1, 6))
+PAIR = st.tuples(st.floats(-3, 3), st.floats(-3, 3))
+
+
+@few
+@given(equations, st.integers(0, 1000))
+def test_root_vjp_and_root_jvp_are_the_dense_formula(equation, seed):
+    A, B = equation.jacobians()
+    dense = -torch.linalg.solve(A, B)
+    c, t = data(seed, len(A), dtype=F64), data(seed + 1, 4, dtype=F64)
+    pulled = hypergrad.root_vjp(equation, equation.params, equation.args, {"x": c})
+    assert relative_error(flat(pulled), dense.T @ c) < 1e-10
+    tangents = ({"a": t[:3]}, t[3])
+    pushed = hypergrad.root_jvp(equation, equation.params, equation.args, tangents)
+    assert relative_error(pushed["x"], dense @ t) < 1e-10
+
+
+@few
+@given(equations, st.integers(0, 1000), PAIR)
+def test_root_vjp_is_linear_in_the_cotangent(equation, seed, factors):
+    n = len(equation.params["x"])
+    u, v = data(seed, n, dtype=F64), data(seed + 1, n, dtype=F64)
+
+    def pulled(c: Tensor) -> Tensor:
+        return flat(hypergrad.root_vjp(equation, equation.params, equation.args, {"x": c})).detach()
+
+    combined = pulled(factors[0] * u + factors[1] * v)
+    expected = factors[0] * pulled(u) + factors[1] * pulled(v)
+    torch.testing.assert_close(combined, expected, rtol=1e-10, atol=1e-10)
+
+
+@few
+@given(equations, st.integers(0, 1000), st.sampled_from([None, GMRES(rtol=1e-13)]))
+def test_root_jvp_and_root_vjp_are_each_others_transpose(equation, seed, solver):
+    n = len(equation.params["x"])
+    c, t = {"x": data(seed, n, dtype=F64)}, data(seed + 1, 4, dtype=F64)
+    tangents = ({"a": t[:3]}, t[3])
+    given = (equation, equation.params, equation.args)
+    pushed = flat(hypergrad.root_jvp(*given, tangents, solver=solver)) @ flat(c)
+    pulled = flat(hypergrad.root_vjp(*given, c, solver=solver)) @ t
+    torch.testing.assert_close(pushed, pulled, rtol=1e-9, atol=1e-11)
+
+
+@few
+@given(equations, st.integers(0, 1000))
+def test_argnums_choose_among_the_answers_of_root_vjp(equation, seed):
+    c = {"x": data(seed, len(equation.params["x"]), dtype=F64)}
+    given = (equation, equation.params, equation.args, c)
+    first, second = hypergrad.root_vjp(*given)
+    torch.testing.assert_close(hypergrad.root_vjp(*given, argnums=1), first)
+    torch.testing.assert_close(hypergrad.root_vjp(*given, argnums=2), second)
+    torch.testing.assert_close(hypergrad.root_vjp(*given, argnums=(2, 1)), (second, first))
+
+
+# Structure plays no part
+
+
+@few
+@given(inner_problems(), st.randoms(use_true_random=False))
+def test_the_order_of_the_leaves_plays_no_part(problem, order):
+    expected = problem.implicit()
+    leaves = pytree.tree_leaves(problem.solve(problem.hparams))
+    permutation = list(range(len(leaves)))
+    order.shuffle(permutation)
+    shuffled = [leaves[i] for i in permutation]
+
+    def restored(params: list[Tensor]) -> Any:
+        ordered = [params[permutation.index(i)] for i in range(len(leaves))]
+        return problem.build(torch.cat([leaf.reshape(-1) for leaf in ordered]))
+
+    for solver in (Exact(), CG(rtol=1e-12)):
+        found = hypergrad.implicit_grad(
+            lambda params, h: problem.outer(restored(params), h),
+            lambda params, h: problem.inner(restored(params), h),
+            shuffled,
+            problem.hparams,
+            solver=solver,
+        )
+        assert relative_error(found, expected) < 1e-9
+
+
+@few
+@given(inner_problems())
+def test_one_flat_vector_gives_what_any_structure_gives(problem):
+    w = flat(problem.solve(problem.hparams))
+    theta = torch.cat([problem.hparams["shift"], problem.hparams["log"][None]])
+
+    def hparams(theta: Tensor) -> dict[str, Tensor]:
+        return {"shift": theta[:2], "log": theta[2]}
+
+    found = hypergrad.implicit_grad(
+        lambda w, theta: problem.outer(problem.build(w), hparams(theta)),
+        lambda w, theta: problem.inner(problem.build(w), hparams(theta)),
+        w,
+        theta,
+    )
+    assert relative_error(hparams(found), problem.implicit()) < 1e-9
+
+
+@few
+@given(inner_problems(), st.sampled_from([None, 3, "text", torch.tensor(2)]))
+def test_constants_among_the_hyperparameters_come_back_as_they_are(problem, constant):
+    hparams = {**problem.hparams, "constant": constant}
+    found = hypergrad.implicit_grad(
+        problem.outer, problem.inner, problem.solve(problem.hparams), hparams
+    )
+    returned = found.pop("constant")
+    assert relative_error(found, problem.implicit()) < 1e-12
+    if isinstance(constant, Tensor):
+        assert returned.dtype == constant.dtype
+        assert not returned.any()
+    else:
+        assert returned is constant
+
+
+# Batches of tasks
+
+NAMES = st.sampled_from(["Exact", "CG", "GMRES", "Neumann"])
+
+
+@few
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 5), NAMES)
+def test_a_batch_of_hypergradients_is_the_loop_over_its_tasks(seed, tasks, n, name):
+    solver = {
+        "Exact": Exact(),
+        "CG": CG(rtol=1e-3),
+        "GMRES": GMRES(rtol=1e-3),
+        "Neumann": Neumann(terms=1000, rtol=1e-3),
+    }[name]
+    spread = 3.0 ** torch.arange(tasks, dtype=F64)[:, None, None]
+    Q = torch.linalg.qr(data(seed, tasks, n, n, dtype=F64)).Q
+    H = Q * (1 + spread * torch.linspace(0, 1, n, dtype=F64)) @ Q.mT
+    c, target = data(seed + 1, tasks, n, dtype=F64), data(seed + 2, tasks, n, dtype=F64)
+    hparams = {"theta": data(seed + 3, n, dtype=F64), "log": torch.tensor(0.2, dtype=F64)}
+
+    def task(H: Tensor, c: Tensor, target: Tensor) -> tuple[Any, SolveInfo]:
+        lam = hparams["log"].exp()
+        matrix = H + lam * torch.eye(n, dtype=F64)
+        w = torch.linalg.solve(matrix, c + lam * hparams["theta"])
+
+        def inner(w: Tensor, h: dict[str, Tensor]) -> Tensor:
+            pull = h["log"].exp() / 2 * (w - h["theta"]).square().sum()
+            return (w * (H @ w)).sum() / 2 - (c * w).sum() + pull
+
+        def outer(w: Tensor, h: dict[str, Tensor]) -> Tensor:
+            return (w - target).square().sum() / 2 + h["log"].square()
+
+        answer: tuple[Any, SolveInfo] = hypergrad.implicit_grad(
+            outer, inner, w, hparams, solver=solver, return_info=True, on_failure="raise"
+        )
+        return answer
+
+    grads, info = torch.func.vmap(task)(H, c, target)
+    looped = [task(H[i], c[i], target[i]) for i in range(tasks)]
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *[g for g, _ in looped])
+    assert relative_error(grads, stacked) < 1e-9
+    assert info.method == looped[0][1].method
+    for i, (_, own) in enumerate(looped):
+        for figure in ("status", "success", "iterations", "negative_curvature"):
+            assert getattr(info, figure)[i] == getattr(own, figure), figure
+        torch.testing.assert_close(info.solution[i], own.solution, rtol=1e-8, atol=1e-10)
+        for figure in ("residual_norm", "inner_residual", "outer_error", "outer_value"):
+            torch.testing.assert_close(
+                getattr(info, figure)[i], getattr(own, figure), rtol=1e-6, atol=1e-12
+            )
+
+
+@fewer
+@given(st.integers(0, 1000), st.sampled_from(["vmap of grad", "grad of vmap", "jacrev of vmap"]))
+def test_a_batch_through_a_decorator_is_the_loop_with_an_affine_norm_layer(seed, way):
+    """The trap of a vmapped derivative's derivative: batched norm layers (FACTS)."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    ).to(F64)
+    start = {
+        name: data(seed + i, *p.shape, dtype=F64)
+        for i, (name, p) in enumerate(net.named_parameters())
+    }
+    x, y = data(seed + 20, 3, 6, 2, dtype=F64), data(seed + 21, 3, 6, 1, dtype=F64)
+
+    def inner(w: Any, theta: Any, x: Tensor, y: Tensor) -> Tensor:
+        fit = (torch.func.functional_call(net, w, (x,)) - y).square().mean()
+        pull = pytree.tree_map(lambda a, b: (a - b).square().sum(), w, theta)
+        return fit + 2 * sum(pytree.tree_leaves(pull))
+
+    @hypergrad.custom_argmin(inner, inner_tol=None)
+    def fit(init: None, theta: Any, x: Tensor, y: Tensor) -> Any:
+        return pytree.tree_map(lambda leaf: 0.9 * leaf, theta)  # the rule is the same at any point
+
+    def value(theta: Any, x: Tensor, y: Tensor) -> Tensor:
+        w = fit(None, theta, x, y)
+        return (torch.func.functional_call(net, w, (x.flip(0),)) - y).square().mean()
+
+    tasks = [torch.func.grad(value)(start, x[i], y[i]) for i in range(3)]
+    each = pytree.tree_map(lambda *leaves: torch.stack(leaves), *tasks)
+    batched = torch.func.vmap(value, in_dims=(None, 0, 0))
+    if way == "vmap of grad":
+        found = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))(start, x, y)
+    elif way == "jacrev of vmap":
+        found = torch.func.jacrev(batched)(start, x, y)
+    else:
+        found = torch.func.grad(lambda theta: batched(theta, x, y).sum())(start)
+        each = pytree.tree_map(lambda leaf: leaf.sum(dim=0), each)
+    assert relative_error(found, each) < 1e-10
+
+
+# The evidence
+
+
+@few
+@given(inner_problems(), st.sampled_from([None, CG(maxiter=2), GMRES(maxiter=2), Neumann(terms=5)]))
+def test_the_reported_figures_are_those_of_the_returned_solution(problem, solver):
+    params = problem.solve(problem.hparams)
+    moved = pytree.tree_map(lambda w: w + 1e-3, params)
+    grads, info = hypergrad.implicit_grad(
+        problem.outer,
+        problem.inner,
+        moved,
+        problem.hparams,
+        solver=solver,
+        inner_tol=None,
+        return_info=True,
+    )
+    w, u = flat(moved), flat(info.solution)
+
+    def inner(w: Tensor) -> Tensor:
+        return problem.inner(problem.build(w), problem.hparams)
+
+    A = torch.autograd.functional.hessian(inner, w)
+    F = torch.autograd.functional.jacobian(inner, w)
+    b = torch.autograd.functional.jacobian(
+        lambda w: problem.outer(problem.build(w), problem.hparams), w
+    )
+    size = float(info.residual_norm)
+    assert size == pytest.approx(float((b - A @ u).norm() / b.norm()), rel=1e-6, abs=1e-13)
+    assert float(info.outer_error) == pytest.approx(float(u @ F), rel=1e-9)
+    scale = float(b.norm() * w.norm() / u.norm())
+    assert float(info.inner_residual) == pytest.approx(float(F.norm()) / scale, rel=1e-9)
+    assert info.outer_value == problem.outer(moved, problem.hparams)
+
+    def cross(h: dict[str, Tensor]) -> Tensor:
+        gradient = torch.func.grad(lambda w: problem.inner(problem.build(w), h))(w)
+        return problem.outer(moved, h) - gradient @ u
+
+    assert relative_error(grads, torch.func.grad(cross)(problem.hparams)) < 1e-10
+
+
+@few
+@given(inner_problems())
+def test_the_outer_error_predicts_how_far_the_outer_loss_is_from_its_true_value(problem):
+    params = problem.solve(problem.hparams)
+    moved = pytree.tree_map(lambda w: w + 1e-5, params)
+    _, info = hypergrad.implicit_grad(
+        problem.outer, problem.inner, moved, problem.hparams, return_info=True, inner_tol=None
+    )
+    true = problem.outer(moved, problem.hparams) - problem.outer(params, problem.hparams)
+    assert float(info.outer_error) == pytest.approx(float(true), abs=1e-8)
+
+
+@few
+@given(inner_problems(), st.floats(1e-2, 10))
+def test_an_inner_problem_that_is_not_solved_is_said_to_be_so(problem, distance):
+    params = pytree.tree_map(lambda w: w + distance, problem.solve(problem.hparams))
+    given = (problem.outer, problem.inner, params, problem.hparams)
+    with pytest.raises(hypergrad.NotConverged, match="inner"):
+        hypergrad.implicit_grad(*given, on_failure="raise", inner_tol=1e-6)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="inner_tol"):
+        hypergrad.implicit_grad(*given, inner_tol=1e-6)
+    hypergrad.implicit_grad(*given, inner_tol=None)
+
+
+def matrix(kind: str, seed: int, n: int, decades: float) -> Tensor:
+    """A matrix of a kind, with singular values over so many decades."""
+    Q, P = (torch.linalg.qr(data(seed + i, n, n, dtype=F64)).Q for i in (0, 1))
+    values = torch.logspace(0, -decades, n, dtype=F64)
+    if kind == "not symmetric":
+        return Q * values @ P
+    if kind == "nilpotent":
+        return torch.diag(values[1:], 1) if n > 1 else torch.zeros(1, 1, dtype=F64)
+    if kind == "indefinite":
+        values = values * torch.sign(data(seed + 2, n, dtype=F64))
+    if kind == "singular":
+        values = torch.where(torch.arange(n) % 3 == 0, 0.0, values)
+    A = Q * values @ Q.T
+    return (A + A.T) / 2
+
+
+KINDS = st.sampled_from(["definite", "indefinite", "singular", "not symmetric", "nilpotent"])
+
+
+@settings(few, max_examples=100)
+@given(
+    kind=KINDS,
+    seed=st.integers(0, 10_000),
+    n=st.integers(1, 20),
+    decades=st.floats(0, 14),
+    size=st.integers(-8, 8),
+    consistent=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_success_means_a_small_residual_and_the_figure_is_true(
+    kind, seed, n, decades, size, consistent, dtype
+):
+    A = (10.0**size * matrix(kind, seed, n, decades)).to(dtype)
+    b = data(seed + 3, n, dtype=dtype)
+    b = A @ b if consistent else b
+    if not b.any():
+        return
+    solvers = [Exact(), GMRES(), GMRES(rtol=1e-3), GMRES(restart=3), Neumann(rtol=1e-3)]
+    if kind in ("definite", "indefinite", "singular"):
+        solvers += [CG(), CG(rtol=1e-3)]
+    for solver in solvers:
+        x, info = solver.solve(lambda v: A @ v, b)
+        assert x.isfinite().all()
+        exact_A, exact_b = A.to(F64), b.to(F64)
+        true = float((exact_b - exact_A @ x.to(F64)).norm() / exact_b.norm())
+        backward = float(exact_A.norm() * x.norm() / exact_b.norm())
+        floor = 1000 * torch.finfo(dtype).eps * (1 + backward)  # of any method at this answer
+        assert float(info.residual_norm) == pytest.approx(true, rel=1e-3, abs=floor)
+        if info.success:
+            wanted = 1e-3 if getattr(solver, "rtol", None) else 1e-4
+            assert true < max(1.01 * wanted, min(floor, 0.1))
+
+
+# Unrolled differentiation
+
+
+@few
+@given(inner_problems(), st.integers(0, 12))
+def test_unrolled_grad_is_the_derivative_of_the_steps(problem, steps):
+    def value(hparams: dict[str, Tensor]) -> Tensor:
+        params = problem.init
+        for _ in range(steps):
+            params = problem.gradient_step(params, hparams)
+        return problem.outer(params, hparams)
+
+    found, params = hypergrad.unrolled_grad(
+        problem.outer,
+        problem.gradient_step,
+        problem.init,
+        problem.hparams,
+        steps=steps,
+        return_params=True,
+    )
+    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    expected = problem.init
+    for _ in range(steps):
+        expected = problem.gradient_step(expected, problem.hparams)
+    torch.testing.assert_close(params, expected)
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves((found, params)))
+
+
+@pytest.mark.parametrize("gradient", ["by hand", "torch.func.grad", "torch.autograd.grad"])
+@few
+@given(inner_problems(), st.integers(0, 12), st.sampled_from([None, 0, 3, 7, 30]))
+def test_checkpointing_changes_nothing(gradient, problem, steps, truncate):
+    step = {
+        "by hand": problem.step_by_hand,
+        "torch.func.grad": problem.gradient_step,
+        "torch.autograd.grad": problem.autograd_step,
+    }[gradient]
+    given = (problem.outer, step, problem.init, problem.hparams)
+    plain = hypergrad.unrolled_grad(*given, steps=steps, truncate=truncate)
+    spared = hypergrad.unrolled_grad(*given, steps=steps, truncate=truncate, checkpoint=True)
+    torch.testing.assert_close(spared, plain, rtol=1e-14, atol=1e-15)
+
+
+@few
+@given(inner_problems(), st.integers(0, 8), st.integers(0, 10))
+def test_truncation_keeps_the_last_steps_alone(problem, steps, kept):
+    def value(hparams: dict[str, Tensor]) -> Tensor:
+        params = problem.init
+        for k in range(steps):
+            plain = pytree.tree_map(torch.Tensor.detach, problem.hparams)
+            given = hparams if k >= steps - kept else plain
+            params = problem.gradient_step(params, given)
+        return problem.outer(params, hparams)
+
+    given = (problem.outer, problem.gradient_step, problem.init, problem.hparams)
+    found = hypergrad.unrolled_grad(*given, steps=steps, truncate=kept)
+    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    if kept >= steps:
+        full = hypergrad.unrolled_grad(*given, steps=steps)
+        torch.testing.assert_close(found, full, rtol=0, atol=0)
+
+
+@fewer
+@given(inner_problems(), st.integers(0, 8), st.sampled_from([None, 0, 3]), st.booleans())
+def test_it_does_not_matter_how_a_step_takes_its_gradient(problem, steps, truncate, spare):
+    found = [
+        hypergrad.unrolled_grad(
+            problem.outer,
+            step,
+            problem.init,
+            problem.hparams,
+            steps=steps,
+            truncate=truncate,
+            checkpoint=spare,
+        )
+        for step in (problem.step_by_hand, problem.gradient_step, problem.autograd_step)
+    ]
+    assert relative_error(found[1], found[0]) < 1e-12
+    assert relative_error(found[2], found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("truncate", [None, 5])
+def test_checkpointing_sees_the_same_random_numbers_and_draws_them_once(truncate):
+    def step(w: Tensor, theta: Tensor) -> Tensor:
+        return w - 0.3 * (w - theta) * torch.rand(2, dtype=F64)
+
+    found = []
+    for spare in (False, True):
+        torch.manual_seed(0)
+        grads = hypergrad.unrolled_grad(
+            lambda w, theta: w.square().sum() + torch.rand((), dtype=F64) * theta.sum(),
+            step,
+            torch.ones(2, dtype=F64),
+            torch.tensor([2.0, 3.0], dtype=F64),
+            steps=9,
+            truncate=truncate,
+            checkpoint=spare,
+        )
+        found.append((grads, torch.rand(3)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+@few
+@given(inner_problems(), st.integers(0, 5), st.booleans())
+def test_an_init_that_is_a_function_carries_the_gradient_as_maml_needs_it(problem, steps, spare):
+    def init(hparams: dict[str, Tensor]) -> Any:
+        start = hparams["shift"].sum() * torch.ones(problem.n, dtype=F64) * hparams["log"].exp()
+        return problem.build(start)
+
+    def value(hparams: dict[str, Tensor]) -> Tensor:
+        params = init(hparams)
+        for _ in range(steps):
+            params = problem.step_by_hand(params, hparams)
+        return problem.outer(params, hparams)
+
+    found = hypergrad.unrolled_grad(
+        problem.outer, problem.step_by_hand, init, problem.hparams, steps=steps, checkpoint=spare
+    )
+    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+
+
+@few
+@given(inner_problems(), st.integers(1, 6), st.booleans())
+def test_a_third_argument_of_the_step_is_its_number(problem, steps, spare):
+    rates = 1 / torch.arange(1.0, steps + 1, dtype=F64)
+
+    def step(params: Any, hparams: dict[str, Tensor], k: int) -> Any:
+        stepped = problem.step_by_hand(params, hparams)
+        return pytree.tree_map(lambda w, new: w + rates[k] * (new - w), params, stepped)
+
+    def value(hparams: dict[str, Tensor]) -> Tensor:
+        params = problem.init
+        for k in range(steps):
+            params = step(params, hparams, k)
+        return problem.outer(params, hparams)
+
+    found = hypergrad.unrolled_grad(
+        problem.outer, step, problem.init, problem.hparams, steps=steps, checkpoint=spare
+    )
+    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+
+
+@few
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(0, 5))
+def test_a_batch_of_unrolled_hypergradients_is_the_loop_over_its_tasks(seed, tasks, steps):
+    c, theta = data(seed, tasks, 3, dtype=F64), data(seed + 1, 3, dtype=F64)
+
+    def task(c: Tensor) -> Tensor:
+        def step(w: Tensor, theta: Tensor) -> Tensor:
+            return w - 0.3 * (w - c * theta.sin())
+
+        found: Tensor = hypergrad.unrolled_grad(
+            lambda w, theta: (w * w.cos()).sum() + theta.sum(),
+            step,
+            lambda theta: 2 * theta,
+            theta,
+            steps=steps,
+        )
+        return found
+
+    found = torch.func.vmap(task)(c)
+    expected = torch.stack([task(row) for row in c])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    alone = torch.func.jacrev(lambda theta: theta.cos())(theta)  # nothing stays traced
+    torch.testing.assert_close(alone, (-theta.sin()).diag())
+
+
+def test_an_init_that_shares_a_tensor_with_the_hyperparameters_is_refused():
+    theta = torch.ones(3, dtype=F64)
+    for init, hparams in ((theta, theta), ({"w": theta}, {"theta": theta})):
+        with pytest.raises(hypergrad.NotConnected, match="init=lambda"):
+            hypergrad.unrolled_grad(
+                lambda w, h: pytree.tree_leaves(w)[0].sum(), lambda w, h: w, init, hparams, steps=1
+            )
+
+
+def test_a_module_as_the_initial_point_is_refused_with_the_cure():
+    with pytest.raises(hypergrad.StructureMismatch, match="named_parameters"):
+        hypergrad.unrolled_grad(
+            lambda w, h: h.sum(), lambda w, h: w, torch.nn.Linear(2, 2), torch.ones(2), steps=1
+        )
+
+
+def test_the_examples_of_this_file_do_not_depend_on_chance():
+    state = random.getstate(), torch.get_rng_state()
+    InnerProblem(0, [(2,)], "tuple").implicit()
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_a_root_is_differentiated_where_its_arguments_carry_a_derivative():
+    equation = Equation(0, 3)
+    second = equation.args[1].clone().requires_grad_()
+    c = {"x": torch.ones(3, dtype=F64)}
+    pulled = hypergrad.root_vjp(
+        Root(equation), equation.params, (equation.args[0], second), c, argnums=1
+    )
+    (found,) = torch.autograd.grad(pulled["a"].sum(), second)
+
+    def by_hand(second: Tensor) -> Tensor:
+        x, a = equation.params["x"], equation.args[0]["a"]
+        A = equation.M + torch.diag(second * x.cos() / 4)
+        B = -equation.P * (1 - a.tanh().square())
+        return -(B.T @ torch.linalg.solve(A.T, c["x"])).sum()
+
+    torch.testing.assert_close(found, torch.func.grad(by_hand)(second.detach()), rtol=1e-9, atol=0)
