@@ -18,7 +18,7 @@ from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, scalar
 from ._randomness import Draw
-from ._report import OnFailure, check_on_failure, judge, warn
+from ._report import OnFailure, check_on_failure, judge, warn_of_unused
 from ._trace import detached, further_out, trace
 from ._transforms import refuse_derivatives
 from ._tree import Tree
@@ -266,7 +266,8 @@ def _hypergradient(
 
     sound = finite(value, lin.residual, u, *leaves)
     judge(info, solver, inner_tol=inner_tol, on_failure=on_failure, sound=sound, places=places)
-    _warn_of_unused(H, direct, indirect, on_failure)
+    if on_failure != "ignore":
+        warn_of_unused(H, "Neither outer nor inner", direct, indirect)
     sources = [*problem.tensors, *sources, *lin.captured]
     leaves = refuse_derivatives(leaves, sources, _not_differentiable)
     return _Answer(H.fill(leaves), leaves, info)
@@ -318,22 +319,6 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     if direct is None:
         return -indirect.detach()
     return (direct - indirect).detach()
-
-
-def _warn_of_unused(
-    H: Tree, direct: list[Tensor | None], indirect: list[Tensor | None], on_failure: OnFailure
-) -> None:
-    unused = [
-        H.variable_path(i)
-        for i, (d, c) in enumerate(zip(direct, indirect, strict=True))
-        if d is None and c is None
-    ]
-    if unused and on_failure != "ignore":
-        warn(
-            f"Neither outer nor inner depends on {', '.join(unused)}: the gradient there is zero. "
-            "If that is not meant, look for a .detach(), a copy, or a value that is captured in "
-            "place of the argument."
-        )
 
 
 def _not_differentiable() -> Exception:

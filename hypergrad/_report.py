@@ -23,6 +23,7 @@ from ._errors import (
 )
 from ._info import SolveInfo, Status
 from ._transforms import all_tasks
+from ._tree import Tree
 from .solvers._base import Solver
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -105,6 +106,21 @@ def warn(text: str) -> None:
     while frame.f_back is not None and _internal(frame.f_back.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, ConvergenceWarning, stacklevel=level + 1)
+
+
+def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None]) -> None:
+    """Warn, naming the leaves, where all terms of a hypergradient are missing."""
+    unused = [
+        hparams.variable_path(i)
+        for i, parts in enumerate(zip(*terms, strict=True))
+        if all(part is None for part in parts)
+    ]
+    if unused:
+        warn(
+            f"{neither} depends on {', '.join(unused)}: the gradient there is zero. If that is not "
+            "meant, look for a .detach(), a copy, or a value that is captured in place of the "
+            "argument."
+        )
 
 
 def _internal(filename: str) -> bool:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._conditions import Replay, plus
 from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
 from ._problem import scalar
 from ._randomness import Draw
+from ._report import warn_of_unused
 from ._trace import detached, further_out, trace
 from ._transforms import refuse_derivatives
 from ._tree import Tree
@@ -108,6 +109,8 @@ def unrolled_grad(
     unroll = _Unrolling(outer, step, init, H, _takes_number(step), has_aux)
     length = max(1, math.isqrt(steps - first)) if checkpoint else max(1, steps - first)
     params, aux, found, captured = unroll.gradient(first, steps, length)
+    if first < steps:
+        warn_of_unused(H, "Neither outer nor step", found)
     leaves = [
         torch.zeros_like(v.detach())
         if g is None
@@ -148,14 +151,14 @@ class _Unrolling:
         with torch.no_grad():
             if first:
                 begin = self.init(given) if start is None else start
-                start = _map(self.advance(begin, given, 0, first), Tensor.detach)
+                start = self.forward(begin, constants, 0, first)
             bounds = [(s, min(s + length, steps)) for s in range(first, steps, length)]
             bounds = bounds or [(first, first)]
             states, draws = [start], [Draw() for _ in bounds]
             for (s, e), draw in zip(bounds[:-1], draws, strict=False):
                 with draw.evaluation():
                     begin = self.init(given) if states[-1] is None else states[-1]
-                    states.append(_map(self.advance(begin, given, s, e), Tensor.detach))
+                    states.append(self.forward(begin, constants, s, e))
 
         def last(aliases: list[Tensor], params: Any) -> Any:
             given = self.H.rebuild(aliases)
@@ -201,6 +204,19 @@ class _Unrolling:
         found, more = trace(pull, variables)
         return found[: len(constants)], found[len(constants) :], more
 
+    def forward(self, params: Any, constants: list[Tensor], start: int, stop: int) -> Any:
+        """Make steps without keeping a graph; each may take derivatives itself."""
+        for k in range(start, stop):
+            tree = Tree("params", params)
+
+            def one(aliases: list[Tensor], k: int = k, tree: Tree = tree) -> Any:
+                given = self.H.rebuild(aliases[: len(constants)])
+                return self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
+
+            start_of_step = [detached(v) for v in tree.variables]
+            params = _map(trace(one, [*constants, *start_of_step]), Tensor.detach)
+        return params
+
     def advance(self, params: Any, given: Any, start: int, stop: int) -> Any:
         """Make the steps from `start` to `stop`."""
         for k in range(start, stop):
@@ -221,7 +237,7 @@ def _takes_number(step: Callable[..., Any]) -> bool:
 
 
 def _refuse_shared(init: Any, H: Tree) -> None:
-    if callable(init):
+    if callable(init) and not isinstance(init, nn.Module):
         return
     start = Tree("init", init)
     for i, leaf in enumerate(start.variables):

@@ -220,6 +220,28 @@ def test_the_answer_shares_no_memory_with_anything(h):
     assert torch.equal(found["b"], torch.ones(3, dtype=D))
 
 
+@pytest.mark.parametrize("which", ["outer", "inner"])
+def test_a_loss_that_changes_a_constant_leaf_in_place_is_an_error_or_leaves_it_alone(which, h):
+    tree = {"h": h, "count": torch.tensor(3)}
+
+    def counting(fun):
+        def call(w, t):
+            t["count"].add_(1)
+            return fun(w, t["h"])
+
+        return call
+
+    losses = {"outer": lambda w, t: outer(w, t["h"]), "inner": lambda w, t: inner(w, t["h"])}
+    losses[which] = counting({"outer": outer, "inner": inner}[which])
+    try:
+        implicit_grad(losses["outer"], losses["inner"], solution(h), tree)
+    except hypergrad.HypergradError as error:
+        named = str(error)
+        assert "count" in named
+    else:
+        assert tree["count"] == 3
+
+
 def test_each_loss_is_evaluated_once(h):
     calls = {"outer": 0, "inner": 0}
 

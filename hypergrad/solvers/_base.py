@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo, Status
-from .._transforms import any_task
+from .._transforms import any_task, refuse_derivatives
 from .._tree import Layout, Tree
 
 Product = Callable[[Tensor], Tensor]
@@ -108,7 +108,8 @@ class Solver(ABC):
         x : pytree of Tensor
             The answer, shaped like `b`.
         info : SolveInfo
-            Its evidence. Nothing is raised or warned of here: look at ``info.success``.
+            Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
+            detached; the decorators and `root_vjp` have the derivative of a solution.
         """
         tree = Tree("b", b)
         layout = Layout(tree, tree.variables)
@@ -120,20 +121,29 @@ class Solver(ABC):
 
         system = LinearSystem(
             matvec=flat(matvec, "matvec"),
-            b=layout.flatten(tree.variables),
+            b=layout.flatten(tree.variables).detach(),
             layout=layout,
             tree=tree,
-            x0=None if x0 is None else layout.flatten(tree.match("x0", x0)),
+            x0=None if x0 is None else layout.flatten(tree.match("x0", x0)).detach(),
             rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec"),
         )
         system.dense = lambda: dense_by_products(system.matvec, system.b)
-        found = self.run(system)
-        x = tree.rebuild(layout.split(found.x))
+        with torch.no_grad():
+            found = self.run(system)
+        parts = refuse_derivatives(layout.split(found.x), tree.variables, _not_differentiable)
+        x = tree.rebuild(parts)
         return x, info_of(found, solution=x)
 
     @abstractmethod
     def run(self, system: LinearSystem) -> Solution:
         """Solve a flat system."""
+
+
+def _not_differentiable() -> Exception:
+    return UnsupportedOperation(
+        "The answer of solver.solve is detached: its derivative would go through the iterations. Use "
+        "custom_root or root_vjp with F(x, b) = A x - b."
+    )
 
 
 def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:

@@ -1,0 +1,1 @@
+"""Measurements: ratios within one process, and memory in a fresh process a point."""
