@@ -31,15 +31,15 @@ def refuse_past_arguments(
     """
     own = {id(alias) for alias in aliases}
     leaves: set[tuple[Any, ...]] = set()
-    nodes: set[Any] = set()
+    edges: set[tuple[Any, int]] = set()
     for output in outputs:
         found, reached = graph(output)
         leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
-        nodes |= reached
+        edges |= reached
     leaves.discard(())
     for tree in (problem.params, *problem.args):
         for position, variable in enumerate(tree.variables):
-            if _memory(variable) in leaves or variable.grad_fn in nodes:
+            if _memory(variable) in leaves or (variable.grad_fn, variable.output_nr) in edges:
                 raise NotConnected(
                     f"{what} reaches {tree.variable_path(position)} past its arguments (a module "
                     "called directly, or a captured tensor), so that its derivative would be lost. "

@@ -390,12 +390,15 @@ def _record_equation(
     symmetric: bool,
 ) -> Record:
     leaves: set[int] = set()
-    nodes: set[Any] = set()
+    edges: set[tuple[Any, int]] = set()
     for value in values:
         found, reached = graph(value)
         leaves |= {id(leaf) for leaf in found}
-        nodes |= reached
-    _require_all(problem, [p if id(p) in leaves or p.grad_fn in nodes else None for p in params])
+        edges |= reached
+    reached_params = [
+        p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in params
+    ]
+    _require_all(problem, reached_params)
     transposed = Replay(values, params)
     residual: list[Tensor | None] = list(values)
     if symmetric:

@@ -86,5 +86,6 @@ def solve_linear(
 def finite(*tensors: Tensor | None) -> Tensor:
     """Whether all entries of all tensors of one task are finite, as a 0-d bool tensor."""
     present = [t for t in tensors if t is not None and t.numel()]
-    largest = [torch.linalg.vector_norm(t, float("inf")).to(torch.float64) for t in present]
+    device = present[0].device
+    largest = [torch.linalg.vector_norm(t, float("inf")).to(device, torch.float64) for t in present]
     return torch.isfinite(torch.stack(largest)).all()

@@ -20,7 +20,7 @@ from ._problem import Problem, scalar
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
 from ._trace import detached, further_out, trace
-from ._transforms import refuse_derivatives
+from ._transforms import is_wrapped, refuse_derivatives
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import check_symmetry
@@ -221,7 +221,8 @@ def _hypergradient(
     check_symmetry(solver, condition.symmetric)
     looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
 
-    tensors = [detached(t) for t in problem.tensors]
+    # A loss that changes a float argument in place is stopped by autograd; the rest are copies.
+    tensors = [detached(t) if t.is_floating_point() else t.clone() for t in problem.tensors]
     start = None
     if x0 is not None:
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
@@ -229,6 +230,7 @@ def _hypergradient(
     lin = Linearisation(problem, tensors, Draw())
     refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
 
+    _refuse_changed(problem, tensors)
     b = layout.flatten(cotangent)
     flat_params = layout.flatten([tensors[i] for i in problem.inner])
     u, info = solve_linear(
@@ -319,6 +321,22 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     if direct is None:
         return -indirect.detach()
     return (direct - indirect).detach()
+
+
+def _refuse_changed(problem: Problem, tensors: list[Tensor]) -> None:
+    """Raise if a loss has changed a constant in place (the copy that it was given)."""
+    names = [
+        tree.path(i)
+        for tree in (problem.params, *problem.args)
+        for i, leaf in enumerate(tree.leaves)
+        if isinstance(leaf, Tensor)
+    ]
+    for name, tensor in zip(names, tensors, strict=True):
+        if not tensor.is_floating_point() and not is_wrapped(tensor) and tensor._version:
+            raise UnsupportedOperation(
+                f"A loss changes {name} in place. Use an operation that returns a new tensor, or "
+                "tensor.clone()."
+            )
 
 
 def _not_differentiable() -> Exception:

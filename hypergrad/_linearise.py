@@ -145,7 +145,7 @@ def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:
         If the condition was computed through such a layer.
     """
     for part in residual:
-        for node in graph(part)[1] if part is not None else ():
+        for node, _ in graph(part)[1] if part is not None else ():
             fused = node.name().startswith(_FUSED_NORMS)
             if fused and getattr(node, "_saved_training", True):
                 raise UnsupportedOperation(

@@ -71,21 +71,28 @@ def further_out(output: Tensor) -> list[Tensor]:
     return further[:1] if any(carries_derivative(layer) for layer in further) else []
 
 
-def graph(output: Tensor) -> tuple[list[Tensor], set[Any]]:
-    """The leaf tensors and the nodes of an output's graph, in every surrounding level."""
+def graph(output: Tensor) -> tuple[list[Tensor], set[tuple[Any, int]]]:
+    """The leaf tensors and the edges, as ``(t.grad_fn, t.output_nr)``, of an output's graph."""
     leaves: list[Tensor] = []
-    seen: set[Any] = set()
+    edges: set[tuple[Any, int]] = set()
+    visited: set[Any] = set()
     for layer in layers(output):
-        stack = [layer.grad_fn] if layer.grad_fn is not None else []
-        if layer.grad_fn is None and layer.requires_grad:
+        stack = []
+        if layer.grad_fn is not None:
+            edges.add((layer.grad_fn, layer.output_nr))
+            stack.append(layer.grad_fn)
+        elif layer.requires_grad:
             leaves.append(layer)
         while stack:
             node = stack.pop()
-            if node in seen:
+            if node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             variable = getattr(node, "variable", None)
             if variable is not None:
                 leaves.append(variable)
-            stack.extend(n for n, _ in node.next_functions if n is not None)
-    return leaves, seen
+            for following, number in node.next_functions:
+                if following is not None:
+                    edges.add((following, number))
+                    stack.append(following)
+    return leaves, edges

@@ -141,8 +141,8 @@ class Solver(ABC):
 
 def _not_differentiable() -> Exception:
     return UnsupportedOperation(
-        "The answer of solver.solve is detached: its derivative would go through the iterations. Use "
-        "custom_root or root_vjp with F(x, b) = A x - b."
+        "The answer of solver.solve is detached: its derivative would go through the iterations. "
+        "Use custom_root or root_vjp with F(x, b) = A x - b."
     )
 
 
