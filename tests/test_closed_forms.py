@@ -41,6 +41,8 @@ SOLVERS = [
     pytest.param(Neumann(terms=5000, rtol=1e-10), 1e-6, id="Neumann"),
 ]
 
+AT_DEFAULTS = [pytest.param(s, id=repr(s)) for s in (CG(), GMRES(), Neumann(terms=500))]
+
 
 def every(problems: list[Make]) -> Any:
     return pytest.mark.parametrize("make", problems, ids=lambda make: make.__name__)
@@ -52,9 +54,15 @@ def hypergradient(problem: Problem, **options: Any) -> Any:
     return hypergrad.implicit_grad(problem.outer, inner, params, problem.hparams, **options)
 
 
-def skip_unless_suited(problem: Problem, solver: Any) -> None:
-    if isinstance(solver, CG) and not problem.symmetric:
-        pytest.skip("CG is for symmetric matrices")
+def suited(solvers: list[Any]) -> Any:
+    """Every well-posed problem with every solver that is meant for its matrix."""
+    pairs = []
+    for make in WELL_POSED:
+        for case in solvers:
+            solver = case.values[0]
+            if make().symmetric or not isinstance(solver, CG):
+                pairs.append(pytest.param(make, *case.values, id=f"{make.__name__}-{case.id}"))
+    return pairs
 
 
 @every(EVERY)
@@ -64,23 +72,19 @@ def test_the_reference_agrees_with_central_differences(make):
     assert relative_error(central_differences(problem), expected) < 1e-6
 
 
-@every(WELL_POSED)
-@pytest.mark.parametrize(("solver", "tolerance"), SOLVERS)
+@pytest.mark.parametrize(("make", "solver", "tolerance"), suited(SOLVERS))
 def test_implicit_grad_gives_the_closed_form(make, solver, tolerance):
     problem = make()
-    skip_unless_suited(problem, solver)
     found, info = hypergradient(problem, solver=solver, return_info=True)
     assert relative_error(found, problem.hypergradient(problem.hparams)) < tolerance
     assert info.status == Status.CONVERGED
     assert info.success
 
 
-@every(WELL_POSED)
-@pytest.mark.parametrize(("solver", "tolerance"), SOLVERS)
+@pytest.mark.parametrize(("make", "solver", "tolerance"), suited(SOLVERS))
 @pytest.mark.parametrize("way", ["backward", "torch.func.grad"])
 def test_the_decorators_give_the_closed_form(make, solver, tolerance, way):
     problem = make()
-    skip_unless_suited(problem, solver)
     fit = problem.decorated(solver=solver, on_failure="raise")
 
     def value(hparams):
@@ -134,12 +138,10 @@ def test_the_defaults_are_silent_and_right_on_a_well_posed_problem(make, dtype):
     assert all(leaf.dtype == dtype for leaf in pytree.tree_leaves(found))
 
 
-@every(WELL_POSED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("solver", [CG(), GMRES(), Neumann(terms=500)], ids=repr)
+@pytest.mark.parametrize(("make", "solver"), suited(AT_DEFAULTS))
 def test_each_solver_at_its_defaults_is_silent_on_a_well_posed_problem(make, dtype, solver):
     problem = make(dtype)
-    skip_unless_suited(problem, solver)
     found = hypergradient(problem, solver=solver)
     expected = make(F64).hypergradient(make(F64).hparams)
     assert relative_error(found, expected) < (1e-5 if dtype == F64 else 1e-3)
