@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the formulae without the network
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
