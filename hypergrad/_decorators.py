@@ -28,6 +28,7 @@ from ._transforms import (
     first_slice,
     forward_mode_active,
     is_batched,
+    never_compiled,
     transforms_active,
 )
 from ._tree import Tree
@@ -239,6 +240,7 @@ def _decorator(condition: Condition, *, argnums: Any, **options: Any) -> Callabl
     settings = _Options(argnums=_positions(argnums), **options)
 
     def decorate(fit: Fit) -> Fit:
+        @never_compiled
         @functools.wraps(fit)
         def solve(init: Any, *args: Any, **keywords: Any) -> Any:
             return _solve(condition, fit, settings, init, args, keywords)

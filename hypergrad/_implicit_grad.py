@@ -20,12 +20,13 @@ from ._problem import Problem, scalar
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
 from ._trace import detached, further_out, trace
-from ._transforms import is_wrapped, refuse_derivatives
+from ._transforms import is_wrapped, never_compiled, refuse_derivatives
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import check_symmetry
 
 
+@never_compiled
 def implicit_grad(
     outer: Callable[[Any, Any], Any],
     inner: Any,
@@ -124,6 +125,7 @@ def implicit_grad(
     return (answer.grads, answer.info.aux) if has_aux else answer.grads
 
 
+@never_compiled
 def implicit_backward(
     outer: Callable[[Any, Any], Any],
     inner: Any,

@@ -19,12 +19,13 @@ from ._problem import Problem
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge
 from ._trace import detached
-from ._transforms import carries_derivative
+from ._transforms import carries_derivative, never_compiled
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import check_symmetry
 
 
+@never_compiled
 def root_vjp(
     F: Any,
     params: Any,
@@ -100,6 +101,7 @@ def root_vjp(
     return (chosen, info) if return_info else chosen
 
 
+@never_compiled
 def root_jvp(
     F: Any,
     params: Any,

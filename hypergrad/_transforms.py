@@ -5,9 +5,10 @@ This is the only file that touches functorch's private names.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ._errors import UnsupportedOperation
+
+Fun = TypeVar("Fun", bound=Callable[..., Any])
 
 
 def transforms_active() -> bool:
@@ -109,6 +112,19 @@ def has_tangent(tensor: Tensor) -> bool:
         while (_functorch.maybe_current_level() or 0) > own_level:
             stack.enter_context(temporarily_pop_interpreter_stack())
         return forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def never_compiled(fun: Fun) -> Fun:
+    """Keep a function out of `torch.compile`, whose graphs have no second derivative."""
+    # torch.compiler.disable does the same, but imports the compiler with the library.
+
+    @functools.wraps(fun)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch._dynamo.disable(fun)(*args, **kwargs)
+        return fun(*args, **kwargs)
+
+    return cast("Fun", call)
 
 
 class WatchForDerivatives(TorchFunctionMode):

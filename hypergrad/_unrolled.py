@@ -18,10 +18,11 @@ from ._problem import scalar
 from ._randomness import Draw
 from ._report import warn_of_unused
 from ._trace import detached, further_out, trace
-from ._transforms import refuse_derivatives
+from ._transforms import never_compiled, refuse_derivatives
 from ._tree import Tree
 
 
+@never_compiled
 def unrolled_grad(
     outer: Callable[[Any, Any], Any],
     step: Callable[..., Any],

@@ -1163,3 +1163,34 @@ def test_the_rules_may_be_mapped_and_differentiated():
 
     close(vmap(by_rule)(XS, LAMS), torch.stack([by_reference(X, s) for X, s in zip(XS, LAMS)]))  # noqa: B905
     close(jacrev(by_rule, argnums=1)(X, LAM), jacrev(by_reference, argnums=1)(X, LAM))
+
+
+# torch.compile
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_breaks_its_graph_at_an_implicit_solution(backend):
+    X = torch.arange(12, dtype=D).reshape(4, 3).sin()
+    y = torch.arange(4, dtype=D).cos()
+    inner = lambda w, lam: ((X @ w - y) ** 2).sum() / 2 + (lam * w**2).sum() / 2
+    outer = lambda w, lam: (w**2).sum()
+
+    @custom_argmin(inner)
+    def fit(init, lam):
+        return torch.linalg.solve(X.T @ X + lam.diag(), X.T @ y)
+
+    def by_decorator(lam):
+        return outer(fit(None, 2 * lam), lam)
+
+    def once(lam):
+        return 2 * hypergrad.implicit_grad(outer, inner, fit(None, 2 * lam).detach(), 2 * lam)
+
+    def closed_form(lam):
+        return outer(torch.linalg.solve(X.T @ X + 2 * lam.diag(), X.T @ y), lam)
+
+    lam = torch.linspace(0.5, 1.5, 3, dtype=D, requires_grad=True)
+    want = torch.autograd.grad(closed_form(lam), lam)[0]
+    compiled = torch.compile(by_decorator, backend=backend)
+    close(torch.autograd.grad(compiled(lam), lam)[0], want)
+    close(torch.compile(once, backend=backend)(lam.detach()), want)

@@ -136,6 +136,7 @@ def _train_one(
     console: Console,
 ) -> Trained:
     recipe = settings.recipes[learner.method]
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     network = benchmark.build_network().to(settings.device)
     generator = torch.Generator(settings.device).manual_seed(settings.seed)

@@ -184,7 +184,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
             "cg_steps": 5,
             "shots": 1,
             "queries": 5,
-            "meta_steps": 4000,
+            "meta_steps": 3000,
             "validate_every": 100,
         },
     )
