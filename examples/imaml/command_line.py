@@ -161,8 +161,7 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--test-tasks", type=whole(2), default=600, help="unseen tasks behind the last table")
     add("--seed", type=whole(0), default=0, help="of initial parameters and training tasks")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--threads", type=whole(1), default=1,
-        help="threads on the CPU; the networks are small, and two threads wait for each other")  # fmt: skip
+    add("--threads", type=whole(1), default=1, help="CPU threads; small networks gain by no more")
     add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
     add("--smoke", action="store_true", help="a run of seconds, to see that everything works")
     parser.set_defaults(**defaults)
