@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._advice import advice, refuse_once_differentiable
 from ._errors import NotConnected
 from ._problem import Problem
 from ._trace import graph
+from ._transforms import transforms_active
 
 Parts = Sequence[Tensor | None]
 
@@ -34,8 +36,8 @@ class Replay:
         ]
         if not given or not self._inputs:
             return [None] * len(self._inputs)
-        return list(
-            torch.autograd.grad(
+        with advice():
+            found = torch.autograd.grad(
                 self._outputs,
                 self._inputs,
                 given,
@@ -43,7 +45,7 @@ class Replay:
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        )
+        return list(found)
 
 
 class ForwardReplay:
@@ -410,6 +412,8 @@ def _record_equation(
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
+    if not transforms_active():
+        refuse_once_differentiable(value, inputs)
     return list(torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._advice import advice
 from ._captures import refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
@@ -302,7 +303,8 @@ def _outer_gradient(
             found = list(torch.autograd.grad(value, aliases, allow_unused=True))
         return value, aux, found, further_out(value)
 
-    value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
+    with advice():
+        value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
     cotangent, direct = found[: len(inner)], found[len(inner) :]
     if all(part is None for part in cotangent):
         raise NotConnected(

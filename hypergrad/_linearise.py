@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._advice import advice
 from ._conditions import ForwardReplay, Product, Replay
 from ._errors import UnsupportedOperation
 from ._problem import Problem
@@ -89,7 +90,7 @@ class Linearisation:
         variables = [tensors[i] for i in [*inner, *outer]]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        with draw.evaluation():
+        with draw.evaluation(), advice():
             trace(evaluate, variables)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 

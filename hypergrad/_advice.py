@@ -1,0 +1,80 @@
+"""PyTorch's own refusals to differentiate twice, turned into advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from ._errors import UnsupportedOperation
+from ._trace import graph
+
+# A part of PyTorch's message, and what to do about it.
+_CURES = {
+    "scaled_dot_product": (
+        "A fused attention kernel has no second derivative. Evaluate the losses inside "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+    ),
+    "cudnn RNN": (
+        "cuDNN's LSTM and GRU have no second derivative. Evaluate the losses inside "
+        "torch.backends.cudnn.flags(enabled=False)."
+    ),
+    "aot_autograd does not currently support double backward": (
+        "A loss calls a function made by torch.compile, which has no second derivative. Use the "
+        "function that was compiled."
+    ),
+    "must override the setup_context": (
+        "A loss calls a torch.autograd.Function that does not work inside torch.func transforms. "
+        "Write it with setup_context and generate_vmap_rule = True, or call hypergrad outside of "
+        "the transform."
+    ),
+    "once_differentiable": (
+        "A loss calls a torch.autograd.Function whose backward is marked once_differentiable, so "
+        "its second derivative is lost. Write the backward in differentiable operations."
+    ),
+}
+
+
+@contextmanager
+def advice() -> Iterator[None]:
+    """Turn PyTorch's message about a missing second derivative into one with the cure.
+
+    Raises
+    ------
+    UnsupportedOperation
+        In place of a RuntimeError that is known.
+    RuntimeError
+        That of PyTorch, if it is not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for part, cure in _CURES.items():
+            if part in str(error):
+                raise UnsupportedOperation(f"{cure} ({error})") from error
+        raise
+
+
+def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise if a value goes through a Function whose backward has no derivative.
+
+    PyTorch takes such a gradient for a constant, in silence, unless the incoming derivative
+    requires grad itself.
+
+    Raises
+    ------
+    UnsupportedOperation
+        If there is one.
+    """
+    _, edges = graph(value)
+    if not any(isinstance(node, BackwardCFunction) for node, _ in edges):
+        return
+    one = torch.ones_like(value).requires_grad_()
+    found = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
+    for gradient in found:
+        reached = graph(gradient)[1] if gradient is not None else set()
+        if any(node.name() == "torch::autograd::Error" for node, _ in reached):
+            raise UnsupportedOperation(_CURES["once_differentiable"])
