@@ -111,6 +111,15 @@ def has_tangent(tensor: Tensor) -> bool:
         return forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Make tensors that no surrounding function transform sees, such as random constants."""
+    with ExitStack() as stack:
+        while _functorch.maybe_current_level() is not None:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
+
+
 class WatchForDerivatives(TorchFunctionMode):
     """Notices whether a function that is being called takes derivatives itself.
 
