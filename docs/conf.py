@@ -27,7 +27,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore = [("py:class", "Tensor"), ("py:class", "pytree")]  # in prose, as types of fields
+# In prose, as types of fields; Solver is the private base class of the solvers.
+nitpick_ignore = [("py:class", "Tensor"), ("py:class", "pytree"), ("py:class", "Solver")]
 nitpick_ignore_regex = [("py:class", r"hypergrad\.(.+\.)?_.*")]  # private names in signatures
 default_role = "literal"
 

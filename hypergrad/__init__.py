@@ -5,6 +5,7 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+from ._check import Report, check_hypergrad
 from ._conditions import FixedPoint, GaussNewton, Minimum, Root
 from ._decorators import custom_argmin, custom_fixed_point, custom_root
 from ._errors import (
@@ -23,13 +24,29 @@ from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
 from ._root import root_jvp, root_vjp
 from ._unrolled import unrolled_grad
-from .solvers import CG, GMRES, Exact, Identity, Neumann
+from .solvers import (
+    CG,
+    GMRES,
+    LSMR,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    Exact,
+    Identity,
+    Neumann,
+    NormalCG,
+    Nystrom,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
     "GMRES",
+    "LSMR",
+    "MINRES",
+    "Auto",
+    "BiCGSTAB",
     "ConvergenceWarning",
     "Diverged",
     "Exact",
@@ -40,15 +57,19 @@ __all__ = [
     "IndefiniteHessian",
     "Minimum",
     "Neumann",
+    "NormalCG",
     "NotConnected",
     "NotConverged",
     "NotFinite",
+    "Nystrom",
+    "Report",
     "Root",
     "SingularHessian",
     "SolveInfo",
     "Status",
     "StructureMismatch",
     "UnsupportedOperation",
+    "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",

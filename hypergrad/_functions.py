@@ -60,6 +60,11 @@ class Rule:
     draw: Draw
     captured: str = ""
 
+    def forward(self, transpose: bool) -> bool:
+        """Whether a solve needs products with A itself, and they are to be recorded."""
+        wanted = not transpose or self.solver.needs_transpose
+        return wanted and not self.problem.condition.symmetric
+
     def under(self, axis: TaskAxis) -> Rule:
         """The rule under one more vmap."""
         return dataclasses.replace(self, problem=self.problem.with_axis(axis))
@@ -121,8 +126,7 @@ class LinearSolve(torch.autograd.Function):
     @staticmethod
     def forward(rule: Rule, transpose: bool, b: Tensor, *tensors: Tensor) -> Tensor:
         plain = [t.detach() for t in tensors]
-        forward = not transpose and not rule.problem.condition.symmetric
-        lin = Linearisation(rule.problem, plain, rule.draw, forward=forward)
+        lin = Linearisation(rule.problem, plain, rule.draw, forward=rule.forward(transpose))
         return rule.solve(lin, plain, b.detach(), transpose)
 
     @staticmethod
@@ -238,7 +242,8 @@ class ImplicitSolution(torch.autograd.Function):
         lead = cotangents[0].shape[: len(rule.problem.axes)]
         b = rule.problem.layout().flatten(cotangents, lead)
         higher = higher_order()
-        lin = Linearisation(rule.problem, tensors, rule.draw)
+        forward = not higher and rule.forward(transpose=True)
+        lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward)
         if higher:
             u = LinearSolve.apply(rule, True, b, *tensors)
         else:

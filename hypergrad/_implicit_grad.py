@@ -62,8 +62,8 @@ def implicit_grad(
     hparams : pytree of Tensor
         The outer variables. The answer is shaped like them.
     solver : Solver, optional
-        The linear solver. None: `Exact` up to 512 unknowns, else `CG` for a symmetric A and
-        `GMRES` otherwise.
+        The linear solver. None: `Auto`, which is `Exact` up to 512 unknowns, else `CG` for a
+        symmetric A and `GMRES` otherwise, with others to fall back on.
     x0 : pytree of Tensor, optional
         Where the linear solve starts, shaped like `params`: the last call's ``info.solution``.
     has_aux : bool
@@ -230,7 +230,8 @@ def _hypergradient(
     if x0 is not None:
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
     value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
-    lin = Linearisation(problem, tensors, Draw())
+    forward = solver.needs_transpose and not condition.symmetric
+    lin = Linearisation(problem, tensors, Draw(), forward=forward)
     refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
 
     _refuse_changed(problem, tensors)

@@ -71,7 +71,9 @@ class SolveInfo:
     error_estimate : Tensor
         Estimate of the relative error of the hypergradient.
     eigenvalues : Tensor
-        Shape ``(2,)``: lowest and highest Ritz value seen.
+        Shape ``(2,)``: lowest and highest Ritz value of ``A + damping I``, which lie inside its
+        spectrum. They come free with `CG` and `MINRES` (not with a preconditioner), and from
+        `Exact` where A is symmetric and has up to 128 unknowns.
     solution : pytree
         u, shaped like ``params``: pass it as the next call's ``x0``.
     outer_value : Tensor

@@ -93,7 +93,7 @@ def judge(
     if not failed:
         return
     worst = max(failed, key=_severity)
-    error, text = _diagnose(worst, solver, inner_tol, exact=on_failure == "raise")
+    error, text = _diagnose(worst, info.method, solver, inner_tol, exact=on_failure == "raise")
     text = _count(len(failed), len(rows)) + text
     if on_failure == "raise":
         raise error(text)
@@ -138,10 +138,9 @@ def _count(failed: int, tasks: int) -> str:
 
 
 def _diagnose(
-    row: Sequence[float], solver: Solver, inner_tol: float | None, *, exact: bool
+    row: Sequence[float], name: str, solver: Solver, inner_tol: float | None, *, exact: bool
 ) -> tuple[type[HypergradError], str]:
     _, _, status, iterations, residual, inner, low, high = row
-    name = type(solver).__name__
     at = f"relative residual {_figure(residual, exact)}"
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
@@ -155,7 +154,7 @@ def _diagnose(
             return IndefiniteHessian, (
                 f"{name} met negative curvature (p.Ap <= 0){after}, at "
                 f"{at}: the matrix is not positive definite, so params is no minimum of the inner "
-                "problem or the iterate is far from one. Add damping, use GMRES() or "
+                "problem or the iterate is far from one. Add damping, use MINRES() or "
                 "Exact(), or a GaussNewton condition, whose curvature cannot be negative."
             )
         case Status.SINGULAR:

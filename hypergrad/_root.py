@@ -230,8 +230,7 @@ def _solved(
             "inputs, or leave return_info out."
         )
     tensors = [detached(t) for t in problem.tensors]
-    forward = not transpose and not problem.condition.symmetric
-    lin = Linearisation(problem, tensors, rule.draw, forward=forward)
+    lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     params = lin.layout.flatten([tensors[i] for i in problem.inner])
     u, info = solve_linear(lin, rule.solver, b, params, transpose=transpose, inner_tol=None)
     info = dataclasses.replace(info, solution=problem.params.fill(lin.layout.split(u)))

@@ -127,6 +127,15 @@ def never_compiled(fun: Fun) -> Fun:
     return cast("Fun", call)
 
 
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Make tensors that no surrounding function transform sees, such as random constants."""
+    with ExitStack() as stack:
+        while _functorch.maybe_current_level() is not None:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
+
+
 class WatchForDerivatives(TorchFunctionMode):
     """Notices whether a function that is being called takes derivatives itself.
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from ._auto import choose
+from ._auto import Auto, choose
 from ._base import Solver
+from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._exact import Exact
 from ._gmres import GMRES
 from ._identity import Identity
+from ._minres import MINRES
 from ._neumann import Neumann
+from ._normal import LSMR, NormalCG
+from ._nystrom import Nystrom
 
-__all__ = ["CG", "GMRES", "Exact", "Identity", "Neumann", "Solver", "choose"]
+__all__ = [
+    "CG",
+    "GMRES",
+    "LSMR",
+    "MINRES",
+    "Auto",
+    "BiCGSTAB",
+    "Exact",
+    "Identity",
+    "Neumann",
+    "NormalCG",
+    "Nystrom",
+    "Solver",
+    "choose",
+]

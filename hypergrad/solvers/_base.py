@@ -81,6 +81,8 @@ class Solver(ABC):
     """A method for ``(A + damping I) x = b``, as a value: frozen, printable and shareable."""
 
     needs_symmetry: ClassVar[bool] = False
+    #: Whether products with the transpose are needed: `rmatvec`, where A is not symmetric.
+    needs_transpose: ClassVar[bool] = False
 
     def solve(
         self,
@@ -138,6 +140,26 @@ class Solver(ABC):
     def run(self, system: LinearSystem) -> Solution:
         """Solve a flat system."""
 
+    def as_preconditioner(self, matvec: Counted, b: Tensor) -> Product:
+        """An approximate inverse for another method, on flat vectors.
+
+        Parameters
+        ----------
+        matvec : Counted
+            Products with the other method's matrix.
+        b : Tensor
+            Its right-hand sides.
+
+        Raises
+        ------
+        UnsupportedOperation
+            For all methods but `Nystrom`.
+        """
+        raise UnsupportedOperation(
+            f"{type(self).__name__} is no preconditioner. Pass a callable that approximates the "
+            "inverse, or Nystrom(rank=...)."
+        )
+
 
 def _not_differentiable() -> Exception:
     return UnsupportedOperation(
@@ -184,7 +206,7 @@ class Iterative(Solver):
         counts as met at the rounding floor.
     damping : float
         The system solved is ``(A + damping I) x = b``.
-    preconditioner : callable, optional
+    preconditioner : callable or Nystrom, optional
         ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
     """
 
@@ -192,7 +214,10 @@ class Iterative(Solver):
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
-    preconditioner: Callable[[Any], Any] | None = None
+    preconditioner: Callable[[Any], Any] | Solver | None = None
+
+    #: Whether an answer that was cut short is kept only where its residual is the smaller one.
+    judged_by_residual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -217,8 +242,9 @@ class Iterative(Solver):
         solution : Solution
             The answer and its evidence.
         """
-        matvec = Counted(system.matvec, self.damping)
-        precondition = batched_preconditioner(self.preconditioner, system)
+        transpose = self._transpose(system) if self.needs_transpose else None
+        matvec = Counted(system.matvec, self.damping, transpose)
+        precondition = batched_preconditioner(self.preconditioner, system, matvec)
         scale = norm(system.b)
         present = (scale > 0) & torch.isfinite(scale)
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
@@ -241,6 +267,7 @@ class Iterative(Solver):
         negative = torch.zeros_like(present)
         eigenvalues = b.new_full((*scale.shape, 2), math.nan)
         reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
+        broken = torch.zeros_like(present)
         first = True
         while limit > 0 and (not looks or any_task(active)):
             part = self._iterate(matvec, precondition, r, tol, active, limit, looks)
@@ -250,7 +277,9 @@ class Iterative(Solver):
             size_new = norm(r_new)
             # A truncated iteration is closer in the energy norm also where its residual is not.
             truncated = part.status == Status.MAX_ITERATIONS
-            better = (size_new < size) | ~torch.isfinite(size_new) | (truncated & first)
+            better = (size_new < size) | ~torch.isfinite(size_new)
+            if first and not self.judged_by_residual:
+                better = better | truncated
             keep = active & better
             x = torch.where(keep[..., None], candidate, x)
             r = torch.where(keep[..., None], r_new, r)
@@ -260,21 +289,25 @@ class Iterative(Solver):
             ended = torch.where(stalled, int(Status.STAGNATED), part.status)
             ended = torch.where(met, int(Status.CONVERGED), ended)
             ended = torch.where(torch.isfinite(size_new), ended, int(Status.NOT_FINITE))
-            again = active & claimed & ~met & ~stalled & torch.isfinite(size_new)
+            again = claimed & ~met & ~stalled
+            # A method that broke down on its way gets one more try, from the true residual.
+            retried = (part.status == Status.BREAKDOWN) & ~met & ~broken & (size_new < size)
+            broken = broken | (active & retried)
+            again = active & (again | retried) & torch.isfinite(size_new)
             ended = torch.where(again, int(Status.MAX_ITERATIONS), ended)
             status = torch.where(active, ended, status)
             iterations = torch.where(active, iterations + part.iterations, iterations)
             negative = negative | (active & part.negative)
-            if first:
-                eigenvalues = part.eigenvalues
+            if first and looks and part.ritz is not None and precondition is None:
+                eigenvalues = part.ritz()
             size = torch.where(keep, size_new, size)
             reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
             if not looks:
                 break
         size = torch.where(scale == 0, torch.zeros_like(size), size)
-        broken = (status == Status.NOT_FINITE)[..., None]
-        x = torch.where(broken, torch.full_like(x, math.nan), x * unit)
+        unknown = (status == Status.NOT_FINITE)[..., None]
+        x = torch.where(unknown, torch.full_like(x, math.nan), x * unit)
         x = torch.where((scale == 0)[..., None], torch.zeros_like(x), x)
         return Solution(
             x=x,
@@ -301,10 +334,22 @@ class Iterative(Solver):
                 good = good | (status == Status.MAX_ITERATIONS)
         return good
 
+    def _transpose(self, system: LinearSystem) -> Product:
+        """The product with the transpose, which is at hand where A is symmetric."""
+        if system.rmatvec is not None:
+            return system.rmatvec
+        if system.symmetric:
+            return system.matvec
+        name = type(self).__name__
+        raise UnsupportedOperation(
+            f"{name} needs products with the transpose: pass rmatvec=... to {name}.solve (the "
+            "same function as matvec where the matrix is symmetric), or use GMRES()."
+        )
+
     @abstractmethod
     def _iterate(
         self,
-        matvec: Product,
+        matvec: Counted,
         precondition: Product | None,
         r: Tensor,
         tol: Tensor,
@@ -324,21 +369,29 @@ class Part:
     iterations: Tensor
     steps: int
     negative: Tensor
-    eigenvalues: Tensor
     largest: Tensor  # of ||A v|| / ||v|| over the vectors met
+    ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
 
 
 class Counted:
-    """A product with ``A + damping I`` that counts how often it is formed."""
+    """Products with ``A + damping I`` and its transpose that count how often they are formed."""
 
-    def __init__(self, matvec: Product, damping: float) -> None:
-        self.matvec, self.damping, self.count = matvec, damping, 0
+    def __init__(self, matvec: Product, damping: float, rmatvec: Product | None = None) -> None:
+        self.matvec, self.rmatvec, self.damping, self.count = matvec, rmatvec, damping, 0
 
     def __call__(self, v: Tensor) -> Tensor:
         """Form one product."""
+        return self._damped(self.matvec, v)
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """Form one product with the transpose."""
+        assert self.rmatvec is not None
+        return self._damped(self.rmatvec, v)
+
+    def _damped(self, product: Product, v: Tensor) -> Tensor:
         self.count += 1
-        product = self.matvec(v)
-        return product if self.damping == 0 else torch.add(product, v, alpha=self.damping)
+        found = product(v)
+        return found if self.damping == 0 else torch.add(found, v, alpha=self.damping)
 
 
 def tolerance(rtol: float | None, dtype: torch.dtype) -> float:
@@ -368,11 +421,13 @@ def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
 
 
 def batched_preconditioner(
-    preconditioner: Callable[[Any], Any] | None, system: LinearSystem
+    preconditioner: Callable[[Any], Any] | Solver | None, system: LinearSystem, matvec: Counted
 ) -> Product | None:
     """A preconditioner on pytrees as one on flat vectors, mapped over the tasks."""
     if preconditioner is None:
         return None
+    if isinstance(preconditioner, Solver):
+        return preconditioner.as_preconditioner(matvec, system.b)
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Iterative, Part, Product, dot
+from ._ritz import ritz_values_of_cg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class CG(Iterative):
         bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
         failed = torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
+        curvatures, sizes, betas, known = [], [], [], []  # what the Ritz values are made from
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
@@ -91,6 +94,10 @@ class CG(Iterative):
             best = torch.where(better[..., None], x, best)
             best_rr = torch.where(better, rr, best_rr)
             beta = torch.where(moving, rz_new / rz, zero)
+            curvatures.append(pAp)
+            sizes.append(rz)
+            betas.append(beta)
+            known.append(active)
             p = torch.addcmul(z, beta[..., None], p)
             pp = rr + beta.square() * pp if precondition is None else dot(p, p)
             rz = rz_new
@@ -110,6 +117,6 @@ class CG(Iterative):
             iterations=iterations,
             steps=steps,
             negative=negative,
-            eigenvalues=r.new_full((*tol.shape, 2), math.nan),
             largest=steepest,
+            ritz=partial(ritz_values_of_cg, curvatures, sizes, betas, known) if steps else None,
         )

@@ -13,6 +13,8 @@ from .._info import Status
 from .._transforms import any_task
 from ._base import LinearSystem, Solution, Solver, finite, norm, tolerance
 
+_SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothing
+
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Solver):
@@ -90,9 +92,21 @@ class Exact(Solver):
             matvecs=n,
             residual_norm=torch.where(absent, torch.zeros_like(size), size),
             negative_curvature=torch.zeros_like(absent),
-            eigenvalues=b.new_full((*scale.shape, 2), math.nan),
+            eigenvalues=_extreme_eigenvalues(A, sound, known=system.symmetric is True),
             method="Exact",
         )
+
+
+def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
+    """The lowest and highest eigenvalue where A is known to be symmetric and small."""
+    nan = A.new_full((*sound.shape, 2), math.nan)
+    if not known or not 0 < A.shape[-1] <= _SPECTRUM_BELOW:
+        return nan
+    finite = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
+    values = torch.linalg.eigvalsh(torch.where(finite, A, torch.zeros_like(A)))
+    return torch.where(
+        sound[..., None], torch.stack([values[..., 0], values[..., -1]], dim=-1), nan
+    )
 
 
 def _without_system(b: Tensor, scale: Tensor) -> Solution:
@@ -137,14 +151,18 @@ def _of_minimum_norm(A: Tensor, b: Tensor) -> Tensor:
 
 def refuse_if_too_large(n: int, tasks: int, b: Tensor) -> None:
     """Raise before a matrix is formed that the memory cannot hold."""
-    copies = 4  # the columns, the matrix, its factors, one temporary
-    need = copies * tasks * n * n * b.element_size() / 2**30
-    free = free_gib(b.device)
+    need, free = gib_needed(n, tasks, b), free_gib(b.device)
     if need > free:
         raise UnsupportedOperation(
             f"Exact would form {tasks} x {n} x {n} entries: about {need:.3g} GiB, and {free:.3g} "
             "GiB are free. Use CG(), or GMRES() where the matrix is not symmetric."
         )
+
+
+def gib_needed(n: int, tasks: int, b: Tensor) -> float:
+    """The memory that a factorisation takes, in GiB."""
+    copies = 4  # the columns, the matrix, its factors, one temporary
+    return copies * tasks * n * n * b.element_size() / 2**30
 
 
 def free_gib(device: torch.device) -> float:

@@ -95,7 +95,6 @@ class GMRES(Iterative):
             iterations=iterations,
             steps=steps,
             negative=torch.zeros_like(active),
-            eigenvalues=r.new_full((*tol.shape, 2), math.nan),
             largest=largest,
         )
 

@@ -1,0 +1,91 @@
+"""Ritz values from the coefficients that a Lanczos recurrence leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LONGEST = 512  # above it the tridiagonal matrix is taken apart into blocks
+_ENTRIES = 2**22  # of all blocks together
+
+
+def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tensor:
+    """The lowest and highest eigenvalue of each task's symmetric tridiagonal matrix.
+
+    Every eigenvalue of the matrix lies within the spectrum of the operator, and so does every
+    eigenvalue of a diagonal block of it: a long recurrence is taken apart into blocks, so that
+    the cost stays below that of the iteration.
+
+    Parameters
+    ----------
+    diagonal : Tensor
+        ``(*tasks, k)``.
+    beside : Tensor
+        ``(*tasks, k)``, the entry that joins each row with the next; the last one is not used.
+    known : Tensor
+        bool, ``(*tasks, k)``: whether the task was still running at a step.
+
+    Returns
+    -------
+    extremes : Tensor
+        ``(*tasks, 2)``; NaN for a task that took no step.
+    """
+    count = diagonal.shape[-1]
+    known = known & torch.isfinite(diagonal)
+    some = known[..., :1]
+    # A task that stopped early is filled up with a value that lies between its extremes.
+    filler = torch.where(some, diagonal[..., :1], torch.zeros_like(diagonal[..., :1]))
+    diagonal = torch.where(known, diagonal, filler)
+    joined = known[..., 1:] & torch.isfinite(beside[..., :-1])
+    beside = torch.where(joined, beside[..., :-1], torch.zeros_like(beside[..., :-1]))
+    room = _ENTRIES // max(diagonal.numel(), 1)
+    length = max(min(_LONGEST, room), 64)
+    low, high = filler[..., 0], filler[..., 0]
+    for start in range(0, count, length):
+        block = torch.diag_embed(diagonal[..., start : start + length])
+        if block.shape[-1] > 1:
+            stop = start + block.shape[-1] - 1
+            block = block + torch.diag_embed(beside[..., start:stop], offset=-1)
+        values = torch.linalg.eigvalsh(block)
+        low, high = torch.minimum(low, values[..., 0]), torch.maximum(high, values[..., -1])
+    found = torch.stack([low, high], dim=-1)
+    return torch.where(some, found, torch.full_like(found, math.nan))
+
+
+def ritz_values_of_lanczos(
+    diagonal: Sequence[Tensor], beside: Sequence[Tensor], known: Sequence[Tensor]
+) -> Tensor:
+    """The extreme Ritz values from the coefficients of each step."""
+    return extreme_ritz_values(*(torch.stack(list(c), dim=-1) for c in (diagonal, beside, known)))
+
+
+def ritz_values_of_cg(
+    curvatures: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    known: Sequence[Tensor],
+) -> Tensor:
+    """The extreme Ritz values from p.Ap, r.z and beta of each step of conjugate gradients.
+
+    The matrix of the Lanczos recurrence is L D L^T with D the values of 1 / alpha = p.Ap / r.z
+    and L unit lower bidiagonal with the square roots of beta beside its diagonal. It is right
+    for a last step of negative curvature too.
+
+    Returns
+    -------
+    extremes : Tensor
+        ``(*tasks, 2)``, as from `extreme_ritz_values`.
+
+    References
+    ----------
+    Golub and Van Loan, Matrix computations, section 10.2.
+    """
+    pivots = torch.stack(list(curvatures), dim=-1) / torch.stack(list(sizes), dim=-1)
+    beta = torch.stack(list(betas), dim=-1)
+    carried = torch.nn.functional.pad((beta * pivots)[..., :-1], (1, 0))
+    return extreme_ritz_values(
+        pivots + carried, beta.sqrt() * pivots, torch.stack(list(known), dim=-1)
+    )
