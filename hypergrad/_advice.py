@@ -31,6 +31,10 @@ _CURES = {
         "Write it with setup_context and generate_vmap_rule = True, or call hypergrad outside of "
         "the transform."
     ),
+    "is being used in an in-place operation": (
+        "A loss changes one of its arguments in place. Use an operation that returns a new tensor, "
+        "or tensor.clone()."
+    ),
     "once_differentiable": (
         "A loss calls a torch.autograd.Function whose backward is marked once_differentiable, so "
         "its second derivative is lost. Write the backward in differentiable operations."

@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._errors import NotConnected
+from ._errors import NotConnected, UnsupportedOperation
 from ._problem import Problem
 from ._trace import graph
 from ._transforms import carries_derivative, has_tangent, is_batched, is_wrapped, layers
@@ -84,22 +85,49 @@ def names_of_captured(
     return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
+def refuse_distributed(functions: Sequence[Callable[..., Any]]) -> None:
+    """Raise where a function calls a module that is wrapped for several processes.
+
+    `torch.autograd.grad` through such a module gives the gradient of one process's share.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming the module.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for function in functions:
+        for name, value in _closure(function):
+            if type(value).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+                raise UnsupportedOperation(
+                    f"{name} is a {type(value).__name__}, whose gradients hypergrad would see "
+                    "unreduced. Pass the module inside it (.module), and average the hypergradient "
+                    "over the processes with torch.distributed.all_reduce."
+                )
+
+
 def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in _closure(function):
+        yield from _tensors_in(name, value)
+
+
+def _closure(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """What a function holds, by name: bound arguments, its owner's attributes, its closure."""
     while isinstance(function, functools.partial):
-        yield from _tensors_in("partial", [function.args, function.keywords])
+        yield "partial", [function.args, function.keywords]
         function = function.func
     if isinstance(function, nn.Module):
-        yield from _tensors_in("module", function)
+        yield "module", function
         return
     owner = getattr(function, "__self__", None)
     if owner is not None:
-        yield from _tensors_in("self", getattr(owner, "__dict__", {}))
+        yield "self", getattr(owner, "__dict__", {})
     try:
         variables = inspect.getclosurevars(function)
     except TypeError:
         return
-    for name, value in {**variables.globals, **variables.nonlocals}.items():
-        yield from _tensors_in(name, value)
+    yield from {**variables.globals, **variables.nonlocals}.items()
 
 
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

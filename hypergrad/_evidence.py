@@ -72,7 +72,9 @@ def solve_linear(
     inner = torch.where(size == 0, torch.zeros_like(inner), inner)
     success = found.success
     if inner_tol is not None:
-        success = success & ~(inner > inner_tol)
+        # Without a right-hand side there is no curvature to judge by; NaN is no success.
+        success = success & ((inner <= inner_tol) | (norm(b) == 0))
+    success = success & torch.isfinite(found.x).all(dim=-1)
     info = info_of(
         found,
         solution=None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._advice import advice
-from ._captures import refuse_past_arguments
+from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
 from ._evidence import finite, solve_linear
@@ -220,21 +220,23 @@ def _hypergradient(
     P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
     problem = Problem.of(condition, P, [H])
     layout = problem.layout()
+    refuse_distributed([outer, *condition.functions()])
     solver = choose(solver, layout.n, condition.symmetric)
     check_symmetry(solver, condition.symmetric)
     looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
 
-    # A loss that changes a float argument in place is stopped by autograd; the rest are copies.
+    # Autograd stops a loss that changes a float argument in place; the others are copies.
     tensors = [detached(t) if t.is_floating_point() else t.clone() for t in problem.tensors]
     start = None
     if x0 is not None:
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
+    versions = _versions(tensors)
     value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
     forward = solver.needs_transpose and not condition.symmetric
     lin = Linearisation(problem, tensors, Draw(), forward=forward)
     refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
 
-    _refuse_changed(problem, tensors)
+    _refuse_changed(problem, tensors, versions)
     b = layout.flatten(cotangent)
     flat_params = layout.flatten([tensors[i] for i in problem.inner])
     u, info = solve_linear(
@@ -328,16 +330,20 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     return (direct - indirect).detach()
 
 
-def _refuse_changed(problem: Problem, tensors: list[Tensor]) -> None:
-    """Raise if a loss has changed a constant in place (the copy that it was given)."""
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if is_wrapped(t) else t._version for t in tensors]
+
+
+def _refuse_changed(problem: Problem, tensors: list[Tensor], versions: list[int]) -> None:
+    """Raise if a loss has changed one of its arguments in place."""
     names = [
         tree.path(i)
         for tree in (problem.params, *problem.args)
         for i, leaf in enumerate(tree.leaves)
         if isinstance(leaf, Tensor)
     ]
-    for name, tensor in zip(names, tensors, strict=True):
-        if not tensor.is_floating_point() and not is_wrapped(tensor) and tensor._version:
+    for name, before, after in zip(names, versions, _versions(tensors), strict=True):
+        if before != after:
             raise UnsupportedOperation(
                 f"A loss changes {name} in place. Use an operation that returns a new tensor, or "
                 "tensor.clone()."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._errors import StructureMismatch
+from ._errors import StructureMismatch, UnsupportedOperation
 from ._transforms import WatchForDerivatives
 from ._tree import Layout, Tree
 
@@ -198,6 +198,11 @@ def scalar(what: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise StructureMismatch(
             f"{what} must return a scalar tensor; it returned {type(value).__name__}."
+        )
+    if value.is_complex():
+        raise UnsupportedOperation(
+            f"{what} returned a complex number ({value.dtype}); a loss must be real. Take .real or "
+            ".abs() of it."
         )
     if value.numel() != 1:
         raise StructureMismatch(

@@ -61,7 +61,8 @@ def _alias(variable: Tensor) -> Tensor:
 def detached(variable: Tensor) -> Tensor:
     """The tensor's values, cut off from every derivative that surrounds the call."""
     if variable.is_inference():
-        return variable.clone()  # an inference tensor cannot take part in autograd
+        with torch.inference_mode(False):
+            return variable.clone()  # an inference tensor cannot take part in autograd
     return variable.detach()
 
 

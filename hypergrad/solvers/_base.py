@@ -287,6 +287,10 @@ class Iterative(Solver):
             claimed = part.status == Status.CONVERGED
             stalled = claimed & ~met & ~(size_new < 0.5 * size)
             ended = torch.where(stalled, int(Status.STAGNATED), part.status)
+            # At the rounding floor a regular matrix looks singular.
+            rounding = 100 * torch.finfo(precision).eps * (1 + part.largest * norm(candidate))
+            floored = (ended == Status.SINGULAR) & (size_new <= rounding.clamp(max=1e-3))
+            ended = torch.where(floored, int(Status.STAGNATED), ended)
             ended = torch.where(met, int(Status.CONVERGED), ended)
             ended = torch.where(torch.isfinite(size_new), ended, int(Status.NOT_FINITE))
             again = claimed & ~met & ~stalled
