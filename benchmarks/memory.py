@@ -12,7 +12,6 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
-from examples.imaml.episodes import Episodes
 from examples.imaml.inner import GradientDescent
 from examples.imaml.meta import MetaLearner, Method
 from examples.imaml.models import OmniglotConvNet
@@ -37,8 +36,7 @@ def peak_bytes(method: Method, steps: int) -> int:
     )
     images = draw_characters(40).float()
     generator = torch.Generator().manual_seed(0)
-    drawn = sample_tasks(images, tasks=TASKS, ways=5, shots=1, queries=5, generator=generator)
-    tasks = Episodes(*drawn)
+    tasks = sample_tasks(images, tasks=TASKS, ways=5, shots=1, queries=5, generator=generator)
     learner.meta_gradient(meta, tasks)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         learner.meta_gradient(meta, tasks)

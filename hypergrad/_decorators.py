@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ._captures import carries_something, names_of_captured, reaches_past
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
-from ._errors import StructureMismatch, UnsupportedOperation
+from ._errors import UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outside import call_outside
-from ._problem import Problem
+from ._problem import Problem, without_aux
 from ._randomness import Draw, unnoticed
 from ._report import OnFailure, check_on_failure
 from ._trace import detached, trace
@@ -279,11 +279,7 @@ def _solve(
     start = Tree("init", init)
     name = getattr(fit, "__name__", "the inner solver")
     solution = call_outside(fit, (init, *args), keywords, options.batching)
-    aux = None
-    if options.has_aux:
-        if not (isinstance(solution, tuple) and len(solution) == 2):
-            raise StructureMismatch(f"With has_aux=True {name} must return (params, aux).")
-        solution, aux = solution
+    solution, aux = without_aux(name, solution, options.has_aux, "params")
     if init is not None:
         start.match(f"What {name} returned", solution)
     params = Tree("params", solution)

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 from ._advice import advice
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
-from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
+from ._errors import NotConnected, UnsupportedOperation
 from ._evidence import finite, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
-from ._problem import Problem, scalar
+from ._problem import Problem, scalar, without_aux
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
 from ._trace import detached, further_out, trace
@@ -293,12 +293,7 @@ def _outer_gradient(
         given = list(tensors)
         for place, alias in zip([*inner, *places], aliases, strict=True):
             given[place] = alias
-        returned = outer(*problem.arguments(given))
-        aux = None
-        if has_aux:
-            if not (isinstance(returned, tuple) and len(returned) == 2):
-                raise StructureMismatch("With has_aux=True outer must return (loss, aux).")
-            returned, aux = returned
+        returned, aux = without_aux("outer", outer(*problem.arguments(given)), has_aux, "loss")
         value = scalar("outer", returned)
         refuse_past_arguments("outer", [value], aliases, problem)
         found: list[Tensor | None] = [None] * len(aliases)

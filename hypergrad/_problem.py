@@ -210,3 +210,12 @@ def scalar(what: str, value: Any) -> Tensor:
             "Reduce it with .mean() or .sum()."
         )
     return value.reshape(())
+
+
+def without_aux(what: str, returned: Any, has_aux: bool, first: str) -> tuple[Any, Any]:
+    """What a function returned, and the aux beside it: None without `has_aux`."""
+    if not has_aux:
+        return returned, None
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise StructureMismatch(f"With has_aux=True {what} must return ({first}, aux).")
+    return returned

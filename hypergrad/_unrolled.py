@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._conditions import Replay, plus
-from ._errors import NotConnected, StructureMismatch, UnsupportedOperation
-from ._problem import scalar
+from ._errors import NotConnected, UnsupportedOperation
+from ._problem import scalar, without_aux
 from ._randomness import Draw
 from ._report import warn_of_unused
 from ._trace import detached, further_out, trace
@@ -164,11 +164,7 @@ class _Unrolling:
         def last(aliases: list[Tensor], params: Any) -> Any:
             given = self.H.rebuild(aliases)
             params = self.advance(params, given, *bounds[-1])
-            returned, aux = self.outer(params, given), None
-            if self.has_aux:
-                if not (isinstance(returned, tuple) and len(returned) == 2):
-                    raise StructureMismatch("With has_aux=True outer must return (loss, aux).")
-                returned, aux = returned
+            returned, aux = without_aux("outer", self.outer(params, given), self.has_aux, "loss")
             value = scalar("outer", returned)
             return [value], [torch.ones_like(value)], (params, aux, further_out(value))
 

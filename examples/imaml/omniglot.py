@@ -123,11 +123,10 @@ class OmniglotBenchmark:
     def _draw(
         self, images: Tensor, tasks: int, queries: int, generator: torch.Generator
     ) -> Episodes:
-        drawn = sample_tasks(
+        return sample_tasks(
             images, tasks=tasks, ways=self.ways, shots=self.shots, queries=queries,
             generator=generator,
         )  # fmt: skip
-        return Episodes(*drawn)
 
 
 def draw(
