@@ -32,6 +32,7 @@ from ._transforms import (
     transforms_active,
 )
 from .solvers import Solver
+from .solvers._base import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Rule:
             self.solver,
             inner_tol=self.inner_tol,
             on_failure=self.on_failure,
+            condition=norm(lin.residual),
             sound=sound,
             places=places,
         )

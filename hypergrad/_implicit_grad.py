@@ -24,7 +24,7 @@ from ._trace import detached, further_out, trace
 from ._transforms import is_wrapped, never_compiled, refuse_derivatives
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import check_symmetry
+from .solvers._base import check_symmetry, norm
 
 
 @never_compiled
@@ -273,7 +273,15 @@ def _hypergradient(
                 yield f"the cross derivative by {H.variable_path(i)}", part
 
     sound = finite(value, lin.residual, u, *leaves)
-    judge(info, solver, inner_tol=inner_tol, on_failure=on_failure, sound=sound, places=places)
+    judge(
+        info,
+        solver,
+        inner_tol=inner_tol,
+        on_failure=on_failure,
+        condition=norm(lin.residual),
+        sound=sound,
+        places=places,
+    )
     if on_failure != "ignore":
         warn_of_unused(H, "Neither outer nor inner", direct, indirect)
     sources = [*problem.tensors, *sources, *lin.captured]

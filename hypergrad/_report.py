@@ -45,6 +45,7 @@ def judge(
     *,
     inner_tol: float | None,
     on_failure: OnFailure,
+    condition: Tensor,
     sound: Tensor,
     places: Places,
 ) -> None:
@@ -62,6 +63,8 @@ def judge(
         The relative inner residual above which the inner problem counts as unsolved.
     on_failure : str
         What to do about a failure.
+    condition : Tensor
+        The norm of the inner condition, for each task.
     sound : Tensor
         bool, for each task: all numbers of the answer are finite.
     places : callable
@@ -84,6 +87,7 @@ def judge(
         info.residual_norm,
         info.inner_residual,
         *info.eigenvalues.unbind(dim=-1),
+        condition.expand_as(info.status),
     )
     rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
     bad = [row for row in rows if not row[0]]
@@ -140,7 +144,7 @@ def _count(failed: int, tasks: int) -> str:
 def _diagnose(
     row: Sequence[float], name: str, solver: Solver, inner_tol: float | None, *, exact: bool
 ) -> tuple[type[HypergradError], str]:
-    _, _, status, iterations, residual, inner, low, high = row
+    _, _, status, iterations, residual, inner, low, high, condition = row
     at = f"relative residual {_figure(residual, exact)}"
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
@@ -183,12 +187,19 @@ def _diagnose(
     curvature = (
         f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
     )
+    # In a warning one rounded figure is enough: each more would show it again in a loop.
+    norm_and_scale = (
+        f" (the norm of the condition is {condition:.3g}; its scale, curvature times params, is "
+        f"{condition / inner:.3g})"
+        if exact
+        else ""
+    )
     return NotConverged, (
         f"params does not solve the inner problem: its relative inner residual is "
-        f"{_figure(inner, exact)} and inner_tol is {inner_tol:g}. The implicit gradient is exact "
-        f"only at a solution; its error is of the order of the condition's norm divided by the "
-        f"lowest curvature.{curvature} Solve the inner problem further, or pass inner_tol=None "
-        "where it is truncated on purpose."
+        f"{_figure(inner, exact)} and inner_tol is {inner_tol:g}{norm_and_scale}. The implicit "
+        "gradient is exact only at a solution; its error is of the order of the condition's norm "
+        f"divided by the lowest curvature.{curvature} Solve the inner problem further, or pass "
+        "inner_tol=None where it is truncated on purpose."
     )
 
 

@@ -22,7 +22,7 @@ from ._trace import detached
 from ._transforms import carries_derivative, never_compiled
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import check_symmetry
+from .solvers._base import check_symmetry, norm
 
 
 @never_compiled
@@ -239,6 +239,7 @@ def _solved(
         rule.solver,
         inner_tol=None,
         on_failure=rule.on_failure,
+        condition=norm(lin.residual),
         sound=torch.isfinite(u).all(),
         places=lambda: [("the right-hand side", b), ("the condition", lin.residual), ("u", u)],
     )

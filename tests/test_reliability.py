@@ -1000,3 +1000,13 @@ def test_row_29_a_decorated_solver_runs_under_inference_mode():
     fit = hypergrad.custom_argmin(lambda w, h: (w - 1) ** 2 + h * w**2)(lambda i, h: 1 / (1 + h))
     with torch.inference_mode():
         assert fit(None, t(1.0).clone()) == 0.5
+
+
+def test_row_01_the_error_gives_the_norm_of_the_condition_and_its_scale():
+    inner = lambda w, h: (w - 1) ** 2 + h * w**2
+    with pytest.raises(hypergrad.NotConverged) as caught:
+        hypergrad.implicit_grad(lambda w, h: w, inner, t(0.75), t(1.0), on_failure="raise")
+    # F = 4 w - 2 = 1, curvature 4: the scale is 4 * 0.75.
+    assert "norm of the condition is 1;" in str(caught.value)
+    assert "is 3)" in str(caught.value)
+    assert "residual is 0.333" in str(caught.value)
