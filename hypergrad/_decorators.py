@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._captures import carries_something, names_of_captured, reaches_past
+from ._captures import (
+    carries_something,
+    names_of_captured,
+    reaches_past,
+    refuse_distributed,
+)
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
@@ -24,16 +29,13 @@ from ._randomness import Draw, unnoticed
 from ._report import OnFailure, check_on_failure
 from ._trace import detached, trace
 from ._transforms import (
-    carries_derivative,
     first_slice,
     forward_mode_active,
-    is_batched,
     never_compiled,
     transforms_active,
 )
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import check_symmetry
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 Batching = Literal["vmap", "loop"]
@@ -274,6 +276,7 @@ def _solve(
     keywords: dict[str, Any],
 ) -> Any:
     _refuse_keywords(keywords)
+    refuse_distributed(condition.functions())
     names = _argument_names(fit, len(args))
     trees = [Tree(name, value) for name, value in zip(names, args, strict=True)]
     start = Tree("init", init)
@@ -284,12 +287,10 @@ def _solve(
         start.match(f"What {name} returned", solution)
     params = Tree("params", solution)
     problem = _restricted(Problem.of(condition, params, trees), options.argnums, names)
-    layout = problem.layout()
-    solver = choose(options.solver, layout.n, condition.symmetric)
-    check_symmetry(solver, condition.symmetric)
+    problem.layout()  # raises, here and not in a backward, where nothing can be differentiated
     rule = Rule(
         problem=problem,
-        solver=solver,
+        solver=choose(options.solver, condition.symmetric),
         inner_tol=options.inner_tol,
         on_failure=options.on_failure,
         callback=options.callback,
@@ -317,7 +318,7 @@ def _argument_names(fit: Callable[..., Any], count: int) -> list[str]:
 
 def _refuse_keywords(keywords: dict[str, Any]) -> None:
     for path, leaf in pytree.tree_flatten_with_path(keywords)[0]:
-        if isinstance(leaf, Tensor) and (carries_derivative(leaf) or is_batched(leaf)):
+        if isinstance(leaf, Tensor) and carries_something(leaf):
             raise UnsupportedOperation(
                 f"The keyword argument {pytree.keystr(path)} carries a derivative or a batch, but "
                 "keyword arguments reach the inner solver alone and have no gradient. Pass it by "

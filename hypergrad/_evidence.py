@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._conditions import Condition
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from .solvers._base import LinearSystem, Solver, dot, info_of, norm
@@ -83,6 +84,11 @@ def solve_linear(
         outer_error=dot(found.x, lin.residual),
     )
     return found.x, info
+
+
+def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:
+    """Whether a solve, with the transpose of A or with A, forms products with A itself."""
+    return (not transpose or solver.needs_transpose) and not condition.symmetric
 
 
 def finite(*tensors: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._conditions import ForwardReplay, Replay
 from ._errors import UnsupportedOperation
-from ._evidence import solve_linear
+from ._evidence import needs_product, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
@@ -63,8 +63,7 @@ class Rule:
 
     def forward(self, transpose: bool) -> bool:
         """Whether a solve needs products with A itself, and they are to be recorded."""
-        wanted = not transpose or self.solver.needs_transpose
-        return wanted and not self.problem.condition.symmetric
+        return needs_product(self.solver, self.problem.condition, transpose=transpose)
 
     def under(self, axis: TaskAxis) -> Rule:
         """The rule under one more vmap."""

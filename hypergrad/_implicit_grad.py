@@ -14,7 +14,7 @@ from ._advice import advice
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, UnsupportedOperation
-from ._evidence import finite, solve_linear
+from ._evidence import finite, needs_product, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, scalar, without_aux
@@ -24,7 +24,7 @@ from ._trace import detached, further_out, trace
 from ._transforms import is_wrapped, never_compiled, refuse_derivatives
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import check_symmetry, norm
+from .solvers._base import norm
 
 
 @never_compiled
@@ -221,8 +221,7 @@ def _hypergradient(
     problem = Problem.of(condition, P, [H])
     layout = problem.layout()
     refuse_distributed([outer, *condition.functions()])
-    solver = choose(solver, layout.n, condition.symmetric)
-    check_symmetry(solver, condition.symmetric)
+    solver = choose(solver, condition.symmetric)
     looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
 
     # Autograd stops a loss that changes a float argument in place; the others are copies.
@@ -232,7 +231,7 @@ def _hypergradient(
         start = layout.flatten([detached(t) for t in P.match("x0", x0)])
     versions = _versions(tensors)
     value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
-    forward = solver.needs_transpose and not condition.symmetric
+    forward = needs_product(solver, condition, transpose=True)
     lin = Linearisation(problem, tensors, Draw(), forward=forward)
     refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
 

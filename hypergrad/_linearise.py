@@ -16,6 +16,8 @@ from ._randomness import Draw
 from ._trace import further_out, graph, trace
 from .solvers._base import dense_by_products
 
+_FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+
 
 class Linearisation:
     """F and its derivatives at a point, from one evaluation of the user's functions.
@@ -155,6 +157,3 @@ def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:
                     "batch_norm with batch statistics. Use GroupNorm (GroupNorm(1, n) in place of "
                     "LayerNorm) or RMSNorm, or write the norm out in elementary operations."
                 )
-
-
-_FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")

@@ -22,7 +22,7 @@ from ._trace import detached
 from ._transforms import carries_derivative, never_compiled
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import check_symmetry, norm
+from .solvers._base import norm
 
 
 @never_compiled
@@ -183,9 +183,7 @@ def _rule(
     trees = [Tree(f"args[{i}]", value) for i, value in enumerate(args)]
     # Every argument stays a variable, whichever are asked for: the answer may depend on all.
     problem = Problem.of(condition, Tree("params", params), trees)
-    chosen = choose(solver, problem.layout().n, condition.symmetric)
-    check_symmetry(chosen, condition.symmetric)
-    return Rule(problem, chosen, None, on_failure, None, Draw()), trees
+    return Rule(problem, choose(solver, condition.symmetric), None, on_failure, None, Draw()), trees
 
 
 def _positions(argnums: int | Sequence[int] | None, count: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -106,12 +106,18 @@ def has_tangent(tensor: Tensor) -> bool:
     """Whether the tensor is dual at the forward-mode level that it belongs to."""
     if not forward_mode_active() or _functorch.is_batchedtensor(tensor):
         return False  # a batch has its tangents in what it wraps
-    own_level = max(_functorch.maybe_get_level(tensor), 0)
-    with ExitStack() as stack:
-        # An operation sees the tangents of the innermost level alone.
-        while (_functorch.maybe_current_level() or 0) > own_level:
-            stack.enter_context(temporarily_pop_interpreter_stack())
+    # An operation sees the tangents of the innermost level alone.
+    with _at_level(max(_functorch.maybe_get_level(tensor), 0)):
         return forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+@contextmanager
+def _at_level(level: int) -> Iterator[None]:
+    """Leave the transforms further in than a level; 0 leaves them all."""
+    with ExitStack() as stack:
+        while (_functorch.maybe_current_level() or 0) > level:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def never_compiled(fun: Fun) -> Fun:
@@ -127,13 +133,9 @@ def never_compiled(fun: Fun) -> Fun:
     return cast("Fun", call)
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
+def outside_transforms() -> AbstractContextManager[None]:
     """Make tensors that no surrounding function transform sees, such as random constants."""
-    with ExitStack() as stack:
-        while _functorch.maybe_current_level() is not None:
-            stack.enter_context(temporarily_pop_interpreter_stack())
-        yield
+    return _at_level(0)
 
 
 class WatchForDerivatives(TorchFunctionMode):

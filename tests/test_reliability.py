@@ -1010,3 +1010,28 @@ def test_row_01_the_error_gives_the_norm_of_the_condition_and_its_scale():
     assert "norm of the condition is 1;" in str(caught.value)
     assert "is 3)" in str(caught.value)
     assert "residual is 0.333" in str(caught.value)
+
+
+def test_row_30_a_module_wrapped_for_several_processes_is_refused(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        params = {name: p.detach() for name, p in wrapped.named_parameters()}
+        x = torch.ones(3, 2)
+
+        def inner(params, h):
+            fitted = functional_call(wrapped, params, (x,)).square().sum()
+            return fitted + h * sum((p**2).sum() for p in params.values())
+
+        outer = lambda params, h: sum(p.sum() for p in params.values())
+        fit = hypergrad.custom_argmin(inner)(lambda init, h: init)
+        for use in (
+            lambda: hypergrad.implicit_grad(outer, inner, params, torch.tensor(1.0)),
+            lambda: fit(params, torch.tensor(1.0)),
+        ):
+            with pytest.raises(hypergrad.UnsupportedOperation, match="DistributedDataParallel"):
+                use()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Iterative, LinearSystem, Solution, Solver, at_least, finite
+from ._base import (
+    Iterative,
+    LinearSystem,
+    Solution,
+    Solver,
+    at_least,
+    check_symmetry,
+    finite,
+)
 from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._exact import Exact, free_gib, gib_needed
@@ -140,6 +148,8 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
     )
 
 
-def choose(solver: Solver | None, n: int, symmetric: bool) -> Solver:
-    """`solver`, or where it is None the default."""
-    return Auto() if solver is None else solver
+def choose(solver: Solver | None, symmetric: bool) -> Solver:
+    """`solver`, or where it is None the default, if it suits the matrix."""
+    chosen = Auto() if solver is None else solver
+    check_symmetry(chosen, symmetric)
+    return chosen
