@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ._conditions import Condition
-from ._info import SolveInfo
+from ._conditions import Condition, Parts
+from ._info import SolveInfo, Status
 from ._linearise import Linearisation
-from .solvers._base import LinearSystem, Solver, dot, info_of, norm
+from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
+
+#: The factor by which the estimate exceeds the true error at the median of the calibration.
+_MARGIN = 10.0
+#: An estimate is no larger: it then says that no digit is right.
+NO_DIGIT = 10.0
+#: How a solve ends that leaves an answer of unknown quality.
+_LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
 
 
 def solve_linear(
@@ -21,6 +30,7 @@ def solve_linear(
     inner_tol: float | None,
     x0: Tensor | None = None,
     looks: bool = True,
+    estimate: bool = False,
 ) -> tuple[Tensor, SolveInfo]:
     """Solve ``A u = b``, or with the transpose of A, and collect the evidence.
 
@@ -42,6 +52,8 @@ def solve_linear(
         Where the iteration starts.
     looks : bool
         Whether the host may look at values on the way.
+    estimate : bool
+        Whether the error is to be estimated.
 
     Returns
     -------
@@ -63,6 +75,8 @@ def solve_linear(
         dense=lambda: lin.dense(transpose),
         looks=looks,
         contraction=condition.contraction,
+        # The Newton step belongs to A itself.
+        condition=lin.residual if estimate and (transpose or condition.symmetric) else None,
     )
     with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
         found = solver.run(system)
@@ -82,8 +96,42 @@ def solve_linear(
         success=success,
         inner_residual=inner,
         outer_error=dot(found.x, lin.residual),
+        error_estimate=_error_estimate(found, b, norm(params).clamp(min=least), system, solver),
     )
     return found.x, info
+
+
+def _error_estimate(
+    found: Solution, b: Tensor, params: Tensor, system: LinearSystem, solver: Solver
+) -> Tensor:
+    """The relative error of ``(dF/dargs)^T u``, from both residuals and the spectrum."""
+    # Relative changes of u and of the parameters are taken for relative changes of the product;
+    # the margin makes up for those that are larger. See benchmarks/calibration.py.
+    if found.inverse is None or found.newton is None or found.largest is None:
+        return torch.full_like(found.residual_norm, math.nan)
+    scale = norm(found.x) / norm(b)  # of the inverse, as the answer shows it
+    inverse = torch.where(torch.isfinite(found.inverse), found.inverse, scale)
+    damping = abs(getattr(solver, "damping", 0.0))
+    linear = found.residual_norm * inverse / scale + damping * inverse
+    inner = found.newton / params
+    eps = torch.finfo(system.layout.precision).eps
+    rounding = eps * found.largest * torch.maximum(inverse, scale)
+    total = _MARGIN * (linear + inner + rounding)
+    lost = torch.zeros_like(found.success)
+    for status in _LOST:
+        lost = lost | (found.status == status)
+    return torch.where(lost, total.clamp(min=1), total).clamp(max=NO_DIGIT)
+
+
+def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
+    """The relative error of a sum of terms, one of which has a known one and the rest none."""
+
+    def size(terms: Parts) -> Tensor:
+        sizes = [torch.linalg.vector_norm(t).to(estimate) for t in terms if t is not None]
+        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(estimate)
+
+    share = size(part) / size(whole)
+    return (estimate * torch.where(torch.isnan(share), 1.0, share)).clamp(max=NO_DIGIT)
 
 
 def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:

@@ -87,6 +87,7 @@ class Rule:
             params.detach(),
             transpose=transpose,
             inner_tol=self.inner_tol,
+            estimate=self.callback is not None,
         )
 
         sound = torch.isfinite(u).all(dim=-1) & torch.isfinite(lin.residual).all(dim=-1)

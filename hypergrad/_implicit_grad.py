@@ -14,7 +14,7 @@ from ._advice import advice
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, UnsupportedOperation
-from ._evidence import finite, needs_product, solve_linear
+from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, scalar, without_aux
@@ -119,7 +119,7 @@ def implicit_grad(
     tensor(-0.1634)
     """
     answer = _hypergradient(
-        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure
+        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
     )
     if return_info:
         return answer.grads, answer.info
@@ -182,7 +182,7 @@ def implicit_backward(
             "Set requires_grad_() on the hyperparameters, or call implicit_grad."
         )
     answer = _hypergradient(
-        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure
+        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
     )
     pairs = [
         (h, g)
@@ -214,6 +214,7 @@ def _hypergradient(
     has_aux: bool,
     inner_tol: float | None,
     on_failure: OnFailure,
+    return_info: bool,
 ) -> _Answer:
     check_on_failure(on_failure)
     condition = as_condition(inner, Minimum)
@@ -239,12 +240,21 @@ def _hypergradient(
     b = layout.flatten(cotangent)
     flat_params = layout.flatten([tensors[i] for i in problem.inner])
     u, info = solve_linear(
-        lin, solver, b, flat_params, transpose=True, inner_tol=inner_tol, x0=start, looks=looks
+        lin,
+        solver,
+        b,
+        flat_params,
+        transpose=True,
+        inner_tol=inner_tol,
+        x0=start,
+        looks=looks,
+        estimate=return_info,
     )
     indirect = lin.cross(u)
     leaves = [_difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)]
     info = dataclasses.replace(
         info,
+        error_estimate=of_sum(info.error_estimate, indirect, leaves),
         solution=P.fill(layout.split(u)),
         outer_value=value,
         aux=pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux),

@@ -69,7 +69,12 @@ class SolveInfo:
     outer_error : Tensor
         ``u . F``, the first-order estimate of ``outer(params) - outer(solution)``.
     error_estimate : Tensor
-        Estimate of the relative error of the hypergradient.
+        Estimate of the relative error of the hypergradient, from both residuals and from what the
+        solve has seen of the inverse; at most 10, which says that no digit is right. It needs
+        ``return_info=True`` (in the decorators a `callback`), and `CG`, `MINRES` or `Exact`, by
+        themselves or in `Auto`; otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is
+        that of the implicit term. What the losses' own curvature does is taken from experience:
+        see the page on reliability for how often it holds.
     eigenvalues : Tensor
         Shape ``(2,)``: lowest and highest Ritz value of ``A + damping I``, which lie inside its
         spectrum. They come free with `CG` and `MINRES` (not with a preconditioner), and from

@@ -230,7 +230,9 @@ def _solved(
     tensors = [detached(t) for t in problem.tensors]
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     params = lin.layout.flatten([tensors[i] for i in problem.inner])
-    u, info = solve_linear(lin, rule.solver, b, params, transpose=transpose, inner_tol=None)
+    u, info = solve_linear(
+        lin, rule.solver, b, params, transpose=transpose, inner_tol=None, estimate=True
+    )
     info = dataclasses.replace(info, solution=problem.params.fill(lin.layout.split(u)))
     judge(
         info,

@@ -145,7 +145,17 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         negative_curvature=before.negative_curvature | after.negative_curvature,
         eigenvalues=torch.cat([lowest, highest], dim=-1),
         method=before.method,
+        inverse=_later(taken, before.inverse, after.inverse),
+        newton=_later(taken, before.newton, after.newton),
+        largest=_later(taken, before.largest, after.largest),
     )
+
+
+def _later(taken: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    if before is None and after is None:
+        return None
+    nan = torch.full(taken.shape, math.nan, device=taken.device)
+    return torch.where(taken, nan if after is None else after, nan if before is None else before)
 
 
 def choose(solver: Solver | None, symmetric: bool) -> Solver:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .._errors import UnsupportedOperation
 from .._info import SolveInfo, Status
 from .._transforms import any_task, refuse_derivatives
 from .._tree import Layout, Tree
+
+if TYPE_CHECKING:
+    from ._observer import Observer
 
 Product = Callable[[Tensor], Tensor]
 
@@ -48,6 +51,8 @@ class LinearSystem:
         Whether the host may look at values between iterations.
     contraction : bool
         Whether A = I - J with J the derivative of a map that is meant to contract.
+    condition : Tensor, optional
+        The inner condition F at the parameters, where the Newton step ``A^-1 F`` is of interest.
     """
 
     matvec: Product
@@ -60,11 +65,24 @@ class LinearSystem:
     dense: Callable[[], Tensor] | None = None
     looks: bool = True
     contraction: bool = False
+    condition: Tensor | None = None
 
 
 @dataclasses.dataclass
 class Solution:
-    """A flat answer and its evidence; every figure has the tasks' shape."""
+    """A flat answer and its evidence; every figure has the tasks' shape.
+
+    The last three are there where the system came with a condition F, and the method knows them.
+
+    Attributes
+    ----------
+    inverse : Tensor, optional
+        ``||A^-1 v|| / ||v||`` for a v like the residual.
+    newton : Tensor, optional
+        The length of ``A^-1 F``.
+    largest : Tensor, optional
+        The largest ``||A v|| / ||v||`` that was met.
+    """
 
     x: Tensor
     status: Tensor
@@ -75,6 +93,9 @@ class Solution:
     negative_curvature: Tensor
     eigenvalues: Tensor
     method: str
+    inverse: Tensor | None = None
+    newton: Tensor | None = None
+    largest: Tensor | None = None
 
 
 class Solver(ABC):
@@ -268,9 +289,19 @@ class Iterative(Solver):
         eigenvalues = b.new_full((*scale.shape, 2), math.nan)
         reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
         broken = torch.zeros_like(present)
+        inverse = newton = largest = None
         first = True
         while limit > 0 and (not looks or any_task(active)):
-            part = self._iterate(matvec, precondition, r, tol, active, limit, looks)
+            part = self._iterate(
+                matvec,
+                precondition,
+                r,
+                tol,
+                active,
+                limit,
+                looks,
+                system.condition if first else None,
+            )
             limit -= part.steps
             candidate = x + part.x
             r_new = b - matvec(candidate)
@@ -304,6 +335,10 @@ class Iterative(Solver):
             negative = negative | (active & part.negative)
             if first and looks and part.ritz is not None and precondition is None:
                 eigenvalues = part.ritz()
+            if part.observer is not None:
+                inverse = part.observer.inverse(part.x)
+                newton = norm(part.observer.step) + inverse * norm(part.observer.left)
+                largest = part.largest
             size = torch.where(keep, size_new, size)
             reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
@@ -323,6 +358,9 @@ class Iterative(Solver):
             negative_curvature=negative,
             eigenvalues=eigenvalues,
             method=type(self).__name__,
+            inverse=inverse,
+            newton=newton,
+            largest=largest,
         )
 
     def _succeeded(
@@ -360,8 +398,12 @@ class Iterative(Solver):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
-        """Correct an answer whose residual is `r`, until ``||r|| <= tol`` by the recursion."""
+        """Correct an answer whose residual is `r`, until ``||r|| <= tol`` by the recursion.
+
+        With the inner condition F a method that knows how lets an `Observer` follow it.
+        """
 
 
 @dataclasses.dataclass
@@ -375,6 +417,7 @@ class Part:
     negative: Tensor
     largest: Tensor  # of ||A v|| / ||v|| over the vectors met
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
+    observer: Observer | None = None
 
 
 class Counted:

@@ -53,6 +53,7 @@ class BiCGSTAB(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
         flat = 10 * torch.finfo(r.dtype).eps

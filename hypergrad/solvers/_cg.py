@@ -13,6 +13,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Iterative, Part, Product, dot
+from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 
 
@@ -54,6 +55,7 @@ class CG(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         target = tol.square()
         zero = torch.zeros_like(tol)
@@ -71,6 +73,7 @@ class CG(Iterative):
         failed = torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
         curvatures, sizes, betas, known = [], [], [], []  # what the Ritz values are made from
+        observer = None if condition is None else Observer(condition, r)
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
@@ -84,6 +87,8 @@ class CG(Iterative):
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
             bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
             failed = failed | stopping
+            if observer is not None:
+                observer.along(p, Ap, p, torch.where(moving, pAp, zero))
             alpha = torch.where(moving, rz / pAp, zero)[..., None]
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, Ap, value=-1)
@@ -102,6 +107,8 @@ class CG(Iterative):
             pp = rr + beta.square() * pp if precondition is None else dot(p, p)
             rz = rz_new
             iterations = iterations + moving
+            if observer is not None:
+                observer.after_step(x, rr.sqrt(), moving)
             active = moving & (rr > target)
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
         negative = failed & ((stopped < -flat * steepest) | bent)
@@ -119,4 +126,5 @@ class CG(Iterative):
             negative=negative,
             largest=steepest,
             ritz=partial(ritz_values_of_cg, curvatures, sizes, betas, known) if steps else None,
+            observer=observer,
         )

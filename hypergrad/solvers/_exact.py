@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Exact(Solver):
             A = A + self.damping * torch.eye(n, dtype=A.dtype, device=A.device)
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         unit_b = b / unit
-        x, regular = _by_lu(A, unit_b)
+        x, regular, solve_transposed = _by_lu(A, unit_b)
         good_enough = max(
             tolerance(None, system.layout.precision), 10 * n * torch.finfo(b.dtype).eps
         )
@@ -94,6 +95,7 @@ class Exact(Solver):
             negative_curvature=torch.zeros_like(absent),
             eigenvalues=_extreme_eigenvalues(A, sound, known=system.symmetric is True),
             method="Exact",
+            **_accuracy(system.condition, A, x, regular, solve_transposed),
         )
 
 
@@ -107,6 +109,27 @@ def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
     return torch.where(
         sound[..., None], torch.stack([values[..., 0], values[..., -1]], dim=-1), nan
     )
+
+
+def _accuracy(
+    condition: Tensor | None,
+    A: Tensor,
+    x: Tensor,
+    regular: Tensor,
+    solve_transposed: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The figures for a system that came with a condition, whose own matrix is the transpose."""
+    if condition is None:
+        return {}
+    size = norm(x)
+    direction = x / torch.where(size > 0, size, torch.ones_like(size))[..., None]
+    found = {
+        # One step of inverse iteration, from an answer in which the lowest modes are large.
+        "inverse": norm(solve_transposed(direction)),
+        "newton": norm(solve_transposed(condition.expand_as(x))),
+        "largest": torch.linalg.matrix_norm(A).expand_as(size),
+    }
+    return {k: torch.where(regular, v, torch.full_like(v, math.nan)) for k, v in found.items()}
 
 
 def _without_system(b: Tensor, scale: Tensor) -> Solution:
@@ -126,8 +149,8 @@ def _without_system(b: Tensor, scale: Tensor) -> Solution:
     )
 
 
-def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A solution by LU with one step of refinement, and whether A is regular to the dtype."""
+def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """A solution by LU with one step of refinement, whether A is regular, and A^-T."""
     eps = torch.finfo(A.dtype).eps
     factors, pivots, _ = torch.linalg.lu_factor_ex(A)
     diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
@@ -138,7 +161,11 @@ def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     x = x + torch.linalg.lu_solve(safe, pivots, b[..., None] - A @ x)
     x = x[..., 0]
     largest = A.abs().flatten(-2).amax(dim=-1)
-    return x, regular & (norm(x) * largest * 10 * eps < 1)
+
+    def solve_transposed(v: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(safe, pivots, v[..., None], adjoint=True)[..., 0]
+
+    return x, regular & (norm(x) * largest * 10 * eps < 1), solve_transposed
 
 
 def _of_minimum_norm(A: Tensor, b: Tensor) -> Tensor:

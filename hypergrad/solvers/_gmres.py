@@ -58,6 +58,7 @@ class GMRES(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         length = self.restart or min(r.shape[-1], 50)
         total = torch.zeros_like(r)

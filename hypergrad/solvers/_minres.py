@@ -13,6 +13,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Counted, Iterative, Part, Product, dot
+from ._observer import Observer
 from ._ritz import ritz_values_of_lanczos
 
 
@@ -56,6 +57,7 @@ class MINRES(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
         flat = 10 * torch.finfo(r.dtype).eps
@@ -76,12 +78,15 @@ class MINRES(Iterative):
         active = active & ~indefinite
         singular, unknown = torch.zeros_like(active), torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
+        observer = None if condition is None else Observer(condition, r)
+        images = directions  # of the last two directions, where somebody asks for them
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
             safe = torch.where(active, beta, one)
             v = z / safe[..., None]
             y = matvec(v)
+            image = y
             if steps > 1:
                 y = torch.addcmul(y, (safe / beta_last)[..., None], before_last, value=-1)
             alpha = dot(v, y)
@@ -108,6 +113,10 @@ class MINRES(Iterative):
             phi, phi_next = c * phi_bar, s * phi_bar
             w = torch.addcmul(v, epsilon_last[..., None], directions[0], value=-1)
             w = torch.addcmul(w, delta[..., None], directions[1], value=-1) / gamma[..., None]
+            if observer is not None:
+                image = torch.addcmul(image, epsilon_last[..., None], images[0], value=-1)
+                image = torch.addcmul(image, delta[..., None], images[1], value=-1)
+                images = images[1], image / gamma[..., None]
             directions = directions[1], w
             # |A w| is 1, so that a huge w is a direction that the matrix does not see.
             if precondition is not None:
@@ -125,6 +134,10 @@ class MINRES(Iterative):
                 moved = torch.addcmul(s.square()[..., None] * residual, step, y, value=-1)
                 residual = torch.where(moving[..., None], moved, residual)
                 size = torch.linalg.vector_norm(residual, dim=-1)
+            if observer is not None:
+                image = images[1]
+                observer.along(w, image, image, torch.where(moving, dot(image, image), zero))
+                observer.after_step(x, size, moving)
             phi_bar = torch.where(moving, phi_next, phi_bar)
             iterations = iterations + moving
             active = moving & (size > tol)
@@ -140,6 +153,7 @@ class MINRES(Iterative):
             negative=torch.zeros_like(active),
             largest=largest,
             ritz=partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None,
+            observer=observer,
         )
 
 

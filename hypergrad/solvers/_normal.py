@@ -57,6 +57,7 @@ class NormalCG(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         there, back = _preconditioned(matvec, precondition, r)
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
@@ -144,6 +145,7 @@ class LSMR(Iterative):
         active: Tensor,
         limit: int,
         looks: bool,
+        condition: Tensor | None = None,
     ) -> Part:
         there, back = _preconditioned(matvec, precondition, r)
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
