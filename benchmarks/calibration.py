@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture(rows, options.out / "calibration.png")
 
 
-def measured(seed: int) -> Row:
+def measured(seed: int, largest: int = 500) -> Row:
     """The true error and the estimate of one problem, with what it is."""
-    problem = draw(seed)
+    problem = draw(seed, largest)
     error, estimate = problem.judged()
     return {**problem.kinds, "error": error, "estimate": estimate, "known to": problem.uncertainty}
 

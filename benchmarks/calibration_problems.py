@@ -86,10 +86,10 @@ class Drawn:
         return error.item(), info.error_estimate.item()
 
 
-def draw(seed: int) -> Drawn:
-    """The problem of a seed."""
+def draw(seed: int, largest: int = 500) -> Drawn:
+    """The problem of a seed, of at most `largest` unknowns."""
     draws = Draws(seed)
-    n, kappa = round(draws.log_uniform(5, 500)), draws.log_uniform(1.01, 1e6)
+    n, kappa = round(draws.log_uniform(5, largest)), draws.log_uniform(1.01, 1e6)
     values = _spectrum(draws, n, kappa)
     basis = torch.linalg.qr(draws.normal(n, n)).Q
     kind = draws.one_of(["quadratic", "logistic"])
