@@ -61,12 +61,9 @@ def blame(
         return uncertain(case, line, figures)
     exact, info = case.implicit(case.exact, condition=case.plain)
     mended = agrees(exact)
-    asymmetric = asymmetry(case)
+    asymmetric = unsymmetric(case)
     if asymmetric is not None:
-        return "implicit gradient", (
-            f"{type(case.condition).__name__} is declared symmetric=True, but u.Av and v.Au "
-            f"differ by {asymmetric:.1e}, relatively. Declare symmetric=False."
-        )
+        return asymmetric
     if mended:
         return unsolved_system(case, mended=True)
     u = case.adjoint(info)
@@ -152,8 +149,8 @@ def not_finite(case: Case, gradient: Sequence[Tensor], info: SolveInfo) -> Verdi
     return "not finite", text
 
 
-def asymmetry(case: Case) -> float | None:
-    """How far A is from the symmetry that it is declared to have; None: not far."""
+def unsymmetric(case: Case, least: float = 0.0) -> Verdict | None:
+    """A matrix that is further than `least` from the symmetry that is declared of it."""
     if case.plain is case.condition or not case.condition.symmetric:
         return None
     lin = case.linearised(case.solution, case.at)
@@ -161,7 +158,12 @@ def asymmetry(case: Case) -> float | None:
     there, back = lin.transposed(u), lin.transposed(v)
     scale = float(u.norm() * back.norm() + v.norm() * there.norm())
     apart = abs(float(v @ there - u @ back)) / max(scale, 1e-300)
-    return apart if apart > 1e3 * torch.finfo(case.precision).eps else None
+    if not apart > max(least, 1e3 * torch.finfo(case.precision).eps):
+        return None
+    return "implicit gradient", (
+        f"{type(case.condition).__name__} is declared symmetric=True, but u.Av and v.Au differ by "
+        f"{apart:.1e}, relatively. Declare symmetric=False."
+    )
 
 
 def unlike(case: Case, line: Direction, gap: float, u: Tensor) -> Verdict | None:
@@ -250,6 +252,31 @@ def no_gradient(case: Case) -> Verdict | None:
         f"The gradient of inner is {float(lin.residual @ v):.3g} along a random direction in "
         f"params and the difference of its values {expected:.3g}: look in inner for a .detach(), a "
         "torch.no_grad(), or a custom Function whose backward is wrong."
+    )
+
+
+def hidden(case: Case, line: Direction) -> Verdict | None:
+    """A fault that a hypergradient does not show, since its terms cancel."""
+    step = first_step(case.precision) * line.length / 4
+    ends = [case.flat(case.solved(line.moved(case.at, sign * step))) for sign in (1, -1)]
+    lin = case.linearised(case.solution, case.at, forward=True, cross_forward=True)
+    by_params = lin.product((ends[0] - ends[1]) / (2 * step))
+    by_hparams = lin.cross_forward(line.parts)
+    gap = by_params + by_hparams
+    u = _random(gap, 5)
+    # A solution moves a little by rounding with whatever its solver uses, such as a step size.
+    terms = float(lin.transposed(u).norm() / u.norm()) * float(case.flat(case.solution).norm())
+    least = max(
+        float(by_params.norm()), float(by_hparams.norm()), 50 * case.rtol * terms / line.length
+    )
+    if not float(gap.norm()) > 0.1 * least:
+        return None
+    found = unlike(case, line, float(u @ gap), u) or unheard(case, line)
+    if found is None:
+        return None
+    return found[0], (
+        f"Along {line.label} the terms of the hypergradient cancel here, which hides a fault: "
+        f"{found[1]}"
     )
 
 

@@ -131,12 +131,19 @@ class Case:
         return Problem.of(condition, P, [Tree("hparams", self.given(variables))])
 
     def linearised(
-        self, params: Any, variables: Sequence[Tensor], *, forward: bool = False
+        self,
+        params: Any,
+        variables: Sequence[Tensor],
+        *,
+        forward: bool = False,
+        cross_forward: bool = False,
     ) -> Linearisation:
         """The condition at some point, and its derivatives."""
         problem = self.problem(self.plain, params, variables)
         tensors = [detached(t) for t in problem.tensors]
-        return Linearisation(problem, tensors, self._inner, forward=forward)
+        return Linearisation(
+            problem, tensors, self._inner, forward=forward, cross_forward=cross_forward
+        )
 
     def implicit(
         self, solver: Solver | None, params: Any = None, condition: Condition | None = None
@@ -165,9 +172,7 @@ class Case:
     def terms(self, lines: Sequence[Direction], u: Tensor) -> list[float]:
         """The absolute sizes of the terms that add up to a hypergradient, along directions."""
         _, direct = self.slopes()
-        problem = self.problem(self.plain, self.solution, self.at)
-        tensors = [detached(t) for t in problem.tensors]
-        lin = Linearisation(problem, tensors, self._inner, cross_forward=True)
+        lin = self.linearised(self.solution, self.at, cross_forward=True)
         found = []
         for line in lines:
             indirect = float((u * lin.cross_forward(line.parts)).abs().sum())

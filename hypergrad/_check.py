@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blame import asymmetry, blame, no_gradient, not_finite
+from ._blame import blame, hidden, no_gradient, not_finite, unsymmetric
 from ._case import Case
 from ._conditions import Minimum, as_condition
 from ._determinism import not_deterministic
@@ -34,6 +34,8 @@ _RTOL = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bf
 # The terms of a derivative may cancel, at an optimum of the outer problem: what is left is then
 # rounding of the terms, and an error is measured by no less than this part of them.
 _CANCELLED = 1e-2
+# A leaf that matters less than this part of the one that matters most is measured by the latter.
+_LEAST = {torch.float64: 1e-3, torch.float32: 2e-2}
 # The differences show nothing there, for the implicit hypergradient or against it.
 _UNCHECKED = (
     "loss not deterministic",
@@ -226,6 +228,7 @@ class _Check:
         self.rtol = _RTOL[self.precision] if rtol is None else rtol
         case.precision, case.rtol = self.precision, self.rtol
         self.useless = max(_USELESS.get(self.precision, 0.5), self.rtol)
+        self.least = _LEAST.get(self.precision, 0.1)
         self.lines = directions(case.tree)
         self.lengths = torch.tensor([line.length for line in self.lines], dtype=torch.float64)
         self.notes: list[str] = []
@@ -247,7 +250,9 @@ class _Check:
         implicit = torch.tensor([line.dot(gradient) for line in self.lines], dtype=torch.float64)
         terms = case.terms(self.lines, case.adjoint(info))
         self.terms = torch.tensor(terms, dtype=torch.float64) * self.lengths
-        least = torch.maximum(_CANCELLED * self.terms, 1e-3 * (implicit * self.lengths).abs().max())
+        least = torch.maximum(
+            _CANCELLED * self.terms, self.least * (implicit * self.lengths).abs().max()
+        )
         pairs = [
             self.difference(line, float(size) / line.length)
             for line, size in zip(self.lines, least, strict=True)
@@ -256,7 +261,7 @@ class _Check:
         unrolled, unrolled_error = self.unrolled(differences, errors)
         relative_error, tolerance, worst, own = self.compare(implicit, differences, errors)
         useless = not own <= self.useless
-        wrong = no_gradient(case)
+        wrong = no_gradient(case) or unsymmetric(case, self.rtol)
         ok = not useless and relative_error <= tolerance and wrong is None
         why: tuple[str | None, str] = wrong or (None, "")
         if not ok and wrong is None:
@@ -268,6 +273,10 @@ class _Check:
                 useless=useless,
                 agrees=lambda g: self.agrees(g, differences, errors),
             )
+        largest = torch.maximum(implicit.abs(), differences.abs()) * self.lengths
+        for i in (largest <= _CANCELLED * self.terms).nonzero().flatten().tolist() if ok else ():
+            why = hidden(case, self.lines[i]) or why
+            ok = why[0] is None
         self.remark(ok, unrolled_error, info, implicit, differences)
         return Report(
             ok=ok,
@@ -305,7 +314,7 @@ class _Check:
         # and the largest relative error that the differences themselves are estimated to have.
         # Derivatives are weighed by the lengths of their directions, leaf by leaf.
         g, d, e = (t * self.lengths for t in (found, differences, errors))
-        least = 1e-3 * float(torch.maximum(g.abs(), d.abs()).max())
+        least = self.least * float(torch.maximum(g.abs(), d.abs()).max())
         worst, answer, own = -1.0, (0.0, self.rtol, 0), 0.0
         leaves = [line.leaf for line in self.lines]
         for leaf in dict.fromkeys(leaves):
@@ -361,15 +370,16 @@ class _Check:
                 f"nothing depends on {', '.join(dict.fromkeys(still))} there: both derivatives are "
                 "exactly zero."
             )
-        if ok and unrolled_error > self.useless:
+        rounding = 1e4 * torch.finfo(self.precision).eps * abs(float(info.outer_value))
+        if ok and unrolled_error > self.useless and float(self.terms.max()) > rounding:
             self.notes.append(
                 "the derivative through solve is another one: solve cuts its graph (.item(), "
                 ".detach(), .data), or its derivative has not converged. The implicit one is right."
             )
         if ok and not bool(info.success):
             self.notes.append(f"the gradient agrees, but the linear solve failed: {info}.")
-        if ok and asymmetry(self.case) is not None:
-            self.notes.append("the condition is declared symmetric, and A is not.")
+        if ok and unsymmetric(self.case) is not None:
+            self.notes.append("the condition is declared symmetric, and A is not quite.")
 
     def ended(self, blame: str, reason: str, info: SolveInfo | None = None) -> Report:
         none = torch.empty(0, dtype=torch.float64)
