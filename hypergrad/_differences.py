@@ -37,10 +37,14 @@ class Direction:
     parts: list[Tensor]
     length: float
 
-    def dot(self, gradient: Sequence[Tensor | None]) -> float:
-        """The derivative along the direction, from a gradient; None stands for zeros."""
+    def dot(
+        self,
+        gradient: Sequence[Tensor | None],
+        of_each: Callable[[Tensor], Tensor] = torch.as_tensor,
+    ) -> float:
+        """The sum over entries of a gradient times the direction; None stands for zeros."""
         return sum(
-            float((d.to(torch.float64) * g.detach().to(torch.float64)).sum())
+            float(of_each(d.to(torch.float64) * g.detach().to(torch.float64)).sum())
             for d, g in zip(self.parts, gradient, strict=True)
             if g is not None
         )

@@ -101,7 +101,7 @@ def central_differences(problem: Problem, step: float = 1e-5) -> Any:
 def data(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers that depend on the seed alone, and not on the dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
 
 
 def ridge_data(dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
