@@ -136,7 +136,7 @@ def batch_norm(w, h):
 
 
 def dense(spectrum):
-    """The same in float32 with a matrix that is full, so that a residual of zero is out of reach."""
+    """The same in float32, with a full matrix: a residual of exactly zero is out of reach."""
     n = len(spectrum)
     Q = torch.linalg.qr(torch.randn(n, n, dtype=D, generator=torch.Generator().manual_seed(0))).Q
     A, c = (Q * torch.tensor(spectrum, dtype=D)) @ Q.T, torch.ones(n, dtype=D)

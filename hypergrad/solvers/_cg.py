@@ -73,37 +73,39 @@ class CG(Iterative):
             Ap = matvec(p)
             pAp = dot(p, Ap)
             quotient = pAp / pp
-            steepest = torch.maximum(steepest, quotient.abs())
+            steepest = torch.maximum(steepest, quotient)
             moving = active & (quotient > flat * steepest)  # false for NaN too
-            alpha = torch.where(moving, rz / pAp, zero)[..., None]
+            alpha = torch.where(moving, rz / pAp, zero).unsqueeze(-1)
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, Ap, value=-1)
             pAps.append(pAp)
             rzs.append(rz)
             known.append(active)
-            ends.append((moving, quotient, steepest, dot(Ap, Ap) / pp))
+            ends.append((moving, quotient, steepest, dot(Ap, Ap), pp))
             z = r if precondition is None else precondition(r)
             rz_new = dot(r, z)
             rr = rz_new if precondition is None else dot(r, r)
             better = rr < best_rr
-            best = torch.where(better[..., None], x, best)
+            best = torch.where(better.unsqueeze(-1), x, best)
             best_rr = torch.where(better, rr, best_rr)
             beta = torch.where(moving, rz_new / rz, zero)
             betas.append(beta)
-            p = torch.addcmul(z, beta[..., None], p)
+            p = torch.addcmul(z, beta.unsqueeze(-1), p)
             pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
             active = moving & (rr > target)
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
         iterations, negative = torch.zeros_like(status), torch.zeros_like(active)
         if steps:
-            moved, quotients, scales, stretched = (torch.stack(c) for c in zip(*ends, strict=True))
+            moved, quotients, scales, ApAps, pps = (
+                torch.stack(kept) for kept in zip(*ends, strict=True)
+            )
             iterations = moved.sum(dim=0)
             stops = torch.stack(known) & ~moved  # at the step at which a task had to stop, if any
             failed = stops.any(dim=0)
             unknown = (stops & ~torch.isfinite(quotients)).any(dim=0)
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
-            bent = stretched > 100 * flat * scales.square()
+            bent = ApAps > 100 * flat * scales.square() * pps
             negative = (stops & ((quotients < -flat * scales) | bent)).any(dim=0) & ~unknown
             status = torch.where(failed, int(Status.SINGULAR), status)
             status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
