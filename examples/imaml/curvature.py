@@ -132,7 +132,8 @@ def run(
     generator = torch.Generator().manual_seed(settings.seed)
     count = min(PROBE_TASKS, settings.test_tasks)
     tasks = benchmark.tasks.sample(count, torch.Generator().manual_seed(PROBE_SEED))
-    probes, curve = [], []
+    probes: list[Record] = []
+    curve: list[list[float]] = []
     best, best_params, step = float("inf"), start, 0
 
     def look(params: Params) -> None:
