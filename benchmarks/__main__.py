@@ -1,6 +1,7 @@
 """Run all benchmarks: ``python -m benchmarks``."""
 
-from benchmarks import memory, product
+from benchmarks import evidence, memory, product
 
 product.main()
+evidence.main()
 memory.main()

@@ -24,7 +24,12 @@ class Quartiles:
 
 
 def ratios(
-    sides: Mapping[str, Callable[[], object]], unit: str, *, rounds: int = 60, warm_up: int = 5
+    sides: Mapping[str, Callable[[], object]],
+    unit: str,
+    *,
+    rounds: int = 60,
+    warm_up: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Quartiles]:
     """Time every side in every round, and give each in units of one of them, round by round."""
     for _ in range(warm_up):
@@ -34,9 +39,9 @@ def ratios(
     for _ in range(rounds):
         seconds = {}
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = clock()
             side()
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = clock() - start
         for name, value in seconds.items():
             found[name].append(value / seconds[unit])
     return {name: Quartiles.of(values) for name, values in found.items() if name != unit}

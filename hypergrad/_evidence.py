@@ -123,15 +123,22 @@ def _error_estimate(
     return torch.where(lost, total.clamp(min=1), total).clamp(max=NO_DIGIT)
 
 
-def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
-    """The relative error of a sum of terms, one of which has a known one and the rest none."""
-
-    def size(terms: Parts) -> Tensor:
-        sizes = [torch.linalg.vector_norm(t).to(estimate) for t in terms if t is not None]
-        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(estimate)
-
-    share = size(part) / size(whole)
+def of_hypergradient(
+    estimate: Tensor, lin: Linearisation, u: Tensor, indirect: Parts, whole: Parts
+) -> Tensor:
+    """The relative error of a hypergradient, from that of its implicit term for one task."""
+    # The term may be short because it cancels, while its error does not: a product with a vector
+    # that has nothing to do with u says what length is to be expected.
+    places = torch.arange(u.shape[-1], device=u.device, dtype=u.dtype)
+    anything = torch.cos(places.square())
+    expected = _length(lin.cross(anything), estimate) * norm(u) / norm(anything)
+    share = torch.maximum(_length(indirect, estimate), expected) / _length(whole, estimate)
     return (estimate * torch.where(torch.isnan(share), 1.0, share)).clamp(max=NO_DIGIT)
+
+
+def _length(terms: Parts, like: Tensor) -> Tensor:
+    sizes = [torch.linalg.vector_norm(t).to(like) for t in terms if t is not None]
+    return norm(torch.stack(sizes)) if sizes else torch.zeros_like(like)
 
 
 def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:

@@ -92,13 +92,14 @@ def judge(
     rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
     bad = [row for row in rows if not row[0]]
     if bad:
-        raise NotFinite(_count(len(bad), len(rows)) + _not_finite(places))
+        raise NotFinite(_count(len(bad), len(rows), exact=True) + _not_finite(places))
     failed = [row for row in rows if not row[1]]
     if not failed:
         return
     worst = max(failed, key=_severity)
-    error, text = _diagnose(worst, info.method, solver, inner_tol, exact=on_failure == "raise")
-    text = _count(len(failed), len(rows)) + text
+    exact = on_failure == "raise"
+    error, text = _diagnose(worst, info.method, solver, inner_tol, exact=exact)
+    text = _count(len(failed), len(rows), exact=exact) + text
     if on_failure == "raise":
         raise error(text)
     warn(text)
@@ -137,8 +138,12 @@ def _severity(row: Sequence[float]) -> tuple[bool, float]:
     return status != Status.CONVERGED, residual if math.isfinite(residual) else inner
 
 
-def _count(failed: int, tasks: int) -> str:
-    return "" if tasks == 1 else f"{failed} of {tasks} tasks: "
+def _count(failed: int, tasks: int, *, exact: bool) -> str:
+    """How many tasks failed; in a warning exact up to three, since it moves from step to step."""
+    if tasks == 1:
+        return ""
+    few = exact or failed <= 3
+    return f"{failed if few else 'more than 3'} of {tasks} tasks: "
 
 
 def _diagnose(

@@ -279,7 +279,9 @@ class Iterative(Solver):
         if system.x0 is not None and (not looks or any_task(present)):
             x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             r = b - matvec(x)
-        size = norm(r)
+            size = norm(r)
+        else:
+            size = present.to(b.dtype)  # b has norm one, or is zero or not finite
         active = present & (size > tol)
         status = torch.where(
             torch.isfinite(scale + size), int(Status.CONVERGED), int(Status.NOT_FINITE)

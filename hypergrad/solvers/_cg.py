@@ -68,56 +68,57 @@ class CG(Iterative):
         steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
         flat = torch.finfo(r.dtype).eps * r.shape[-1]
         pp = dot(p, p)
-        stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
-        bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
-        failed = torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        curvatures, sizes, betas, known = [], [], [], []  # what the Ritz values are made from
+        pAps, rzs, betas, known, ends = [], [], [], [], []  # of each step, for what comes after
         observer = None if condition is None else Observer(condition, r)
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
             pAp = dot(p, Ap)
-            steepest = torch.maximum(steepest, pAp.abs() / pp)
-            usable = pAp > flat * steepest * pp  # false for NaN too
-            moving = active & usable
-            stopping = active & ~usable
-            stopped = torch.where(stopping, pAp / pp, stopped)
-            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
-            bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
-            failed = failed | stopping
+            quotient = pAp / pp
+            steepest = torch.maximum(steepest, quotient)
+            moving = active & (quotient > flat * steepest)  # false for NaN too
+            alpha = torch.where(moving, rz / pAp, zero).unsqueeze(-1)
             if observer is not None:
                 observer.along(p, Ap, p, torch.where(moving, pAp, zero))
-            alpha = torch.where(moving, rz / pAp, zero)[..., None]
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, Ap, value=-1)
+            pAps.append(pAp)
+            rzs.append(rz)
+            known.append(active)
+            ends.append((moving, quotient, steepest, dot(Ap, Ap), pp))
             z = r if precondition is None else precondition(r)
             rz_new = dot(r, z)
             rr = rz_new if precondition is None else dot(r, r)
             better = rr < best_rr
-            best = torch.where(better[..., None], x, best)
+            best = torch.where(better.unsqueeze(-1), x, best)
             best_rr = torch.where(better, rr, best_rr)
             beta = torch.where(moving, rz_new / rz, zero)
-            curvatures.append(pAp)
-            sizes.append(rz)
             betas.append(beta)
-            known.append(active)
-            p = torch.addcmul(z, beta[..., None], p)
-            pp = rr + beta.square() * pp if precondition is None else dot(p, p)
+            p = torch.addcmul(z, beta.unsqueeze(-1), p)
+            pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
-            iterations = iterations + moving
             if observer is not None:
                 observer.after_step(x, rr.sqrt(), moving)
             active = moving & (rr > target)
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        negative = failed & ((stopped < -flat * steepest) | bent)
-        status = torch.where(failed, int(Status.SINGULAR), status)
-        status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
-        status = torch.where(failed & ~torch.isfinite(stopped), int(Status.NOT_FINITE), status)
-        unknown = failed & ~torch.isfinite(stopped)
-        x = torch.where(failed[..., None], best, x)
-        x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
+        iterations, negative = torch.zeros_like(status), torch.zeros_like(active)
+        if steps:
+            moved, quotients, scales, ApAps, pps = (
+                torch.stack(kept) for kept in zip(*ends, strict=True)
+            )
+            iterations = moved.sum(dim=0)
+            stops = torch.stack(known) & ~moved  # at the step at which a task had to stop, if any
+            failed = stops.any(dim=0)
+            unknown = (stops & ~torch.isfinite(quotients)).any(dim=0)
+            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
+            bent = ApAps > 100 * flat * scales.square() * pps
+            negative = (stops & ((quotients < -flat * scales) | bent)).any(dim=0) & ~unknown
+            status = torch.where(failed, int(Status.SINGULAR), status)
+            status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
+            status = torch.where(unknown, int(Status.NOT_FINITE), status)
+            x = torch.where(failed[..., None], best, x)
+            x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
         return Part(
             x=x,
             status=status,
@@ -125,6 +126,6 @@ class CG(Iterative):
             steps=steps,
             negative=negative,
             largest=steepest,
-            ritz=partial(ritz_values_of_cg, curvatures, sizes, betas, known) if steps else None,
+            ritz=partial(ritz_values_of_cg, pAps, rzs, betas, known) if steps else None,
             observer=observer,
         )

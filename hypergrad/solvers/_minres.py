@@ -84,13 +84,13 @@ class MINRES(Iterative):
         while steps < limit and (not looks or any_task(active)):
             steps += 1
             safe = torch.where(active, beta, one)
-            v = z / safe[..., None]
+            v = z / safe.unsqueeze(-1)
             y = matvec(v)
             image = y
             if steps > 1:
-                y = torch.addcmul(y, (safe / beta_last)[..., None], before_last, value=-1)
+                y = torch.addcmul(y, (safe / beta_last).unsqueeze(-1), before_last, value=-1)
             alpha = dot(v, y)
-            y = torch.addcmul(y, (alpha / safe)[..., None], last, value=-1)
+            y = torch.addcmul(y, (alpha / safe).unsqueeze(-1), last, value=-1)
             before_last, last, beta_last = last, y, safe
             z = y if precondition is None else precondition(y)
             beta, indefinite = _length(dot(y, z))
@@ -111,8 +111,8 @@ class MINRES(Iterative):
             gamma = torch.where(gamma > 0, gamma, one)
             c, s = gamma_bar / gamma, beta / gamma
             phi, phi_next = c * phi_bar, s * phi_bar
-            w = torch.addcmul(v, epsilon_last[..., None], directions[0], value=-1)
-            w = torch.addcmul(w, delta[..., None], directions[1], value=-1) / gamma[..., None]
+            w = torch.addcmul(v, epsilon_last.unsqueeze(-1), directions[0], value=-1)
+            w = torch.addcmul(w, delta.unsqueeze(-1), directions[1], value=-1) / gamma.unsqueeze(-1)
             if observer is not None:
                 image = torch.addcmul(image, epsilon_last[..., None], images[0], value=-1)
                 image = torch.addcmul(image, delta[..., None], images[1], value=-1)
@@ -126,13 +126,13 @@ class MINRES(Iterative):
             moving = active & ~null & ~lost & ~indefinite
             unknown, broken = unknown | (active & lost), broken | (active & indefinite)
             singular = singular | (active & null)
-            x = torch.where(moving[..., None], torch.addcmul(x, phi[..., None], w), x)
+            x = torch.where(moving.unsqueeze(-1), torch.addcmul(x, phi.unsqueeze(-1), w), x)
             if precondition is None:
                 size = torch.where(moving, phi_next, size)
             else:
-                step = (phi_next * c / torch.where(beta > 0, beta, one))[..., None]
-                moved = torch.addcmul(s.square()[..., None] * residual, step, y, value=-1)
-                residual = torch.where(moving[..., None], moved, residual)
+                step = (phi_next * c / torch.where(beta > 0, beta, one)).unsqueeze(-1)
+                moved = torch.addcmul(s.square().unsqueeze(-1) * residual, step, y, value=-1)
+                residual = torch.where(moving.unsqueeze(-1), moved, residual)
                 size = torch.linalg.vector_norm(residual, dim=-1)
             if observer is not None:
                 image = images[1]
