@@ -63,6 +63,7 @@ def solve_linear(
         dense=lambda: lin.dense(transpose),
         looks=looks,
         contraction=condition.contraction,
+        shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
     with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
         found = solver.run(system)

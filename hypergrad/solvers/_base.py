@@ -25,6 +25,10 @@ Product = Callable[[Tensor], Tensor]
 # What ``rtol=None`` means, by the dtype in which products are formed.
 _REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
+# Where a singular system has no solution, residuals can be bought with answers of any length:
+# the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
+PRICE = 1e-4
+
 
 @dataclasses.dataclass
 class LinearSystem:
@@ -48,6 +52,8 @@ class LinearSystem:
         Whether the host may look at values between iterations.
     contraction : bool
         Whether A = I - J with J the derivative of a map that is meant to contract.
+    shared : int
+        How many right-hand sides, along the first axis of `b`, have one matrix in common.
     """
 
     matvec: Product
@@ -60,6 +66,7 @@ class LinearSystem:
     dense: Callable[[], Tensor] | None = None
     looks: bool = True
     contraction: bool = False
+    shared: int = 1
 
 
 @dataclasses.dataclass
@@ -75,6 +82,8 @@ class Solution:
     negative_curvature: Tensor
     eigenvalues: Tensor
     method: str
+    #: The condition number of A as far as the method has seen it: a lower bound, when asked.
+    condition: Callable[[], Tensor] | None = None
 
 
 class Solver(ABC):
@@ -268,6 +277,7 @@ class Iterative(Solver):
         eigenvalues = b.new_full((*scale.shape, 2), math.nan)
         reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
         broken = torch.zeros_like(present)
+        condition: Callable[[], Tensor] | None = None
         first = True
         while limit > 0 and (not looks or any_task(active)):
             part = self._iterate(matvec, precondition, r, tol, active, limit, looks)
@@ -304,6 +314,8 @@ class Iterative(Solver):
             negative = negative | (active & part.negative)
             if first and looks and part.ritz is not None and precondition is None:
                 eigenvalues = part.ritz()
+            if first and precondition is None:
+                condition = part.condition
             size = torch.where(keep, size_new, size)
             reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
@@ -323,6 +335,7 @@ class Iterative(Solver):
             negative_curvature=negative,
             eigenvalues=eigenvalues,
             method=type(self).__name__,
+            condition=condition,
         )
 
     def _succeeded(
@@ -375,6 +388,7 @@ class Part:
     negative: Tensor
     largest: Tensor  # of ||A v|| / ||v|| over the vectors met
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
+    condition: Callable[[], Tensor] | None = None  # condition number seen, when asked
 
 
 class Counted:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Counted, Iterative, Part, Product, dot
-from ._ritz import ritz_values_of_lanczos
+from ._base import PRICE, Counted, Iterative, Part, Product, dot
+from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class MINRES(Iterative):
         c, s, delta_bar, epsilon = -one, zero, zero, zero
         phi_bar = beta
         residual, size = r, beta
+        modest, least = x, size  # the answer without a solution: see `PRICE`
         diagonal, beside, known = [], [], []
         largest = zero  # the largest column of the tridiagonal matrix, a scale for its zeros
         longest = one if precondition is None else zero  # of |v|, which is one where M is I
@@ -125,6 +126,9 @@ class MINRES(Iterative):
                 moved = torch.addcmul(s.square()[..., None] * residual, step, y, value=-1)
                 residual = torch.where(moving[..., None], moved, residual)
                 size = torch.linalg.vector_norm(residual, dim=-1)
+            cost = size.abs() + PRICE * largest * torch.linalg.vector_norm(x, dim=-1)
+            modest = torch.where((moving & (cost < least))[..., None], x, modest)
+            least = torch.where(moving, torch.minimum(least, cost), least)
             phi_bar = torch.where(moving, phi_next, phi_bar)
             iterations = iterations + moving
             active = moving & (size > tol)
@@ -132,6 +136,7 @@ class MINRES(Iterative):
         status = torch.where(singular, int(Status.SINGULAR), status)
         status = torch.where(broken, int(Status.BREAKDOWN), status)
         status = torch.where(unknown, int(Status.NOT_FINITE), status)
+        x = torch.where(singular[..., None], modest, x)
         return Part(
             x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
             status=status,
@@ -140,6 +145,9 @@ class MINRES(Iterative):
             negative=torch.zeros_like(active),
             largest=largest,
             ritz=partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None,
+            condition=(lambda: condition_of_factors([lanczos_factor(diagonal, beside, known)]))
+            if steps
+            else None,
         )
 
 
