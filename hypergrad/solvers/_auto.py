@@ -43,11 +43,12 @@ _PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measureme
 class Auto(Solver):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
-    Up to `dense_below` unknowns, or three times as many where A is not symmetric, and times the number of
-    right-hand sides that share a matrix, it is `Exact`, if the memory holds the matrix. Above that it is `CG` where A is symmetric, and
-    `MINRES` for the tasks in which CG met negative curvature or a singular direction. Where A is
-    not symmetric, or `Solver.solve` was not told, it is `GMRES`, and `BiCGSTAB` for the tasks in
-    which GMRES got stuck; then `LSMR`, if products with the transpose are at hand.
+    Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
+    as many where A is not symmetric, and times the number of right-hand sides that share a matrix.
+    Above that it is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative
+    curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
+    is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
+    the transpose are at hand.
 
     Up to 50 times `dense_below` unknowns an iteration that would cost more than a factorisation is
     given up for one: after n / 16 iterations, or three times as many where they lead to the end.
