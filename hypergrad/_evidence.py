@@ -13,7 +13,7 @@ from ._linearise import Linearisation
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 
 #: The factor by which the estimate exceeds the true error at the median of the calibration.
-_MARGIN = 10.0
+_MARGIN = 7.0
 #: An estimate is no larger: it then says that no digit is right.
 NO_DIGIT = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
@@ -77,6 +77,7 @@ def solve_linear(
         contraction=condition.contraction,
         # The Newton step belongs to A itself.
         condition=lin.residual if estimate and (transpose or condition.symmetric) else None,
+        shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
     with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
         found = solver.run(system)

@@ -62,7 +62,7 @@ def implicit_grad(
     hparams : pytree of Tensor
         The outer variables. The answer is shaped like them.
     solver : Solver, optional
-        The linear solver. None: `Auto`, which is `Exact` up to 512 unknowns, else `CG` for a
+        The linear solver. None: `Auto`, which is `Exact` up to 100 unknowns, else `CG` for a
         symmetric A and `GMRES` otherwise, with others to fall back on.
     x0 : pytree of Tensor, optional
         Where the linear solve starts, shaped like `params`: the last call's ``info.solution``.

@@ -172,7 +172,8 @@ class Problem:
             mapped = torch.func.vmap(mapped, in_dims=in_dims, randomness=axis.randomness)
         with WatchForDerivatives() as watch:
             found = mapped(first, list(tensors))
-        return self._looped(one, first, tensors) if watch.seen else found
+        some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
+        return self._looped(one, first, tensors) if watch.seen and some else found
 
     def _looped(
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]

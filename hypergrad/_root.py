@@ -19,7 +19,7 @@ from ._problem import Problem
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge
 from ._trace import detached
-from ._transforms import carries_derivative, never_compiled
+from ._transforms import carries_derivative, never_compiled, transforms_active
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import norm
@@ -219,6 +219,10 @@ def _solved(
 ) -> tuple[Linearisation, Tensor, SolveInfo | None]:
     """The linearisation and the solution: with its evidence, or differentiable."""
     problem = rule.problem
+    if not return_info and not (_tracked(b, problem=problem) or transforms_active()):
+        tensors = [t.detach() for t in problem.tensors]
+        lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
+        return lin, rule.solve(lin, tensors, b.detach(), transpose), None
     if not return_info:
         lin = Linearisation(problem, problem.tensors, rule.draw)
         return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None

@@ -98,7 +98,9 @@ def first_slice(tensor: Tensor) -> Tensor:
         return tensor.detach()
     inner = _functorch.get_unwrapped(tensor)
     if _functorch.is_batchedtensor(tensor):
-        inner = inner.select(_functorch.maybe_get_bdim(tensor), 0)
+        dim = _functorch.maybe_get_bdim(tensor)
+        # Of a batch without tasks there is no first one.
+        inner = inner.select(dim, 0) if inner.shape[dim] else inner.sum(dim=dim)
     return first_slice(inner)
 
 
@@ -128,9 +130,22 @@ def never_compiled(fun: Fun) -> Fun:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return torch._dynamo.disable(fun)(*args, **kwargs)
+        _refuse_tracing()
         return fun(*args, **kwargs)
 
     return cast("Fun", call)
+
+
+def _refuse_tracing() -> None:
+    """Raise where the caller is being traced: a solve looks at values, a trace has none."""
+    stack = _functorch.get_interpreter_stack() or ()
+    functional = any(i.key() == _functorch.TransformType.Functionalize for i in stack)
+    if functional or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise UnsupportedOperation(
+            "torch.func.functionalize, torch.func.linearize and make_fx trace a function without "
+            "its values, which an implicit derivative needs. Use torch.func.vjp or jvp in place of "
+            "linearize, and call hypergrad outside what is traced."
+        )
 
 
 def outside_transforms() -> AbstractContextManager[None]:
@@ -202,7 +217,7 @@ def all_tasks(rows: Tensor) -> Tensor:
 def any_task(flag: Tensor) -> bool:
     """Whether a flag is set for any task. Synchronises with the host once."""
     if is_wrapped(flag):
-        flag = all_tasks(flag.reshape(-1)[None].any(dim=1))
+        flag = all_tasks(flag.reshape(flag.numel())[None].any(dim=1))
     return bool(flag.any()) if flag.ndim else bool(flag)
 
 

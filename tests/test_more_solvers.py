@@ -246,6 +246,7 @@ def test_a_singular_inconsistent_system_is_named_as_such_and_never_nan(solver, n
     assert x.isfinite().all()
     least_squares = b - A @ (torch.linalg.pinv(A.to(F64), rtol=1e-5) @ b.to(F64)).to(dtype)
     assert residual(A, x, b) <= 1.01 * float(least_squares.norm() / b.norm())
+    assert x.norm() < 100 * b.norm()  # the least eigenvalue but zero is 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -258,6 +259,7 @@ def test_bicgstab_on_a_singular_system_is_right_or_says_so(seed):
         assert bool(info.success) == (residual(A, x, b) <= 1e-6)
         assert info.status in (Status.CONVERGED, Status.SINGULAR, Status.BREAKDOWN)
         assert residual(A, x, b) <= 1 + 1e-9
+        assert x.norm() < 1e4 * b.norm()
 
 
 def test_bicgstab_breaks_down_where_its_coefficients_vanish():
@@ -741,9 +743,14 @@ def test_auto_says_what_it_did():
 
     assert method_for(indefinite(n)) == ("Exact", torch.tensor(False))
     assert method_for(suiting(CG, n), dense_below=0) == ("CG", torch.tensor(False))
-    method, negative = method_for(indefinite(n), dense_below=n - 1)
-    assert method == "Auto: CG, then MINRES"
-    assert negative
+    for dense_below, expected in (
+        (0, "Auto: CG, then MINRES"),
+        (n - 1, "Auto: CG, then Exact"),  # at this size a factorisation is the cheaper one
+        (n // 4, "Auto: CG, then MINRES, then Exact"),
+    ):
+        method, negative = method_for(indefinite(n), dense_below=dense_below)
+        assert method == expected
+        assert negative
 
 
 def test_auto_falls_back_for_the_tasks_that_need_it_alone():
@@ -800,13 +807,96 @@ def test_where_iterations_run_out_the_last_resort_of_auto_is_a_factorisation(sym
         )
         return info
 
-    first = "Auto: CG" if symmetric else "Auto: GMRES, then BiCGSTAB"
-    info = run(dense_below=20)
-    assert info.method == f"{first}, then Exact"
-    assert info.success
-    assert relative_error(A.T @ info.solution, b) < 1e-5
-    assert "Exact" not in run(dense_below=8).method
+    first = "Auto: CG" if symmetric else "Auto: GMRES"
+    for dense_below in (2, 20):
+        info = run(dense_below=dense_below)
+        assert info.method == f"{first}, then Exact"
+        assert info.success
+        assert relative_error(info.solution, torch.linalg.solve(A.T, b)) < 1e-5
+        assert info.matvecs <= 2 * 70  # of which the factorisation took 70
+    assert "Exact" not in run(dense_below=1).method  # above fifty times as many unknowns
     assert "Exact" not in run(dense_below=20, maxiter=60, rtol=1e-6).method
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [130, 330])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_auto_is_no_worse_than_a_factorisation_where_a_residual_says_little(symmetric, n, dtype):
+    # CG meets its tolerance here within ten iterations, and is off by a tenth.
+    A = with_spectrum(spread(5, 1e-7, 1e-6), spread(n - 5, 1, 2))
+    if dtype == torch.float32:
+        A = with_spectrum(spread(5, 3e-4, 1e-3), spread(n - 5, 1, 2))
+    if not symmetric:
+        A = skewed(n) @ A
+    u, theta = data(41, n, dtype=F64), torch.ones(n, dtype=dtype)
+    b = (A.T @ u).to(dtype)
+    A = A.to(dtype)
+    _, info = hypergrad.implicit_grad(
+        lambda w, t: b @ w,
+        Root(lambda w, t: A @ (w - t), symmetric=symmetric),
+        theta.clone(),
+        theta,
+        on_failure="ignore",
+        return_info=True,
+    )
+    exact = torch.linalg.solve(A.T.to(F64), b.to(F64))
+    assert relative_error(info.solution, exact) < (1e-5 if dtype == F64 else 2e-3)
+    assert info.success
+
+
+def test_right_hand_sides_that_share_a_matrix_share_its_factorisation():
+    n, counts = 60, []
+    A, t = indefinite(n), data(42, n, dtype=F64)
+    for solver in (Exact(), Auto(dense_below=2)):
+
+        @hypergrad.custom_argmin(
+            lambda w, t: (w - t) @ A @ (w - t) / 2, solver=solver, callback=counts.append
+        )
+        def fit(init: None, t: Tensor) -> Tensor:
+            return t.clone()
+
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            found = jacobian(lambda t: fit(None, t))(t)
+            torch.testing.assert_close(found, torch.eye(n, dtype=F64), rtol=0, atol=1e-9)
+            info = counts.pop()
+            assert not counts
+            assert info.method == "Exact"
+            assert info.success.shape == (n,)
+            assert set(info.matvecs.tolist()) == {n}
+
+
+@each
+def test_right_hand_sides_that_share_a_matrix_share_the_products_of_a_step(method):
+    n, calls = 20, []
+    A, t = suiting(CG, n), data(43, n, dtype=F64)
+
+    @hypergrad.custom_argmin(
+        lambda w, t: (w - t) @ A @ (w - t) / 2, solver=method(rtol=1e-10), callback=calls.append
+    )
+    def fit(init: None, t: Tensor) -> Tensor:
+        return t.clone()
+
+    found = torch.func.jacrev(lambda t: fit(None, t))(t)
+    torch.testing.assert_close(found, torch.eye(n, dtype=F64), rtol=0, atol=1e-8)
+    (info,) = calls
+    assert info.iterations.shape == (n,)
+    products = 2 if method in (BiCGSTAB, NormalCG, LSMR) else 1
+    assert info.matvecs[0] <= products * (info.iterations.max() + 3) + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_exact_at_the_rounding_floor_is_a_success_and_an_inconsistent_system_none(dtype):
+    for n in (6, 50, 200):
+        A = with_spectrum(spread(n, 1, 9e4), dtype=dtype)
+        b = data(44, n, dtype=dtype)
+        x, info = solve(Exact(), A, b)
+        assert info.success
+        true = torch.linalg.solve(A.to(F64), b.to(F64))
+        assert relative_error(x, true) < (1e-9 if dtype == F64 else 2e-3)
+        A = with_spectrum([0.0], spread(n - 1, 1, 9), dtype=dtype)
+        _, info = solve(Exact(), A, b)
+        assert info.status == Status.SINGULAR
+        assert not info.success
 
 
 @pytest.mark.parametrize("solver", [ALWAYS(), Auto()], ids=repr)

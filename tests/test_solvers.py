@@ -860,13 +860,13 @@ def test_every_leaf_of_an_info_is_a_tensor_with_fixed_dtype(solver):
 @pytest.mark.parametrize(
     ("n", "condition", "method"),
     [
-        (512, "minimum", "Exact"),
-        (513, "minimum", "CG"),
-        (512, "root", "Exact"),
-        (513, "root", "GMRES"),
+        (100, "minimum", "Exact"),
+        (101, "minimum", "CG"),
+        (300, "root", "Exact"),
+        (301, "root", "GMRES"),
     ],
 )
-def test_no_solver_means_exact_up_to_512_unknowns(n, condition, method):
+def test_no_solver_means_exact_for_small_systems_alone(n, condition, method):
     theta = torch.ones(n, dtype=F64)
     inner: Callable[..., Any] | Root = lambda w, theta: (w - theta).square().sum()
     if condition == "root":
@@ -876,3 +876,89 @@ def test_no_solver_means_exact_up_to_512_unknowns(n, condition, method):
     )
     assert info.method == method
     torch.testing.assert_close(found, theta)
+
+
+def test_neumann_without_a_budget_owns_up_to_a_residual_that_is_far():
+    A, b = definite(40, condition=1e3), data(29, 40, dtype=F64)
+    _, info = Neumann().solve(lambda v: A @ v, b)
+    _, budget = Neumann(terms=19).solve(lambda v: A @ v, b)
+    assert info.residual_norm > 0.1
+    assert (info.iterations, budget.iterations) == (20, 19)
+    assert info.status == budget.status == Status.MAX_ITERATIONS
+    assert budget.success
+    assert not info.success
+    with pytest.raises(hypergrad.NotConverged, match="terms"):
+        hypergradient_with(A, b, Neumann(), on_failure="raise")
+    A = definite(40, condition=5)
+    _, info = Neumann().solve(lambda v: A @ v, b)
+    assert info.residual_norm < 0.1
+    assert info.success
+
+
+def test_the_memory_that_is_free_is_known_without_proc(monkeypatch):
+    from hypergrad.solvers import _exact
+
+    known = _exact.free_gib(torch.device("cpu"))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_exact, "open", refuse, raising=False)
+    free = _exact.free_gib(torch.device("cpu"))
+    assert 0 < free < math.inf
+    assert 0 < known < math.inf
+    monkeypatch.setattr(_exact.os, "sysconf", refuse)
+    assert _exact.free_gib(torch.device("cpu")) == math.inf
+
+
+def test_a_batch_without_tasks_gives_an_empty_answer():
+    none = torch.zeros(0, 3, dtype=F64)
+
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return (w - theta).square().sum()
+
+    @hypergrad.custom_argmin(inner)
+    def fit(init: None, theta: Tensor) -> Tensor:
+        return theta.clone()
+
+    found = torch.func.vmap(
+        lambda theta: hypergrad.implicit_grad(lambda w, t: w.sum(), inner, theta.clone(), theta)
+    )(none)
+    assert found.shape == (0, 3)
+    found = torch.func.vmap(torch.func.grad(lambda theta: fit(None, theta).sum()))(none)
+    assert found.shape == (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_without_values_is_refused_with_advice():
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return (w - theta).square().sum()
+
+    def hypergradient(theta: Tensor) -> Any:
+        return hypergrad.implicit_grad(lambda w, t: w.sum(), inner, theta.clone(), theta)
+
+    theta = torch.ones(3, dtype=F64)
+    for call in (
+        lambda: torch.func.functionalize(hypergradient)(theta),
+        lambda: torch.func.linearize(hypergradient, theta),
+    ):
+        with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.func\.vjp"):
+            call()
+
+
+@pytest.mark.parametrize("given", ["tensors", "leaves"])
+def test_root_vjp_evaluates_the_condition_once_where_nothing_is_differentiated_further(given):
+    calls = 0
+
+    def F(x: Tensor, a: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x**2 - a
+
+    x, a = torch.full((3,), 2.0, dtype=F64), torch.full((3,), 4.0, dtype=F64)
+    if given == "leaves":
+        a.requires_grad_()
+    (found,) = hypergrad.root_vjp(F, x, (a,), torch.ones(3, dtype=F64))
+    torch.testing.assert_close(found.detach(), torch.full((3,), 0.25, dtype=F64))
+    assert found.requires_grad == (given == "leaves")
+    assert calls == (1 if given == "tensors" else 2)

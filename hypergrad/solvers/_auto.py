@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ._base import (
     at_least,
     check_symmetry,
     finite,
+    norm,
+    tolerance,
 )
 from ._bicgstab import BiCGSTAB
 from ._cg import CG
@@ -27,20 +30,32 @@ from ._gmres import GMRES
 from ._minres import MINRES
 from ._normal import LSMR
 
-_SLOW = (Status.MAX_ITERATIONS, Status.STAGNATED, Status.BREAKDOWN)
-_LAST_RESORT = 8  # times `dense_below`, where the iterations have cost more than the matrix would
+_STUCK = (Status.STAGNATED, Status.BREAKDOWN, Status.SINGULAR)
+_INDEFINITE = (Status.NEGATIVE_CURVATURE, Status.SINGULAR)
+# Up to so many times `dense_below` unknowns ...
+_CHECKED = 6  # ... an iterative answer must be about as good as a dense one, and
+_LAST_RESORT = 50  # ... a factorisation comes after an iteration that is too slow.
+_SMALL = 3  # ... a factorisation costs less than a second iteration.
+_PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Solver):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
-    Up to `dense_below` unknowns, where the memory holds the matrix, it is `Exact`. Above that it
-    is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative curvature or
-    a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it is `GMRES`,
-    and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with the
-    transpose are at hand. Where the iterations ran out or stagnated, without a `maxiter` of the
-    caller's, the last resort is `Exact`, up to eight times `dense_below` unknowns.
+    Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
+    as many where A is not symmetric, and times the number of right-hand sides that share a matrix.
+    Above that it is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative
+    curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
+    is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
+    the transpose are at hand.
+
+    Up to 50 times `dense_below` unknowns an iteration that would cost more than a factorisation is
+    given up for one: after n / 16 iterations, or three times as many where they lead to the end.
+    With `rtol` left out there is more care up to six times `dense_below`: an iteration goes on to
+    a smaller residual, and `Exact` takes over where that residual, times the condition number
+    that the iteration has seen, leaves less than five digits in float64 (three in float32).
+    A `maxiter` of the caller's switches all this off.
 
     ``info.method`` names the method, or says what was tried: "Auto: CG, then MINRES". Products
     and iterations are those of all methods together.
@@ -50,7 +65,7 @@ class Auto(Solver):
     maxiter, rtol, atol, damping
         As in every iterative solver; `maxiter` holds for each method that is tried.
     dense_below : int
-        Most unknowns for which the matrix is formed at once.
+        Most unknowns for which the matrix is formed at once; 0: never a dense matrix.
 
     Examples
     --------
@@ -65,7 +80,7 @@ class Auto(Solver):
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
-    dense_below: int = 512
+    dense_below: int = 100
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -78,27 +93,73 @@ class Auto(Solver):
     def run(self, system: LinearSystem) -> Solution:
         """Solve with the first method that suits, and again where it failed."""
         n, tasks = system.b.shape[-1], math.prod(system.b.shape[:-1])
-        exact = Exact(damping=self.damping)
-        fits = gib_needed(n, tasks, system.b) <= free_gib(system.b.device)
-        if fits and n <= self.dense_below:
-            return exact.run(system)
-
-        def iterated(method: type[Iterative]) -> Iterative:
-            return method(
-                maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, damping=self.damping
-            )
-
+        shared = system.shared if tasks else 1
+        fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
+        fits = fits and n <= _LAST_RESORT * self.dense_below
+        if fits and n <= self.dense_below * shared * (1 if system.symmetric else _SMALL):
+            return Exact(damping=self.damping).run(system)
+        looks = system.looks or self.rtol != 0
+        if fits and looks and self.maxiter is None:
+            return self._patiently(system, max(n // (_PATIENCE * shared), 2))
         # What follows the first method, and after which ends of those before it.
         then: list[tuple[Solver, Sequence[Status]]] = []
         if system.symmetric:
-            then.append((iterated(MINRES), (Status.NEGATIVE_CURVATURE, Status.SINGULAR)))
+            then.append((self._iterated(MINRES), _INDEFINITE))
         else:
-            then.append((iterated(BiCGSTAB), (*_SLOW, Status.SINGULAR)))
+            slow = (*_STUCK, Status.MAX_ITERATIONS)
+            then.append((self._iterated(BiCGSTAB), slow))
             if system.rmatvec is not None:
-                then.append((iterated(LSMR), (*_SLOW, Status.SINGULAR)))
-        if fits and n <= _LAST_RESORT * self.dense_below and self.maxiter is None:
-            then.append((exact, _SLOW))
-        return self._in_turn(system, iterated(CG if system.symmetric else GMRES), then)
+                then.append((self._iterated(LSMR), slow))
+        return self._in_turn(system, self._iterated(CG if system.symmetric else GMRES), then)
+
+    def _iterated(self, method: type[Iterative], **fields: Any) -> Iterative:
+        given = {name: getattr(self, name) for name in ("maxiter", "rtol", "atol", "damping")}
+        return method(**{**given, **fields})
+
+    def _patiently(self, system: LinearSystem, patience: int) -> Solution:
+        """Iterations for as long as they are cheaper than a factorisation, which comes last."""
+        n, precision = system.b.shape[-1], system.layout.precision
+        small = n <= _SMALL * self.dense_below
+        checked = self.rtol is None and n <= _CHECKED * self.dense_below
+        rtol, bound = tolerance(self.rtol, precision), math.inf
+        if checked:
+            bound = 10 * rtol
+            rtol = rtol / (100 if precision == torch.float64 else 10)
+
+        def attempt(method: type[Iterative], system: LinearSystem) -> Solution:
+            steps = patience // 2 + 1 if method is BiCGSTAB else patience
+            found = self._iterated(method, maxiter=steps, rtol=rtol).run(system)
+            slow = found.status == Status.MAX_ITERATIONS
+            goal = (self.atol / norm(system.b)).clamp(min=rtol)
+            hopeless = slow & ~(2.5 * found.residual_norm.log() <= goal.log())
+            seen = _condition(found) if checked else None
+            if any_task(slow) and not any_task(hopeless):
+                further = self._iterated(method, maxiter=2 * steps, rtol=rtol)
+                again = further.run(_only(system, slow, x0=found.x))
+                found = _merged(found, again, slow)
+                if seen is not None:
+                    seen = torch.where(slow, seen.fmax(_condition(again)), seen)
+            if seen is not None:
+                found.success = found.success & ~(seen * found.residual_norm > bound)
+            return found
+
+        found, used = attempt(CG if system.symmetric else GMRES, system), []
+        used.append("CG" if system.symmetric else "GMRES")
+        second, worth = (MINRES, _INDEFINITE) if system.symmetric else (BiCGSTAB, _STUCK)
+        failed = ~found.success & _one_of(found.status, worth)
+        if any_task(failed) and not (small if system.symmetric else checked):
+            found = _merged(found, attempt(second, _only(system, failed)), failed)
+            used.append(second.__name__)
+        failed = ~found.success & (found.status != Status.NOT_FINITE)
+        if not checked:  # a singular value decomposition of a large matrix takes minutes
+            failed = failed & (found.status != Status.SINGULAR)
+        if any_task(failed):
+            exact = Exact(damping=self.damping).run(_only(system, failed))
+            found = _merged(found, exact, failed)
+            used.append("Exact")
+        if len(used) > 1:
+            found.method = f"Auto: {', then '.join(used)}"
+        return found
 
     def _in_turn(
         self,
@@ -113,13 +174,25 @@ class Auto(Solver):
             failed = ~found.success & _one_of(found.status, worth)
             if not looks or not any_task(failed):
                 continue
-            # A right-hand side of zero takes no part.
-            b = torch.where(failed[..., None], system.b, torch.zeros_like(system.b))
-            found = _merged(found, solver.run(dataclasses.replace(system, b=b)), failed)
+            found = _merged(found, solver.run(_only(system, failed)), failed)
             used.append(type(solver).__name__)
         if len(used) > 1:
             found.method = f"Auto: {', then '.join(used)}"
         return found
+
+
+def _only(system: LinearSystem, wanted: Tensor, **changes: Any) -> LinearSystem:
+    """The system for some of the tasks: a right-hand side of zero takes no part."""
+    b = torch.where(wanted[..., None], system.b, torch.zeros_like(system.b))
+    return dataclasses.replace(system, b=b, **changes)
+
+
+def _condition(found: Solution) -> Tensor:
+    """The condition number that a method has seen; infinite where it has seen nothing."""
+    if found.condition_number is not None:
+        return found.condition_number().nan_to_num(nan=math.inf)
+    low, high = found.eigenvalues.unbind(dim=-1)
+    return (high / low).nan_to_num(nan=math.inf)
 
 
 def _one_of(status: Tensor, wanted: Sequence[Status]) -> Tensor:

@@ -28,6 +28,10 @@ Product = Callable[[Tensor], Tensor]
 # What ``rtol=None`` means, by the dtype in which products are formed.
 _REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
+# Where a singular system has no solution, residuals can be bought with answers of any length:
+# the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
+PRICE = 1e-4
+
 
 @dataclasses.dataclass
 class LinearSystem:
@@ -53,6 +57,8 @@ class LinearSystem:
         Whether A = I - J with J the derivative of a map that is meant to contract.
     condition : Tensor, optional
         The inner condition F at the parameters, where the Newton step ``A^-1 F`` is of interest.
+    shared : int
+        How many right-hand sides, along the first axis of `b`, have one matrix in common.
     """
 
     matvec: Product
@@ -66,6 +72,7 @@ class LinearSystem:
     looks: bool = True
     contraction: bool = False
     condition: Tensor | None = None
+    shared: int = 1
 
 
 @dataclasses.dataclass
@@ -96,6 +103,8 @@ class Solution:
     inverse: Tensor | None = None
     newton: Tensor | None = None
     largest: Tensor | None = None
+    #: The condition number of A as far as the method has seen it: a lower bound, when asked.
+    condition_number: Callable[[], Tensor] | None = None
 
 
 class Solver(ABC):
@@ -292,6 +301,7 @@ class Iterative(Solver):
         reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
         broken = torch.zeros_like(present)
         inverse = newton = largest = None
+        condition_number: Callable[[], Tensor] | None = None
         first = True
         while limit > 0 and (not looks or any_task(active)):
             part = self._iterate(
@@ -338,9 +348,11 @@ class Iterative(Solver):
             if first and looks and part.ritz is not None and precondition is None:
                 eigenvalues = part.ritz()
             if part.observer is not None:
-                inverse = part.observer.inverse(part.x)
+                inverse = part.observer.inverse(part.x, eigenvalues[..., 0])
                 newton = norm(part.observer.step) + inverse * norm(part.observer.left)
                 largest = part.largest
+            if first and precondition is None:
+                condition_number = part.condition_number
             size = torch.where(keep, size_new, size)
             reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
@@ -363,6 +375,7 @@ class Iterative(Solver):
             inverse=inverse,
             newton=newton,
             largest=largest,
+            condition_number=condition_number,
         )
 
     def _succeeded(
@@ -420,6 +433,7 @@ class Part:
     largest: Tensor  # of ||A v|| / ||v|| over the vectors met
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
+    condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
 
 
 class Counted:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Counted, Iterative, Part, Product, dot
+from ._base import PRICE, Counted, Iterative, Part, Product, dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class BiCGSTAB(Iterative):
         shadow, shadow_size = r, torch.linalg.vector_norm(r, dim=-1)
         rho, size = shadow_size.square(), shadow_size
         best, best_size = x, size
+        modest, least = x, size  # the answer where there is no solution
         largest = zero
         unknown, broken, singular, ended = (torch.zeros_like(active) for _ in range(4))
         iterations = torch.zeros_like(active, dtype=torch.int64)
@@ -91,7 +92,10 @@ class BiCGSTAB(Iterative):
             growth = v_size / torch.where(p_size > 0, p_size, one)
             largest = torch.where(moving, torch.maximum(largest, growth), largest)
             # The answer is too long to come any closer: at the rounding floor, or singular.
-            reach = flat * largest * torch.linalg.vector_norm(x, dim=-1)
+            length = largest * torch.linalg.vector_norm(x, dim=-1)
+            reach, cost = flat * length, size + PRICE * length
+            modest = torch.where((moving & (cost < least))[..., None], x, modest)
+            least = torch.where(moving, torch.minimum(least, cost), least)
             better = moving & (size < best_size) & (reach < size.clamp(min=coarse))
             best = torch.where(better[..., None], x, best)
             best_size = torch.where(better, size, best_size)
@@ -117,7 +121,8 @@ class BiCGSTAB(Iterative):
         status = torch.where(broken, int(Status.BREAKDOWN), status)
         status = torch.where(singular, int(Status.SINGULAR), status)
         status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        x = torch.where((broken | singular | ended | active)[..., None], best, x)
+        x = torch.where((broken | ended | active)[..., None], best, x)
+        x = torch.where(singular[..., None], modest, x)
         return Part(
             x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
             status=status,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -59,7 +60,7 @@ class Exact(Solver):
         if not any_task(present):
             return _without_system(b, scale)
         tasks = math.prod(b.shape[:-1])
-        refuse_if_too_large(n, tasks, b)
+        refuse_if_too_large(n, tasks // system.shared, b)
         assert system.dense is not None
         A = system.dense()
         if self.damping:
@@ -67,35 +68,43 @@ class Exact(Solver):
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         unit_b = b / unit
         x, regular, solve_transposed = _by_lu(A, unit_b)
-        good_enough = max(
-            tolerance(None, system.layout.precision), 10 * n * torch.finfo(b.dtype).eps
-        )
+        precision = system.layout.precision
+        good_enough = max(tolerance(None, precision), 10 * n * torch.finfo(b.dtype).eps)
         sound = torch.isfinite(A).flatten(-2).all(dim=-1) & torch.isfinite(scale)
         if any_task(sound & ~regular):
-            fallback = _of_minimum_norm(torch.where(sound[..., None, None], A, 0.0), unit_b)
+            finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
+            fallback = _of_minimum_norm(torch.where(finite_A, A, 0.0), unit_b)
             # Of minimum norm where that solves the system, else whatever comes closest.
-            missed = norm(unit_b - (A @ fallback[..., None])[..., 0])
-            other = norm(unit_b - (A @ x[..., None])[..., 0])
+            missed = norm(unit_b - _times(A, fallback))
+            other = norm(unit_b - _times(A, x))
             worse = (missed > good_enough) & (other < missed)
             x = torch.where((regular | worse)[..., None], x, fallback)
-        size = norm(unit_b - (A @ x[..., None])[..., 0])
+        size = norm(unit_b - _times(A, x))
         solved = size <= good_enough
-        status = torch.where(solved, int(Status.CONVERGED), int(Status.SINGULAR))
+        # As close as the dtype can come to the answer of a matrix that is nearly singular.
+        largest = A.abs().flatten(-2).amax(dim=-1)
+        floor = 10 * n * torch.finfo(A.dtype).eps * largest * norm(x)
+        near = regular & (size <= floor.clamp(max=30 * tolerance(None, precision)))
+        status = torch.where(near, int(Status.STAGNATED), int(Status.SINGULAR))
+        status = torch.where(solved, int(Status.CONVERGED), status)
         status = torch.where(sound, status, int(Status.NOT_FINITE))
         x = torch.where(sound[..., None], x * unit, torch.full_like(x, math.nan))
         absent = scale == 0
         status = torch.where(absent, int(Status.CONVERGED), status)
+        inverse, newton, extent = _accuracy(system.condition, A, x, regular, solve_transposed)
         return Solution(
             x=torch.where(absent[..., None], torch.zeros_like(x), x),
             status=status,
-            success=status == Status.CONVERGED,
+            success=(status == Status.CONVERGED) | (status == Status.STAGNATED),
             iterations=torch.zeros_like(status),
             matvecs=n,
             residual_norm=torch.where(absent, torch.zeros_like(size), size),
             negative_curvature=torch.zeros_like(absent),
             eigenvalues=_extreme_eigenvalues(A, sound, known=system.symmetric is True),
             method="Exact",
-            **_accuracy(system.condition, A, x, regular, solve_transposed),
+            inverse=inverse,
+            newton=newton,
+            largest=extent,
         )
 
 
@@ -117,19 +126,21 @@ def _accuracy(
     x: Tensor,
     regular: Tensor,
     solve_transposed: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """The figures for a system that came with a condition, whose own matrix is the transpose."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The last figures of a `Solution`, for a system whose transpose the condition belongs to."""
     if condition is None:
-        return {}
-    size = norm(x)
+        return None, None, None
+    size, nan = norm(x), torch.full_like(x[..., 0], math.nan)
     direction = x / torch.where(size > 0, size, torch.ones_like(size))[..., None]
-    found = {
-        # One step of inverse iteration, from an answer in which the lowest modes are large.
-        "inverse": norm(solve_transposed(direction)),
-        "newton": norm(solve_transposed(condition.expand_as(x))),
-        "largest": torch.linalg.matrix_norm(A).expand_as(size),
-    }
-    return {k: torch.where(regular, v, torch.full_like(v, math.nan)) for k, v in found.items()}
+    # One step of inverse iteration, from an answer in which the lowest modes are large.
+    inverse = norm(solve_transposed(direction))
+    newton = norm(solve_transposed(condition.expand_as(x)))
+    extent = torch.linalg.matrix_norm(A).expand_as(size)
+    return (
+        torch.where(regular, inverse, nan),
+        torch.where(regular, newton, nan),
+        torch.where(regular, extent, nan),
+    )
 
 
 def _without_system(b: Tensor, scale: Tensor) -> Solution:
@@ -151,21 +162,38 @@ def _without_system(b: Tensor, scale: Tensor) -> Solution:
 
 def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """A solution by LU with one step of refinement, whether A is regular, and A^-T."""
+    # Right-hand sides that share a matrix are columns of one system, not copies of the matrix.
     eps = torch.finfo(A.dtype).eps
     factors, pivots, _ = torch.linalg.lu_factor_ex(A)
     diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
     # Judged by the pivots alone a matrix may look regular; a huge answer gives it away.
     regular = diagonal.amin(dim=-1) > 10 * A.shape[-1] * eps * diagonal.amax(dim=-1)
     safe = torch.where(regular[..., None, None], factors, torch.eye(A.shape[-1]).to(A))
-    x = torch.linalg.lu_solve(safe, pivots, b[..., None])
-    x = x + torch.linalg.lu_solve(safe, pivots, b[..., None] - A @ x)
-    x = x[..., 0]
+
+    def solved(columns: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(safe, pivots, columns)
+
+    x = _by_columns(A, solved, b)
+    x = x + _by_columns(A, solved, b - _times(A, x))
     largest = A.abs().flatten(-2).amax(dim=-1)
 
     def solve_transposed(v: Tensor) -> Tensor:
-        return torch.linalg.lu_solve(safe, pivots, v[..., None], adjoint=True)[..., 0]
+        return _by_columns(
+            A, lambda columns: torch.linalg.lu_solve(safe, pivots, columns, adjoint=True), v
+        )
 
     return x, regular & (norm(x) * largest * 10 * eps < 1), solve_transposed
+
+
+def _by_columns(A: Tensor, apply: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """A linear function of columns ``(*tasks, n, k)``, of vectors that may share A."""
+    if v.ndim < A.ndim:
+        return apply(v[..., None])[..., 0]
+    return apply(v.movedim(0, -1)).movedim(-1, 0)
+
+
+def _times(A: Tensor, v: Tensor) -> Tensor:
+    return _by_columns(A, A.__matmul__, v)
 
 
 def _of_minimum_norm(A: Tensor, b: Tensor) -> Tensor:
@@ -173,7 +201,7 @@ def _of_minimum_norm(A: Tensor, b: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(A)
     cut = A.shape[-1] * torch.finfo(A.dtype).eps * S.amax(dim=-1, keepdim=True)
     inverse = torch.where(cut < S, 1 / S.clamp(min=torch.finfo(S.dtype).tiny), 0.0)
-    return (Vh.mT @ (inverse[..., None] * (U.mT @ b[..., None])))[..., 0]
+    return _by_columns(A, lambda columns: Vh.mT @ (inverse[..., None] * (U.mT @ columns)), b)
 
 
 def refuse_if_too_large(n: int, tasks: int, b: Tensor) -> None:
@@ -196,6 +224,10 @@ def free_gib(device: torch.device) -> float:
     """The memory that is free on a device, in GiB; infinite where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
+    if device.type == "mps":
+        return (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) / 2**30
+    if device.type != "cpu":
+        return math.inf
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -203,4 +235,9 @@ def free_gib(device: torch.device) -> float:
                     return int(line.split()[1]) / 2**20
     except OSError:
         pass
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):  # free, or where that is not known, all
+        try:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30
+        except (AttributeError, OSError, ValueError):
+            continue
     return math.inf

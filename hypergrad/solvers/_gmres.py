@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Iterative, Part, Product, at_least
+from ._ritz import condition_of_factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ class GMRES(Iterative):
         steps = 0
         size = torch.linalg.vector_norm(r, dim=-1)
         largest, singular = torch.zeros_like(size), torch.zeros_like(active)
+        triangles = []
         while steps < limit and (not looks or any_task(active)):
             cycle = _Cycle(r, active)
             for _ in range(min(length, limit - steps)):
@@ -75,15 +78,20 @@ class GMRES(Iterative):
                 cycle.extend(matvec, precondition, tol)
                 steps += 1
             y = cycle.correction()
+            triangles.append(cycle.triangle())
             step = y if precondition is None else precondition(y)
-            total = total + torch.where(active[..., None], step, torch.zeros_like(step))
-            r = r - matvec(torch.where(active[..., None], step, torch.zeros_like(step)))
+            largest = torch.maximum(largest, cycle.largest)
+            # A step this long is made of rounding errors: the matrix does not see it.
+            long = torch.linalg.vector_norm(step, dim=-1)
+            empty = 10 * torch.finfo(r.dtype).eps * largest * long > size
+            step = torch.where((active & ~empty)[..., None], step, torch.zeros_like(step))
+            total = total + step
+            r = r - matvec(step)
             size_new = torch.linalg.vector_norm(r, dim=-1)
             iterations = iterations + cycle.iterations
-            largest = torch.maximum(largest, cycle.largest)
-            met = cycle.residual <= tol
+            met = (cycle.residual <= tol) & ~empty
             stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
-            singular = singular | cycle.singular
+            singular = singular | cycle.singular | (active & empty)
             hopeless = torch.where(singular, int(Status.SINGULAR), int(Status.STAGNATED))
             status = torch.where(active & met, int(Status.CONVERGED), status)
             status = torch.where(stuck, hopeless, status)
@@ -97,6 +105,7 @@ class GMRES(Iterative):
             steps=steps,
             negative=torch.zeros_like(active),
             largest=largest,
+            condition_number=partial(condition_of_factors, triangles) if triangles else None,
         )
 
 
@@ -110,7 +119,8 @@ class _Cycle:
         self.residual = torch.linalg.vector_norm(r, dim=-1)
         unit = torch.where(self.residual > 0, self.residual, torch.ones_like(self.residual))
         self.basis = [r / unit[..., None]]
-        self.rotations: list[tuple[Tensor, Tensor]] = []
+        # All rotations so far as one matrix: a step is a few operations, however long the cycle.
+        self.rotation = torch.ones_like(self.residual)[..., None, None]
         self.columns: list[Tensor] = []  # of the triangular factor
         self.targets: list[Tensor] = []  # the rotated right-hand side
         self.last = self.residual
@@ -140,23 +150,20 @@ class _Cycle:
 
     def _append(self, column: Tensor, length: Tensor, invariant: Tensor, tol: Tensor) -> None:
         """Rotate a Hessenberg column into the triangular factor."""
-        entries = list(column.unbind(dim=-1))
-        for i, (c, s) in enumerate(self.rotations):
-            entries[i], entries[i + 1] = (
-                c * entries[i] + s * entries[i + 1],
-                c * entries[i + 1] - s * entries[i],
-            )
-        diagonal = torch.hypot(entries[-1], length)
+        column = (self.rotation @ column[..., None])[..., 0]
+        diagonal = torch.hypot(column[..., -1], length)
         null = diagonal <= 1e3 * torch.finfo(length.dtype).eps * self.largest
         safe = torch.where(null, torch.ones_like(diagonal), diagonal)
-        c = torch.where(null, torch.ones_like(safe), entries[-1] / safe)
+        c = torch.where(null, torch.ones_like(safe), column[..., -1] / safe)
         s = torch.where(null, torch.zeros_like(safe), length / safe)
-        self.rotations.append((c, s))
+        self._rotate_further(c[..., None], s[..., None])
         useful = self.active & ~null
         zero = torch.zeros_like(safe)
-        entries = [torch.where(useful, e, zero) for e in entries[:-1]]
-        entries.append(torch.where(useful, safe, torch.ones_like(safe)))
-        self.columns.append(torch.stack(entries, dim=-1))
+        # A trivial column is as long as the others, so that the triangle's condition is A's.
+        trivial = torch.where(self.largest > 0, self.largest, torch.ones_like(safe))
+        above = torch.where(useful[..., None], column[..., :-1], torch.zeros_like(column[..., :-1]))
+        on = torch.where(useful, safe, trivial)[..., None]
+        self.columns.append(torch.cat([above, on], dim=-1))
         self.targets.append(torch.where(useful, c * self.last, zero))
         self.last = torch.where(useful, -s * self.last, self.last)
         self.residual = torch.where(useful, self.last.abs(), self.residual)
@@ -164,16 +171,27 @@ class _Cycle:
         self.iterations = self.iterations + self.active
         self.active = useful & ~invariant & (self.residual > tol)
 
-    def correction(self) -> Tensor:
-        """The combination of the basis that minimises the residual."""
-        if not self.columns:
-            return torch.zeros_like(self.basis[0])
+    def _rotate_further(self, c: Tensor, s: Tensor) -> None:
+        """One more rotation, of the last two rows."""
+        above, last = self.rotation[..., :-1, :], self.rotation[..., -1, :]
+        rows = torch.cat([above, (c * last)[..., None, :], (-s * last)[..., None, :]], dim=-2)
+        column = torch.cat([torch.zeros_like(above[..., 0]), s, c], dim=-1)
+        self.rotation = torch.cat([rows, column[..., None]], dim=-1)
+
+    def triangle(self) -> Tensor:
+        """The triangular factor: its singular values lie within those of the matrix."""
         count = len(self.columns)
         rows = [
             torch.nn.functional.pad(column, (0, count - column.shape[-1]))
             for column in self.columns
         ]
-        triangle = torch.stack(rows, dim=-1)
+        return torch.stack(rows, dim=-1)
+
+    def correction(self) -> Tensor:
+        """The combination of the basis that minimises the residual."""
+        if not self.columns:
+            return torch.zeros_like(self.basis[0])
+        count, triangle = len(self.columns), self.triangle()
         target = torch.stack(self.targets, dim=-1)[..., None]
         y = torch.linalg.solve_triangular(triangle, target, upper=True)
         basis = torch.stack(self.basis[:count], dim=-1)

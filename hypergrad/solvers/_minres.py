@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Counted, Iterative, Part, Product, dot
+from ._base import PRICE, Counted, Iterative, Part, Product, dot
 from ._observer import Observer
-from ._ritz import ritz_values_of_lanczos
+from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class MINRES(Iterative):
         c, s, delta_bar, epsilon = -one, zero, zero, zero
         phi_bar = beta
         residual, size = r, beta
+        modest, least = x, size  # the answer without a solution: see `PRICE`
         diagonal, beside, known = [], [], []
         largest = zero  # the largest column of the tridiagonal matrix, a scale for its zeros
         longest = one if precondition is None else zero  # of |v|, which is one where M is I
@@ -138,6 +139,9 @@ class MINRES(Iterative):
                 image = images[1]
                 observer.along(w, image, image, torch.where(moving, dot(image, image), zero))
                 observer.after_step(x, size, moving)
+            cost = size.abs() + PRICE * largest * torch.linalg.vector_norm(x, dim=-1)
+            modest = torch.where((moving & (cost < least))[..., None], x, modest)
+            least = torch.where(moving, torch.minimum(least, cost), least)
             phi_bar = torch.where(moving, phi_next, phi_bar)
             iterations = iterations + moving
             active = moving & (size > tol)
@@ -145,6 +149,7 @@ class MINRES(Iterative):
         status = torch.where(singular, int(Status.SINGULAR), status)
         status = torch.where(broken, int(Status.BREAKDOWN), status)
         status = torch.where(unknown, int(Status.NOT_FINITE), status)
+        x = torch.where(singular[..., None], modest, x)
         return Part(
             x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
             status=status,
@@ -154,6 +159,11 @@ class MINRES(Iterative):
             largest=largest,
             ritz=partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None,
             observer=observer,
+            condition_number=(
+                lambda: condition_of_factors([lanczos_factor(diagonal, beside, known)])
+            )
+            if steps
+            else None,
         )
 
 

@@ -55,6 +55,43 @@ def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tens
     return torch.where(some, found, torch.full_like(found, math.nan))
 
 
+def condition_of_factors(factors: Sequence[Tensor]) -> Tensor:
+    """The condition number of A as a Krylov space has seen it: never above the true one.
+
+    Parameters
+    ----------
+    factors : sequence of Tensor
+        ``(*tasks, l, k)``: A between orthonormal bases, as far as each space has grown.
+
+    Returns
+    -------
+    condition : Tensor
+        ``(*tasks,)``; NaN where a factor is not finite.
+    """
+    worst, largest = [], []
+    for factor in factors:
+        sound = torch.isfinite(factor).flatten(-2).all(dim=-1)
+        values = torch.linalg.svdvals(torch.where(sound[..., None, None], factor, 0.0))
+        largest.append(torch.where(sound, values[..., 0], math.nan))
+        worst.append(values[..., -1])
+    return torch.stack(largest).amax(dim=0) / torch.stack(worst).amin(dim=0)
+
+
+def lanczos_factor(
+    diagonal: Sequence[Tensor], beside: Sequence[Tensor], known: Sequence[Tensor]
+) -> Tensor:
+    """The ``(*tasks, k + 1, k)`` matrix of a Lanczos recurrence, indefinite or not."""
+    a, b, some = (torch.stack(list(c), dim=-1) for c in (diagonal, beside, known))
+    zero = torch.zeros_like(a)
+    # A task that stopped early is filled up with columns as long as its others.
+    size = torch.where(some, torch.hypot(a, b), zero).amax(dim=-1, keepdim=True)
+    a, b = torch.where(some, a, size), torch.where(some, b, zero)
+    square = torch.diag_embed(a) + torch.diag_embed(b[..., :-1], offset=-1)
+    square = square + torch.diag_embed(b[..., :-1], offset=1)
+    last = torch.cat([zero[..., :-1], b[..., -1:]], dim=-1)
+    return torch.cat([square, last[..., None, :]], dim=-2)
+
+
 def ritz_values_of_lanczos(
     diagonal: Sequence[Tensor], beside: Sequence[Tensor], known: Sequence[Tensor]
 ) -> Tensor:
