@@ -36,7 +36,8 @@ def with_info(step: MetaStep) -> tuple[dict[str, Tensor], hypergrad.SolveInfo]:
             return_info=True,
         )
 
-    return vmap(one)(step.adapted_together(), step.tasks)
+    params = {name: leaf.detach() for name, leaf in step.adapted_together().items()}
+    return vmap(one)(params, step.tasks)
 
 
 def by_examples(step: MetaStep) -> Tensor:

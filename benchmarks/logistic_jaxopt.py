@@ -13,14 +13,14 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import torch  # noqa: E402
-from jaxopt import implicit_diff, linear_solve  # noqa: E402
+import jax
+import jax.numpy as jnp
+import torch
+from jaxopt import implicit_diff, linear_solve
 
-from benchmarks.logistic import LogisticRegression  # noqa: E402
-from benchmarks.logistic_sides import STEPS  # noqa: E402
-from benchmarks.timing import in_units, seconds  # noqa: E402
+from benchmarks.logistic import LogisticRegression
+from benchmarks.logistic_sides import STEPS
+from benchmarks.timing import in_units, seconds
 
 
 def main(rows: int, features: int, dtype: str, rounds: int) -> None:

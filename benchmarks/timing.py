@@ -35,8 +35,8 @@ def seconds(
     """Seconds that each side took in each round.
 
     With one thread they are the processor's, so that other programs on the machine count less;
-    with several, those of a clock on the wall. The order moves on by one place a round, so that no side always follows the same other one.
-    Garbage is collected between rounds alone.
+    with several, those of a clock on the wall. The order moves on by one place a round, so that
+    no side always follows the same other one. Garbage is collected between rounds alone.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
     repeats = {}
