@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._info import Status
-from .._transforms import any_task
+from .._transforms import any_task, every_task
 from ._base import Iterative, Part, Product, dot
 from ._ritz import ritz_values_of_cg
 
@@ -69,40 +69,45 @@ class CG(Iterative):
         stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
         bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
         failed = torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        curvatures, sizes, betas, known = [], [], [], []  # what the Ritz values are made from
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
+        curvatures, sizes, betas, known, moves = [], [], [], [], []  # of each step
+        steps, smooth = 0, False
+        while steps < limit and (smooth or not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
             pAp = dot(p, Ap)
-            steepest = torch.maximum(steepest, pAp.abs() / pp)
-            usable = pAp > flat * steepest * pp  # false for NaN too
+            quotient = pAp / pp
+            steepest = torch.maximum(steepest, quotient.abs())
+            usable = quotient > flat * steepest  # false for NaN too
             moving = active & usable
-            stopping = active & ~usable
-            stopped = torch.where(stopping, pAp / pp, stopped)
-            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
-            bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
-            failed = failed | stopping
             alpha = torch.where(moving, rz / pAp, zero)[..., None]
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, Ap, value=-1)
             z = r if precondition is None else precondition(r)
             rz_new = dot(r, z)
             rr = rz_new if precondition is None else dot(r, r)
-            better = rr < best_rr
-            best = torch.where(better[..., None], x, best)
-            best_rr = torch.where(better, rr, best_rr)
             beta = torch.where(moving, rz_new / rz, zero)
             curvatures.append(pAp)
             sizes.append(rz)
             betas.append(beta)
             known.append(active)
+            moves.append(moving)
+            going, better = moving & (rr > target), rr < best_rr
+            # Where every task goes on and comes closer, which one look tells, that is all.
+            smooth = looks and every_task(going & better)
+            if smooth:
+                best, best_rr = x, rr
+            else:
+                best = torch.where(better[..., None], x, best)
+                best_rr = torch.where(better, rr, best_rr)
+                stopping = active & ~usable
+                stopped = torch.where(stopping, quotient, stopped)
+                # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
+                bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
+                failed = failed | stopping
             p = torch.addcmul(z, beta[..., None], p)
-            pp = rr + beta.square() * pp if precondition is None else dot(p, p)
+            pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
-            iterations = iterations + moving
-            active = moving & (rr > target)
+            active = going
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
         negative = failed & ((stopped < -flat * steepest) | bent)
         status = torch.where(failed, int(Status.SINGULAR), status)
@@ -114,7 +119,7 @@ class CG(Iterative):
         return Part(
             x=x,
             status=status,
-            iterations=iterations,
+            iterations=torch.stack(moves).sum(dim=0) if steps else torch.zeros_like(status),
             steps=steps,
             negative=negative,
             largest=steepest,
