@@ -1,1 +1,1 @@
-"""Measurements: ratios within one process, and memory in a fresh process a point."""
+"""How fast hypergrad is beside others: every side in one process, interleaved, with its error."""

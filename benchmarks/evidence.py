@@ -101,7 +101,7 @@ def measure(dtype: torch.dtype) -> None:
                 "with its evidence": lambda solver=solver, system=system: solver.run(system),
             }
             with torch.no_grad():
-                figures = ratios(sides, "bare", rounds=ROUNDS, clock=time.process_time)
+                figures = ratios(sides, "bare", rounds=ROUNDS)
             name = str(dtype).removeprefix("torch.")
             print(f"{method.__name__}, {name}, {steps} iterations, in bare recurrences:")
             for side, figure in figures.items():

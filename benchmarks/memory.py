@@ -6,12 +6,15 @@ profiler reports every allocation; a fresh process for each point.
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.results import OURS, Row, Settings
+from benchmarks.timing import Quartiles
 from examples.imaml.inner import GradientDescent
 from examples.imaml.meta import MetaLearner, Method
 from examples.imaml.models import OmniglotConvNet
@@ -49,21 +52,22 @@ def peak_bytes(method: Method, steps: int) -> int:
     return peak
 
 
-def main() -> None:
-    """Measure each point in a process of its own, and print."""
-    print(f"peak memory of a meta-step, Omniglot network, {TASKS} tasks, in MB")
-    for method in ("imaml", "maml"):
-        points = []
-        for steps in STEPS:
+def benchmarks() -> dict[str, Callable[[Settings], list[Row]]]:
+    return {"memory": measure}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure each point in a process of its own."""
+    rows = []
+    for method, side in (("imaml", OURS), ("maml", "hypergrad, unrolled")):
+        for steps in STEPS[:1] if settings.quick else STEPS:
             command = [sys.executable, "-m", "benchmarks.memory", method, str(steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            points.append(int(done.stdout.split()[-1]) / 1e6)
-        row = ", ".join(f"{s} steps {p:.2f}" for s, p in zip(STEPS, points, strict=True))
-        print(f"  {method}: {row}; last to first {points[-1] / points[0]:.4f}", flush=True)
+            peak = int(done.stdout.split()[-1]) / 1e6
+            figure = Quartiles(peak, peak, peak)
+            rows.append(Row("memory", side, "MB", figure, 1, note=f"{steps} inner steps"))
+    return rows
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(peak_bytes(sys.argv[1], int(sys.argv[2])))  # type: ignore[arg-type]
-    else:
-        main()
+    print(peak_bytes(sys.argv[1], int(sys.argv[2])))  # type: ignore[arg-type]

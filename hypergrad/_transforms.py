@@ -216,9 +216,14 @@ def all_tasks(rows: Tensor) -> Tensor:
 
 def any_task(flag: Tensor) -> bool:
     """Whether a flag is set for any task. Synchronises with the host once."""
-    if is_wrapped(flag):
-        flag = all_tasks(flag.reshape(flag.numel())[None].any(dim=1))
+    flag = layers(flag)[-1]  # of all tasks, in whatever order
     return bool(flag.any()) if flag.ndim else bool(flag)
+
+
+def every_task(flag: Tensor) -> bool:
+    """Whether a flag is set for every task. Synchronises with the host once."""
+    flag = layers(flag)[-1]
+    return bool(flag.all()) if flag.ndim else bool(flag)
 
 
 class _Refuse(torch.autograd.Function):

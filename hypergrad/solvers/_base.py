@@ -471,6 +471,8 @@ def norm(v: Tensor) -> Tensor:
     """The Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
     if v.shape[-1] == 0:
         return v.new_zeros(v.shape[:-1])
+    if v.dtype != torch.float64:  # squares fit into the wider dtype, without a look at the largest
+        return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).to(v.dtype)
     largest = v.abs().amax(dim=-1)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
     return unit * torch.linalg.vector_norm(v / unit[..., None], dim=-1)

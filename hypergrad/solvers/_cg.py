@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._info import Status
-from .._transforms import any_task
+from .._transforms import any_task, every_task
 from ._base import Iterative, Part, Product, dot
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
@@ -68,64 +68,68 @@ class CG(Iterative):
         steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
         flat = torch.finfo(r.dtype).eps * r.shape[-1]
         pp = dot(p, p)
-        pAps, rzs, betas, known, ends = [], [], [], [], []  # of each step, for what comes after
+        stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
+        bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
+        failed = torch.zeros_like(active)
+        curvatures, sizes, betas, known, moves = [], [], [], [], []  # of each step
         observer = None if condition is None else Observer(condition, r)
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
+        steps, smooth = 0, False
+        while steps < limit and (smooth or not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
             pAp = dot(p, Ap)
             quotient = pAp / pp
-            steepest = torch.maximum(steepest, quotient)
-            moving = active & (quotient > flat * steepest)  # false for NaN too
-            alpha = torch.where(moving, rz / pAp, zero).unsqueeze(-1)
+            steepest = torch.maximum(steepest, quotient.abs())
+            usable = quotient > flat * steepest  # false for NaN too
+            moving = active & usable
+            alpha = torch.where(moving, rz / pAp, zero)[..., None]
             if observer is not None:
                 observer.along(p, Ap, p, torch.where(moving, pAp, zero))
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, Ap, value=-1)
-            pAps.append(pAp)
-            rzs.append(rz)
-            known.append(active)
-            ends.append((moving, quotient, steepest, dot(Ap, Ap), pp))
             z = r if precondition is None else precondition(r)
             rz_new = dot(r, z)
             rr = rz_new if precondition is None else dot(r, r)
-            better = rr < best_rr
-            best = torch.where(better.unsqueeze(-1), x, best)
-            best_rr = torch.where(better, rr, best_rr)
             beta = torch.where(moving, rz_new / rz, zero)
+            curvatures.append(pAp)
+            sizes.append(rz)
             betas.append(beta)
-            p = torch.addcmul(z, beta.unsqueeze(-1), p)
+            known.append(active)
+            moves.append(moving)
+            going, better = moving & (rr > target), rr < best_rr
+            # Where every task goes on and comes closer, which one look tells, that is all.
+            smooth = looks and every_task(going & better)
+            if smooth:
+                best, best_rr = x, rr
+            else:
+                best = torch.where(better[..., None], x, best)
+                best_rr = torch.where(better, rr, best_rr)
+                stopping = active & ~usable
+                stopped = torch.where(stopping, quotient, stopped)
+                # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
+                bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
+                failed = failed | stopping
+            p = torch.addcmul(z, beta[..., None], p)
             pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
             if observer is not None:
                 observer.after_step(x, rr.sqrt(), moving)
-            active = moving & (rr > target)
+            active = going
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        iterations, negative = torch.zeros_like(status), torch.zeros_like(active)
-        if steps:
-            moved, quotients, scales, ApAps, pps = (
-                torch.stack(kept) for kept in zip(*ends, strict=True)
-            )
-            iterations = moved.sum(dim=0)
-            stops = torch.stack(known) & ~moved  # at the step at which a task had to stop, if any
-            failed = stops.any(dim=0)
-            unknown = (stops & ~torch.isfinite(quotients)).any(dim=0)
-            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more than that is negative curvature too.
-            bent = ApAps > 100 * flat * scales.square() * pps
-            negative = (stops & ((quotients < -flat * scales) | bent)).any(dim=0) & ~unknown
-            status = torch.where(failed, int(Status.SINGULAR), status)
-            status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
-            status = torch.where(unknown, int(Status.NOT_FINITE), status)
-            x = torch.where(failed[..., None], best, x)
-            x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
+        unknown = failed & ~torch.isfinite(stopped)
+        negative = failed & ~unknown & ((stopped < -flat * steepest) | bent)
+        status = torch.where(failed, int(Status.SINGULAR), status)
+        status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
+        status = torch.where(unknown, int(Status.NOT_FINITE), status)
+        x = torch.where(failed[..., None], best, x)
+        x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
         return Part(
             x=x,
             status=status,
-            iterations=iterations,
+            iterations=torch.stack(moves).sum(dim=0) if steps else torch.zeros_like(status),
             steps=steps,
             negative=negative,
             largest=steepest,
-            ritz=partial(ritz_values_of_cg, pAps, rzs, betas, known) if steps else None,
+            ritz=partial(ritz_values_of_cg, curvatures, sizes, betas, known) if steps else None,
             observer=observer,
         )

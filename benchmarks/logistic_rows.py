@@ -1,0 +1,83 @@
+"""Hypergradients of logistic regression, in gradients of its training loss."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from benchmarks import logistic_sides
+from benchmarks.logistic import LogisticRegression
+from benchmarks.results import OURS, Row, Settings
+from benchmarks.timing import Quartiles, in_units, seconds
+
+ROWS = 2000
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def benchmarks() -> dict[str, Callable[[Settings], list[Row]]]:
+    return {
+        f"logistic-{features}-{dtype}": functools.partial(measure, features=features, dtype=dtype)
+        for features in (500, 5000)
+        for dtype in DTYPES
+    }
+
+
+@functools.cache
+def drawn(rows: int, features: int) -> LogisticRegression:
+    return LogisticRegression.draw(rows, features)
+
+
+def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
+    name = f"logistic-{features}-{dtype}"
+    rows, features = (60, features // 20) if settings.quick else (ROWS, features)
+    problem = drawn(rows, features).to(DTYPES[dtype])
+    exact = problem.to(torch.float64).exact()
+    sides = logistic_sides.sides(problem)
+    leaf = problem.w.detach().requires_grad_()
+
+    def gradient() -> None:
+        torch.autograd.grad(problem.inner(leaf, problem.log_penalty), leaf)
+
+    slope = torch.autograd.grad(problem.inner(leaf, problem.log_penalty), leaf, create_graph=True)
+
+    def product() -> None:
+        torch.autograd.grad(slope, leaf, (problem.w,), retain_graph=True)
+
+    timed = {"gradient": gradient, "one product": product, **sides}
+    found = in_units(seconds(timed, rounds=settings.rounds, threads=settings.threads), "gradient")
+    row = functools.partial(
+        Row, name, unit="gradients", rounds=settings.rounds, threads=settings.threads
+    )
+    made = int(logistic_sides.with_info(problem)[1].matvecs)
+    steps = logistic_sides.STEPS
+    products = {
+        OURS: made,
+        "by hand, autograd": steps,
+        "by hand, closed-form products": steps + 1,
+        "torchopt, CG": steps,
+        "torchopt as shipped, CG on the normal equations": 2 * steps + 2,
+    }
+    answer = [row("one product, by a replayed graph", figure=found["one product"], products=1)]
+    for side, hypergradient in sides.items():
+        error = ((hypergradient().double() - exact).norm() / exact.norm()).item()
+        answer.append(row(side, figure=found[side], error=error, products=products.get(side)))
+    if find_spec("jaxopt") is not None and settings.threads == 1:
+        fields = _in_a_process_of_its_own(rows, features, dtype, settings.rounds)
+        for side, figure in fields["figures"].items():
+            answer.append(
+                row(side, figure=Quartiles(**figure), error=fields["error"], products=steps)
+            )
+    return answer
+
+
+def _in_a_process_of_its_own(rows: int, features: int, dtype: str, rounds: int) -> dict:
+    command = [sys.executable, "-m", "benchmarks.logistic_jaxopt"]
+    command += [str(rows), str(features), dtype, str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,55 @@
+"""The benchmarks, run as a user runs them, in seconds."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    from benchmarks.__main__ import main
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def bench(*flags):
+        main(["--quick", "--out", str(tmp_path), *flags])
+        return json.loads((tmp_path / "results.json").read_text())["rows"]
+
+    return bench
+
+
+def test_quick_run_measures_every_side_with_its_error(run, tmp_path):
+    rows = run("--only", "logistic-500-float64", "--only", "sinusoid-8", "--only", "omniglot-8")
+
+    sides = {row["side"] for row in rows}
+    for peer in ("hypergrad", "by hand", "torchopt", "higher"):
+        assert any(side.startswith(peer) for side in sides), peer
+    for row in rows:
+        assert 0 < row["figure"]["low"] <= row["figure"]["median"] <= row["figure"]["high"]
+        if not row["side"].startswith("one product"):
+            assert row["error"] is not None
+    # On so small a problem twenty steps solve the system, by whoever makes them.
+    errors = {r["side"]: r["error"] for r in rows if r["benchmark"] == "logistic-500-float64"}
+    for side in ("hypergrad", "by hand, autograd", "by hand, closed-form products", "torchopt, CG"):
+        assert errors[side] < 1e-3, side
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results.md").read_text().count("| hypergrad |") == 3
+
+
+def test_a_single_benchmark_is_run_again_and_the_others_kept(run, tmp_path):
+    first = run("--only", "import", "--only", "memory")
+    again = run("--only", "import")
+
+    assert [row["benchmark"] for row in again] == [row["benchmark"] for row in first]
+    assert [r for r in again if r["benchmark"] == "memory"] == [
+        r for r in first if r["benchmark"] == "memory"
+    ]
+
+
+def test_an_unknown_benchmark_is_refused(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--only", "nothing")
+    assert "logistic-500-float32" in capsys.readouterr().err
