@@ -6,8 +6,6 @@ answer and nothing else; ours adds a status, the true residual (one product more
 curvature test, the best iterate and the extreme Ritz values.
 """
 
-import time
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
