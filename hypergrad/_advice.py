@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from ._errors import UnsupportedOperation
+from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import graph
+from ._tree import Tree
 
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
@@ -43,13 +44,20 @@ _CURES = {
 
 
 @contextmanager
-def advice() -> Iterator[None]:
+def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
     """Turn PyTorch's message about a missing second derivative into one with the cure.
+
+    Parameters
+    ----------
+    trees : sequence of Tree
+        The arguments, to be named where they do not go together.
 
     Raises
     ------
     UnsupportedOperation
         In place of a RuntimeError that is known.
+    StructureMismatch
+        In place of one about devices, if the arguments are on several.
     RuntimeError
         That of PyTorch, if it is not.
     """
@@ -59,7 +67,23 @@ def advice() -> Iterator[None]:
         for part, cure in _CURES.items():
             if part in str(error):
                 raise UnsupportedOperation(f"{cure} ({error})") from error
+        if "device" in str(error):
+            _refuse_two_devices(trees, error)
         raise
+
+
+def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
+    leaves = [
+        (tree.variable_path(i), leaf.device)
+        for tree in trees
+        for i, leaf in enumerate(tree.variables)
+    ]
+    for name, device in leaves:
+        if device != leaves[0][1]:
+            raise StructureMismatch(
+                f"{name} is on {device} but {leaves[0][0]} is on {leaves[0][1]}; move them to one "
+                f"device, or one to the other's inside the loss. ({error})"
+            ) from error
 
 
 def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
