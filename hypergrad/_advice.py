@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import graph
 from ._tree import Tree
 
+_COMPILED = "aot_autograd does not currently support double backward"
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
     "scaled_dot_product": (
@@ -23,9 +25,13 @@ _CURES = {
         "cuDNN's LSTM and GRU have no second derivative. Evaluate the losses inside "
         "torch.backends.cudnn.flags(enabled=False)."
     ),
-    "aot_autograd does not currently support double backward": (
+    _COMPILED: (
         "A loss calls a function made by torch.compile, which has no second derivative. Use the "
         "function that was compiled."
+    ),
+    "compiled backward function within vmap": (
+        "A function made by torch.compile cannot be differentiated inside a vmap, as the default "
+        "solver of small systems wants it. Use the function that was compiled, or GMRES()."
     ),
     "must override the setup_context": (
         "A loss calls a torch.autograd.Function that does not work inside torch.func transforms. "
@@ -98,11 +104,35 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
         If there is one.
     """
     _, edges = graph(value)
-    if not any(isinstance(node, BackwardCFunction) for node, _ in edges):
+    custom: set[Any] = {node for node, _ in edges if isinstance(node, BackwardCFunction)}
+    if not custom:
         return
+    # Inside a backward pass torch.compile's own refusal of a second derivative is not raised.
+    compiled = [node for node in custom if node.name() == "CompiledFunctionBackward"]
+    if any(_reaches(node, inputs) for node in compiled):
+        raise UnsupportedOperation(_CURES[_COMPILED])
     one = torch.ones_like(value).requires_grad_()
     found = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
     for gradient in found:
         reached = graph(gradient)[1] if gradient is not None else set()
         if any(node.name() == "torch::autograd::Error" for node, _ in reached):
             raise UnsupportedOperation(_CURES["once_differentiable"])
+
+
+def _reaches(node: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether a backward from a node arrives at one of the inputs."""
+    leaves = {id(t) for t in inputs}
+    edges = {(t.grad_fn, t.output_nr) for t in inputs if t.grad_fn is not None}
+    visited, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            return True
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if any(edge in edges for edge in following):
+            return True
+        stack += [edge[0] for edge in following]
+    return False

@@ -37,7 +37,7 @@ def alive(tensor: Tensor) -> Tensor:
     return _functorch.unwrap_if_dead(tensor)
 
 
-def refuse_old_vmap(tensors: Iterable[Tensor]) -> None:
+def refuse_old_vmap(tensors: Iterable[Tensor | None]) -> None:
     """Raise for the batches of ``is_grads_batched=True``, which no rule of ours can see.
 
     Raises
@@ -45,11 +45,11 @@ def refuse_old_vmap(tensors: Iterable[Tensor]) -> None:
     UnsupportedOperation
         With the transform to use instead.
     """
-    if any(_functorch.is_legacy_batchedtensor(t) for t in tensors):
+    if any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors):
         raise UnsupportedOperation(
             "torch.autograd.grad(is_grads_batched=True) and functional.jacobian(vectorize=True) do "
             "not go through an implicit solution. Use torch.func.jacrev, or torch.func.vmap over "
-            "torch.func.vjp."
+            "torch.func.vjp; torch.func.jacfwd in forward mode."
         )
 
 
@@ -144,6 +144,11 @@ def never_compiled(fun: Fun) -> Fun:
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise UnsupportedOperation(
+                "torch.export cannot record an implicit solution, whose solver looks at values. "
+                "Export the functions around it, or the solver by itself."
+            )
         if torch.compiler.is_compiling():
             return torch._dynamo.disable(fun)(*args, **kwargs)
         return fun(*args, **kwargs)
