@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from ._errors import UnsupportedOperation
+from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import graph
+from ._tree import Tree
 
+_COMPILED = "aot_autograd does not currently support double backward"
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
     "scaled_dot_product": (
@@ -22,9 +25,13 @@ _CURES = {
         "cuDNN's LSTM and GRU have no second derivative. Evaluate the losses inside "
         "torch.backends.cudnn.flags(enabled=False)."
     ),
-    "aot_autograd does not currently support double backward": (
+    _COMPILED: (
         "A loss calls a function made by torch.compile, which has no second derivative. Use the "
         "function that was compiled."
+    ),
+    "compiled backward function within vmap": (
+        "A function made by torch.compile cannot be differentiated inside a vmap, as the default "
+        "solver of small systems wants it. Use the function that was compiled, or GMRES()."
     ),
     "must override the setup_context": (
         "A loss calls a torch.autograd.Function that does not work inside torch.func transforms. "
@@ -43,13 +50,20 @@ _CURES = {
 
 
 @contextmanager
-def advice() -> Iterator[None]:
+def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
     """Turn PyTorch's message about a missing second derivative into one with the cure.
+
+    Parameters
+    ----------
+    trees : sequence of Tree
+        The arguments, to be named where they do not go together.
 
     Raises
     ------
     UnsupportedOperation
         In place of a RuntimeError that is known.
+    StructureMismatch
+        In place of one about devices, if the arguments are on several.
     RuntimeError
         That of PyTorch, if it is not.
     """
@@ -59,7 +73,23 @@ def advice() -> Iterator[None]:
         for part, cure in _CURES.items():
             if part in str(error):
                 raise UnsupportedOperation(f"{cure} ({error})") from error
+        if "device" in str(error):
+            _refuse_two_devices(trees, error)
         raise
+
+
+def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
+    leaves = [
+        (tree.variable_path(i), leaf.device)
+        for tree in trees
+        for i, leaf in enumerate(tree.variables)
+    ]
+    for name, device in leaves:
+        if device != leaves[0][1]:
+            raise StructureMismatch(
+                f"{name} is on {device} but {leaves[0][0]} is on {leaves[0][1]}; move them to one "
+                f"device, or one to the other's inside the loss. ({error})"
+            ) from error
 
 
 def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -74,11 +104,35 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
         If there is one.
     """
     _, edges = graph(value)
-    if not any(isinstance(node, BackwardCFunction) for node, _ in edges):
+    custom: set[Any] = {node for node, _ in edges if isinstance(node, BackwardCFunction)}
+    if not custom:
         return
+    # Inside a backward pass torch.compile's own refusal of a second derivative is not raised.
+    compiled = [node for node in custom if node.name() == "CompiledFunctionBackward"]
+    if any(_reaches(node, inputs) for node in compiled):
+        raise UnsupportedOperation(_CURES[_COMPILED])
     one = torch.ones_like(value).requires_grad_()
     found = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
     for gradient in found:
         reached = graph(gradient)[1] if gradient is not None else set()
         if any(node.name() == "torch::autograd::Error" for node, _ in reached):
             raise UnsupportedOperation(_CURES["once_differentiable"])
+
+
+def _reaches(node: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether a backward from a node arrives at one of the inputs."""
+    leaves = {id(t) for t in inputs}
+    edges = {(t.grad_fn, t.output_nr) for t in inputs if t.grad_fn is not None}
+    visited, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            return True
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if any(edge in edges for edge in following):
+            return True
+        stack += [edge[0] for edge in following]
+    return False

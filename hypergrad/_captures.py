@@ -5,23 +5,34 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._advice import advice
 from ._errors import NotConnected, UnsupportedOperation
-from ._problem import Problem
-from ._trace import graph
-from ._transforms import carries_derivative, has_tangent, is_batched, is_wrapped, layers
+from ._randomness import unnoticed
+from ._trace import detached, graph, trace
+from ._transforms import (
+    carries_derivative,
+    first_slice,
+    forward_mode_active,
+    has_tangent,
+    is_batched,
+    is_wrapped,
+    layers,
+    transforms_active,
+)
+from ._tree import Tree
+
+if TYPE_CHECKING:
+    from ._problem import Problem
 
 
 def refuse_past_arguments(
-    what: str,
-    outputs: Sequence[Tensor],
-    aliases: Sequence[Tensor],
-    problem: Problem,
+    what: str, outputs: Sequence[Tensor], aliases: Sequence[Tensor], trees: Sequence[Tree]
 ) -> None:
     """Raise if a function reached a caller's tensor and not the argument made from it.
 
@@ -38,7 +49,7 @@ def refuse_past_arguments(
         leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
         edges |= reached
     leaves.discard(())
-    for tree in (problem.params, *problem.args):
+    for tree in trees:
         for position, variable in enumerate(tree.variables):
             if _memory(variable) in leaves or (variable.grad_fn, variable.output_nr) in edges:
                 raise NotConnected(
@@ -49,7 +60,34 @@ def refuse_past_arguments(
                 )
 
 
-def reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
+def captured_by(problem: Problem) -> list[Tensor]:
+    """What an inner problem captures that carries a derivative or a batch.
+
+    The condition is evaluated once, unless no derivative can be taken.
+
+    Returns
+    -------
+    values : list of Tensor
+        Values of the problem's functions that depend on it.
+    """
+    transformed = transforms_active() or forward_mode_active()
+    if not transformed and not torch.is_grad_enabled():
+        return []
+    plain = [first_slice(t) if transformed else detached(t) for t in problem.tensors]
+    places = [*problem.inner, *problem.outer]
+
+    def past_arguments(aliases: list[Tensor]) -> list[Tensor]:
+        given = list(plain)
+        for place, alias in zip(places, aliases, strict=True):
+            given[place] = alias
+        values = problem.condition.probe(problem, given)
+        return [value for value in values if _reaches_past(value, aliases)]
+
+    with unnoticed(), advice([problem.params, *problem.args]):
+        return trace(past_arguments, [plain[i] for i in places])
+
+
+def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
     """Whether a value depends on a derivative or a batch further out than the traced aliases."""
     own, *further = layers(value)
     if any(carries_derivative(layer) for layer in further) or is_batched(value):
@@ -57,8 +95,7 @@ def reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
     if further:
         return False
     known = {id(alias) for alias in aliases}
-    leaves, _ = graph(own)
-    return has_tangent(own) or any(id(leaf) not in known for leaf in leaves)
+    return has_tangent(own) or any(id(leaf) not in known for leaf in graph(own)[0])
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

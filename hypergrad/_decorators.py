@@ -8,16 +8,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._captures import (
-    carries_something,
-    names_of_captured,
-    reaches_past,
-    refuse_distributed,
-)
+from ._captures import captured_by, carries_something, names_of_captured, refuse_distributed
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
@@ -25,15 +19,10 @@ from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outside import call_outside
 from ._problem import Problem, without_aux
-from ._randomness import Draw, unnoticed
+from ._randomness import Draw
 from ._report import OnFailure, check_on_failure
-from ._trace import detached, trace
-from ._transforms import (
-    first_slice,
-    forward_mode_active,
-    never_compiled,
-    transforms_active,
-)
+from ._trace import detached
+from ._transforms import forward_mode_active, never_compiled, transforms_active
 from ._tree import Tree
 from .solvers import Solver, choose
 
@@ -355,22 +344,9 @@ def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
         Under a function transform or in forward mode.
     """
     problem, condition = rule.problem, rule.problem.condition
-    transformed = transforms_active() or forward_mode_active()
-    if not transformed and not torch.is_grad_enabled():
+    if not captured_by(problem):
         return rule, None
-    plain = [first_slice(t) if transformed else detached(t) for t in problem.tensors]
-    places = [*problem.inner, *problem.outer]
-
-    def reaches_further(aliases: list[Tensor]) -> bool:
-        given = list(plain)
-        for place, alias in zip(places, aliases, strict=True):
-            given[place] = alias
-        values = condition.probe(problem, given)
-        return any(reaches_past(value, aliases) for value in values)
-
-    with unnoticed():
-        captures = trace(reaches_further, [plain[i] for i in places])
-    if transformed and captures:
+    if transforms_active() or forward_mode_active():
         raise UnsupportedOperation(
             f"The inner problem captures {_names(condition)}, which "
             "carries a derivative or a batch that would be lost under a function transform or in "
@@ -378,9 +354,7 @@ def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
             "problem), or detach it if it is a constant. Random numbers under vmap count as "
             "captured too: draw them outside."
         )
-    if not captures:
-        return rule, None
-    lin = Linearisation(problem, plain, rule.draw)
+    lin = Linearisation(problem, [detached(t) for t in problem.tensors], rule.draw)
     captured = lin.layout.flatten(lin.record.residual)
     names = _names(condition)
     return dataclasses.replace(rule, captured=names), captured

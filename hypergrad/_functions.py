@@ -170,6 +170,7 @@ class LinearSolve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _rule: None, _transpose: None, db: Any, *tangents: Any) -> Tensor:
         rule, problem = ctx.rule, ctx.rule.problem
+        refuse_old_vmap([db, *tangents])
         with lower_levels():
             return LinearSolve._jvp(ctx, rule, problem, db, tangents)
 
@@ -262,6 +263,7 @@ class ImplicitSolution(torch.autograd.Function):
                 f"The inner problem captures {ctx.rule.captured}, whose forward derivative would "
                 "be lost. Pass captured tensors as arguments of the decorated function."
             )
+        refuse_old_vmap(tangents)
         with lower_levels():
             rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
             lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)

@@ -12,6 +12,11 @@ from torch.overrides import TorchFunctionMode
 from ._errors import UnsupportedOperation
 
 _NORMS = (functional.batch_norm, functional.instance_norm)
+_RUNNING = (
+    "A loss runs a batch-norm layer in train mode with running statistics, which would be changed "
+    "by evaluating it. Call module.eval(), or build the layer with track_running_stats=False "
+    "(batch statistics alone), or use GroupNorm."
+)
 
 
 class Guard(TorchFunctionMode):
@@ -30,16 +35,22 @@ class Guard(TorchFunctionMode):
         """Pass every other operation on."""
         kwargs = kwargs or {}
         if func is torch.Tensor.add_ and _is_counter(args[0]):
-            self._counters.append(args[0])
+            return self._counted(func, args, kwargs)
         if func in _NORMS and _updates_statistics(func, args, kwargs):
             for counter in self._counters:
                 counter.sub_(1)
-            raise UnsupportedOperation(
-                "A loss runs a batch-norm layer in train mode with running statistics, which would "
-                "be changed by evaluating it. Call module.eval(), or build the layer with "
-                "track_running_stats=False (batch statistics alone), or use GroupNorm."
-            )
+            raise UnsupportedOperation(_RUNNING)
         return func(*args, **kwargs)
+
+    def _counted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        try:
+            found = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" in str(error):  # inside a function transform
+                raise UnsupportedOperation(_RUNNING) from error
+            raise
+        self._counters.append(args[0])
+        return found
 
 
 def _is_counter(tensor: Any) -> bool:

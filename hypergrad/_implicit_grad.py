@@ -20,8 +20,8 @@ from ._linearise import Linearisation
 from ._problem import Problem, scalar, without_aux
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
-from ._trace import detached, further_out, trace
-from ._transforms import is_wrapped, never_compiled, refuse_derivatives
+from ._trace import being_traced, detached, further_out, trace
+from ._transforms import is_wrapped, never_compiled, refuse_derivatives, transforms_active
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import norm
@@ -164,6 +164,8 @@ def implicit_backward(
     ------
     NotConnected
         As `implicit_grad`, and if no leaf of `hparams` requires grad.
+    UnsupportedOperation
+        As `implicit_grad`, and inside a `torch.func` transform or another problem's loss.
 
     Examples
     --------
@@ -175,6 +177,12 @@ def implicit_backward(
     >>> log_lam.grad
     tensor(-0.2500)
     """
+    if transforms_active() or being_traced():
+        raise UnsupportedOperation(
+            "implicit_backward accumulates into .grad, which has no place inside a torch.func "
+            "transform or the losses of another problem. Call implicit_grad there, or "
+            "custom_argmin where the answer is to be differentiated."
+        )
     leaves = [h for h in Tree("hparams", hparams).variables if h.requires_grad]
     if not leaves:
         raise NotConnected(
@@ -234,7 +242,7 @@ def _hypergradient(
     value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
     forward = needs_product(solver, condition, transpose=True)
     lin = Linearisation(problem, tensors, Draw(), forward=forward)
-    refuse_past_arguments("inner", lin.record.values, lin.aliases, problem)
+    refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
     _refuse_changed(problem, tensors, versions)
     b = layout.flatten(cotangent)
@@ -297,7 +305,7 @@ def _hypergradient(
     if on_failure != "ignore":
         warn_of_unused(H, "Neither outer nor inner", direct, indirect)
     sources = [*problem.tensors, *sources, *lin.captured]
-    leaves = refuse_derivatives(leaves, sources, _not_differentiable)
+    leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
     return _Answer(H.fill(leaves), leaves, info)
 
 
@@ -315,13 +323,13 @@ def _outer_gradient(
             given[place] = alias
         returned, aux = without_aux("outer", outer(*problem.arguments(given)), has_aux, "loss")
         value = scalar("outer", returned)
-        refuse_past_arguments("outer", [value], aliases, problem)
+        refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
         found: list[Tensor | None] = [None] * len(aliases)
         if value.requires_grad:
             found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-        return value, aux, found, further_out(value)
+        return value, aux, found, further_out(value, aliases)
 
-    with advice():
+    with advice([problem.params, *problem.args]):
         value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
     cotangent, direct = found[: len(inner)], found[len(inner) :]
     if all(part is None for part in cotangent):

@@ -79,7 +79,7 @@ class Linearisation:
                 self.problem, given, params, seed, forward=forward
             )
             self._cross = Replay(self.record.residual, args)
-            self.captured = [t for value in self.record.values for t in further_out(value)]
+            self.captured = [t for value in self.record.values for t in further_out(value, aliases)]
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)
@@ -92,7 +92,7 @@ class Linearisation:
         variables = [tensors[i] for i in [*inner, *outer]]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        with draw.evaluation(), advice():
+        with draw.evaluation(), advice([problem.params, *problem.args]):
             trace(evaluate, variables)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached
-from ._transforms import is_wrapped, transforms_active
+from ._transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
 
 
 def call_outside(
@@ -116,7 +116,7 @@ class _Call:
             )
         given = [t.clone() if i < self.of_init else t for i, t in enumerate(tensors)]
         versions = [t._version for t in given[self.of_init :]]
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             found = mapped(given)
         if versions != [t._version for t in given[self.of_init :]]:
             raise UnsupportedOperation(

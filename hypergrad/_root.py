@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from ._captures import captured_by, carries_something, names_of_captured
 from ._conditions import Root, as_condition
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._evidence import solve_linear
@@ -19,7 +21,13 @@ from ._problem import Problem
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge
 from ._trace import detached
-from ._transforms import carries_derivative, never_compiled, transforms_active
+from ._transforms import (
+    carries_derivative,
+    forward_mode_active,
+    never_compiled,
+    refuse_derivatives,
+    transforms_active,
+)
 from ._tree import Tree
 from .solvers import Solver, choose
 from .solvers._base import norm
@@ -82,6 +90,7 @@ def root_vjp(
     rule, trees = _rule(F, params, args, solver, on_failure)
     _positions(argnums, len(trees))
     problem = rule.problem
+    captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
     lin, u, info = _solved(rule, b, transpose=True, return_info=return_info)
     found = lin.cross(u, create_graph=_tracked(b, problem=problem))
@@ -97,7 +106,7 @@ def root_vjp(
         ]
         answer.append(tree.fill(parts))  # type: ignore[arg-type]
         start += len(tree.tensors)
-    chosen = _chosen(answer, argnums)
+    chosen = _chosen(_constant_in(captured, rule, answer), argnums)
     return (chosen, info) if return_info else chosen
 
 
@@ -146,6 +155,7 @@ def root_jvp(
     """
     rule, trees = _rule(F, params, args, solver, on_failure)
     problem = rule.problem
+    captured = [] if return_info else _captured(rule)
     given = (tangents,) if isinstance(argnums, int) else tuple(tangents)
     positions = _positions(argnums, len(trees))
     if len(given) != len(positions):
@@ -165,7 +175,7 @@ def root_jvp(
         [moving[p] for p in problem.outer], create_graph=_tracked(*moving.values(), problem=problem)
     )
     _, v, info = _solved(rule, b, transpose=False, return_info=return_info)
-    answer = problem.params.fill(lin.layout.split(v))
+    answer = _constant_in(captured, rule, problem.params.fill(lin.layout.split(v)))
     return (answer, info) if return_info else answer
 
 
@@ -205,6 +215,34 @@ def _chosen(answer: list[Any], argnums: int | Sequence[int] | None) -> Any:
     if isinstance(argnums, int):
         return answer[argnums - 1]
     return tuple(answer[p - 1] for p in argnums)
+
+
+def _captured(rule: Rule) -> list[Tensor]:
+    """What depends on what F captures, under plain autograd; elsewhere it is an error."""
+    found = captured_by(rule.problem)
+    if found and (transforms_active() or forward_mode_active()):
+        raise _lost(rule)
+    return found
+
+
+def _constant_in(captured: list[Tensor], rule: Rule, answer: Any) -> Any:
+    """The answer, whose differentiation by what F captures raises."""
+    leaves, spec = pytree.tree_flatten(answer)
+    found = [
+        refuse_derivatives([leaf], captured, lambda: _lost(rule), plain=True)[0]
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        else leaf
+        for leaf in leaves
+    ]
+    return pytree.tree_unflatten(found, spec)
+
+
+def _lost(rule: Rule) -> Exception:
+    names = names_of_captured(rule.problem.condition.functions(), carries_something)
+    return UnsupportedOperation(
+        f"F captures {names or 'a tensor'}, which carries a derivative or a batch that would be "
+        "lost. Pass it in args, and use it as an argument of F, or detach it if it is a constant."
+    )
 
 
 def _tracked(*tensors: Tensor, problem: Problem) -> bool:

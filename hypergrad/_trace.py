@@ -8,15 +8,25 @@ replays the recorded graph, with a choice of inputs, as often as is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._guard import Guard
-from ._transforms import carries_derivative, layers, transforms_active
+from ._transforms import (
+    carries_derivative,
+    has_tangent,
+    layers,
+    transforms_active,
+    without_saved_tensor_hooks,
+)
 
 T = TypeVar("T")
+
+# How many traces surround a call: what is computed inside one will be differentiated.
+_depth: ContextVar[int] = ContextVar("hypergrad_trace_depth", default=0)
 
 
 def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
@@ -37,24 +47,35 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
     answer
         What `fun` returned.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        if not transforms_active():
-            with Guard():
-                return fun([_alias(v) for v in variables])
-        found: list[T] = []
+    token = _depth.set(_depth.get() + 1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
+            if not transforms_active():
+                with Guard():
+                    return fun([_alias(v) for v in variables])
+            found: list[T] = []
 
-        def record(*aliases: Tensor) -> Tensor:
-            with Guard():
-                found.append(fun(list(aliases)))
-            return aliases[0]
+            def record(*aliases: Tensor) -> Tensor:
+                with Guard():
+                    found.append(fun(list(aliases)))
+                return aliases[0]
 
-        torch.func.vjp(record, *variables)
-        return found[0]
+            torch.func.vjp(record, *variables)
+            return found[0]
+    finally:
+        _depth.reset(token)
+
+
+def being_traced() -> bool:
+    """Whether the call is made by a function that the library is tracing."""
+    return _depth.get() > 0
 
 
 def _alias(variable: Tensor) -> Tensor:
     if variable.requires_grad:
         return variable.view_as(variable)
+    if has_tangent(variable):  # of forward mode, which a detached tensor would lose
+        return variable.view_as(variable).requires_grad_()
     return detached(variable).requires_grad_()
 
 
@@ -66,10 +87,18 @@ def detached(variable: Tensor) -> Tensor:
     return variable.detach()
 
 
-def further_out(output: Tensor) -> list[Tensor]:
-    """What a traced output is to the transforms around the trace, if they differentiate it."""
-    further = layers(output)[1:]
-    return further[:1] if any(carries_derivative(layer) for layer in further) else []
+def further_out(output: Tensor, aliases: Sequence[Tensor]) -> list[Tensor]:
+    """What a traced output depends on that is differentiated around the trace (call it there)."""
+    own, *further = layers(output)
+    if any(carries_derivative(layer) for layer in further):
+        return further[:1]
+    if has_tangent(own):
+        return [own]
+    if further or _depth.get() < 2:
+        return []
+    known = {id(alias) for alias in aliases}
+    # The value and not the leaf: a derivative may be taken of something in between.
+    return [own] if any(id(leaf) not in known for leaf in graph(own)[0]) else []
 
 
 def graph(output: Tensor) -> tuple[list[Tensor], set[tuple[Any, int]]]:

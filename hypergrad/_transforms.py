@@ -37,7 +37,7 @@ def alive(tensor: Tensor) -> Tensor:
     return _functorch.unwrap_if_dead(tensor)
 
 
-def refuse_old_vmap(tensors: Iterable[Tensor]) -> None:
+def refuse_old_vmap(tensors: Iterable[Tensor | None]) -> None:
     """Raise for the batches of ``is_grads_batched=True``, which no rule of ours can see.
 
     Raises
@@ -45,11 +45,11 @@ def refuse_old_vmap(tensors: Iterable[Tensor]) -> None:
     UnsupportedOperation
         With the transform to use instead.
     """
-    if any(_functorch.is_legacy_batchedtensor(t) for t in tensors):
+    if any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors):
         raise UnsupportedOperation(
             "torch.autograd.grad(is_grads_batched=True) and functional.jacobian(vectorize=True) do "
             "not go through an implicit solution. Use torch.func.jacrev, or torch.func.vmap over "
-            "torch.func.vjp."
+            "torch.func.vjp; torch.func.jacfwd in forward mode."
         )
 
 
@@ -122,12 +122,35 @@ def _at_level(level: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Record graphs of our own without the caller's saved-tensor hooks.
+
+    Those of `torch.utils.checkpoint` would compute the whole region again, this call included,
+    at each product; and `torch.func` refuses to work beside any.
+    """
+    hooks = []
+    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+
+
 def never_compiled(fun: Fun) -> Fun:
     """Keep a function out of `torch.compile`, whose graphs have no second derivative."""
     # torch.compiler.disable does the same, but imports the compiler with the library.
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise UnsupportedOperation(
+                "torch.export cannot record an implicit solution, whose solver looks at values. "
+                "Export the functions around it, or the solver by itself."
+            )
         if torch.compiler.is_compiling():
             return torch._dynamo.disable(fun)(*args, **kwargs)
         _refuse_tracing()
@@ -249,10 +272,19 @@ class _Refuse(torch.autograd.Function):
 
 
 def refuse_derivatives(
-    results: list[Tensor], sources: list[Tensor], message: Callable[[], Exception]
+    results: list[Tensor],
+    sources: list[Tensor],
+    message: Callable[[], Exception],
+    *,
+    plain: bool = False,
 ) -> list[Tensor]:
-    """Results whose differentiation with respect to `sources`, by a transform, raises."""
-    tracked = [s for s in sources if is_wrapped(s) and carries_derivative(s)]
+    """Results that raise where a transform or, with `plain`, autograd differentiates them."""
+
+    def refused(source: Tensor) -> bool:
+        *wrappers, own = layers(source)
+        return any(w.requires_grad or has_tangent(w) for w in wrappers) or has_tangent(own)
+
+    tracked = [s for s in sources if refused(s) or (plain and carries_derivative(s))]
     if not tracked:
         return results
     return [_Refuse.apply(message, result, *tracked) for result in results]

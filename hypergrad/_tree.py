@@ -33,7 +33,7 @@ class Tree:
         _refuse_modules(name, value)
         keyed, self.spec = pytree.tree_flatten_with_path(value)
         self.name = name
-        self.leaves = [leaf for _, leaf in keyed]
+        self.leaves = [_usable(leaf) for _, leaf in keyed]
         self._paths = [path for path, _ in keyed]
         frozen = skip_frozen and any(
             _is_variable(leaf) and leaf.requires_grad for leaf in self.leaves
@@ -197,6 +197,13 @@ class Layout:
             piece.reshape(lead + shape).to(dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
         ]
+
+
+def _usable(leaf: Any) -> Any:
+    """An inference tensor as a copy that autograd may keep, outside of inference mode."""
+    if isinstance(leaf, Tensor) and leaf.is_inference() and not torch.is_inference_mode_enabled():
+        return leaf.clone()
+    return leaf
 
 
 def _is_variable(leaf: Any) -> bool:

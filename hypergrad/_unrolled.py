@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._advice import advice
+from ._captures import refuse_past_arguments
 from ._conditions import Replay, plus
 from ._errors import NotConnected, UnsupportedOperation
 from ._problem import scalar, without_aux
 from ._randomness import Draw
 from ._report import warn_of_unused
-from ._trace import detached, further_out, trace
+from ._trace import being_traced, detached, further_out, trace
 from ._transforms import never_compiled, refuse_derivatives
 from ._tree import Tree
 
@@ -78,7 +80,8 @@ def unrolled_grad(
     Raises
     ------
     NotConnected
-        If a tensor is a leaf of both `init` and `hparams`, so that its gradient would be lost.
+        If a tensor is a leaf of both `init` and `hparams`, or a function reaches a leaf of
+        `hparams` past its arguments, so that its gradient would be lost.
     StructureMismatch
         If `step` changes the structure of the inner variables, or `outer` is no scalar.
     UnsupportedOperation
@@ -118,7 +121,8 @@ def unrolled_grad(
         else g.detach().clone(memory_format=torch.contiguous_format)
         for g, v in zip(found, H.variables, strict=True)
     ]
-    leaves = refuse_derivatives(leaves, [*H.variables, *captured], _not_differentiable)
+    sources = [*H.variables, *captured]
+    leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
     answer: list[Any] = [H.fill(leaves)]
     if has_aux:
         answer.append(_map(aux, Tensor.detach))
@@ -166,9 +170,9 @@ class _Unrolling:
             params = self.advance(params, given, *bounds[-1])
             returned, aux = without_aux("outer", self.outer(params, given), self.has_aux, "loss")
             value = scalar("outer", returned)
-            return [value], [torch.ones_like(value)], (params, aux, further_out(value))
+            return [value], [torch.ones_like(value)], (params, aux)
 
-        found, cotangent, (params, aux, captured) = self.segment(states[-1], constants, last)
+        found, cotangent, captured, (params, aux) = self.segment(states[-1], constants, last)
         for i in reversed(range(len(bounds) - 1)):
 
             def middle(
@@ -178,28 +182,42 @@ class _Unrolling:
                 return Tree("params", ended).variables, pulled, None
 
             with draws[i].evaluation():
-                more, cotangent, _ = self.segment(states[i], constants, middle)
+                more, cotangent, further, _ = self.segment(states[i], constants, middle)
             found = [plus(a, b) for a, b in zip(found, more, strict=True)]
+            captured += further
         return params, aux, found, captured
 
     def segment(
         self, state: Any, constants: list[Tensor], evaluate: Callable[[list[Tensor], Any], Any]
-    ) -> tuple[list[Tensor | None], list[Tensor | None], Any]:
-        """Pull a cotangent back through a segment: to the hyperparameters and to its start."""
+    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor], Any]:
+        """Pull a cotangent back through a segment: to the hyperparameters and to its start.
+
+        Returns
+        -------
+        found, start : list of Tensor or None
+            The two pulled-back cotangents.
+        captured : list of Tensor
+            What the segment captures.
+        more
+            What `evaluate` returned beside its outputs.
+        """
         tree = None if state is None else Tree("params", state)
 
-        def pull(aliases: list[Tensor]) -> tuple[list[Tensor | None], Any]:
+        def pull(aliases: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor], Any]:
             of_hparams = aliases[: len(constants)]
             if tree is None:
                 params = self.init(self.H.rebuild(of_hparams))
             else:
                 params = tree.rebuild(aliases[len(constants) :])
             outputs, cotangents, more = evaluate(of_hparams, params)
-            return Replay(outputs, aliases)(cotangents), more
+            refuse_past_arguments("outer, step or init", outputs, aliases, [self.H])
+            captured = [t for output in outputs for t in further_out(output, aliases)]
+            return Replay(outputs, aliases)(cotangents), captured, more
 
         variables = [*constants, *([] if tree is None else tree.variables)]
-        found, more = trace(pull, variables)
-        return found[: len(constants)], found[len(constants) :], more
+        with advice([self.H] if tree is None else [tree, self.H]):
+            found, captured, more = trace(pull, variables)
+        return found[: len(constants)], found[len(constants) :], captured, more
 
     def forward(self, params: Any, constants: list[Tensor], start: int, stop: int) -> Any:
         """Make steps without keeping a graph; each may take derivatives itself."""
@@ -211,7 +229,9 @@ class _Unrolling:
                 return self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
 
             start_of_step = [detached(v) for v in tree.variables]
-            params = _map(trace(one, [*constants, *start_of_step]), Tensor.detach)
+            with advice([tree, self.H]):
+                ended = trace(one, [*constants, *start_of_step])
+            params = _map(ended, Tensor.detach)
         return params
 
     def advance(self, params: Any, given: Any, start: int, stop: int) -> Any:

@@ -181,40 +181,116 @@ def test_tied_weights_are_one_variable(data):
     torch.testing.assert_close(found["lam"], want, rtol=1e-6, atol=0)
 
 
-def test_a_meta_network_as_hparams_in_eval_mode_equals_central_differences(data):
-    """Each sample is weighted by a network of its loss, as in Meta-Weight-Net."""
-    x, y, xv, yv = data
-    torch.manual_seed(1)
-    net = nn.Linear(2, 2).double()
-    meta = nn.Sequential(
-        nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)
-    ).double()
-    meta[1].running_mean.uniform_()
-    meta.eval()
-    start = {k: v.detach() for k, v in net.named_parameters()}
-    hparams = dict(meta.named_parameters())
-    kept = {k: v.clone() for k, v in meta.state_dict().items()}
+class Weighting(nn.Module):
+    """A meta-network that weights samples, with a tied, a frozen and a normalising part."""
 
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.frozen = (nn.Linear(2, 2, bias=False) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.frozen.requires_grad_(False)
+        self.norm, self.dropout = nn.BatchNorm1d(2), nn.Dropout(0.5)
+
+    def forward(self, x):
+        z = self.dropout(self.norm(torch.tanh(self.a(x))))
+        return torch.sigmoid(self.b(z) + self.frozen(x))[:, 0]
+
+
+def weighted(net, meta, x, y):
     def inner(p, h):
         each = F.cross_entropy(functional_call(net, p, (x,)), y, reduction="none")
-        weight = torch.sigmoid(functional_call(meta, h, (x,)))[:, 0]
-        return (weight * each).mean() + 0.05 * sum((v**2).sum() for v in p.values())
+        penalty = 0.05 * sum((v**2).sum() for v in p.values())
+        return (functional_call(meta, h, (x,)) * each).mean() + penalty
+
+    return inner
+
+
+@pytest.fixture
+def two_models(data):
+    """The model, the meta-network, the two losses, and the true gradient of each parameter."""
+    x, y, xv, yv = data
+    torch.manual_seed(1)
+    net, meta = nn.Linear(2, 2).double(), Weighting().double()
+    meta.norm.running_mean.uniform_()
+    meta.eval()
+    inner = weighted(net, meta, x, y)
+    start = {k: v.detach() for k, v in net.named_parameters()}
+    hparams = dict(meta.named_parameters())
+    assert list(hparams) == ["a.weight", "frozen.weight", "norm.weight", "norm.bias"]
 
     def outer(p, h):
         return F.cross_entropy(functional_call(net, p, (xv,)), yv)
 
-    solve = lambda h: newton(lambda p: inner(p, {k: v.detach() for k, v in h.items()}), start)
-    params = solve(hparams)
-    direction = randn_like(hparams)
-    want = central(lambda h: outer(solve(h), h), hparams, direction)
+    def solve(h):
+        return newton(lambda p: inner(p, {k: v.detach() for k, v in h.items()}), start)
+
+    def derivative(direction):
+        return central(lambda h: outer(solve(h), h), hparams, direction)
+
+    return net, meta, inner, outer, solve, derivative
+
+
+def test_a_meta_network_in_eval_mode_is_handed_over_as_its_named_parameters(
+    two_models,
+):
+    _, meta, inner, outer, solve, derivative = two_models
+    hparams = dict(meta.named_parameters())
+    params, direction = solve(hparams), randn_like(hparams)
     found = implicit_grad(outer, inner, params, hparams)
-    torch.testing.assert_close(along(found, direction), want, rtol=1e-5, atol=1e-10)
-    loss = implicit_backward(outer, inner, params, hparams)
-    torch.testing.assert_close(loss, outer(params, hparams))
-    for k, p in meta.named_parameters():
-        torch.testing.assert_close(p.grad, found[k])
+    torch.testing.assert_close(
+        along(found, direction), derivative(direction), rtol=1e-5, atol=1e-10
+    )
+
+    kept = {k: v.clone() for k, v in meta.state_dict().items()}
+    implicit_backward(outer, inner, params, hparams)
+    assert meta.frozen.weight.grad is None
+    assert meta.b.weight.grad is meta.a.weight.grad
+    for k in ("a.weight", "norm.weight", "norm.bias"):
+        torch.testing.assert_close(hparams[k].grad, found[k])
+    # the frozen part left to the module: the same
+    free = {k: v for k, v in hparams.items() if v.requires_grad}
+    less = implicit_grad(outer, inner, params, free)
+    for k in free:
+        torch.testing.assert_close(less[k], found[k])
     for k, v in meta.state_dict().items():
         assert torch.equal(v, kept[k])
+    assert not meta.training
+
+
+@pytest.mark.parametrize("way", ["argument", "closure"])
+def test_a_decorated_model_is_differentiated_by_the_meta_network_as_argument_or_closure(
+    two_models, data, way
+):
+    net, meta, inner, outer, solve, derivative = two_models
+    x, y, _, _ = data
+    hparams = dict(meta.named_parameters())
+    free = {k: v for k, v in hparams.items() if v.requires_grad}
+    if way == "argument":
+        fit = custom_argmin(inner)(lambda init, h: solve({**hparams, **h}))
+        value = lambda: outer(fit(None, free), None)
+    else:  # the module itself, called in the objective
+
+        def by_closure(p):
+            each = F.cross_entropy(functional_call(net, p, (x,)), y, reduction="none")
+            return (meta(x) * each).mean() + 0.05 * sum((v**2).sum() for v in p.values())
+
+        fit = custom_argmin(by_closure)(lambda init: solve(hparams))
+        value = lambda: outer(fit(None), None)
+    direction = randn_like(hparams)
+    direction["frozen.weight"].zero_()
+    value().backward()
+    grads = {k: v.grad for k, v in free.items()}
+    torch.testing.assert_close(
+        along(grads, direction), derivative(direction), rtol=1e-5, atol=1e-10
+    )
+    assert meta.frozen.weight.grad is None
+    if way == "argument":
+        found = grad(lambda h: outer(fit(None, h), None))({k: v.detach() for k, v in free.items()})
+        for k, v in free.items():
+            torch.testing.assert_close(found[k], v.grad)
+    else:
+        with pytest.raises(hypergrad.UnsupportedOperation, match=r"captures meta\.a\.weight"):
+            torch.autograd.grad(value(), [*free.values()], create_graph=True)
 
 
 def test_a_module_as_the_centre_of_imaml_equals_the_papers_equation(data):

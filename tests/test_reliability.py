@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import hypergrad
 from hypergrad import (
@@ -489,6 +490,22 @@ def test_row_17_leaves_on_two_devices_are_an_error_that_names_both():
         CG().solve(lambda v: v, params)
 
 
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
+def test_row_17_params_and_hparams_on_two_devices_are_an_error_that_names_both(devices):
+    p, h = (torch.ones(3, device=device) for device in devices)
+    bowl = lambda p, h: (h * p * p).sum()
+    words = rf"is on {devices[1]} but params is on {devices[0]}; move"
+    for call in (
+        lambda: implicit_grad(lambda p, h: p.sum(), bowl, p, h),
+        lambda: implicit_grad(bowl, lambda p, h: (p * p).sum(), p, h),
+        lambda: custom_argmin(bowl)(lambda init, h: p)(None, h.requires_grad_()),
+        lambda: hypergrad.root_vjp(lambda p, h: h * p, p, (h.detach(),), p),
+        lambda: hypergrad.unrolled_grad(bowl, lambda p, h: h * p, p, h, steps=2),
+    ):
+        with pytest.raises(hypergrad.StructureMismatch, match=words):
+            call()
+
+
 @pytest.mark.parametrize("solver", [None, CG(), GMRES()], ids=repr)
 def test_row_18_leaves_that_are_0d_empty_strided_expanded_or_overlapping_are_right(solver):
     base = torch.linspace(0.5, 4, 8, dtype=D)
@@ -737,6 +754,30 @@ def test_row_27_batch_norm_with_running_statistics_is_an_error_and_its_buffers_a
         assert torch.equal(v, kept[k])
 
 
+def test_row_27_batch_norm_with_running_statistics_is_the_same_error_under_transforms():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+    xs, params = torch.randn(2, 6, 2, dtype=D), {k: v.detach() for k, v in net.named_parameters()}
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    small = lambda p, x, s: sum((v**2).sum() for v in p.values()) * s
+    runs = lambda p, x, s: (functional_call(net, p, (x,)) ** 2).sum() + small(p, x, s)
+    fit = custom_argmin(runs)(lambda init, x, s: params)
+
+    def once(x):
+        by_x = lambda p, s: runs(p, x, s)
+        return implicit_grad(lambda p, s: small(p, x, s), by_x, params, t(0.1))
+
+    for call in (
+        lambda: vmap(once)(xs),
+        lambda: grad(lambda s: fit(None, xs[0], s)["0.bias"].sum())(t(0.1)),
+        lambda: vmap(grad(lambda x: fit(None, x, t(0.1))["0.bias"].sum()))(xs),
+    ):
+        with pytest.raises(hypergrad.UnsupportedOperation, match=r"running statistics.*eval\(\)"):
+            call()
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, kept[k])
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_row_29_it_works_under_no_grad_and_inference_mode(context):
     with context():
@@ -771,6 +812,35 @@ def test_row_29_inside_another_transform_it_works_or_says_what_to_use():
     for derivative in (grad(answer), lambda h: jvp(answer, (h,), (h,)), hessian(answer)):
         with pytest.raises(hypergrad.UnsupportedOperation, match=r"detached.*custom_argmin"):
             derivative(H)
+
+
+def test_row_29_checkpointing_around_a_call_evaluates_each_loss_once():
+    counts = {"outer": 0, "inner": 0, "fit": 0}
+
+    def counted(name, f):
+        def call(*args):
+            counts[name] += 1
+            return f(*args)
+
+        return call
+
+    def both(h):
+        @custom_argmin(bowl)
+        def fit(init, h):  # it takes derivatives itself
+            counts["fit"] += 1
+            w = torch.zeros(2, dtype=D, requires_grad=True)
+            (g,) = torch.autograd.grad(bowl(w, h), w, create_graph=True)
+            H = torch.stack([torch.autograd.grad(x, w, retain_graph=True)[0] for x in g])
+            return (w - torch.linalg.solve(H, g)).detach()
+
+        w = fit(None, h)
+        return w * implicit_grad(counted("outer", total), counted("inner", bowl), w, h)
+
+    h = H.clone().requires_grad_()
+    found = checkpoint(both, h, use_reentrant=False)
+    assert counts == {"outer": 1, "inner": 1, "fit": 1}
+    torch.testing.assert_close(found.detach(), W * SLOPE)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), h)[0], -SLOPE / (1 + H) ** 2)
 
 
 # Compositions

@@ -1,0 +1,138 @@
+"""Compiled functions, export, inference tensors, hooks and autograd.functional around a solve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import functional
+from torch.func import grad, vmap
+
+import hypergrad
+from hypergrad import GMRES, custom_argmin, custom_root, implicit_grad
+from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf, reference, solve
+
+# torch.func.jvp compiles its formulas with torch.jit when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+fit = custom_argmin(inner)(solve)
+
+
+def vector(solver):
+    return lambda lam: flat(solver(None, X, Y, lam))
+
+
+def total(solver):
+    return lambda lam: vector(solver)(lam).square().sum()
+
+
+FUNCTIONAL = {
+    "jacobian": lambda f, s: functional.jacobian(f, LAM, strict=True, create_graph=True),
+    "hessian": lambda f, s: functional.hessian(s, LAM, strict=True),
+    "vjp": lambda f, s: functional.vjp(f, LAM, C),
+    "jvp": lambda f, s: functional.jvp(f, LAM, ONES),
+    "vhp": lambda f, s: functional.vhp(s, LAM, ONES),
+    "hvp": lambda f, s: functional.hvp(s, LAM, ONES),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_torch_autograd_functional_is_right(name):
+    found = FUNCTIONAL[name](vector(fit), total(fit))
+    close(found, FUNCTIONAL[name](vector(reference), total(reference)))
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_the_vectorised_jacobian_of_torch_autograd_functional_is_an_error_with_the_cure(strategy):
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.func\.jacrev.*jacfwd"):
+        functional.jacobian(vector(fit), LAM, vectorize=True, strategy=strategy)
+
+
+def test_a_retained_graph_may_be_used_twice_and_one_that_is_not_is_an_error():
+    lam = leaf(LAM)
+    value = total(fit)(lam)
+    value.backward(retain_graph=True)
+    want = grad(total(reference))(LAM)
+    close(lam.grad, want)
+    value.backward()
+    close(lam.grad, 2 * want)
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_inputs_of_backward_hooks_and_anomaly_mode_are_as_everywhere():
+    lam, x, seen = leaf(LAM), leaf(X), []
+    answer = fit(None, x, Y, lam)
+    answer["w"].register_hook(lambda g: 2 * g)
+    lam.register_hook(seen.append)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        answer["w"].sum().backward(inputs=[lam])
+    want = 2 * grad(lambda lam: reference(None, X, Y, lam)["w"].sum())(LAM)
+    close(lam.grad, want)
+    close(seen, [want])
+    assert x.grad is None
+
+
+def test_tensors_made_in_inference_mode_may_be_arguments():
+    with torch.inference_mode():
+        x, at = X * 1, LAM * 1
+    want = grad(lambda lam: vector(reference)(lam).sum())(LAM)
+    lam = leaf(LAM)
+    close(torch.autograd.grad(flat(fit(None, x, Y, lam)).sum(), lam)[0], want)
+    close(grad(lambda lam: flat(fit(None, x, Y, lam)).sum())(LAM), want)
+    outer = lambda p, lam: flat(p).sum()
+    params = {k: v.detach() for k, v in solve(None, X, Y, LAM).items()}
+    close(implicit_grad(outer, lambda p, lam: inner(p, X, Y, lam), params, at), want)
+
+
+# torch.compile and torch.export
+
+
+def test_a_compiled_objective_is_an_error_with_the_cure():
+    compiled = torch.compile(inner, backend="aot_eager")
+    solver = custom_argmin(lambda *args: compiled(*args))(solve)
+    lam = leaf(LAM)
+    answer = flat(solver(None, X, Y, lam)).sum()
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"made by torch\.compile"):
+        answer.backward()
+    params = solve(None, X, Y, LAM)
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"made by torch\.compile"):
+        implicit_grad(lambda p, h: flat(p).sum(), lambda p, h: compiled(p, X, Y, h), params, LAM)
+
+
+def test_a_compiled_equation_is_right_with_an_iterative_solver_and_else_an_error():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 3).double()
+    compiled = torch.compile(net, backend="aot_eager")
+
+    def closed(a):
+        return torch.linalg.solve(net.weight + 3 * torch.eye(3, dtype=D), a - net.bias)
+
+    def root(solver):
+        F = lambda w, a: compiled(w) + 3 * w - a
+        return custom_root(F, solver=solver)(lambda init, a: closed(a).detach())
+
+    lam = leaf(LAM)
+    inputs = (lam, *net.parameters())
+    found = torch.autograd.grad((root(GMRES(rtol=1e-12))(None, lam) ** 2).sum(), inputs)
+    close(found, torch.autograd.grad((closed(lam) ** 2).sum(), inputs))
+    answer = root(None)(None, lam).sum()
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.compile.*GMRES"):
+        answer.backward()
+
+
+def test_a_compiled_solver_is_as_good_as_any():
+    compiled = torch.compile(lambda x, y, lam: solve(None, x, y, lam), backend="aot_eager")
+    solver = custom_argmin(inner)(lambda init, *args: compiled(*args))
+    close(grad(total(solver))(LAM), grad(total(reference))(LAM))
+    want = torch.stack([grad(total(reference))(lam) for lam in LAMS[:2]])
+    close(vmap(grad(total(solver)))(LAMS[:2]), want)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_an_error_with_advice(strict):
+    class Module(torch.nn.Module):
+        def forward(self, lam):
+            return vector(fit)(lam)
+
+    with pytest.raises(Exception, match=r"torch\.export cannot record"):  # strict wraps it
+        torch.export.export(Module(), (LAM,), strict=strict)
