@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch, UnsupportedOperation
+from ._randomness import Draw
 from ._transforms import WatchForDerivatives
 from ._tree import Layout, Tree
 
@@ -166,14 +167,24 @@ class Problem:
     ) -> Any:
         if not self.own_axes:
             return one(first, list(tensors))
-        mapped = one
+        watch = WatchForDerivatives()
+
+        def watched(first: Any, tensors: Sequence[Tensor]) -> Any:
+            with watch:
+                return one(first, tensors)
+
+        mapped = watched
         for axis in reversed(self.own_axes):
             in_dims = (None if first is None else 0, list(axis.in_dims))
             mapped = torch.func.vmap(mapped, in_dims=in_dims, randomness=axis.randomness)
-        with WatchForDerivatives() as watch:
+        draw = Draw()
+        with draw.evaluation():
             found = mapped(first, list(tensors))
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
-        return self._looped(one, first, tensors) if watch.seen and some else found
+        if not (watch.seen and some):
+            return found
+        with draw.evaluation():
+            return self._looped(one, first, tensors)
 
     def _looped(
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
@@ -186,10 +197,15 @@ class Problem:
         inside = dataclasses.replace(self, axes=tuple(rest))
         size = next(t.shape[0] for t, d in zip(tensors, axis.in_dims, strict=True) if d == 0)
 
+        draw = Draw()
+
         def task(i: int) -> Any:
             part = pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, first)
             given = [t if d is None else t[i] for t, d in zip(tensors, axis.in_dims, strict=True)]
-            return inside._looped(one, part, given)
+            if axis.randomness != "same":
+                return inside._looped(one, part, given)
+            with draw.evaluation():
+                return inside._looped(one, part, given)
 
         return pytree.tree_map(lambda *parts: torch.stack(parts), *[task(i) for i in range(size)])
 

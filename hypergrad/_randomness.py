@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ._transforms import outside_transforms
+
 State = tuple[torch.Tensor, dict[int, torch.Tensor]]
 
 
@@ -45,14 +47,19 @@ def unnoticed() -> Iterator[None]:
         _restore(now)
 
 
+# Inside a function transform the state would be a tensor of that transform, without values.
+
+
 def _state() -> State:
-    cuda: dict[int, torch.Tensor] = {}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return torch.get_rng_state(), cuda
+    with outside_transforms():
+        cuda: dict[int, torch.Tensor] = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+        return torch.get_rng_state(), cuda
 
 
 def _restore(state: State) -> None:
-    torch.set_rng_state(state[0])
-    for device, numbers in state[1].items():
-        torch.cuda.set_rng_state(numbers, device)
+    with outside_transforms():
+        torch.set_rng_state(state[0])
+        for device, numbers in state[1].items():
+            torch.cuda.set_rng_state(numbers, device)

@@ -179,21 +179,25 @@ def outside_transforms() -> AbstractContextManager[None]:
 class WatchForDerivatives(TorchFunctionMode):
     """Notices whether a function that is being called takes derivatives itself.
 
-    `seen` is set when a transform is entered inside it, beyond those that are active when its
-    first operation runs, or `torch.autograd.grad` is called.
+    `seen` is set when an operation runs in a transform that is entered inside it, or
+    `torch.autograd.grad` is called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
-        self._level: int | None = None
+        self._level = 0
+
+    def __enter__(self) -> Any:
+        """Count the transforms that there are."""
+        self._level = _functorch.maybe_current_level() or 0
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Pass every operation on."""
         level = _functorch.maybe_current_level() or 0
-        self._level = level if self._level is None else min(self._level, level)
         self.seen = self.seen or level > self._level or func is torch.autograd.grad
         return func(*args, **(kwargs or {}))
 

@@ -474,3 +474,52 @@ def test_the_rules_may_be_mapped_and_differentiated():
 
     close(vmap(by_rule)(XS, LAMS), torch.stack([by_reference(X, s) for X, s in zip(XS, LAMS)]))  # noqa: B905
     close(jacrev(by_rule, argnums=1)(X, LAM), jacrev(by_reference, argnums=1)(X, LAM))
+
+
+def dropped(w, a):
+    """dw/da = m / (m + 1) for the weights m of a draw: another m in A and in the cross term."""
+    weights = torch.nn.functional.dropout(torch.ones_like(w), 0.5) ** 2
+    return (weights * (w - a) ** 2).sum() + (w**2).sum()
+
+
+@pytest.mark.parametrize("rule", ["argmin", "root"])  # the root is looped over the tasks
+@pytest.mark.parametrize("way", ["grad", "jvp", "backward"])
+def test_all_products_of_a_vmapped_solve_see_one_draw_or_random_numbers_are_refused(rule, way):
+    decorate = custom_argmin(dropped, inner_tol=None, solver=CG(rtol=1e-12))
+    if rule == "root":
+        decorate = custom_root(grad(dropped), inner_tol=None, solver=GMRES(rtol=1e-12))
+    fit = decorate(lambda init, a: a / 2)
+    at = randn(3, 200)
+
+    def run(randomness):
+        if way == "backward":
+            tasks = leaf(at)
+            found = vmap(lambda a: fit(None, a), randomness=randomness)(tasks)
+            return torch.autograd.grad(found.sum(), tasks)[0]
+        one = {
+            "grad": grad(lambda a: fit(None, a).sum()),
+            "jvp": lambda a: jvp(lambda a: fit(None, a), (a,), (torch.ones_like(a),))[1],
+        }[way]
+        return vmap(one, randomness=randomness)(at)
+
+    found = run("same")
+    zero, full = found.abs() < 1e-9, (found - 0.8).abs() < 1e-9
+    assert (zero | full).all()
+    assert 200 < full.sum() < 400
+    assert torch.equal(full[0], full[2])
+    with pytest.raises(hypergrad.UnsupportedOperation, match="draw them outside"):
+        run("different")
+
+
+def test_a_batch_evaluates_an_objective_as_often_as_one_task_does():
+    counts = []
+
+    def counted(p, *args):
+        counts[-1] += 1
+        return inner(p, *args)
+
+    fit = custom_argmin(counted)(solve)
+    for tasks in (1, 16):
+        counts.append(0)
+        vmap(grad(lambda lam: flat(fit(None, X, Y, lam)).sum()))(LAM.expand(tasks, 3))
+    assert counts[0] == counts[1]
