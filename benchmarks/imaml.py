@@ -168,7 +168,7 @@ class MetaStep:
             while (residual := b - product(u)).norm() > 1e-9 * b.norm():
                 if steps > 3000:
                     raise RuntimeError("The exact meta-gradient was not reached.")
-                u, steps = u + conjugate_gradients(product, residual, 300), steps + 300
+                u, steps = u + conjugate_gradients(product, residual, 60), steps + 60
             found.append(self.lam * u)
         return torch.stack(found).mean(0)
 

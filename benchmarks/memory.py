@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.imaml import OMNIGLOT_LAM, OMNIGLOT_LR
 from benchmarks.results import OURS, Row, Settings
 from benchmarks.timing import Quartiles
 from examples.imaml.inner import GradientDescent
@@ -33,8 +34,8 @@ def peak_bytes(method: Method, steps: int) -> int:
         model=lambda params, x: functional_call(network, params, (x,)),
         loss=cross_entropy,
         method=method,
-        inner_solver=GradientDescent(steps, 0.1),
-        lam=2.0,
+        inner_solver=GradientDescent(steps, OMNIGLOT_LR),
+        lam=OMNIGLOT_LAM,
         cg_steps=5,
     )
     images = draw_characters(40).float()

@@ -101,7 +101,7 @@ def markdown(rows: Sequence[Row]) -> str:
             row.benchmark + threads,
             row.side + (f" ({row.note})" if row.note else ""),
             f"{row.figure} {row.unit}",
-            "" if own is None else f"{row.figure.median / own:.2f}",
+            "" if own is None or row.unit in ("MB", "ms") else f"{row.figure.median / own:.2f}",
             "" if row.error is None else f"{row.error:.1e}",
             "" if row.products is None else str(row.products),
         )
