@@ -12,10 +12,11 @@ from ._info import SolveInfo, Status
 from ._linearise import Linearisation
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 
-#: The factor by which the estimate exceeds the true error at the median of the calibration.
-_MARGIN = 7.0
-#: An estimate is no larger: it then says that no digit is right.
-NO_DIGIT = 10.0
+# What an estimate is multiplied by, and up to where, from benchmarks/calibration.py. Above
+# `_HARDLY` it says that little is known, at `_NO_DIGIT` that nothing is.
+_MARGIN = 9.0
+_HARDLY = 0.9
+_NO_DIGIT = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
 _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
 
@@ -121,25 +122,25 @@ def _error_estimate(
     lost = torch.zeros_like(found.success)
     for status in _LOST:
         lost = lost | (found.status == status)
-    return torch.where(lost, total.clamp(min=1), total).clamp(max=NO_DIGIT)
+    return torch.where(lost, total.clamp(min=1), total)
 
 
-def of_hypergradient(
-    estimate: Tensor, lin: Linearisation, u: Tensor, indirect: Parts, whole: Parts
-) -> Tensor:
-    """The relative error of a hypergradient, from that of its implicit term for one task."""
-    # The term may be short because it cancels, while its error does not: a product with a vector
-    # that has nothing to do with u says what length is to be expected.
-    places = torch.arange(u.shape[-1], device=u.device, dtype=u.dtype)
-    anything = torch.cos(places.square())
-    expected = _length(lin.cross(anything), estimate) * norm(u) / norm(anything)
-    share = torch.maximum(_length(indirect, estimate), expected) / _length(whole, estimate)
-    return (estimate * torch.where(torch.isnan(share), 1.0, share)).clamp(max=NO_DIGIT)
+def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
+    """The relative error of a sum of terms, one of which has a known one and the rest none."""
+
+    def size(terms: Parts) -> Tensor:
+        sizes = [torch.linalg.vector_norm(t).to(estimate) for t in terms if t is not None]
+        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(estimate)
+
+    share = size(part) / size(whole)
+    total = estimate * torch.where(torch.isnan(share), 1.0, share)
+    # Where the term is hardly known, its true size and so its share are not known either.
+    return torch.where(estimate > _HARDLY, total.clamp(min=1), total).clamp(max=_NO_DIGIT)
 
 
-def _length(terms: Parts, like: Tensor) -> Tensor:
-    sizes = [torch.linalg.vector_norm(t).to(like) for t in terms if t is not None]
-    return norm(torch.stack(sizes)) if sizes else torch.zeros_like(like)
+def of_term(estimate: Tensor) -> Tensor:
+    """The relative error of the implicit term by itself, for each task."""
+    return torch.where(estimate > _HARDLY, estimate.clamp(min=1), estimate).clamp(max=_NO_DIGIT)
 
 
 def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:

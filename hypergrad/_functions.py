@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._conditions import ForwardReplay, Replay
 from ._errors import UnsupportedOperation
-from ._evidence import needs_product, solve_linear
+from ._evidence import needs_product, of_term, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
@@ -110,7 +110,13 @@ class Rule:
         )
         if self.callback is not None:
             fill = self.problem.params.fill
-            self.callback(dataclasses.replace(info, solution=fill(lin.layout.split(u))))
+            self.callback(
+                dataclasses.replace(
+                    info,
+                    error_estimate=of_term(info.error_estimate),
+                    solution=fill(lin.layout.split(u)),
+                )
+            )
         if shared > 1:
             u = u.unflatten(0, sizes)
         inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -14,7 +14,7 @@ from ._advice import advice
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, UnsupportedOperation
-from ._evidence import finite, needs_product, of_hypergradient, solve_linear
+from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, scalar, without_aux
@@ -262,7 +262,7 @@ def _hypergradient(
     leaves = [_difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)]
     estimate = info.error_estimate
     if return_info:
-        estimate = of_hypergradient(estimate, lin, u, indirect, leaves)
+        estimate = of_sum(estimate, indirect, leaves)
     info = dataclasses.replace(
         info,
         error_estimate=estimate,

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ._captures import captured_by, carries_something, names_of_captured
 from ._conditions import Root, as_condition
 from ._errors import StructureMismatch, UnsupportedOperation
-from ._evidence import solve_linear
+from ._evidence import of_term, solve_linear
 from ._functions import LinearSolve, Rule
 from ._info import SolveInfo
 from ._linearise import Linearisation
@@ -275,7 +275,11 @@ def _solved(
     u, info = solve_linear(
         lin, rule.solver, b, params, transpose=transpose, inner_tol=None, estimate=True
     )
-    info = dataclasses.replace(info, solution=problem.params.fill(lin.layout.split(u)))
+    info = dataclasses.replace(
+        info,
+        error_estimate=of_term(info.error_estimate),
+        solution=problem.params.fill(lin.layout.split(u)),
+    )
     judge(
         info,
         rule.solver,

@@ -348,7 +348,7 @@ class Iterative(Solver):
             if first and looks and part.ritz is not None and precondition is None:
                 eigenvalues = part.ritz()
             if part.observer is not None:
-                inverse = part.observer.inverse(part.x, eigenvalues[..., 0])
+                inverse = part.observer.inverse(part.x)
                 newton = norm(part.observer.step) + inverse * norm(part.observer.left)
                 largest = part.largest
             if first and precondition is None:

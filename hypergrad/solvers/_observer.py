@@ -63,25 +63,7 @@ class Observer:
         )
         self._newer = torch.where(going, x, newer_x), torch.where(active, size, newer_size)
 
-    def inverse(self, x: Tensor, lowest: Tensor) -> Tensor:
-        """``||A^-1 r|| / ||r||`` for the residual that is left.
-
-        The geometric mean of what the later half of the iteration saw, which falls short where
-        the iteration is slow, and of one over the lowest eigenvalue, which is the most it can be.
-
-        Parameters
-        ----------
-        x : Tensor
-            Where the iteration ended.
-        lowest : Tensor
-            The lowest Ritz value of each task; NaN where it is not known.
-
-        Returns
-        -------
-        inverse : Tensor
-            A figure for each task.
-        """
+    def inverse(self, x: Tensor) -> Tensor:
+        """``||A^-1 r|| / ||r||`` as the later half of an iteration that ended at `x` saw it."""
         older_x, older_size = self._older
-        seen = norm(x - older_x) / older_size
-        bound = torch.where(lowest > 0, 1 / lowest, seen)  # false for NaN too
-        return torch.sqrt(seen * torch.maximum(bound, seen))
+        return norm(x - older_x) / older_size
