@@ -178,9 +178,13 @@ class Layout:
         self.dtype = torch.float32
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
+        one = len(variables) == 1 and len(self.shapes[0]) == 1
+        self._is_flat = one and self.dtypes[0] == self.dtype  # the one part is the vector
 
     def flatten(self, parts: Sequence[Tensor | None], lead: Sequence[int] = ()) -> Tensor:
         """One vector ``(*lead, n)`` from the parts; None stands for zeros."""
+        if self._is_flat and parts[0] is not None:
+            return parts[0]
         flat = [
             torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
             if part is None
@@ -191,6 +195,8 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector, each in its variable's shape and dtype."""
+        if self._is_flat:
+            return [vector]
         lead = vector.shape[:-1]
         pieces = (vector,) if len(self.sizes) == 1 else torch.split(vector, self.sizes, dim=-1)
         return [
