@@ -164,6 +164,18 @@ def test_conjugate_gradients_do_no_worse_than_the_square_root(rows):
     assert 0.25 < exponent([points]).value < 0.55
 
 
+def test_more_unknowns_bring_conjugate_gradients_nearer_to_the_square_root():
+    def found(n):
+        totals = []
+        for kappa in (10.0, 1000.0):
+            problem = Quadratic.draw(kappa, n, 0)
+            run = ROWS["implicit, CG and CG"](problem, 1e-2)
+            totals.append((kappa, run.measure("row", problem, 1e-2, 0).total))
+        return exponent([totals]).value
+
+    assert found(50) + 0.05 < found(400) < 0.5
+
+
 def test_every_row_reaches_the_accuracy_with_the_error_that_is_promised(rows):
     assert {m.row for m in rows} == set(ROWS)
     assert all(m.error <= m.accuracy for m in rows)

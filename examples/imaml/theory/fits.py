@@ -1,11 +1,17 @@
 """Orders of growth: straight lines through measurements, with intervals over seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # The 97.5% quantile of Student's t, by the number of seeds.
 QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+RATES: dict[str, Callable[[float], float]] = {
+    "gradient descent": lambda kappa: (kappa - 1) / (kappa + 1),
+    "Nesterov": lambda kappa: math.sqrt(1 - 1 / math.sqrt(kappa)),
+    "CG": lambda kappa: (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1),
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Exponent:
     def __str__(self) -> str:
         """Write both."""
         if math.isnan(self.interval):
-            return f"{self.value:.2f}"
-        return f"{self.value:.2f} ± {self.interval:.2f}"
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} ± {self.interval:.3f}"
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -62,27 +68,22 @@ def exponent(points: Sequence[Sequence[tuple[float, float]]]) -> Exponent:
     return Exponent(mean, quantile * deviation / math.sqrt(len(slopes)))
 
 
-def bound_exponent(kappas: Sequence[float], promised: float) -> float:
-    """Fit the textbook rate itself over the same condition numbers.
+def rate_exponent(kappas: Sequence[float], rate: Callable[[float], float]) -> float:
+    """Fit the number of steps that a textbook rate stands for, over the same condition numbers.
 
     Parameters
     ----------
     kappas
         The condition numbers.
-    promised
-        The exponent that the rate has for large ones: 1 or 1/2.
+    rate
+        From a condition number to the factor by which each step lowers the error.
 
     Returns
     -------
     float
-        The exponent of -1 / log(rate), the rate being (kappa - 1) / (kappa + 1) of gradient
-        descent, or sqrt(1 - 1 / sqrt(kappa)) of Nesterov's method.
+        The exponent of -1 / log(rate); that of large condition numbers is met in the limit.
     """
-    rates = [
-        (k - 1) / (k + 1) if promised == 1 else math.sqrt(1 - 1 / math.sqrt(k)) for k in kappas
-    ]
-    points = [(k, -1 / math.log(rate)) for k, rate in zip(kappas, rates, strict=True)]
-    return exponent([points]).value
+    return exponent([[(k, -1 / math.log(rate(k))) for k in kappas]]).value
 
 
 def agreement(found: float, promised: float) -> str:
