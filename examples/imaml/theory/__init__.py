@@ -1,0 +1,1 @@
+"""The table of Rajeswaran et al. 2019, measured on quadratics."""
