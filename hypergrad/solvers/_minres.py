@@ -16,6 +16,8 @@ from ._base import PRICE, Counted, Iterative, Part, Product, dot
 from ._observer import Observer
 from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 
+_EVERY = 4  # steps between two looks for a modest answer, which cost as much as a vector operation
+
 
 @dataclasses.dataclass(frozen=True)
 class MINRES(Iterative):
@@ -139,9 +141,10 @@ class MINRES(Iterative):
                 image = images[1]
                 observer.along(w, image, image, torch.where(moving, dot(image, image), zero))
                 observer.after_step(x, size, moving)
-            cost = size.abs() + PRICE * largest * torch.linalg.vector_norm(x, dim=-1)
-            modest = torch.where((moving & (cost < least))[..., None], x, modest)
-            least = torch.where(moving, torch.minimum(least, cost), least)
+            if steps % _EVERY == 0 or steps <= _EVERY:
+                cost = size.abs() + PRICE * largest * torch.linalg.vector_norm(x, dim=-1)
+                modest = torch.where((moving & (cost < least)).unsqueeze(-1), x, modest)
+                least = torch.where(moving, torch.minimum(least, cost), least)
             phi_bar = torch.where(moving, phi_next, phi_bar)
             iterations = iterations + moving
             active = moving & (size > tol)
