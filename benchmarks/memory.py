@@ -12,15 +12,17 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
+import hypergrad
 from examples.imaml.inner import GradientDescent
-from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.meta import MetaLearner
 from examples.imaml.models import OmniglotConvNet
 from examples.imaml.omniglot_data import draw_characters, sample_tasks
+from examples.imaml.systems import Differentiation
 
 TASKS, STEPS = 8, (4, 16, 64)
 
 
-def peak_bytes(method: Method, steps: int) -> int:
+def peak_bytes(differentiation: Differentiation, steps: int) -> int:
     """Most bytes live at once during a meta-step, beyond those live before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -29,10 +31,10 @@ def peak_bytes(method: Method, steps: int) -> int:
     learner = MetaLearner(
         model=lambda params, x: functional_call(network, params, (x,)),
         loss=cross_entropy,
-        method=method,
+        differentiation=differentiation,
         inner_solver=GradientDescent(steps, 0.1),
         lam=2.0,
-        cg_steps=5,
+        linear_solver=hypergrad.CG(maxiter=5),
     )
     images = draw_characters(40).float()
     generator = torch.Generator().manual_seed(0)
@@ -52,10 +54,10 @@ def peak_bytes(method: Method, steps: int) -> int:
 def main() -> None:
     """Measure each point in a process of its own, and print."""
     print(f"peak memory of a meta-step, Omniglot network, {TASKS} tasks, in MB")
-    for method in ("imaml", "maml"):
+    for method, differentiation in (("imaml", "implicit"), ("maml", "unrolled")):
         points = []
         for steps in STEPS:
-            command = [sys.executable, "-m", "benchmarks.memory", method, str(steps)]
+            command = [sys.executable, "-m", "benchmarks.memory", differentiation, str(steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             points.append(int(done.stdout.split()[-1]) / 1e6)
         row = ", ".join(f"{s} steps {p:.2f}" for s, p in zip(STEPS, points, strict=True))

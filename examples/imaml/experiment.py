@@ -10,9 +10,10 @@ from torch import Tensor, nn
 import hypergrad
 from examples.imaml.command_line import Settings
 from examples.imaml.episodes import Episodes, Params
-from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.meta import MetaLearner
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.run_folder import RunFolder
+from examples.imaml.systems import Method, build_inner_solver, build_linear_solver
 from examples.imaml.training import Schedule, Trained, train
 
 
@@ -67,7 +68,7 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     MetaLearner
         The learner.
     """
-    recipe = settings.recipes[method]
+    recipe, system = settings.recipes[method], settings.systems[method]
     network = benchmark.build_network().to(settings.device)
 
     def model(params: Params, x: Tensor) -> Tensor:
@@ -76,13 +77,16 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     return MetaLearner(
         model=model,
         loss=benchmark.loss,
-        method=method,
-        inner_solver=recipe.build_solver(proximal=method != "maml"),
+        differentiation=system.differentiation,
+        inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
         lam=recipe.lam,
-        cg_steps=settings.cg_steps,
-        curvature=settings.curvature,
-        damping=settings.damping,
+        linear_solver=build_linear_solver(
+            system.linear_solver, settings.cg_steps, settings.damping, recipe.lam
+        ),
+        curvature=system.curvature,
+        truncate=settings.truncate,
         clip=settings.clip,
+        method=method,
     )
 
 
