@@ -14,7 +14,7 @@ from examples.imaml.meta import MetaLearner
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.systems import Method, build_inner_solver, build_linear_solver
-from examples.imaml.training import Schedule, Trained, train
+from examples.imaml.training import Schedule, Trained, TrainingFailed, train
 
 
 class Benchmark(Protocol):
@@ -110,9 +110,15 @@ def run_experiment(
     Returns
     -------
     outcomes : dict
-        The outcome of each method, the chosen one first.
+        The outcome of each method, the chosen one first; one of the others whose training failed
+        is left out, and the console says so.
     learners : dict
         Their learners.
+
+    Raises
+    ------
+    TrainingFailed
+        If the training of the chosen method fails.
     """
     folder = RunFolder(settings.out)
     folder.write_json("config.json", _describe(settings))
@@ -122,7 +128,13 @@ def run_experiment(
     for method in (settings.method, *settings.compare):
         learners[method] = build_learner(settings, method, benchmark)
         own = folder if method == settings.method else RunFolder(settings.out / method)
-        trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
+        try:
+            trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
+        except TrainingFailed as failure:
+            if method == settings.method:
+                raise
+            console.print(f"left out: {failure}", markup=False, soft_wrap=True)
+            continue
         outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
         folder.write_json("results.json", summarise(outcomes))
         if not settings.smoke:

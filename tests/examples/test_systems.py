@@ -8,6 +8,7 @@ import pytest
 
 from examples.imaml import omniglot, sinusoid
 from examples.imaml.systems import METHODS, SYSTEMS
+from examples.imaml.training import TrainingFailed
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +119,15 @@ def test_without_torchopt_its_flag_says_so(monkeypatch, capsys):
         sinusoid.read_command_line(["--inner-solver", "torchopt-adam"])
 
     assert "torchopt is not installed" in capsys.readouterr().err
+
+
+def test_a_comparison_goes_on_where_one_training_fails(smoke, capsys):
+    results = smoke("sinusoid", "--inner-lr", "1e30", "--compare", "maml", "fomaml")
+
+    assert list(results) == ["imaml", "fomaml"]  # neither of them takes gradient steps
+    assert "left out: maml: a meta-gradient was not finite" in capsys.readouterr().out
+
+
+def test_where_the_chosen_training_fails_the_program_does(smoke):
+    with pytest.raises(TrainingFailed, match="maml"):
+        smoke("sinusoid", "--method", "maml", "--inner-lr", "1e30")
