@@ -156,10 +156,10 @@ def _learner(step: MetaStep) -> MetaLearner:
     return MetaLearner(
         model=lambda params, x: functional_call(step.network, params, (x,)),
         loss=step.loss,
-        method="imaml",
+        differentiation="implicit",
         inner_solver=GradientDescent(step.steps, step.lr),
         lam=step.lam,
-        cg_steps=CG_STEPS,
+        linear_solver=hypergrad.CG(maxiter=CG_STEPS),
         curvature="hessian",
         clip=1e30,
     )

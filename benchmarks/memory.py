@@ -13,18 +13,20 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
+import hypergrad
 from benchmarks.imaml import OMNIGLOT_LAM, OMNIGLOT_LR
 from benchmarks.results import OURS, Row, Settings
 from benchmarks.timing import Quartiles
 from examples.imaml.inner import GradientDescent
-from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.meta import MetaLearner
 from examples.imaml.models import OmniglotConvNet
 from examples.imaml.omniglot_data import draw_characters, sample_tasks
+from examples.imaml.systems import Differentiation
 
 TASKS, STEPS = 8, (4, 16, 64)
 
 
-def peak_bytes(method: Method, steps: int) -> int:
+def peak_bytes(differentiation: Differentiation, steps: int) -> int:
     """Most bytes live at once during a meta-step, beyond those live before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -33,10 +35,10 @@ def peak_bytes(method: Method, steps: int) -> int:
     learner = MetaLearner(
         model=lambda params, x: functional_call(network, params, (x,)),
         loss=cross_entropy,
-        method=method,
+        differentiation=differentiation,
         inner_solver=GradientDescent(steps, OMNIGLOT_LR),
         lam=OMNIGLOT_LAM,
-        cg_steps=5,
+        linear_solver=hypergrad.CG(maxiter=5),
     )
     images = draw_characters(40).float()
     generator = torch.Generator().manual_seed(0)
@@ -60,9 +62,9 @@ def benchmarks() -> dict[str, Callable[[Settings], list[Row]]]:
 def measure(settings: Settings) -> list[Row]:
     """Measure each point in a process of its own."""
     rows = []
-    for method, side in (("imaml", OURS), ("maml", "hypergrad, unrolled")):
+    for differentiation, side in (("implicit", OURS), ("unrolled", "hypergrad, unrolled")):
         for steps in STEPS[:1] if settings.quick else STEPS:
-            command = [sys.executable, "-m", "benchmarks.memory", method, str(steps)]
+            command = [sys.executable, "-m", "benchmarks.memory", differentiation, str(steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peak = int(done.stdout.split()[-1]) / 1e6
             figure = Quartiles(peak, peak, peak)

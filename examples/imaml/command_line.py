@@ -5,48 +5,25 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 
-from examples.imaml.inner import GaussNewtonSteps, GradientDescent, InnerSolver
-from examples.imaml.meta import Curvature, Method
+from examples.imaml.inner import Curvature
+from examples.imaml.systems import (
+    METHODS,
+    SYSTEMS,
+    Differentiation,
+    LinearSolverName,
+    Method,
+    Recipe,
+    SolverName,
+    System,
+    refuse,
+)
 from examples.imaml.training import TrainingFailed
 
-SolverName: TypeAlias = Literal["gradient-descent", "gauss-newton"]
-
-METHODS: tuple[Method, ...] = get_args(Method)
 SMOKE_META_STEPS, SMOKE_TASKS_PER_STEP, SMOKE_TEST_TASKS = 4, 4, 20
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is tuned for each method by itself; a flag that is given replaces it for all.
-
-    Parameters
-    ----------
-    inner_solver, inner_steps, inner_lr
-        How a task is adapted to; the rate is that of gradient descent.
-    lam
-        Strength of the proximal term.
-    lr
-        Adam's rate at the start.
-    tasks_per_step
-        Tasks in a meta-step.
-    """
-
-    inner_solver: SolverName
-    inner_steps: int
-    inner_lr: float
-    lam: float
-    lr: float
-    tasks_per_step: int
-
-    def build_solver(self, *, proximal: bool) -> InnerSolver:
-        """Make the inner solver; `proximal` says whether gradient steps see the proximal term."""
-        if self.inner_solver == "gauss-newton":
-            return GaussNewtonSteps(self.inner_steps)
-        return GradientDescent(self.inner_steps, self.inner_lr, proximal)
 
 
 @dataclass(frozen=True)
@@ -58,8 +35,9 @@ class Settings:
     shots: int
     queries: int
     cg_steps: int
-    curvature: Curvature
     damping: float
+    truncate: int
+    momentum: float
     clip: float
     meta_steps: int
     time_budget: float | None
@@ -71,6 +49,7 @@ class Settings:
     out: Path
     smoke: bool
     recipes: dict[Method, Recipe]
+    systems: dict[Method, System]
     further: dict[str, Any] = field(default_factory=dict)
     """The flags of one program alone."""
 
@@ -135,8 +114,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--method", choices=METHODS, default="imaml", help="how the meta-gradient is computed")
-    add("--compare", nargs="*", choices=METHODS, metavar="METHOD",
+    add("--method", choices=METHODS, default="imaml", help="the system that is trained")
+    add("--compare", nargs="*", choices=(*METHODS, "all"), metavar="METHOD",
         help="methods trained after it for the same time; no name: none")  # fmt: skip
     for flag, kind, text in (
         ("--inner-steps", whole(1), "steps of adaptation"),
@@ -146,10 +125,20 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
         ("--tasks-per-step", whole(1), "tasks in a meta-step"),
     ):
         add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the method's own)")
-    add("--inner-solver", choices=get_args(SolverName), default=argparse.SUPPRESS,
-        help="how a task is adapted to (default: the method's own)")  # fmt: skip
-    add("--cg-steps", type=whole(1), help="products in the linear solve of iMAML, at most")
-    add("--curvature", choices=get_args(Curvature), default="gauss-newton", help="A in that solve")
+    for flag, names, text in (
+        ("--differentiation", Differentiation, "how the meta-gradient is computed"),
+        ("--inner-solver", SolverName, "how a task is adapted to"),
+        ("--linear-solver", LinearSolverName, "how the system of an implicit gradient is solved"),
+        ("--curvature", Curvature, "A in that system, and in Hessian-free steps"),
+    ):
+        add(flag, choices=get_args(names), default=argparse.SUPPRESS,
+            help=f"{text} (default: the method's own)")  # fmt: skip
+    add("--proximal", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="proximal term in gradient steps (default: the method's own)")  # fmt: skip
+    add("--momentum", type=real(least=0), default=0.9, help="of Nesterov's inner steps")
+    add("--truncate", type=whole(1), default=5, metavar="STEPS",
+        help="the last inner steps, through which truncated back-propagation goes")  # fmt: skip
+    add("--cg-steps", type=whole(1), help="steps of CG, or terms of the Neumann series, at most")
     add("--damping", type=real(least=0), default=0.0, help="added to A")
     add("--clip", type=real(above=0), default=10.0, help="norm of a task's meta-gradient, at most")
     add("--shots", type=whole(1), help="examples a task gives to adapt to (for each class)")
@@ -193,15 +182,17 @@ def read_settings(
         The settings.
     """
     given = vars(parser.parse_args(arguments))
-    names = list(Recipe.__dataclass_fields__)
-    overrides = {name: given.pop(name) for name in names if name in given}
-    own = {method: replace(recipe, **overrides) for method, recipe in recipes.items()}
-    compare = tuple(dict.fromkeys(m for m in given.pop("compare") if m != given["method"]))
+    recipe_flags, system_flags = (
+        {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
+        for kind in (Recipe, System)
+    )
+    own = {method: replace(recipe, **recipe_flags) for method, recipe in recipes.items()}
+    systems = {method: replace(SYSTEMS[method], **system_flags) for method in own}
+    named = [m for name in given.pop("compare") for m in (METHODS if name == "all" else (name,))]
+    compare = tuple(dict.fromkeys(m for m in named if m != given["method"]))
     for method in (given["method"], *compare):
-        if method == "maml" and own[method].inner_solver != "gradient-descent":
-            parser.error(
-                "--method maml differentiates through --inner-solver gradient-descent only"
-            )
+        if wrong := refuse(method, own[method], systems[method]):
+            parser.error(wrong)
     if given["device"] == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; cpu and auto are possible")
     if given["device"] == "auto":
@@ -219,7 +210,7 @@ def read_settings(
             for method, r in own.items()
         }
     shared = {name: given.pop(name) for name in Settings.__dataclass_fields__ if name in given}
-    return Settings(**shared, compare=compare, out=out, recipes=own, further=given)
+    return Settings(**shared, compare=compare, out=out, recipes=own, systems=systems, further=given)
 
 
 def finish(program: Callable[[], None], expected: tuple[type[Exception], ...] = ()) -> NoReturn:

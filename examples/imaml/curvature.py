@@ -19,8 +19,8 @@ from rich.console import Console
 from examples.imaml.command_line import OneLineParser, Settings, finish, whole
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.experiment import build_learner
-from examples.imaml.inner import GaussNewtonSteps, GradientDescent, InnerSolver
-from examples.imaml.meta import Curvature, MetaLearner
+from examples.imaml.inner import Curvature, GaussNewtonSteps, GradientDescent, InnerSolver
+from examples.imaml.meta import MetaLearner
 from examples.imaml.reporting import mean_interval, save_figure
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.sinusoid import SinusoidBenchmark, read_command_line

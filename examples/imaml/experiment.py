@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import hypergrad
 from examples.imaml.command_line import Settings
 from examples.imaml.episodes import Episodes, Params
-from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.meta import MetaLearner
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.run_folder import RunFolder
-from examples.imaml.training import Schedule, Trained, train
+from examples.imaml.systems import Method, build_inner_solver, build_linear_solver
+from examples.imaml.training import Schedule, Trained, TrainingFailed, train
 
 
 class Benchmark(Protocol):
@@ -67,7 +68,7 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     MetaLearner
         The learner.
     """
-    recipe = settings.recipes[method]
+    recipe, system = settings.recipes[method], settings.systems[method]
     network = benchmark.build_network().to(settings.device)
 
     def model(params: Params, x: Tensor) -> Tensor:
@@ -76,13 +77,16 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     return MetaLearner(
         model=model,
         loss=benchmark.loss,
-        method=method,
-        inner_solver=recipe.build_solver(proximal=method != "maml"),
+        differentiation=system.differentiation,
+        inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
         lam=recipe.lam,
-        cg_steps=settings.cg_steps,
-        curvature=settings.curvature,
-        damping=settings.damping,
+        linear_solver=build_linear_solver(
+            system.linear_solver, settings.cg_steps, settings.damping, recipe.lam
+        ),
+        curvature=system.curvature,
+        truncate=settings.truncate,
         clip=settings.clip,
+        method=method,
     )
 
 
@@ -106,9 +110,15 @@ def run_experiment(
     Returns
     -------
     outcomes : dict
-        The outcome of each method, the chosen one first.
+        The outcome of each method, the chosen one first; one of the others whose training failed
+        is left out, and the console says so.
     learners : dict
         Their learners.
+
+    Raises
+    ------
+    TrainingFailed
+        If the training of the chosen method fails.
     """
     folder = RunFolder(settings.out)
     folder.write_json("config.json", _describe(settings))
@@ -118,7 +128,13 @@ def run_experiment(
     for method in (settings.method, *settings.compare):
         learners[method] = build_learner(settings, method, benchmark)
         own = folder if method == settings.method else RunFolder(settings.out / method)
-        trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
+        try:
+            trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
+        except TrainingFailed as failure:
+            if method == settings.method:
+                raise
+            console.print(f"left out: {failure}", markup=False, soft_wrap=True)
+            continue
         outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
         folder.write_json("results.json", summarise(outcomes))
         if not settings.smoke:

@@ -3,15 +3,19 @@
 Everything here is written for one task; `torch.func.vmap` batches it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp, vmap
 
+import hypergrad
 from examples.imaml.episodes import Params
+
+Curvature: TypeAlias = Literal["hessian", "gauss-newton"]
 
 STEP_SIZES = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
@@ -47,6 +51,28 @@ class ProximalProblem:
         """Evaluate the whole objective."""
         return self.data_loss(params) + self.proximity(params, centre)
 
+    def condition(self, curvature: Curvature) -> hypergrad.Minimum | hypergrad.GaussNewton:
+        """State what holds at the solution, with the matrix A that goes with it.
+
+        Parameters
+        ----------
+        curvature
+            With 'hessian' A is H + lam I, H the Hessian of the loss; with 'gauss-newton' the
+            Gauss-Newton matrix takes H's place.
+
+        Returns
+        -------
+        Minimum or GaussNewton
+            For `hypergrad.implicit_grad`.
+        """
+        if curvature == "hessian":
+            return hypergrad.Minimum(self.objective)
+        return hypergrad.GaussNewton(
+            lambda params, centre: self.outputs(params),
+            lambda outputs, centre: self.loss(outputs),
+            self.proximity,
+        )
+
 
 class InnerSolver(Protocol):
     """Adapts: from an inner problem and its centre, where it starts, to parameters."""
@@ -56,8 +82,51 @@ class InnerSolver(Protocol):
         ...
 
 
+class FirstOrderSteps(ABC):
+    """Steps that take gradients alone, so that one may differentiate through them.
+
+    A state is a pytree of tensors: the parameters and whatever the steps remember.
+    """
+
+    steps: int
+    lr: float
+    proximal: bool
+
+    @property
+    def unrollable(self) -> bool:
+        """Whether the steps have finite derivatives."""
+        return True
+
+    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
+        """Return the parameters after the last step, differentiable in `centre`."""
+        state = self.start(centre)
+        for _ in range(self.steps):
+            state = self.step(problem, state, centre)
+        return self.params(state)
+
+    def start(self, centre: Params) -> Any:
+        """Return the state before the first step."""
+        return centre
+
+    @abstractmethod
+    def step(self, problem: ProximalProblem, state: Any, centre: Params) -> Any:
+        """Take one step."""
+
+    def params(self, state: Any) -> Params:
+        """Return the parameters of a state."""
+        found: Params = state
+        return found
+
+    def slope(self, problem: ProximalProblem, params: Params, centre: Params) -> Params:
+        """Return the gradient that the steps follow."""
+        slope: Params = grad(problem.data_loss)(params)
+        if not self.proximal:
+            return slope
+        return {name: slope[name] + problem.lam * (params[name] - centre[name]) for name in params}
+
+
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(FirstOrderSteps):
     """A fixed number of gradient steps.
 
     Parameters
@@ -74,21 +143,55 @@ class GradientDescent:
     lr: float
     proximal: bool = True
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
-        """Return the parameters after the last step, differentiable in `centre`."""
-        params = centre
-        for _ in range(self.steps):
-            params = self.step(problem, params, centre)
-        return params
-
-    def step(self, problem: ProximalProblem, params: Params, centre: Params) -> Params:
+    def step(self, problem: ProximalProblem, state: Params, centre: Params) -> Params:
         """Take one step."""
-        slope = grad(problem.data_loss)(params)
-        if self.proximal:
-            slope = {
-                name: slope[name] + problem.lam * (params[name] - centre[name]) for name in params
-            }
-        return {name: params[name] - self.lr * slope[name] for name in params}
+        slope = self.slope(problem, state, centre)
+        return {name: state[name] - self.lr * slope[name] for name in state}
+
+
+@dataclass(frozen=True)
+class Nesterov(FirstOrderSteps):
+    """A fixed number of steps of Nesterov's accelerated gradient descent.
+
+    A gradient step from the point ahead, y, leads to x; the next point ahead is
+    x + momentum * (x - the x before).
+
+    Parameters
+    ----------
+    steps
+        Number of steps.
+    lr
+        Step size.
+    proximal
+        Whether the proximal term takes part; MAML has none.
+    momentum
+        Best at (1 - sqrt(lr mu)) / (1 + sqrt(lr mu)) where the curvature is mu at least.
+    """
+
+    steps: int
+    lr: float
+    proximal: bool = True
+    momentum: float = 0.9
+
+    def start(self, centre: Params) -> tuple[Params, Params]:
+        """Return the parameters, and the same as the point ahead."""
+        return centre, centre
+
+    def step(
+        self, problem: ProximalProblem, state: tuple[Params, Params], centre: Params
+    ) -> tuple[Params, Params]:
+        """Take one step."""
+        before, ahead = state
+        slope = self.slope(problem, ahead, centre)
+        params = {name: ahead[name] - self.lr * slope[name] for name in ahead}
+        ahead = {
+            name: params[name] + self.momentum * (params[name] - before[name]) for name in params
+        }
+        return params, ahead
+
+    def params(self, state: tuple[Params, Params]) -> Params:
+        """Return the parameters, and not the point ahead."""
+        return state[0]
 
 
 @dataclass(frozen=True)
@@ -111,16 +214,9 @@ class GaussNewtonSteps:
 
     def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
         """Return the parameters after the last step."""
-        origin = torch.cat([leaf.reshape(-1) for leaf in centre.values()])
+        origin, unflatten = flatten(centre)
         position = origin
         shape = torch.Size()
-
-        def unflatten(vector: Tensor) -> Params:
-            pieces = vector.split([leaf.numel() for leaf in centre.values()])
-            return {
-                name: piece.view(leaf.shape)
-                for (name, leaf), piece in zip(centre.items(), pieces, strict=True)
-            }
 
         def outputs(vector: Tensor) -> Tensor:
             nonlocal shape
@@ -137,7 +233,7 @@ class GaussNewtonSteps:
 
         for _ in range(self.steps):
             direction = _newton_point(outputs, loss, position, origin, problem.lam) - position
-            position = _line_search(objective, position, direction)
+            position = line_search(objective, position, direction)
         return unflatten(position)
 
 
@@ -160,10 +256,24 @@ def _newton_point(
     return origin + (jacobian.T @ weights).squeeze(-1)
 
 
-def _line_search(
+def line_search(
     objective: Callable[[Tensor], Tensor], position: Tensor, direction: Tensor
 ) -> Tensor:
+    """Go along `direction` by the best of `STEP_SIZES`, zero among them."""
     sizes = torch.tensor(STEP_SIZES, dtype=position.dtype, device=position.device)
     values = vmap(lambda size: objective(position + size * direction))(sizes)
     best = torch.nan_to_num(values, nan=torch.inf).argmin()
     return position + sizes[best] * direction
+
+
+def flatten(params: Params) -> tuple[Tensor, Callable[[Tensor], Params]]:
+    """Return parameters as one vector, and what turns a vector back into parameters."""
+
+    def unflatten(vector: Tensor) -> Params:
+        pieces = vector.split([leaf.numel() for leaf in params.values()])
+        return {
+            name: piece.view(leaf.shape)
+            for (name, leaf), piece in zip(params.items(), pieces, strict=True)
+        }
+
+    return torch.cat([leaf.reshape(-1) for leaf in params.values()]), unflatten

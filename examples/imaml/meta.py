@@ -1,8 +1,7 @@
-"""The meta-gradient of a batch of tasks: implicit, unrolled or first-order."""
+"""The meta-gradient of a batch of tasks: implicit, unrolled, first-order or Reptile's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +9,9 @@ from torch.func import grad_and_value, vmap
 
 import hypergrad
 from examples.imaml.episodes import Episodes, Params
-from examples.imaml.inner import GradientDescent, InnerSolver, ProximalProblem
-
-Method: TypeAlias = Literal["imaml", "maml", "fomaml"]
-Curvature: TypeAlias = Literal["hessian", "gauss-newton"]
+from examples.imaml.inner import Curvature, FirstOrderSteps, InnerSolver, ProximalProblem
+from examples.imaml.systems import Differentiation, Method
+from hypergrad.solvers import Solver
 
 QUERIES_AT_ONCE = 15
 
@@ -28,32 +26,37 @@ class MetaLearner:
         ``model(params, x)``, the network's outputs.
     loss
         ``loss(outputs, y)``, a scalar, convex in the outputs.
-    method
-        'imaml' differentiates implicitly, at the adapted parameters; 'maml' differentiates
-        through the inner steps; 'fomaml' takes the query gradient as it is.
+    differentiation
+        'implicit' differentiates at the adapted parameters, wherever they came from; 'unrolled'
+        through all inner steps and 'truncated' through the last `truncate` of them;
+        'first-order' takes the query gradient as it is; 'reptile' adapts to support set and
+        queries and takes the way back, meta minus adapted (Nichol et al. 2018).
     inner_solver
-        From the meta-parameters to a task's parameters. MAML needs `GradientDescent`.
+        From the meta-parameters to a task's parameters. Unrolling needs `FirstOrderSteps`.
     lam
         Strength of the proximal term.
-    cg_steps
-        At most so many products in the linear solve of a meta-gradient.
+    linear_solver
+        Solves the linear system of an implicit meta-gradient.
     curvature
         Whether A is the Hessian of the inner objective or its Gauss-Newton matrix.
-    damping
-        Added to A.
+    truncate
+        Through how many steps 'truncated' differentiates.
     clip
         A task's meta-gradient is scaled down to this norm where it is longer.
+    method
+        The name of the system that this is.
     """
 
     model: Callable[[Params, Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
-    method: Method
+    differentiation: Differentiation
     inner_solver: InnerSolver
     lam: float
-    cg_steps: int = 10
+    linear_solver: Solver = hypergrad.CG(maxiter=10)
     curvature: Curvature = "gauss-newton"
-    damping: float = 0.0
+    truncate: int = 5
     clip: float = 10.0
+    method: Method = "imaml"
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt the meta-parameters to one task.
@@ -159,8 +162,14 @@ class MetaLearner:
         measures : dict of Tensor
             What was measured, each a scalar.
         """
-        estimate = {"imaml": self._implicit, "maml": self._unrolled, "fomaml": self._first_order}
-        gradient, measures = estimate[self.method](meta, task)
+        estimate = {
+            "implicit": self._implicit,
+            "unrolled": self._unrolled,
+            "truncated": self._unrolled,
+            "first-order": self._first_order,
+            "reptile": self._reptile,
+        }
+        gradient, measures = estimate[self.differentiation](meta, task)
         norm = torch.stack([leaf.square().sum() for leaf in gradient.values()]).sum().sqrt()
         scale = (self.clip / norm.clamp(min=self.clip)).to(norm.dtype)
         clipped = {name: scale * leaf for name, leaf in gradient.items()}
@@ -168,21 +177,12 @@ class MetaLearner:
 
     def _implicit(self, meta: Params, task: Episodes) -> tuple[Params, dict[str, Tensor]]:
         problem = self._inner_problem(task.support_x, task.support_y)
-        inner = (
-            hypergrad.Minimum(problem.objective)
-            if self.curvature == "hessian"
-            else hypergrad.GaussNewton(
-                lambda params, meta: problem.outputs(params),
-                lambda outputs, meta: problem.loss(outputs),
-                problem.proximity,
-            )
-        )
         gradient, info = hypergrad.implicit_grad(
             lambda params, meta: self._query_loss(params, task),
-            inner,
+            problem.condition(self.curvature),
             self.inner_solver(problem, meta),
             meta,
-            solver=hypergrad.CG(maxiter=self.cg_steps, damping=self.damping),
+            solver=self.linear_solver,
             inner_tol=None,
             on_failure="ignore",
             return_info=True,
@@ -197,23 +197,33 @@ class MetaLearner:
 
     def _unrolled(self, meta: Params, task: Episodes) -> tuple[Params, dict[str, Tensor]]:
         solver = self.inner_solver
-        if not isinstance(solver, GradientDescent):
-            raise TypeError("MAML differentiates through gradient steps: GradientDescent needed")
+        if not (isinstance(solver, FirstOrderSteps) and solver.unrollable):
+            raise TypeError(f"one cannot differentiate through the steps of {solver}")
         problem = self._inner_problem(task.support_x, task.support_y)
-        gradient, params = hypergrad.unrolled_grad(
-            lambda params, meta: self._query_loss(params, task),
-            lambda params, meta: solver.step(problem, params, meta),
-            lambda meta: meta,
+        gradient, state = hypergrad.unrolled_grad(
+            lambda state, meta: self._query_loss(solver.params(state), task),
+            lambda state, meta: solver.step(problem, state, meta),
+            solver.start,
             meta,
             steps=solver.steps,
+            truncate=self.truncate if self.differentiation == "truncated" else None,
             return_params=True,
         )
-        return gradient, {"query_loss": self._query_loss(params, task)}
+        return gradient, {"query_loss": self._query_loss(solver.params(state), task)}
 
     def _first_order(self, meta: Params, task: Episodes) -> tuple[Params, dict[str, Tensor]]:
         params = self.adapt(meta, task.support_x, task.support_y)
         gradient, value = grad_and_value(self._query_loss)(params, task)
         return gradient, {"query_loss": value}
+
+    def _reptile(self, meta: Params, task: Episodes) -> tuple[Params, dict[str, Tensor]]:
+        params = self.adapt(
+            meta,
+            torch.cat([task.support_x, task.query_x]),
+            torch.cat([task.support_y, task.query_y]),
+        )
+        gradient = {name: meta[name] - params[name] for name in meta}
+        return gradient, {"query_loss": self._query_loss(params, task)}
 
     def _query_loss(self, params: Params, task: Episodes) -> Tensor:
         return self.loss(self.model(params, task.query_x), task.query_y)

@@ -1,6 +1,6 @@
-"""The two networks of the meta-learning examples.
+"""The networks of the meta-learning examples.
 
-Both are ordinary modules for `torch.func.functional_call`: parameters come from
+All are ordinary modules for `torch.func.functional_call`: parameters come from
 outside, there are no buffers, and nothing depends on the training mode, so that
 `torch.func.vmap` may give each task parameters of its own.
 """
@@ -59,6 +59,33 @@ class OmniglotConvNet(nn.Module):
         """Return logits [B, ways] for images [B, 1, 28, 28]."""
         logits: Tensor = self.head(self.rest(self.first(images)).flatten(1))
         return logits
+
+
+class PooledConvNet(nn.Sequential):
+    """Four 3 x 3 convolutions with padding 1 and ReLU, each halved by a maximum, and a linear head.
+
+    For larger pictures, [B, 1, side, side]. There is no normalisation, so that what one picture
+    gives does not depend on the others in its batch.
+    """
+
+    def __init__(self, ways: int, side: int, channels: int = 64) -> None:
+        """Make the layers.
+
+        Parameters
+        ----------
+        ways
+            Number of classes.
+        side
+            Height and width of the pictures.
+        channels
+            Filters in each convolution.
+        """
+        super().__init__()
+        for block in range(4):
+            convolution = nn.Conv2d(channels if block else 1, channels, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            self.extend((convolution, nn.ReLU(), nn.MaxPool2d(2)))
+        self.extend((nn.Flatten(), nn.Linear(channels * (side // 16) ** 2, ways)))
 
 
 class InputBlock(nn.Module):

@@ -16,14 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from examples.imaml.meta import Method
+from examples.imaml.systems import SYSTEMS, Method
 from examples.imaml.training import Trained
-
-NAMES: dict[Method, str] = {
-    "imaml": "iMAML",
-    "maml": "MAML",
-    "fomaml": "first-order",
-}
 
 
 class Estimate(NamedTuple):
@@ -103,7 +97,7 @@ def print_table(
     for method, outcome in outcomes.items():
         products = _products(outcome.trained)
         table.add_row(
-            NAMES[method],
+            SYSTEMS[method].name,
             str(outcome.trained.steps),
             f"{outcome.trained.seconds:.0f}",
             "-" if products is None else f"{products:.1f}",
@@ -129,7 +123,7 @@ def draw_learning_curves(axes: Axes, outcomes: Mapping[Method, Outcome], ylabel:
         What the figure is.
     """
     for method, outcome in outcomes.items():
-        axes.plot(*outcome.trained.history.curve("validation"), label=NAMES[method])
+        axes.plot(*outcome.trained.history.curve("validation"), label=SYSTEMS[method].name)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)

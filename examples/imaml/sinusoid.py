@@ -12,26 +12,35 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import vmap
 
-from examples.imaml.command_line import Recipe, Settings, finish, make_parser, read_settings
+from examples.imaml.command_line import Settings, finish, make_parser, read_settings
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.experiment import run_experiment
-from examples.imaml.meta import MetaLearner, Method
+from examples.imaml.meta import MetaLearner
 from examples.imaml.models import SinusoidMLP
 from examples.imaml.reporting import Outcome, draw_learning_curves, print_table, save_figure
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.sinusoid_tasks import SinusoidTasks
+from examples.imaml.systems import Method, Recipe
 
 VALIDATION_SEED, TEST_SEED = 20170101, 20261123
 VALIDATION_TASKS, GRID = 100, 100
 
 # How these were found: examples/README.md.
 IMPLICIT = Recipe("gauss-newton", inner_steps=3, inner_lr=0.01, lam=0.1, lr=0.02, tasks_per_step=25)
+PUBLISHED = Recipe(
+    "gradient-descent", inner_steps=5, inner_lr=0.01, lam=0.1, lr=0.01, tasks_per_step=25
+)
+SIXTEEN = replace(PUBLISHED, inner_steps=16, lam=0.5)
 RECIPES: dict[Method, Recipe] = {
     "imaml": IMPLICIT,
+    "imaml-gd": SIXTEEN,
+    "imaml-neumann": SIXTEEN,
+    "imaml-hf": replace(IMPLICIT, inner_solver="hessian-free"),
+    "maml": PUBLISHED,
+    "maml-nesterov": replace(PUBLISHED, inner_solver="nesterov"),
+    "truncated": SIXTEEN,
     "fomaml": replace(IMPLICIT, lr=0.01),
-    "maml": Recipe(
-        "gradient-descent", inner_steps=5, inner_lr=0.01, lam=0.1, lr=0.01, tasks_per_step=25
-    ),
+    "reptile": SIXTEEN,
 }
 
 
@@ -136,7 +145,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
     """Read the settings of a run from the command line."""
     parser = make_parser(
         "sinusoid",
-        "Meta-learn sinusoid regression with implicit, unrolled or first-order MAML.",
+        "Meta-learn sinusoid regression with implicit MAML and the systems beside it.",
         {
             "compare": ["fomaml", "maml"],
             "cg_steps": 20,

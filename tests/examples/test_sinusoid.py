@@ -70,7 +70,7 @@ def test_other_ways_to_run_it(smoke, flags):
 @pytest.mark.parametrize(
     ("flags", "allowed"),
     [
-        (["--method", "reptile"], "fomaml"),
+        (["--method", "anil"], "fomaml"),
         (["--inner-steps", "0"], "a whole number of at least 1"),
         (["--lam", "-1"], "a finite number above 0"),
         (["--lam", "nan"], "a finite number above 0"),

@@ -8,13 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from examples.imaml.command_line import Recipe, finish, make_parser, read_settings
+import hypergrad
+from examples.imaml.command_line import finish, make_parser, read_settings
 from examples.imaml.episodes import Episodes
 from examples.imaml.inner import GaussNewtonSteps, GradientDescent, ProximalProblem
 from examples.imaml.meta import MetaLearner
 from examples.imaml.models import OmniglotConvNet
 from examples.imaml.reporting import mean_interval
 from examples.imaml.run_folder import RunFolder
+from examples.imaml.systems import SYSTEMS, Recipe
 from examples.imaml.training import Schedule, TrainingFailed, train
 
 LAM = 0.3
@@ -40,8 +42,9 @@ def squared_error(outputs, targets):
 
 
 def learner(method, solver, **options):
-    options = {"lam": LAM, "clip": 1e9, "cg_steps": 20, **options}
-    return MetaLearner(linear_model, squared_error, method, solver, **options)
+    options = {"lam": LAM, "clip": 1e9, "linear_solver": hypergrad.CG(maxiter=20), **options}
+    differentiation = SYSTEMS[method].differentiation
+    return MetaLearner(linear_model, squared_error, differentiation, solver, **options)
 
 
 @pytest.fixture
@@ -93,7 +96,9 @@ def test_implicit_meta_gradient_is_the_closed_form(meta, episodes, curvature):
 
 
 def test_damping_is_added_to_the_matrix(meta, episodes):
-    gradient, _ = learner("imaml", Exactly(), damping=0.7).task_gradient(meta, one(episodes, 0))
+    gradient, _ = learner(
+        "imaml", Exactly(), linear_solver=hypergrad.CG(maxiter=20, damping=0.7)
+    ).task_gradient(meta, one(episodes, 0))
 
     task = one(episodes, 0)
     matrix = support_hessian(task) + (LAM + 0.7) * torch.eye(UNKNOWNS).double()
@@ -127,7 +132,7 @@ def test_unrolled_meta_gradient_is_autograd_through_the_steps(episodes):
     params = dict(network.named_parameters())
     meta = {name: leaf.detach() for name, leaf in params.items()}
     unrolled = MetaLearner(
-        model, squared_error, "maml", GradientDescent(3, lr=0.1, proximal=False), LAM, clip=1e9
+        model, squared_error, "unrolled", GradientDescent(3, lr=0.1, proximal=False), LAM, clip=1e9
     )
     gradient, _ = unrolled.meta_gradient(meta, episodes)
 
@@ -163,10 +168,10 @@ def test_batch_of_tasks_is_the_loop_over_tasks(method):
     batched = MetaLearner(
         lambda params, x: torch.func.functional_call(network, params, (x,)),
         torch.nn.functional.cross_entropy,
-        method,
+        SYSTEMS[method].differentiation,
         GradientDescent(2, lr=0.1, proximal=method != "maml"),
         lam=1.0,
-        cg_steps=5,
+        linear_solver=hypergrad.CG(maxiter=5),
     )
 
     gradient, measures = batched.meta_gradient(meta, episodes)
