@@ -118,9 +118,9 @@ def run_experiment(
         Their learners.
     """
     with join(settings.device) as ranks:
+        folder = RunFolder(settings.out)
         if settings.resume is None:
             _begin_anew(settings)
-        folder = RunFolder(settings.out)
         resumed = _find_checkpoint(settings, settings.method, benchmark, ranks, console)
         folder.write_json("config.json", _describe(settings))
         outcomes: dict[Method, Outcome] = {}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.imaml.episodes import Episodes, Params
+from examples.imaml.interruption import Interrupted
 
 
 def count() -> int:
@@ -52,9 +53,16 @@ def join(device: torch.device) -> Iterator["Ranks"]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    yield Ranks(dist.get_rank(), dist.get_world_size())
-    # Not after an error: the others may be inside a reduction. torchrun ends them.
-    dist.destroy_process_group()
+    together = True
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        # After any other error the others may be inside a reduction: torchrun ends them.
+        together = isinstance(error, Interrupted)
+        raise
+    finally:
+        if together:
+            dist.destroy_process_group()
 
 
 @dataclass

@@ -139,6 +139,9 @@ class TrainingState:
         }
         for name, value in self._read_like_params(tensors, "params").items():
             self.params[name].copy_(value)
+        one = torch.Size()
+        if any(t.shape != one for n, t in tensors.items() if n.startswith(("adam step/", "sum/"))):
+            raise CheckpointError("the checkpoint holds no such training: a count is no number")
         try:
             self.optimiser.load_state_dict({
                 "param_groups": self.optimiser.state_dict()["param_groups"],
