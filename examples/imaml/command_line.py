@@ -9,7 +9,11 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
+from examples.imaml.checkpoint import CheckpointError
 from examples.imaml.inner import Curvature
+from examples.imaml.ranks import count, is_first, own_device
+from examples.imaml.resume import Refused, ResumePoint
+from examples.imaml.run_folder import WriteFailed
 from examples.imaml.systems import (
     METHODS,
     SYSTEMS,
@@ -21,6 +25,7 @@ from examples.imaml.systems import (
     System,
     refuse,
 )
+from examples.imaml.tensorboard_sink import is_installed
 from examples.imaml.training import TrainingFailed
 
 SMOKE_META_STEPS, SMOKE_TASKS_PER_STEP, SMOKE_TEST_TASKS = 4, 4, 20
@@ -47,6 +52,10 @@ class Settings:
     device: torch.device
     threads: int
     out: Path
+    resume: ResumePoint
+    force: bool
+    checkpoint_every: int | None
+    tensorboard: bool
     smoke: bool
     recipes: dict[Method, Recipe]
     systems: dict[Method, System]
@@ -59,7 +68,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message without the usage, and exit."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -90,6 +99,14 @@ def real(*, above: float | None = None, least: float | None = None) -> Callable[
         return value
 
     return parse
+
+
+def _resume_point(text: str) -> ResumePoint:
+    if text == "auto":
+        return "auto"
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be auto or a checkpoint's file, not {text!r}")
+    return Path(text)
 
 
 def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> OneLineParser:
@@ -152,6 +169,13 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--threads", type=whole(1), default=1, help="CPU threads; small networks gain by no more")
     add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
+    add("--resume", type=_resume_point, metavar="auto|FILE",
+        help="go on from the newest good checkpoint in the output folder, or a file")  # fmt: skip
+    add("--force", action="store_true",
+        help="resume under another configuration, or replace a run that did not end")  # fmt: skip
+    add("--checkpoint-every", type=whole(1), metavar="STEPS",
+        help="meta-steps between checkpoints (default: one at each validation)")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write the records for TensorBoard too")
     add("--smoke", action="store_true", help="a run of seconds, to see that everything works")
     parser.set_defaults(**defaults)
     return parser
@@ -197,10 +221,16 @@ def read_settings(
         parser.error("--device cuda: torch sees no GPU here; cpu and auto are possible")
     if given["device"] == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    given["device"] = torch.device(given["device"])
+    if given["device"] == "cuda" and count() > torch.cuda.device_count():
+        parser.error(
+            f"--device cuda: {count()} processes, at most {torch.cuda.device_count()}, a GPU each"
+        )
+    given["device"] = own_device(given["device"])
     out = given.pop("out") or Path("runs", f"{problem}-{given['method']}-seed{given['seed']}")
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out}: a file is there; the name of a folder is needed")
+    if given["tensorboard"] and not is_installed():
+        parser.error("--tensorboard: TensorBoard is not installed: pip install tensorboard")
     if given["smoke"]:
         given["meta_steps"] = min(given["meta_steps"], SMOKE_META_STEPS)
         given["validate_every"] = min(given["validate_every"], SMOKE_META_STEPS // 2)
@@ -209,28 +239,44 @@ def read_settings(
             method: replace(r, tasks_per_step=min(r.tasks_per_step, SMOKE_TASKS_PER_STEP))
             for method, r in own.items()
         }
+    for method in (given["method"], *compare):
+        if own[method].tasks_per_step < count():
+            parser.error(
+                f"--tasks-per-step: at least {count()}, one for each process, "
+                f"not {own[method].tasks_per_step}"
+            )
     shared = {name: given.pop(name) for name in Settings.__dataclass_fields__ if name in given}
     return Settings(**shared, compare=compare, out=out, recipes=own, systems=systems, further=given)
 
 
 def finish(program: Callable[[], None], expected: tuple[type[Exception], ...] = ()) -> NoReturn:
-    """Run a program and exit: 130 after Ctrl-C, 1 with one line after an expected error.
+    """Run a program and exit.
+
+    The status is 130 after Ctrl-C, 2 where what is asked for was refused, and 1, with one line,
+    after an expected error.
 
     Parameters
     ----------
     program
         What to run.
     expected
-        Errors whose message is all that a user needs, beside a failed training.
+        Errors whose message is all that a user needs, beside those of training and files.
     """
+    known: tuple[type[Exception], ...]
+    known = (TrainingFailed, CheckpointError, WriteFailed, Refused, *expected)
     try:
         program()
-    except KeyboardInterrupt:
-        print("interrupted; what was measured so far is in the output folder", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted; what was measured so far is in the output folder")
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, (TrainingFailed, *expected)):
+        if not isinstance(error, known):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        _complain(str(error))
+        sys.exit(2 if isinstance(error, Refused) else 1)
     sys.exit(0)
+
+
+def _complain(text: str) -> None:
+    if is_first():
+        print(text, file=sys.stderr)

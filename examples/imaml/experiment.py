@@ -1,19 +1,26 @@
 """One experiment: a method, and others beside it, trained and tested on the same tasks."""
 
 import dataclasses
+import io
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import hypergrad
+from examples.imaml.checkpoint import Checkpoint
+from examples.imaml.checkpoint_series import CheckpointSeries
 from examples.imaml.command_line import Settings
+from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.meta import MetaLearner
+from examples.imaml.ranks import Ranks, is_first, join
 from examples.imaml.reporting import Outcome, summarise
+from examples.imaml.resume import Keeping, Refused, ResumePoint, find
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.systems import Method, build_inner_solver, build_linear_solver
+from examples.imaml.tensorboard_sink import TensorBoardSink
 from examples.imaml.training import Schedule, Trained, TrainingFailed, train
 
 
@@ -120,61 +127,131 @@ def run_experiment(
     TrainingFailed
         If the training of the chosen method fails.
     """
-    folder = RunFolder(settings.out)
-    folder.write_json("config.json", _describe(settings))
-    outcomes: dict[Method, Outcome] = {}
-    learners: dict[Method, MetaLearner] = {}
-    steps, budget = settings.meta_steps, settings.time_budget
-    for method in (settings.method, *settings.compare):
-        learners[method] = build_learner(settings, method, benchmark)
-        own = folder if method == settings.method else RunFolder(settings.out / method)
-        try:
-            trained = _train_one(settings, learners[method], benchmark, steps, budget, own, console)
-        except TrainingFailed as failure:
-            if method == settings.method:
-                raise
-            console.print(f"left out: {failure}", markup=False, soft_wrap=True)
-            continue
-        outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
-        folder.write_json("results.json", summarise(outcomes))
-        if not settings.smoke:
-            steps, budget = 10**9, outcomes[settings.method].trained.seconds
+    with join(settings.device) as ranks:
+        folder = RunFolder(settings.out)
+        if settings.resume is None:
+            _begin_anew(settings)
+        resumed = _find_checkpoint(settings, settings.method, benchmark, ranks, console)
+        folder.write_json("config.json", _describe(settings))
+        outcomes: dict[Method, Outcome] = {}
+        learners: dict[Method, MetaLearner] = {}
+        schedule = settings.meta_steps, settings.time_budget
+        for method in (settings.method, *settings.compare):
+            if method != settings.method:
+                resumed = _find_checkpoint(settings, method, benchmark, ranks, console)
+            learners[method] = build_learner(settings, method, benchmark)
+            try:
+                trained = _train_one(
+                    settings, learners[method], benchmark, schedule, resumed, ranks, console
+                )
+            except TrainingFailed as failure:
+                if method == settings.method:
+                    raise
+                console.print(f"left out: {failure}", markup=False, soft_wrap=True)
+                continue
+            outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
+            folder.write_json("results.json", summarise(outcomes))
+            if not settings.smoke:
+                schedule = 10**9, outcomes[settings.method].trained.seconds
     return outcomes, learners
+
+
+def _folder_of(settings: Settings, method: Method) -> Path:
+    return settings.out if method == settings.method else settings.out / method
+
+
+def _begin_anew(settings: Settings) -> None:
+    """Remove the checkpoints of the run before, if it ended or nobody is to miss it."""
+    if not is_first():
+        return
+    series = [
+        CheckpointSeries(_folder_of(settings, m)) for m in (settings.method, *settings.compare)
+    ]
+    ended = settings.out / "results.json"
+    if any(one.find() for one in series) and not (ended.exists() or settings.force):
+        raise Refused(
+            f"{settings.out} holds the checkpoints of a run that did not end: "
+            "--resume auto goes on with it, --force begins anew in its place"
+        )
+    for one in series:
+        one.clear()
+    ended.unlink(missing_ok=True)
+
+
+def _find_checkpoint(
+    settings: Settings, method: Method, benchmark: Benchmark, ranks: Ranks, console: Console
+) -> Checkpoint | None:
+    """Let the first process read, and tell the others."""
+    point: ResumePoint = settings.resume
+    if method != settings.method and point is not None:
+        point = "auto"
+    found = None
+    if is_first():
+        now = describe(settings, method, benchmark, ranks.size)
+        series = CheckpointSeries(_folder_of(settings, method))
+        found = find(point, series, now, console, force=settings.force)
+    if ranks.size == 1:
+        return found
+    content = ranks.broadcast(found.encode() if found else b"")
+    return Checkpoint.decode(content, "the first process's checkpoint") if content else None
 
 
 def _train_one(
     settings: Settings,
     learner: MetaLearner,
     benchmark: Benchmark,
-    steps: int,
-    budget: float | None,
-    folder: RunFolder,
+    schedule: tuple[int, float | None],
+    resumed: Checkpoint | None,
+    ranks: Ranks,
     console: Console,
 ) -> Trained:
     recipe = settings.recipes[learner.method]
+    folder = RunFolder(_folder_of(settings, learner.method))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     network = benchmark.build_network().to(settings.device)
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
-    trained = train(
-        learner,
-        dict(network.named_parameters()),
-        lambda tasks: benchmark.sample(tasks, generator),
-        lambda params: benchmark.validate(learner, params),
-        Schedule(steps, budget, recipe.tasks_per_step, recipe.lr, settings.validate_every),
-        folder,
-        console=console,
-        figure=benchmark.figure,
-        larger_is_better=benchmark.larger_is_better,
-    )
-    folder.write("parameters.pt", lambda path: torch.save(trained.params, path))
+    sink = None
+    if settings.tensorboard and is_first():
+        step = resumed.figures["step"] if resumed else 0
+        sink = TensorBoardSink(folder.path / "tensorboard", step)
+    try:
+        trained = train(
+            learner,
+            dict(network.named_parameters()),
+            lambda tasks: benchmark.sample(tasks, generator),
+            lambda params: benchmark.validate(learner, params),
+            Schedule(*schedule, recipe.tasks_per_step, recipe.lr, settings.validate_every),
+            folder,
+            console=console,
+            figure=benchmark.figure,
+            larger_is_better=benchmark.larger_is_better,
+            keeping=Keeping(
+                CheckpointSeries(folder.path),
+                describe(settings, learner.method, benchmark, ranks.size),
+                generator,
+                settings.checkpoint_every,
+                resumed,
+            ),
+            ranks=ranks,
+            sink=sink,
+        )
+    finally:
+        if sink:
+            sink.close()
+    folder.write_bytes("parameters.pt", _saved(trained.params))
     return trained
 
 
+def _saved(params: Params) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(params, buffer)
+    return buffer.getvalue()
+
+
 def _describe(settings: Settings) -> dict[str, object]:
-    versions = {"hypergrad": hypergrad.__version__, "torch": torch.__version__}
     return {
         **dataclasses.asdict(settings),
-        "versions": versions,
+        "versions": versions(),
         "threads": torch.get_num_threads(),
     }

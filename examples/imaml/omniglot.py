@@ -34,6 +34,7 @@ from examples.imaml.omniglot_data import (
     split_characters,
     with_rotations,
 )
+from examples.imaml.ranks import is_first
 from examples.imaml.reporting import Outcome, draw_learning_curves, print_table, save_figure
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.systems import Method, Recipe
@@ -249,7 +250,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, test, and write table and picture."""
-    settings, console = read_command_line(arguments), Console()
+    settings, console = read_command_line(arguments), Console(quiet=not is_first())
     benchmark = OmniglotBenchmark.build(settings)
     outcomes, learners = run_experiment(settings, benchmark, console)
     picture = draw(outcomes, learners[settings.method], benchmark)

@@ -169,7 +169,10 @@ def read_zip(path: Path, *, md5: str | None = None) -> dict[str, Bitmaps]:
                 # The first folder repeats the archive's name: characters keep
                 # the same key in each archive that holds them.
                 key = "/".join(match["character"].split("/")[-2:])
-                picture = _read_picture(archive.read(member), f"{path}: {member.filename}")
+                # No more than it says: a member that says too little unpacks to no more either.
+                with archive.open(member) as file:
+                    content = file.read(member.file_size)
+                picture = _read_picture(content, f"{path}: {member.filename}")
                 drawings.setdefault(key, {})[int(match["drawing"])] = picture
     except zipfile.BadZipFile as error:
         raise OmniglotError(f"{path} is not a sound zip archive: {error}") from error
@@ -210,7 +213,8 @@ def read_npz(path: Path) -> Bitmaps:
             if "images" not in arrays:
                 raise OmniglotError(f"{path} holds {sorted(arrays)}, expected {expected}")
             images = arrays["images"]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, MemoryError) as error:
+        # MemoryError: the array's own header may promise any shape.
         raise OmniglotError(f"{path} cannot be read as {expected}: {error}") from error
     if images.dtype != np.bool_ or images.shape[1:] != (DRAWINGS, SIDE, SIDE) or not len(images):
         raise OmniglotError(

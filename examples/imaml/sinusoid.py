@@ -17,6 +17,7 @@ from examples.imaml.episodes import Episodes, Params
 from examples.imaml.experiment import run_experiment
 from examples.imaml.meta import MetaLearner
 from examples.imaml.models import SinusoidMLP
+from examples.imaml.ranks import is_first
 from examples.imaml.reporting import Outcome, draw_learning_curves, print_table, save_figure
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.sinusoid_tasks import SinusoidTasks
@@ -160,7 +161,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, test, and write table and picture."""
-    settings, console = read_command_line(arguments), Console()
+    settings, console = read_command_line(arguments), Console(quiet=not is_first())
     benchmark = SinusoidBenchmark.build(settings)
     outcomes, learners = run_experiment(settings, benchmark, console)
     picture = draw(outcomes, learners[settings.method], benchmark)

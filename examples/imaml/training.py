@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -11,8 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from examples.imaml.episodes import Episodes, Params
+from examples.imaml.interruption import Interrupted, Interruption
 from examples.imaml.meta import MetaLearner
+from examples.imaml.ranks import Ranks, is_first
+from examples.imaml.resume import Keeping
 from examples.imaml.run_folder import RunFolder
+from examples.imaml.training_state import History, TrainingState
 
 WARM_UP_STEPS = 20
 
@@ -56,20 +60,6 @@ class Schedule:
         return warm_up * self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-@dataclass
-class History:
-    """What a run has measured so far."""
-
-    records: list[dict[str, float]] = field(default_factory=list)
-    """One a validation: same seed, same numbers on the CPU."""
-    timings: list[dict[str, float]] = field(default_factory=list)
-    """Beside each record, the seconds of meta-steps so far."""
-
-    def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Return the seconds and the values of one figure."""
-        return [t["seconds"] for t in self.timings], [r[name] for r in self.records]
-
-
 @dataclass(frozen=True)
 class Trained:
     """The outcome of a run.
@@ -103,8 +93,13 @@ def train(
     console: Console,
     figure: str,
     larger_is_better: bool = False,
+    keeping: Keeping | None = None,
+    ranks: Ranks | None = None,
+    sink: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Trained:
     """Meta-train, and keep `metrics.jsonl` and `timings.jsonl` up to date in `folder`.
+
+    Nothing waits for the device inside a meta-step: figures are read at a validation.
 
     Parameters
     ----------
@@ -126,6 +121,12 @@ def train(
         What `validate` returns, in words.
     larger_is_better
         Whether it is to rise.
+    keeping
+        Where checkpoints go, and what the training goes on from. None: it is not kept.
+    ranks
+        The processes that share each meta-step. None: this one alone.
+    sink
+        Is given each record too.
 
     Returns
     -------
@@ -136,86 +137,108 @@ def train(
     ------
     TrainingFailed
         If a meta-gradient is not finite. The records up to there are kept.
+    Interrupted
+        After Ctrl-C, with the checkpoint written.
     """
-    params = {name: leaf.detach().clone() for name, leaf in start.items()}
-    optimiser = torch.optim.Adam(list(params.values()), lr=schedule.lr)
-    clock, history, sums = _Clock(params), History(), _Means()
+    ranks = ranks or Ranks()
+    state = TrainingState(start, keeping.generator if keeping else None)
+    if keeping and keeping.resumed:
+        state.load(keeping.resumed)
+        _write_history(folder, state.history)
+    ranks.begin(state.seconds)
+    clock = _Clock(state)
     sign = -1.0 if larger_is_better else 1.0
-    best, best_params = math.inf, params
-    step = 0
-    with _display(console) as display:
+    done = schedule.progress(state.step, state.seconds)
+    with _display(console) as display, Interruption() as interruption:
         bar = display.add_task(learner.method, total=1.0, figures="")
-        while (done := schedule.progress(step, clock.seconds)) < 1.0:
+        display.update(bar, completed=done)
+        while done < 1.0:
             clock.start()
-            optimiser.param_groups[0]["lr"] = schedule.rate(step, done)
-            gradient, measures = learner.meta_gradient(params, sample(schedule.tasks_per_step))
-            for name, leaf in params.items():
-                leaf.grad = gradient[name]
-            optimiser.step()
-            sums.add(measures)
+            episodes = ranks.share(sample(schedule.tasks_per_step))
+            gradient, measures = learner.meta_gradient(state.params, episodes)
+            gradient, figures = ranks.average(
+                gradient, _average(measures), schedule.tasks_per_step,
+                state.seconds, interruption.requested,
+            )  # fmt: skip
+            state.update(gradient, schedule.rate(state.step, done))
+            state.means.add(figures)
             clock.stop()
-            step += 1
-            done = schedule.progress(step, clock.seconds)
+            state.step += 1
+            seconds, stop = ranks.agreed(state.seconds, interruption.requested)
+            done = schedule.progress(state.step, seconds)
             display.update(bar, completed=done)
-            if done < 1.0 and step % schedule.validate_every:
-                continue
-            clock.synchronise()
-            value = validate(params)
-            history.records.append({"step": step, **sums.take(), "validation": value})
-            history.timings.append({"step": step, "seconds": round(clock.seconds, 3)})
-            folder.write_lines("metrics.jsonl", history.records)
-            folder.write_lines("timings.jsonl", history.timings)
-            if history.records[-1]["not_finite"] or not math.isfinite(value):
-                raise TrainingFailed(
-                    f"{learner.method}: a meta-gradient was not finite before step {step}; "
-                    "try a smaller --inner-lr or --lr, or --curvature gauss-newton"
+            validates = done >= 1.0 or state.step % schedule.validate_every == 0
+            if validates:
+                clock.synchronise()
+                value = validate(state.params)
+                state.history.records.append({
+                    "step": state.step,
+                    **state.means.take(),
+                    "validation": value,
+                })
+                state.history.timings.append({
+                    "step": state.step,
+                    "seconds": round(state.seconds, 3),
+                })
+                _write_history(folder, state.history)
+                if sink:
+                    sink(state.history.records[-1])
+                if state.history.records[-1]["not_finite"] or not math.isfinite(value):
+                    raise TrainingFailed(_not_finite(learner, state.step))
+                state.note_best(sign * value)
+                display.update(bar, figures=f"{figure} {value:.3f} after {state.step} meta-steps")
+            due = validates if not (keeping and keeping.every) else state.step % keeping.every == 0
+            if keeping and (due or stop or done >= 1.0):
+                clock.synchronise()
+                if not state.is_finite():
+                    raise TrainingFailed(_not_finite(learner, state.step))
+                if is_first():
+                    keeping.series.write(state.step, state.save(keeping.configuration))
+            if stop:
+                raise Interrupted(
+                    f"interrupted after {state.step} meta-steps"
+                    + ("; --resume auto goes on from there" if keeping else "")
                 )
-            if sign * value < best:
-                best = sign * value
-                best_params = {name: leaf.detach().clone() for name, leaf in params.items()}
-            display.update(bar, figures=f"{figure} {value:.3f} after {step} meta-steps")
-    return Trained(best_params, history, step, clock.seconds)
+    return Trained(state.best_params, state.history, state.step, state.seconds)
+
+
+def _average(measures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average over the tasks; a task without a finite gradient counts in "not_finite"."""
+    missing = (~torch.isfinite(measures["gradient_norm"])).float().mean()
+    means = {name: value.float().mean() for name, value in measures.items()}
+    return {**means, "not_finite": missing}
+
+
+def _not_finite(learner: MetaLearner, step: int) -> str:
+    return (
+        f"{learner.method}: a meta-gradient was not finite before step {step}; "
+        "try a smaller --inner-lr or --lr, or --curvature gauss-newton"
+    )
+
+
+def _write_history(folder: RunFolder, history: History) -> None:
+    folder.write_lines("metrics.jsonl", history.records)
+    folder.write_lines("timings.jsonl", history.timings)
 
 
 class _Clock:
-    """Seconds spent in meta-steps, the device's own work included."""
+    """Counts the seconds spent in meta-steps, the device's own work included."""
 
-    def __init__(self, params: Params) -> None:
-        self.seconds = 0.0
-        self._device = next(iter(params.values())).device
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
         self._began = 0.0
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self._state.seconds += time.perf_counter() - self._began
 
     def synchronise(self) -> None:
-        if self._device.type == "cuda":
+        if self._state.device.type == "cuda":
             self.start()
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self._state.device)
             self.stop()
-
-
-class _Means:
-    """Averages over tasks and meta-steps, kept on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-
-    def add(self, measures: dict[str, Tensor]) -> None:
-        missing = (~torch.isfinite(measures["gradient_norm"])).float().mean()
-        means = {name: value.float().mean() for name, value in measures.items()}
-        for name, value in {**means, "not_finite": missing}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
-
-    def take(self) -> dict[str, float]:
-        means = {name: (total / self._steps).item() for name, total in self._sums.items()}
-        self._sums, self._steps = {}, 0
-        return means
 
 
 def _display(console: Console) -> Progress:
