@@ -31,7 +31,7 @@ IMPLICIT = Recipe("gauss-newton", inner_steps=3, inner_lr=0.01, lam=0.1, lr=0.02
 PUBLISHED = Recipe(
     "gradient-descent", inner_steps=5, inner_lr=0.01, lam=0.1, lr=0.01, tasks_per_step=25
 )
-SIXTEEN = replace(PUBLISHED, inner_steps=16, lam=0.5)
+SIXTEEN = replace(PUBLISHED, inner_steps=16, inner_lr=0.005, lam=0.5)
 RECIPES: dict[Method, Recipe] = {
     "imaml": IMPLICIT,
     "imaml-gd": SIXTEEN,

@@ -68,7 +68,8 @@ SYSTEMS: dict[Method, System] = {
     "imaml": System("iMAML, Gauss-Newton", "implicit", curvature="gauss-newton"),
     "imaml-gd": System("iMAML, GD and CG", "implicit"),
     "imaml-neumann": System("iMAML, Neumann", "implicit", linear_solver="neumann"),
-    "imaml-hf": System("iMAML, Hessian-free", "implicit"),
+    # Martens's products are those with the Gauss-Newton matrix too.
+    "imaml-hf": System("iMAML, Hessian-free", "implicit", curvature="gauss-newton"),
     "maml": System("MAML, GD", "unrolled", proximal=False),
     "maml-nesterov": System("MAML, Nesterov", "unrolled", proximal=False),
     "truncated": System("truncated", "truncated"),
