@@ -269,9 +269,9 @@ def test_row_36_every_flipped_bit_and_every_length_is_seen():
     for place in range(len(content)):
         damaged = bytearray(content)
         damaged[place] ^= 1 << random.Random(place).randrange(8)
-        with pytest.raises(CheckpointError, match="damaged|truncated|format"):
+        with pytest.raises(CheckpointError, match=r"damaged|truncated|format"):
             Checkpoint.decode(bytes(damaged), "c")
-        with pytest.raises(CheckpointError, match="truncated|first line is damaged"):
+        with pytest.raises(CheckpointError, match=r"truncated|first line is damaged"):
             Checkpoint.decode(content[:place], "c")
     with pytest.raises(CheckpointError, match=r"damaged: [\d,]+ bytes where"):
         Checkpoint.decode(content + b"\0", "c")
@@ -486,6 +486,18 @@ def test_row_38_records_after_the_checkpoint_are_dropped(tmp_path, interrupt):
     # As if it had been killed after the record of step 5 and before its checkpoint.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 5, "validation": 0.0}\n')
+
+    assert run(tmp_path / "parts", "--validate-every", "1", "--resume", "auto") == 0
+
+    assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_row_38_the_best_before_the_stop_stays_the_best(tmp_path, interrupt, monkeypatch):
+    figures = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0] * 2)
+    monkeypatch.setattr(sinusoid.SinusoidBenchmark, "validate", lambda *given: next(figures))
+    assert run(tmp_path / "whole", "--validate-every", "1") == 0
+    interrupt(3)
+    assert run(tmp_path / "parts", "--validate-every", "1") == 130
 
     assert run(tmp_path / "parts", "--validate-every", "1", "--resume", "auto") == 0
 
