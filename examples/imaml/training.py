@@ -148,7 +148,8 @@ def train(
     ranks.begin(state.seconds)
     clock = _Clock(state)
     sign = -1.0 if larger_is_better else 1.0
-    done = schedule.progress(state.step, state.seconds)
+    seconds = state.seconds  # those of the first process
+    done = schedule.progress(state.step, seconds)
     with _display(console) as display, Interruption() as interruption:
         bar = display.add_task(learner.method, total=1.0, figures="")
         display.update(bar, completed=done)
@@ -199,7 +200,7 @@ def train(
                     f"interrupted after {state.step} meta-steps"
                     + ("; --resume auto goes on from there" if keeping else "")
                 )
-    return Trained(state.best_params, state.history, state.step, state.seconds)
+    return Trained(state.best_params, state.history, state.step, seconds)
 
 
 def _average(measures: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Several processes that share a meta-step, started by torchrun as a user starts them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.imaml import sinusoid
+from examples.imaml import experiment, sinusoid
 from examples.imaml.command_line import finish
 from examples.imaml.episodes import Episodes
-from examples.imaml.ranks import Ranks
+from examples.imaml.ranks import Ranks, join
 
 ROOT = Path(__file__).parents[2]
 STEPS, STOPPED = 6, 3
@@ -61,17 +62,27 @@ class Watched:
 def in_a_rank(out):
     """Train, stop after Ctrl-C in the second process alone, and go on; write what was seen."""
     rank = int(os.environ["RANK"])
+    # One group for all: a second one would meet the first one's addresses in the store.
+    with join(torch.device("cpu")) as ranks:
+        experiment.join = lambda device: contextlib.nullcontext(ranks)
+        _train_in_a_rank(out, rank)
+
+
+def _train_in_a_rank(out, rank):
     own = out / f"out{rank}"
     first = Watched(own, interrupt=STOPPED - 1 if rank else None)
     status = [first()]
     second = Watched(own)
     status.append(second("--resume", "auto"))
+    # The seconds of the first decide when the second method ends, in both processes.
+    third = Watched(own)
+    status.append(third("--resume", "auto", "--compare", "fomaml"))
     seen = {
         "status": status,
         "gradient": first.gradients[0],
         "last gradient": second.gradients[-1],
-        "steps": [len(first.gradients), len(second.gradients)],
-        "reductions": [first.reductions, second.reductions],
+        "steps": [len(run.gradients) for run in (first, second, third)],
+        "reductions": [run.reductions for run in (first, second, third)],
     }
     torch.save(seen, out / f"seen{rank}.pt")
 
@@ -80,12 +91,16 @@ def in_a_rank(out):
 def two(tmp_path_factory):
     """Run two processes."""
     out = tmp_path_factory.mktemp("two")
-    subprocess.run(
+    torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          __file__, str(out)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
-        timeout=200,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    try:
+        assert torchrun.wait(timeout=120) == 0
+    finally:
+        torchrun.terminate()  # and it ends the two
+        torchrun.wait(timeout=60)
     return out
 
 
@@ -128,9 +143,15 @@ def test_one_reduction_a_meta_step(two):
 def test_ctrl_c_in_one_process_stops_both_after_the_same_step_and_both_go_on(two):
     first, second = read(two)
 
-    assert first["status"] == second["status"] == [130, 0]
-    assert first["steps"] == second["steps"] == [STOPPED, STEPS - STOPPED]
+    assert first["status"] == second["status"] == [130, 0, 0]
+    assert first["steps"][:2] == second["steps"][:2] == [STOPPED, STEPS - STOPPED]
     assert torch.equal(flat(first["last gradient"]), flat(second["last gradient"]))
+
+
+def test_a_time_budget_ends_both_after_the_same_step(two):
+    first, second = read(two)
+
+    assert first["steps"][2] == second["steps"][2] > 0
 
 
 def test_only_the_first_process_writes(two):

@@ -492,6 +492,18 @@ def test_row_38_records_after_the_checkpoint_are_dropped(tmp_path, interrupt):
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_row_38_the_best_before_the_stop_stays_the_best(tmp_path, interrupt, monkeypatch):
+    figures = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0] * 2)
+    monkeypatch.setattr(sinusoid.SinusoidBenchmark, "validate", lambda *given: next(figures))
+    assert run(tmp_path / "whole", "--validate-every", "1") == 0
+    interrupt(3)
+    assert run(tmp_path / "parts", "--validate-every", "1") == 130
+
+    assert run(tmp_path / "parts", "--validate-every", "1", "--resume", "auto") == 0
+
+    assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_row_38_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert run(tmp_path) == 0
     before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "results.json").read_bytes()
