@@ -183,7 +183,7 @@ def _alone(
         moves += 1
         alpha = rz / pAp
         if observer is not None:
-            observer.along(p, Ap, p, r.new_tensor(pAp))
+            observer.along_alone(p, Ap, pAp)
         x = torch.add(x, p, alpha=alpha)
         r = torch.sub(r, Ap, alpha=alpha)
         z = r if precondition is None else precondition(r)
@@ -194,7 +194,7 @@ def _alone(
         beta = rz_new / rz if rz else math.nan
         betas.append(beta)
         if observer is not None:
-            observer.after_step(x, r.new_tensor(rr).sqrt(), true)
+            observer.after_step(x, math.sqrt(max(rr, 0.0)), true)
         if rr <= target:
             status = Status.CONVERGED
             break

@@ -50,11 +50,18 @@ class Observer:
         self.step = torch.addcmul(self.step, part, direction)
         self.left = torch.addcmul(self.left, part, image, value=-1)
 
-    def after_step(self, x: Tensor, size: Tensor, active: Tensor) -> None:
+    def along_alone(self, direction: Tensor, image: Tensor, length: float) -> None:
+        """The same for one system by conjugate gradients, in numbers in place of tensors."""
+        part = torch.dot(direction, self.left).item() / length
+        self.step = torch.add(self.step, direction, alpha=part)
+        self.left = torch.sub(self.left, image, alpha=part)
+
+    def after_step(self, x: Tensor, size: Tensor | float, active: Tensor) -> None:
         """Keep the answer and its residual norm after each step whose number is a power of two."""
         self._count += 1
         if self._count & (self._count - 1):
             return
+        size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
         (older_x, older_size), (newer_x, newer_size) = self._older, self._newer
         going = active[..., None]
         self._older = (
