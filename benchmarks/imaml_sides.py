@@ -1,6 +1,7 @@
 """Who makes the meta-step: batched over the tasks, or in a loop over them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import higher
 import torch
@@ -19,13 +20,19 @@ MetaGradient = Callable[[MetaStep], Tensor]
 
 
 def by_hypergrad(step: MetaStep) -> Tensor:
-    """Every task's status, residuals and curvature are returned too."""
-    gradient, _ = with_info(step)
+    """As anybody calls it, with all checks on."""
+    gradient = _mapped(step, return_info=False)
     return flat_gradient({name: leaf.mean(0) for name, leaf in gradient.items()})
 
 
 def with_info(step: MetaStep) -> tuple[dict[str, Tensor], hypergrad.SolveInfo]:
-    def one(params: Params, task: Episodes) -> tuple[Params, hypergrad.SolveInfo]:
+    """The same, with the evidence of every task."""
+    found: tuple[dict[str, Tensor], hypergrad.SolveInfo] = _mapped(step, return_info=True)
+    return found
+
+
+def _mapped(step: MetaStep, *, return_info: bool) -> Any:
+    def one(params: Params, task: Episodes) -> Any:
         return hypergrad.implicit_grad(
             lambda params, meta: step.outer(params, task),
             lambda params, meta: step.inner(params, meta, task.support_x, task.support_y),
@@ -33,7 +40,7 @@ def with_info(step: MetaStep) -> tuple[dict[str, Tensor], hypergrad.SolveInfo]:
             step.meta,
             solver=hypergrad.CG(maxiter=CG_STEPS),
             inner_tol=None,  # so few steps are not meant to solve the inner problem
-            return_info=True,
+            return_info=return_info,
         )
 
     params = {name: leaf.detach() for name, leaf in step.adapted_together().items()}

@@ -56,6 +56,7 @@ def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
     steps = logistic_sides.STEPS
     products = {
         OURS: made,
+        logistic_sides.WITH_INFO: made,
         "by hand, autograd": steps,
         "by hand, closed-form products": steps + 1,
         "torchopt, CG": steps,
