@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo, Status
-from .._transforms import any_task, refuse_derivatives
+from .._transforms import any_task, refuse_derivatives, transforms_active
 from .._tree import Layout, Tree
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ class Iterative(Solver):
         inverse = newton = largest = None
         condition_number: Callable[[], Tensor] | None = None
         first = True
+        alone = b.ndim == 1 and looks and b.device.type == "cpu" and not transforms_active()
         while limit > 0 and (not looks or any_task(active)):
             part = self._iterate(
                 matvec,
@@ -318,6 +319,20 @@ class Iterative(Solver):
             candidate = x + part.x
             r_new = b - matvec(candidate)
             size_new = norm(r_new)
+            if first and looks and part.ritz is not None and precondition is None:
+                eigenvalues = part.ritz()
+            if part.observer is not None:
+                inverse = part.observer.inverse(part.x)
+                newton = norm(part.observer.step) + inverse * norm(part.observer.left)
+                largest = part.largest
+            if first and precondition is None:
+                condition_number = part.condition_number
+            if alone and first and self._as_expected(part, size_new, tol, limit):
+                # What follows would say the same, in some forty small operations.
+                x, size = candidate, size_new
+                status = torch.where(size <= tol, int(Status.CONVERGED), part.status)
+                iterations, negative = part.iterations, part.negative
+                break
             # A truncated iteration is closer in the energy norm also where its residual is not.
             truncated = part.status == Status.MAX_ITERATIONS
             better = (size_new < size) | ~torch.isfinite(size_new)
@@ -345,14 +360,6 @@ class Iterative(Solver):
             status = torch.where(active, ended, status)
             iterations = torch.where(active, iterations + part.iterations, iterations)
             negative = negative | (active & part.negative)
-            if first and looks and part.ritz is not None and precondition is None:
-                eigenvalues = part.ritz()
-            if part.observer is not None:
-                inverse = part.observer.inverse(part.x)
-                newton = norm(part.observer.step) + inverse * norm(part.observer.left)
-                largest = part.largest
-            if first and precondition is None:
-                condition_number = part.condition_number
             size = torch.where(keep, size_new, size)
             reached = torch.where(active, part.largest * norm(x), reached)
             active, first = again, False
@@ -377,6 +384,13 @@ class Iterative(Solver):
             largest=largest,
             condition_number=condition_number,
         )
+
+    def _as_expected(self, part: Part, size: Tensor, tol: Tensor, limit: int) -> bool:
+        """Whether one system was solved at once, or cut short where that was the plan."""
+        if part.status == Status.CONVERGED:
+            return bool(size <= tol)
+        cut = part.status == Status.MAX_ITERATIONS and limit <= 0
+        return bool(cut) and not self.judged_by_residual and bool(torch.isfinite(size))
 
     def _succeeded(
         self, status: Tensor, size: Tensor, reached: Tensor, precision: torch.dtype

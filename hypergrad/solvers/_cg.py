@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -133,7 +134,7 @@ class CG(Iterative):
             steps=steps,
             negative=negative,
             largest=steepest,
-            ritz=partial(ritz_values_of_cg, curvatures, sizes, betas, known) if steps else None,
+            ritz=partial(_ritz, curvatures, sizes, betas, known) if steps else None,
             observer=observer,
         )
 
@@ -201,8 +202,12 @@ def _alone(
         p = torch.add(z, p, alpha=beta)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
-    kept = (r.new_tensor(numbers).unbind() for numbers in (curvatures, sizes, betas))
-    ritz = partial(ritz_values_of_cg, next(kept), next(kept), next(kept), [true] * steps)
+
+    def ritz() -> Tensor:
+        known = torch.ones(steps, dtype=torch.bool)
+        pAp, size, beta = (r.new_tensor(kept) for kept in (curvatures, sizes, betas))
+        return ritz_values_of_cg(pAp, size, beta, known)
+
     return Part(
         x=x,
         status=torch.tensor(int(status)),
@@ -217,3 +222,8 @@ def _alone(
 
 def _number(a: Tensor, b: Tensor) -> float:
     return torch.dot(a, b).item()
+
+
+def _ritz(*of_steps: Sequence[Tensor]) -> Tensor:
+    pAp, size, beta, known = (torch.stack(list(kept), dim=-1) for kept in of_steps)
+    return ritz_values_of_cg(pAp, size, beta, known)

@@ -99,13 +99,8 @@ def ritz_values_of_lanczos(
     return extreme_ritz_values(*(torch.stack(list(c), dim=-1) for c in (diagonal, beside, known)))
 
 
-def ritz_values_of_cg(
-    curvatures: Sequence[Tensor],
-    sizes: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    known: Sequence[Tensor],
-) -> Tensor:
-    """The extreme Ritz values from p.Ap, r.z and beta of each step of conjugate gradients.
+def ritz_values_of_cg(pAp: Tensor, size: Tensor, beta: Tensor, known: Tensor) -> Tensor:
+    """The extreme Ritz values from p.Ap, r.z and beta of each step, ``(*tasks, k)``, of CG.
 
     The matrix of the Lanczos recurrence is L D L^T with D the values of 1 / alpha = p.Ap / r.z
     and L unit lower bidiagonal with the square roots of beta beside its diagonal. It is right
@@ -120,9 +115,6 @@ def ritz_values_of_cg(
     ----------
     Golub and Van Loan, Matrix computations, section 10.2.
     """
-    pivots = torch.stack(list(curvatures), dim=-1) / torch.stack(list(sizes), dim=-1)
-    beta = torch.stack(list(betas), dim=-1)
+    pivots = pAp / size
     carried = torch.nn.functional.pad((beta * pivots)[..., :-1], (1, 0))
-    return extreme_ritz_values(
-        pivots + carried, beta.sqrt() * pivots, torch.stack(list(known), dim=-1)
-    )
+    return extreme_ritz_values(pivots + carried, beta.sqrt() * pivots, known)
