@@ -11,69 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._advice import advice, refuse_once_differentiable
+from ._advice import refuse_once_differentiable
 from ._errors import NotConnected
 from ._problem import Problem
+from ._replay import ForwardReplay, Parts, Replay
 from ._trace import graph
 from ._transforms import transforms_active
 
-Parts = Sequence[Tensor | None]
-
-
-class Replay:
-    """Vector-Jacobian products of recorded outputs, from the one graph, as often as asked."""
-
-    def __init__(self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> None:
-        self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        self._outputs = [o for o in outputs if o is not None and o.requires_grad]
-        self._inputs = list(inputs)
-
-    def __call__(self, cotangents: Parts, create_graph: bool = False) -> list[Tensor | None]:
-        """One product; None where an input is not reached."""
-        given = [
-            torch.zeros_like(o) if cotangents[i] is None else cotangents[i]
-            for i, o in zip(self._used, self._outputs, strict=True)
-        ]
-        if not given or not self._inputs:
-            return [None] * len(self._inputs)
-        with advice():
-            found = torch.autograd.grad(
-                self._outputs,
-                self._inputs,
-                given,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        return list(found)
-
-
-class ForwardReplay:
-    """Jacobian-vector products of recorded outputs, by differentiating a pullback.
-
-    The pullback is linear in its cotangent, so its transpose is the Jacobian: this needs double
-    backward alone, where forward-mode products fail in fused kernels and are slower.
-    """
-
-    def __init__(
-        self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seed: Tensor
-    ) -> None:
-        self._count = len(outputs)
-        self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        present = [o for o in outputs if o is not None and o.requires_grad]
-        self._dummies = [torch.zeros_like(o) + seed.to(o.dtype) for o in present]
-        pulled = Replay(present, inputs)(self._dummies, create_graph=True)
-        self._transpose = Replay(pulled, self._dummies)
-
-    def __call__(self, tangents: Parts, create_graph: bool = False) -> list[Tensor | None]:
-        """One product; None where an output does not depend on the inputs."""
-        found: list[Tensor | None] = [None] * self._count
-        for i, part in zip(self._used, self._transpose(tangents, create_graph), strict=True):
-            found[i] = part
-        return found
-
-
-Product = Callable[[Parts, bool], list[Tensor | None]]
+Product = Callable[[Parts, bool], Parts]
 
 
 @dataclasses.dataclass
@@ -268,7 +213,7 @@ class GaussNewton(Condition):
         curvature = Replay(of_outputs, leaves)
         pullback = Replay(leaves, params)
 
-        def product(v: Parts, create_graph: bool = False) -> list[Tensor | None]:
+        def product(v: Parts, create_graph: bool = False) -> Parts:
             found = pullback(curvature(jacobian(v)))
             if regular is not None:
                 found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]

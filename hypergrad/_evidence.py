@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._conditions import Condition, Parts
+from ._conditions import Condition
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
+from ._replay import Parts
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 
 # What an estimate is multiplied by, and up to where, from benchmarks/calibration.py. Above
@@ -80,7 +82,8 @@ def solve_linear(
         condition=lin.residual if estimate and (transpose or condition.symmetric) else None,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
-    with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
+    # The solver's own arithmetic.
+    with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         found = solver.run(system)
     size = norm(lin.residual)
     # Parameters this close to zero are zero: what is left of them is rounding.
@@ -129,8 +132,8 @@ def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
     """The relative error of a sum of terms, one of which has a known one and the rest none."""
 
     def size(terms: Parts) -> Tensor:
-        sizes = [torch.linalg.vector_norm(t).to(estimate) for t in terms if t is not None]
-        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(estimate)
+        sizes = [norm(_rows(t, estimate.shape)).to(estimate) for t in terms if t is not None]
+        return norm(torch.stack(sizes, dim=-1)) if sizes else torch.zeros_like(estimate)
 
     share = size(part) / size(whole)
     total = estimate * torch.where(torch.isnan(share), 1.0, share)
@@ -148,9 +151,19 @@ def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> b
     return (not transpose or solver.needs_transpose) and not condition.symmetric
 
 
-def finite(*tensors: Tensor | None) -> Tensor:
-    """Whether all entries of all tensors of one task are finite, as a 0-d bool tensor."""
+def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
+    """Whether all entries of all tensors are finite, for each task: bool, shaped like `lead`."""
     present = [t for t in tensors if t is not None and t.numel()]
+    if not present:
+        return torch.ones(tuple(lead), dtype=torch.bool)
     device = present[0].device
-    largest = [torch.linalg.vector_norm(t, float("inf")).to(device, torch.float64) for t in present]
-    return torch.isfinite(torch.stack(largest)).all()
+    largest = [
+        torch.linalg.vector_norm(_rows(t, lead), float("inf"), dim=-1).to(device, torch.float64)
+        for t in present
+    ]
+    return torch.isfinite(torch.stack(largest)).all(dim=0)
+
+
+def _rows(tensor: Tensor, lead: Sequence[int]) -> Tensor:
+    """The entries of each task in one dimension, behind those of the tasks."""
+    return tensor.reshape(*lead, -1) if tensor.numel() else tensor.new_zeros(*lead, 0)

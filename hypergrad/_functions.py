@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._conditions import ForwardReplay, Replay
 from ._errors import UnsupportedOperation
 from ._evidence import needs_product, of_term, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
+from ._replay import ForwardReplay, Replay
 from ._report import OnFailure, judge
 from ._transforms import (
     alive,

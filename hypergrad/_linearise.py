@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._advice import advice
-from ._conditions import ForwardReplay, Product, Replay
+from ._conditions import Product
 from ._errors import UnsupportedOperation
 from ._problem import Problem
 from ._randomness import Draw
+from ._replay import ForwardReplay, Parts, Replay
 from ._trace import further_out, graph, trace
 from .solvers._base import dense_by_products
 
@@ -105,7 +107,7 @@ class Linearisation:
         assert self.record.product is not None
         return self._apply(self.record.product, v, create_graph)
 
-    def cross(self, u: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+    def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
         return self._cross(self.layout.split(u), create_graph)
 
@@ -124,16 +126,15 @@ class Linearisation:
         return product(columns).movedim(0, -1)
 
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
-        def one(v: Tensor) -> Tensor:
-            with torch.set_grad_enabled(create_graph):
-                return self.layout.flatten(
-                    product(self.layout.split(v), create_graph), v.shape[:-1]
-                )
-
         if v.ndim > len(self.lead) + 1:
+            one = partial(self._apply, product, create_graph=create_graph)
             mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)
             return mapped
-        return one(v)
+        if create_graph and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self._apply(product, v, create_graph)
+        layout = self.layout
+        return layout.flatten(product(layout.split(v), create_graph), v.shape[:-1])
 
 
 def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:

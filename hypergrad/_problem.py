@@ -22,6 +22,11 @@ from ._tree import Layout, Tree
 
 if TYPE_CHECKING:
     from ._conditions import Condition
+    from ._vmaps import Vmaps
+
+
+class TakesDerivatives(Exception):
+    """A mapped function takes derivatives itself: a derivative of them would be wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Problem:
         Positions, among the tensors, of those of `args` that derivatives are taken of.
     axes : tuple of TaskAxis
         The task axes, outermost first.
+    vmaps : Vmaps, optional
+        The caller's vmaps that the axes stand for, where the functions close over their batches.
     """
 
     condition: Condition
@@ -70,6 +77,7 @@ class Problem:
     args: tuple[Tree, ...]
     outer: tuple[int, ...]
     axes: tuple[TaskAxis, ...] = ()
+    vmaps: Vmaps | None = None
 
     @classmethod
     def of(cls, condition: Condition, params: Tree, args: Sequence[Tree]) -> Problem:
@@ -105,6 +113,11 @@ class Problem:
     def layout(self) -> Layout:
         """How one task's inner variables lie in a vector."""
         return Layout(self.params, self.params.variables)
+
+    def outside(self, vmaps: Vmaps) -> Problem:
+        """The problem of all tasks of the caller's vmaps, each with a matrix of its own."""
+        axis = TaskAxis((0,) * len(self.tensors))
+        return dataclasses.replace(self, axes=(axis,) * len(vmaps.sizes), vmaps=vmaps)
 
     def with_axis(self, axis: TaskAxis) -> Problem:
         """The problem under one more vmap, around those that there are."""
@@ -173,6 +186,14 @@ class Problem:
             with watch:
                 return one(first, tensors)
 
+        if self.vmaps is not None:
+            vmaps = self.vmaps
+            with vmaps.entered():
+                given = vmaps.wrapped_tree(first), [vmaps.wrapped(t) for t in tensors]
+                found = watched(*given)
+            if watch.seen:
+                raise TakesDerivatives
+            return vmaps.unwrapped_tree(found)
         mapped = watched
         for axis in reversed(self.own_axes):
             in_dims = (None if first is None else 0, list(axis.in_dims))

@@ -26,31 +26,31 @@ class Draw:
     def evaluation(self) -> Iterator[None]:
         """Surround one evaluation."""
         if self._first is None:
-            self._first = _state()
+            self._first = generators()
             yield
             return
-        now = _state()
-        _restore(self._first)
+        now = generators()
+        restore(self._first)
         try:
             yield
         finally:
-            _restore(now)
+            restore(now)
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
     """Surround an evaluation that must leave the caller's generators as they were."""
-    now = _state()
+    now = generators()
     try:
         yield
     finally:
-        _restore(now)
+        restore(now)
 
 
 # Inside a function transform the state would be a tensor of that transform, without values.
 
 
-def _state() -> State:
+def generators() -> State:
     with outside_transforms():
         cuda: dict[int, torch.Tensor] = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -58,7 +58,8 @@ def _state() -> State:
         return torch.get_rng_state(), cuda
 
 
-def _restore(state: State) -> None:
+def restore(state: State) -> None:
+    """Set the generators back."""
     with outside_transforms():
         torch.set_rng_state(state[0])
         for device, numbers in state[1].items():

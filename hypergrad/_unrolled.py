@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from ._advice import advice
 from ._captures import refuse_past_arguments
-from ._conditions import Replay, plus
+from ._conditions import plus
 from ._errors import NotConnected, UnsupportedOperation
 from ._problem import scalar, without_aux
 from ._randomness import Draw
+from ._replay import Replay
 from ._report import warn_of_unused
 from ._trace import being_traced, detached, further_out, trace
 from ._transforms import never_compiled, refuse_derivatives
@@ -212,7 +213,7 @@ class _Unrolling:
             outputs, cotangents, more = evaluate(of_hparams, params)
             refuse_past_arguments("outer, step or init", outputs, aliases, [self.H])
             captured = [t for output in outputs for t in further_out(output, aliases)]
-            return Replay(outputs, aliases)(cotangents), captured, more
+            return list(Replay(outputs, aliases)(cotangents)), captured, more
 
         variables = [*constants, *([] if tree is None else tree.variables)]
         with advice([self.H] if tree is None else [tree, self.H]):

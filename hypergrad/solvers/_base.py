@@ -519,6 +519,12 @@ def batched_preconditioner(
     return mapped
 
 
+def mapped_by_caller(solver: Solver) -> bool:
+    """Whether a solver calls a function of the caller's, which may close over batched tensors."""
+    preconditioner = getattr(solver, "preconditioner", None)
+    return preconditioner is not None and not isinstance(preconditioner, Solver)
+
+
 def check_symmetry(solver: Solver, symmetric: bool | None) -> None:
     """Refuse a solver that needs symmetry where the matrix is known to lack it."""
     if solver.needs_symmetry and symmetric is False:
