@@ -12,6 +12,7 @@ from ._conditions import Condition
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
 from ._replay import Parts
+from ._transforms import is_wrapped
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 
 # What an estimate is multiplied by, and up to where, from benchmarks/calibration.py. Above
@@ -34,7 +35,7 @@ def solve_linear(
     x0: Tensor | None = None,
     looks: bool = True,
     estimate: bool = False,
-) -> tuple[Tensor, SolveInfo]:
+) -> tuple[Tensor, SolveInfo, Solution]:
     """Solve ``A u = b``, or with the transpose of A, and collect the evidence.
 
     Parameters
@@ -56,7 +57,7 @@ def solve_linear(
     looks : bool
         Whether the host may look at values on the way.
     estimate : bool
-        Whether the error is to be estimated.
+        Whether the error is to be estimated, and the spectrum told.
 
     Returns
     -------
@@ -64,6 +65,8 @@ def solve_linear(
         The answer, like `b`.
     info : SolveInfo
         Its evidence, without `solution`, `outer_value` and `aux`.
+    found : Solution
+        What the solver said.
     """
     condition = lin.problem.condition
     there, back = (lin.transposed, lin.product) if transpose else (lin.product, lin.transposed)
@@ -85,25 +88,27 @@ def solve_linear(
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         found = solver.run(system)
-    size = norm(lin.residual)
+    size, length, strength = norm(lin.residual), norm(found.x), norm(b)
     # Parameters this close to zero are zero: what is left of them is rounding.
     least = (torch.finfo(params.dtype).eps * lin.layout.n) ** 0.5
-    inner = size * norm(found.x) / (norm(b) * norm(params).clamp(min=least))
+    extent = norm(params).clamp(min=least)
+    inner = size * length / (strength * extent)
     inner = torch.where(size == 0, torch.zeros_like(inner), inner)
     success = found.success
     if inner_tol is not None:
         # Without a right-hand side there is no curvature to judge by; NaN is no success.
-        success = success & ((inner <= inner_tol) | (norm(b) == 0))
-    success = success & torch.isfinite(found.x).all(dim=-1)
+        success = success & ((inner <= inner_tol) | (strength == 0))
+    success = success & torch.isfinite(length)
     info = info_of(
         found,
         solution=None,
         success=success,
         inner_residual=inner,
         outer_error=dot(found.x, lin.residual),
-        error_estimate=_error_estimate(found, b, norm(params).clamp(min=least), system, solver),
+        error_estimate=_error_estimate(found, b, extent, system, solver),
+        eigenvalues=found.eigenvalues if estimate else torch.full_like(size, math.nan),
     )
-    return found.x, info
+    return found.x, info, found
 
 
 def _error_estimate(
@@ -153,15 +158,18 @@ def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> b
 
 def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
     """Whether all entries of all tensors are finite, for each task: bool, shaped like `lead`."""
-    present = [t for t in tensors if t is not None and t.numel()]
-    if not present:
+    rows = [_rows(t, lead) for t in tensors if t is not None and t.numel()]
+    if not rows:
         return torch.ones(tuple(lead), dtype=torch.bool)
-    device = present[0].device
-    largest = [
-        torch.linalg.vector_norm(_rows(t, lead), float("inf"), dim=-1).to(device, torch.float64)
-        for t in present
-    ]
-    return torch.isfinite(torch.stack(largest)).all(dim=0)
+    device = rows[0].device
+    # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
+    kind: float
+    for kind in (2, math.inf):
+        sizes = [torch.linalg.vector_norm(r, kind, dim=-1).to(device, torch.float64) for r in rows]
+        found = torch.isfinite(torch.stack(sizes)).all(dim=0)
+        if device.type == "cpu" and not is_wrapped(found) and bool(found.all()):
+            break
+    return found
 
 
 def _rows(tensor: Tensor, lead: Sequence[int]) -> Tensor:

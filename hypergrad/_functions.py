@@ -80,7 +80,7 @@ class Rule:
         if shared > 1:
             arranged = arranged.flatten(0, shared - 1)
         params = lin.layout.flatten([tensors[i] for i in self.problem.inner], lin.lead)
-        u, info = solve_linear(
+        u, info, found = solve_linear(
             lin,
             self.solver,
             arranged,
@@ -101,6 +101,7 @@ class Rule:
 
         judge(
             info,
+            found,
             self.solver,
             inner_tol=self.inner_tol,
             on_failure=self.on_failure,

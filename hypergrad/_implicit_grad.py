@@ -297,7 +297,7 @@ class _Call:
 
         _refuse_changed(problem, tensors, versions)
         b = layout.flatten(cotangent, lead)
-        u, info = solve_linear(
+        u, info, found = solve_linear(
             lin,
             self.solver,
             b,
@@ -342,6 +342,7 @@ class _Call:
 
         judge(
             info,
+            found,
             self.solver,
             inner_tol=self.inner_tol,
             on_failure=self.on_failure,

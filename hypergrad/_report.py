@@ -24,7 +24,7 @@ from ._errors import (
 from ._info import SolveInfo, Status
 from ._transforms import all_tasks
 from ._tree import Tree
-from .solvers._base import Solver
+from .solvers._base import Solution, Solver
 
 OnFailure = Literal["warn", "raise", "ignore"]
 #: Where a number came from, and the tensors to look at: called only when one is not finite.
@@ -41,6 +41,7 @@ def check_on_failure(on_failure: str) -> None:
 
 def judge(
     info: SolveInfo,
+    found: Solution,
     solver: Solver,
     *,
     inner_tol: float | None,
@@ -51,12 +52,15 @@ def judge(
 ) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
-    Reads one packed tensor from the device, and nothing with ``on_failure="ignore"``.
+    Reads one packed tensor from the device where all is well, nothing with
+    ``on_failure="ignore"``.
 
     Parameters
     ----------
     info : SolveInfo
         The evidence.
+    found : Solution
+        The solution that it is about.
     solver : Solver
         The solver that was used, whose fields the advice names.
     inner_tol : float or None
@@ -79,6 +83,9 @@ def judge(
     """
     if on_failure == "ignore":
         return
+    good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
+    if all(good):
+        return
     figures = (
         sound,
         info.success,
@@ -86,7 +93,7 @@ def judge(
         info.iterations,
         info.residual_norm,
         info.inner_residual,
-        *info.eigenvalues.unbind(dim=-1),
+        *found.eigenvalues.unbind(dim=-1),
         condition.expand_as(info.status),
     )
     rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
@@ -94,8 +101,6 @@ def judge(
     if bad:
         raise NotFinite(_count(len(bad), len(rows), exact=True) + _not_finite(places))
     failed = [row for row in rows if not row[1]]
-    if not failed:
-        return
     worst = max(failed, key=_severity)
     exact = on_failure == "raise"
     error, text = _diagnose(worst, info.method, solver, inner_tol, exact=exact)

@@ -78,6 +78,10 @@ class CG(Iterative):
         curvatures, sizes, betas, known, moves = [], [], [], [], []  # of each step
         observer = None if condition is None else Observer(condition, r)
         steps, smooth = 0, False
+        # In place, where no transform is in the way; x stays, since others keep it.
+        replaced = r.device.type == "cpu" and not transforms_active()
+        if replaced:
+            r, p = r.clone(), p.clone()
         while steps < limit and (smooth or not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
@@ -90,7 +94,7 @@ class CG(Iterative):
             if observer is not None:
                 observer.along(p, Ap, p, torch.where(moving, pAp, zero))
             x = torch.addcmul(x, alpha, p)
-            r = torch.addcmul(r, alpha, Ap, value=-1)
+            r = torch.addcmul(r, alpha, Ap, value=-1, out=r if replaced else None)
             z = r if precondition is None else precondition(r)
             rz_new = dot(r, z)
             rr = rz_new if precondition is None else dot(r, r)
@@ -113,7 +117,7 @@ class CG(Iterative):
                 # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
                 bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
                 failed = failed | stopping
-            p = torch.addcmul(z, beta[..., None], p)
+            p = torch.addcmul(z, beta[..., None], p, out=p if replaced else None)
             pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
             if observer is not None:
