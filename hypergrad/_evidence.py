@@ -57,7 +57,7 @@ def solve_linear(
     looks : bool
         Whether the host may look at values on the way.
     estimate : bool
-        Whether the error is to be estimated, and the spectrum told.
+        Whether all figures are wanted, those of the error and the spectrum too.
 
     Returns
     -------
@@ -69,14 +69,13 @@ def solve_linear(
         What the solver said.
     """
     condition = lin.problem.condition
-    there, back = (lin.transposed, lin.product) if transpose else (lin.product, lin.transposed)
     system = LinearSystem(
-        matvec=there,
+        matvec=lin.operator(transpose),
         b=b,
         layout=lin.layout,
         tree=lin.problem.params,
         x0=x0,
-        rmatvec=None if lin.record.product is None else back,
+        rmatvec=None if lin.record.product is None else lin.operator(not transpose),
         symmetric=condition.symmetric,
         dense=lambda: lin.dense(transpose),
         looks=looks,
@@ -99,15 +98,14 @@ def solve_linear(
         # Without a right-hand side there is no curvature to judge by; NaN is no success.
         success = success & ((inner <= inner_tol) | (strength == 0))
     success = success & torch.isfinite(length)
-    info = info_of(
-        found,
-        solution=None,
-        success=success,
-        inner_residual=inner,
-        outer_error=dot(found.x, lin.residual),
-        error_estimate=_error_estimate(found, b, extent, system, solver),
-        eigenvalues=found.eigenvalues if estimate else torch.full_like(size, math.nan),
-    )
+    further = {}
+    if estimate:
+        further = {
+            "outer_error": dot(found.x, lin.residual),
+            "error_estimate": _error_estimate(found, b, extent, system, solver),
+            "eigenvalues": found.eigenvalues,
+        }
+    info = info_of(found, solution=None, success=success, inner_residual=inner, **further)
     return found.x, info, found
 
 
@@ -163,13 +161,13 @@ def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
         return torch.ones(tuple(lead), dtype=torch.bool)
     device = rows[0].device
     # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
-    kind: float
-    for kind in (2, math.inf):
-        sizes = [torch.linalg.vector_norm(r, kind, dim=-1).to(device, torch.float64) for r in rows]
-        found = torch.isfinite(torch.stack(sizes)).all(dim=0)
-        if device.type == "cpu" and not is_wrapped(found) and bool(found.all()):
-            break
-    return found
+    plain = device.type == "cpu" and not any(is_wrapped(r) for r in rows)
+    if plain and all(math.isfinite(torch.linalg.vector_norm(r).item()) for r in rows):
+        return torch.ones(tuple(lead), dtype=torch.bool)
+    largest = [
+        torch.linalg.vector_norm(r, math.inf, dim=-1).to(device, torch.float64) for r in rows
+    ]
+    return torch.isfinite(torch.stack(largest)).all(dim=0)
 
 
 def _rows(tensor: Tensor, lead: Sequence[int]) -> Tensor:

@@ -95,7 +95,7 @@ class Linearisation:
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
         with draw.evaluation(), advice([problem.params, *problem.args]):
-            trace(evaluate, variables)
+            trace(evaluate, variables, guarded=True)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -106,6 +106,19 @@ class Linearisation:
         """``A v``."""
         assert self.record.product is not None
         return self._apply(self.record.product, v, create_graph)
+
+    def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
+        """The same products with A, or with its transpose, with nothing around them."""
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        layout, dims = self.layout, len(self.lead) + 1
+
+        def form(v: Tensor) -> Tensor:
+            if v.ndim > dims:
+                return self._apply(product, v, False)
+            return layout.flatten(product(layout.split(v), False), v.shape[:-1])
+
+        return form
 
     def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""

@@ -68,7 +68,9 @@ def outer_gradient(
         return value, found, further_out(value, aliases)
 
     with advice([problem.params, *problem.args]):
-        value, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
+        value, found, captured = trace(
+            evaluate, [tensors[i] for i in [*inner, *places]], guarded=True
+        )
     cotangent, direct = found[: len(inner)], found[len(inner) :]
     if all(part is None for part in cotangent):
         raise NotConnected(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch, UnsupportedOperation
+from ._guard import Guard
 from ._randomness import Draw
 from ._transforms import WatchForDerivatives
 from ._tree import Layout, Tree
@@ -179,11 +180,12 @@ class Problem:
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
     ) -> Any:
         if not self.own_axes:
-            return one(first, list(tensors))
+            with Guard():
+                return one(first, list(tensors))
         watch = WatchForDerivatives()
 
         def watched(first: Any, tensors: Sequence[Tensor]) -> Any:
-            with watch:
+            with watch, Guard():
                 return one(first, tensors)
 
         if self.vmaps is not None:
@@ -204,7 +206,7 @@ class Problem:
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
         if not (watch.seen and some):
             return found
-        with draw.evaluation():
+        with draw.evaluation(), Guard():
             return self._looped(one, first, tensors)
 
     def _looped(

@@ -13,7 +13,6 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import (
-    Iterative,
     LinearSystem,
     Solution,
     Solver,
@@ -27,6 +26,7 @@ from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._exact import Exact, free_gib, gib_needed
 from ._gmres import GMRES
+from ._iterative import Iterative
 from ._minres import MINRES
 from ._normal import LSMR
 
