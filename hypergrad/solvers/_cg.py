@@ -115,6 +115,10 @@ class CG(Iterative):
         x = torch.zeros_like(r)
         z = r if precondition is None else precondition(r)
         p = z
+        # In place, where no transform is in the way; x stays, since others keep it.
+        scratch = None
+        if r.device.type == "cpu" and not transforms_active():
+            r, p, scratch = r.clone(), p.clone(), torch.empty_like(r)
         rz = dot(r, z)
         rr = rz if precondition is None else dot(r, r)
         best, best_rr = x, rr
@@ -127,14 +131,10 @@ class CG(Iterative):
         curvatures, sizes, betas, known, moves = [], [], [], [], []  # of each step
         observer = None if condition is None else Observer(condition, r)
         steps, smooth = 0, False
-        # In place, where no transform is in the way; x stays, since others keep it.
-        replaced = r.device.type == "cpu" and not transforms_active()
-        if replaced:
-            r, p = r.clone(), p.clone()
         while steps < limit and (smooth or not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
-            pAp = dot(p, Ap)
+            pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
             quotient = pAp / pp
             steepest = torch.maximum(steepest, quotient.abs())
             usable = quotient > flat * steepest  # false for NaN too
@@ -143,10 +143,11 @@ class CG(Iterative):
             if observer is not None:
                 observer.along(p, Ap, p, torch.where(moving, pAp, zero))
             x = torch.addcmul(x, alpha, p)
-            r = torch.addcmul(r, alpha, Ap, value=-1, out=r if replaced else None)
+            r = torch.addcmul(r, alpha, Ap, value=-1, out=None if scratch is None else r)
             z = r if precondition is None else precondition(r)
-            rz_new = dot(r, z)
-            rr = rz_new if precondition is None else dot(r, r)
+            # A norm is summed without a vector of the squares.
+            rr = torch.linalg.vector_norm(r, dim=-1).square()
+            rz_new = rr if precondition is None else dot(r, z)
             beta = torch.where(moving, rz_new / rz, zero)
             curvatures.append(pAp)
             sizes.append(rz)
@@ -156,17 +157,18 @@ class CG(Iterative):
             going, better = moving & (rr > target), rr < best_rr
             # Where every task goes on and comes closer, which one look tells, that is all.
             smooth = looks and every_task(going & better)
-            if smooth:
+            if smooth or (looks and every_task(better)):
                 best, best_rr = x, rr
-            else:
+            elif not looks or any_task(better):
                 best = torch.where(better[..., None], x, best)
                 best_rr = torch.where(better, rr, best_rr)
+            if not looks or not (smooth or every_task(usable | ~active)):
                 stopping = active & ~usable
                 stopped = torch.where(stopping, quotient, stopped)
                 # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
                 bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
                 failed = failed | stopping
-            p = torch.addcmul(z, beta[..., None], p, out=p if replaced else None)
+            p = torch.addcmul(z, beta[..., None], p, out=None if scratch is None else p)
             pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
             if observer is not None:
@@ -178,8 +180,9 @@ class CG(Iterative):
         status = torch.where(failed, int(Status.SINGULAR), status)
         status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        x = torch.where(failed[..., None], best, x)
-        x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
+        if not looks or any_task(failed):
+            x = torch.where(failed[..., None], best, x)
+            x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
         return Part(
             x=x,
             status=status,
