@@ -127,9 +127,7 @@ class MetaStep:
         shrunk = [leaf.detach() * (1 - self.lr * self.lam) for leaf in params.values()]
         torch._foreach_add_(shrunk, list(self.meta.values()), alpha=self.lr * self.lam)
         torch._foreach_add_(shrunk, slopes, alpha=-self.lr)
-        return {
-            name: leaf.requires_grad_() for name, leaf in zip(params, shrunk, strict=True)
-        }
+        return {name: leaf.requires_grad_() for name, leaf in zip(params, shrunk, strict=True)}
 
     def system(self, task: Episodes) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Products with the Hessian at the adapted parameters, and the gradient at the queries.
