@@ -100,7 +100,7 @@ def test_an_integer_argument_is_copied_and_the_callers_stays():
             {"lam": torch.tensor(0.5, dtype=D), "count": count},
         )
 
-    with pytest.raises(Exception, match="count.*in place"):
+    with pytest.raises(Exception, match=r"count.*in place"):
         vmap(one)(count, drawn(3, 4))
     assert count.tolist() == [[1, 2], [3, 4], [5, 6]]
 
