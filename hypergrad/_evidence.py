@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._conditions import Condition, Parts
+from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
@@ -91,12 +92,14 @@ def solve_linear(
     if inner_tol is not None:
         # Without a right-hand side there is no curvature to judge by; NaN is no success.
         success = success & ((inner <= inner_tol) | (norm(b) == 0))
-    success = success & torch.isfinite(found.x).all(dim=-1)
+    jump = degeneracy(lin, found.x, b)
+    success = success & torch.isfinite(found.x).all(dim=-1) & ~(jump > DEGENERATE)
     info = info_of(
         found,
         solution=None,
         success=success,
         inner_residual=inner,
+        degeneracy=jump,
         outer_error=dot(found.x, lin.residual),
         error_estimate=_error_estimate(found, b, norm(params).clamp(min=least), system, solver),
     )

@@ -93,7 +93,7 @@ def implicit_grad(
         If a loss is no scalar or an argument has the wrong structure.
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
-    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         With ``on_failure="raise"``.
     UnsupportedOperation
         If the solver needs a symmetric matrix and the condition's is not, or when the answer
@@ -301,6 +301,7 @@ def _hypergradient(
         condition=norm(lin.residual),
         sound=sound,
         places=places,
+        kink=condition.kink,
     )
     if on_failure != "ignore":
         warn_of_unused(H, "Neither outer nor inner", direct, indirect)

@@ -53,7 +53,7 @@ class SolveInfo:
         int64, a `Status` of the linear solve.
     success : Tensor
         bool: the linear solve met what was asked of it and, where that is judged, the inner
-        problem was solved to ``inner_tol``.
+        problem was solved to ``inner_tol`` at a point that is not degenerate.
     iterations, matvecs : Tensor
         int64: the iterations made, and the products with the matrix, those for the true
         residual included.
@@ -75,6 +75,12 @@ class SolveInfo:
         themselves or in `Auto`; otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is
         that of the implicit term. What the losses' own curvature does is taken from experience:
         see the page on reliability for how often it holds.
+    degeneracy : Tensor
+        Whether ``params`` sits where the solution has no single derivative. At a kink of a proximal
+        map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the
+        derivative of the map that was taken and D' that on the other side. Infinite where the
+        gradients of the active constraints of `KKT` are linearly dependent. Zero elsewhere; NaN
+        for conditions that are taken to be smooth. Above 1e-2 the answer is no success.
     eigenvalues : Tensor
         Shape ``(2,)``: lowest and highest Ritz value of ``A + damping I``, which lie inside its
         spectrum. They come free with `CG` and `MINRES` (not with a preconditioner), and from
@@ -106,6 +112,7 @@ class SolveInfo:
     inner_residual: Tensor
     outer_error: Tensor
     error_estimate: Tensor
+    degeneracy: Tensor
     eigenvalues: Tensor
     solution: Any
     outer_value: Tensor

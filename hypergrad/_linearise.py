@@ -123,6 +123,10 @@ class Linearisation:
         columns = eye.reshape(n, *[1] * len(self.lead), n).expand(n, *self.lead, n)
         return product(columns).movedim(0, -1)
 
+    def replayed(self, product: Product, u: Tensor) -> Tensor:
+        """Another product that was recorded with the condition."""
+        return self._apply(product, u, False)
+
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         def one(v: Tensor) -> Tensor:
             with torch.set_grad_enabled(create_graph):
