@@ -50,20 +50,31 @@ def directions(layout: Layout) -> Tensor:
 
     Where a kink is near, the two sides of it lie along almost every direction. All ones would
     not do: a projection onto the simplex does not see them.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the inner variables.
+
+    Returns
+    -------
+    direction : Tensor
+        The vector.
     """
-    # Multiples of irrational numbers, modulo one: the caller's generator stays untouched.
-    number = torch.arange(1, layout.n + 1, dtype=torch.float64, device=layout.device)
-    size = 0.5 + (number * 0.6180339887498949) % 1
-    sign = torch.where((number * 0.7548776662466927) % 1 < 0.5, -1.0, 1.0)
-    return (size * sign).to(layout.dtype)
+    # A multiplicative hash, so that the caller's random numbers stay as they are.
+    number = torch.arange(1, layout.n + 1, device=layout.device) * 2654435761
+    size = 0.5 + (number % 2**24).to(layout.dtype) / 2**24
+    return torch.where((number >> 27) % 2 == 0, size, -size)
 
 
-def degeneracy(lin: Linearisation, u: Tensor, b: Tensor) -> Tensor:
+def degeneracy(lin: Linearisation, u: Tensor, b: Tensor, *, transpose: bool) -> Tensor:
     """How far the sides of a kink are apart, as a part of the linear system; NaN: not known.
 
     With D the derivative that the condition has taken of its map, D' that on another side and u
     the solution of the system, it is ``||(D' - D)^T u||`` divided by the smaller of ``||b||`` and
-    ``||u||``. Infinite where the gradients of the active constraints are linearly dependent.
+    ``||u||``. A solution of the system with A itself is zero just where the map holds its entries
+    fixed, and so shows nothing of the other side: there a vector in general position takes u's
+    place. Infinite where the gradients of the active constraints are linearly dependent.
 
     Parameters
     ----------
@@ -71,6 +82,8 @@ def degeneracy(lin: Linearisation, u: Tensor, b: Tensor) -> Tensor:
         The condition at the solution.
     u, b : Tensor
         The solution and the right-hand side of the system, flat.
+    transpose : bool
+        Whether the system's matrix is the transpose of A.
 
     Returns
     -------
@@ -80,10 +93,12 @@ def degeneracy(lin: Linearisation, u: Tensor, b: Tensor) -> Tensor:
     sides, dependent = lin.record.sides, lin.record.dependent
     if not sides and dependent is None:
         return torch.full_like(u[..., 0], math.nan)
-    jump = torch.zeros_like(u[..., 0])
+    jump, size = torch.zeros_like(u[..., 0]), torch.minimum(norm(b), norm(u))
+    if not transpose:
+        u = directions(lin.layout).expand_as(u)
+        size = norm(u)
     for side in sides:
         jump = torch.maximum(jump, norm(lin.replayed(side, u)))
-    size = torch.minimum(norm(b), norm(u))
     jump = torch.where(jump > 0, jump / size, torch.zeros_like(jump))
     if dependent is not None:
         jump = torch.where(dependent(), torch.full_like(jump, math.inf), jump)
@@ -116,6 +131,10 @@ def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:
 
 def largest(parts: Sequence[Tensor], lead: int) -> Tensor:
     """The largest modulus among the entries of some tensors, for each task."""
-    sizes = [part.detach().abs().flatten(lead).amax(dim=-1) for part in parts if part.numel()]
+    sizes = [
+        part.detach().abs().reshape(*part.shape[:lead], -1).amax(dim=-1)
+        for part in parts
+        if part.numel()
+    ]
     widest = max((size.dtype for size in sizes), key=lambda dtype: torch.finfo(dtype).bits)
     return torch.stack([size.to(widest) for size in sizes]).amax(dim=0)

@@ -92,7 +92,7 @@ def solve_linear(
     if inner_tol is not None:
         # Without a right-hand side there is no curvature to judge by; NaN is no success.
         success = success & ((inner <= inner_tol) | (norm(b) == 0))
-    jump = degeneracy(lin, found.x, b)
+    jump = degeneracy(lin, found.x, b, transpose=transpose)
     success = success & torch.isfinite(found.x).all(dim=-1) & ~(jump > DEGENERATE)
     info = info_of(
         found,

@@ -153,24 +153,44 @@ class SolveInfo:
 _FIELDS = tuple(f.name for f in dataclasses.fields(SolveInfo) if f.name != "method")
 
 
-def _flatten_with_keys(
-    info: SolveInfo,
-) -> tuple[list[tuple[Any, Any]], tuple[str, tuple[str, ...]]]:
-    # None is a leaf to torch's pytrees, and cannot leave vmap: it goes into the static part.
+_Static = tuple[str, tuple[str, ...], tuple[Any, ...]]
+
+
+def _flatten_with_keys(info: SolveInfo) -> tuple[list[tuple[Any, Any]], _Static]:
+    # None is a leaf to torch's pytrees, and cannot leave vmap: it goes into the static part, by
+    # itself and where it is a part of params.
     present = tuple(name for name in _FIELDS if getattr(info, name) is not None)
-    keyed = [(pytree.GetAttrKey(name), getattr(info, name)) for name in present]
-    return keyed, (info.method, present)
+    keyed: list[tuple[Any, Any]] = []
+    shapes: list[Any] = []
+    for name in present:
+        value, key = getattr(info, name), pytree.GetAttrKey(name)
+        leaves, spec = pytree.tree_flatten(value)
+        if all(leaf is not None for leaf in leaves):
+            keyed.append((key, value))
+            shapes.append(None)
+            continue
+        keyed += [(key, leaf) for leaf in leaves if leaf is not None]
+        shapes.append((spec, tuple(leaf is None for leaf in leaves)))
+    return keyed, (info.method, present, tuple(shapes))
 
 
-def _flatten(info: SolveInfo) -> tuple[list[Any], tuple[str, tuple[str, ...]]]:
+def _flatten(info: SolveInfo) -> tuple[list[Any], _Static]:
     keyed, static = _flatten_with_keys(info)
     return [leaf for _, leaf in keyed], static
 
 
-def _unflatten(leaves: Any, static: tuple[str, tuple[str, ...]]) -> SolveInfo:
-    method, present = static
+def _unflatten(leaves: Any, static: _Static) -> SolveInfo:
+    method, present, shapes = static
     fields: dict[str, Any] = dict.fromkeys(_FIELDS)
-    fields.update(zip(present, leaves, strict=True))
+    given = iter(leaves)
+    for name, shape in zip(present, shapes, strict=True):
+        if shape is None:
+            fields[name] = next(given)
+        else:
+            spec, missing = shape
+            fields[name] = pytree.tree_unflatten(
+                [None if absent else next(given) for absent in missing], spec
+            )
     return SolveInfo(**fields, method=method)
 
 

@@ -14,6 +14,7 @@ from ._conditions import (
     Condition,
     ForwardReplay,
     Parts,
+    Product,
     Record,
     Replay,
     _gradient,
@@ -83,7 +84,7 @@ class KKT(Condition):
     kink: ClassVar[str] = "an inequality has g = 0 and lam = 0: strict complementarity fails"
 
     @property
-    def symmetric(self) -> bool:  # type: ignore[override]
+    def symmetric(self) -> bool:
         """Whether there are equalities alone."""
         return self.inequalities is None
 
@@ -124,7 +125,7 @@ class KKT(Condition):
             residual[i] = params[i] - torch.relu(params[i] + rows[i])
         outputs: list[Tensor | None] = list(residual)
         transposed = Replay(residual, params)
-        product = transposed if self.symmetric else None
+        product: Product | None = transposed if self.symmetric else None
         if forward and product is None and seed is not None:
             product = ForwardReplay(outputs, params, seed)
         record = Record([value], outputs, transposed, product)
@@ -135,7 +136,7 @@ class KKT(Condition):
             missed = layout.flatten([part.detach() for part in residual], scale.shape)
             record.sides = _sides(shifted, reach(scale, missed, layout.precision), len(params))
         constraints = [i for i in [*of_nu, *of_lam] if params[i].numel()]
-        count = sum(params[i][(0,) * lead].numel() for i in constraints)
+        count = sum(params[i].shape[lead:].numel() for i in constraints)
         if 0 < count <= _CHECKED:
             record.dependent = _Dependence(
                 Replay([rows[i] for i in constraints], [params[i] for i in of_x]),
@@ -202,9 +203,7 @@ def _places(params: Tree) -> tuple[list[int], list[int], list[int]]:
     return found
 
 
-def _sides(
-    shifted: dict[int, Tensor], distance: Tensor, count: int
-) -> list[Callable[[Parts, bool], list[Tensor | None]]]:
+def _sides(shifted: dict[int, Tensor], distance: Tensor, count: int) -> list[Product]:
     """The changes of the derivative of max(lam + g, 0) a little to either side."""
     changes = []
     for sign in (1, -1):
@@ -214,7 +213,7 @@ def _sides(
             change[i] = (v + sign * away > 0).to(v.dtype) - (v > 0).to(v.dtype)
         changes.append(change)
 
-    def side(change: dict[int, Tensor]) -> Callable[[Parts, bool], list[Tensor | None]]:
+    def side(change: dict[int, Tensor]) -> Product:
         def product(u: Parts, create_graph: bool = False) -> list[Tensor | None]:
             found: list[Tensor | None] = [None] * count
             for i, c in change.items():
@@ -240,7 +239,7 @@ class _Dependence:
 
     def __call__(self) -> Tensor:
         """Form their Jacobian, row by row, and look at its Gram matrix."""
-        sizes = [c.flatten(self.lead).shape[-1] for c in self.constraints]
+        sizes = [c.shape[self.lead :].numel() for c in self.constraints]
         tasks = self.constraints[0].shape[: self.lead]
         dtype, device = self.layout.dtype, self.layout.device
         eye = torch.eye(sum(sizes), dtype=dtype, device=device)
@@ -248,9 +247,7 @@ class _Dependence:
         def row(weights: Tensor) -> Tensor:
             given = [
                 part.to(c.dtype).expand(*tasks, size).reshape(c.shape)
-                for part, size, c in zip(
-                    weights.split(sizes), sizes, self.constraints, strict=True
-                )
+                for part, size, c in zip(weights.split(sizes), sizes, self.constraints, strict=True)
             ]
             found = self.pullback(given)
             parts = [

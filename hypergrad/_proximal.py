@@ -82,7 +82,16 @@ class GradientStep(Condition):
         value = problem.objective("inner", self.f, tensors)
         gradient = _gradient(value, params)
         _require_all(problem, gradient)
-        step = problem.outputs(lambda params, *args: torch.as_tensor(self.step(args)), tensors)
+        layout = problem.layout()
+
+        def length(params: Any, *args: Any) -> Tensor:
+            step = self.step(args)
+            if isinstance(step, Tensor):
+                return step
+            # With all digits of a number: what prox is given must be the same.
+            return torch.tensor(step, dtype=layout.dtype, device=layout.device)
+
+        step = problem.outputs(length, tensors)
         v = [
             p - step.reshape(step.shape + (1,) * (p.ndim - step.ndim)).to(p.dtype) * g
             for p, g in zip(params, gradient, strict=True)

@@ -1,10 +1,10 @@
 """Proximal maps: ``argmin over x of ||x - v||^2 / 2 + step_size g(x)``.
 
-All take a tensor or a pytree of tensors and have the arguments ``(v, step_size, ...)``, so that they
-can be the `prox` of `hypergrad.ProximalGradient`: by themselves where their further arguments are
-the hyperparameters, or in a lambda. First and second derivatives are right wherever they exist, also
-at zero. At a kink a coordinate (or group) counts as held at zero. A negative penalty, for which there
-is no proximal map, gives NaN.
+All take a tensor or a pytree of tensors and, but for `soft_threshold`, have the arguments
+``(v, step_size, ...)``, so that they can be the `prox` of `hypergrad.ProximalGradient`: by
+themselves where their further arguments are the hyperparameters, or in a lambda. First and second
+derivatives are right wherever they exist, also at zero. At a kink a coordinate (or a group) counts
+as held at zero. A negative penalty, for which there is no proximal map, gives NaN.
 """
 
 from __future__ import annotations
