@@ -53,7 +53,8 @@ def soft_threshold(v: Any, threshold: Any) -> Any:
     """
 
     def one(v: Tensor, threshold: Number) -> Tensor:
-        return torch.sign(v) * torch.relu(v.abs() - not_negative("threshold", threshold))
+        bound = not_negative("threshold", threshold)
+        return v - torch.clamp(v, -bound, bound)
 
     return _with_each(one, v, threshold)
 

@@ -45,7 +45,7 @@ class Nesterov(InnerSolver):
     >>> steep = torch.tensor([1.0, 100.0])
     >>> f = lambda x, c: (steep * (x - c) ** 2).sum() / 2
     >>> x, info = hypergrad.inner.Nesterov()(f, torch.zeros(2), torch.ones(2))
-    >>> torch.allclose(x, torch.ones(2)), bool(info.success)
+    >>> torch.allclose(x, torch.ones(2), rtol=1e-4), bool(info.success)
     (True, True)
     """
 
@@ -84,7 +84,7 @@ class FISTA(InnerSolver):
     >>> y = torch.tensor([3.0, 0.5])
     >>> f = lambda w, lam: ((w - y) ** 2).sum() / 2
     >>> w, info = hypergrad.inner.FISTA(hypergrad.prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
-    >>> w
+    >>> w.round(decimals=3)
     tensor([2., 0.])
     """
 
