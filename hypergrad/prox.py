@@ -53,7 +53,8 @@ def soft_threshold(v: Any, threshold: Any) -> Any:
     """
 
     def one(v: Tensor, threshold: Number) -> Tensor:
-        bound = not_negative("threshold", threshold)
+        valid = not_negative("threshold", threshold)
+        bound = torch.as_tensor(valid, dtype=v.dtype, device=v.device)
         return v - torch.clamp(v, -bound, bound)
 
     return _with_each(one, v, threshold)

@@ -33,7 +33,7 @@ MAPS = {
     "groups": (
         lambda v, t: prox.group_lasso(v, 0.5, t * WEIGHTS, groups=GROUPS),
         (V, T),
-        lambda x: 0.5 * T * sum(w * x[GROUPS == k].norm() for k, w in enumerate(WEIGHTS)),
+        lambda x: 0.5 * T * sum(w * x[k == GROUPS].norm() for k, w in enumerate(WEIGHTS)),
     ),
 }
 SETS = {

@@ -117,7 +117,8 @@ def _accelerated(
     z, z_value, step, used = _forward_backward(evaluator, backward, y, value, g, step, fixed, None)
     residual = step * g if backward is None else y - z
     size = norm(residual) + 0 * value
-    progress = Progress(solver.tol, precision, size, value)
+    # In units of the step the curvature is at most one.
+    progress = Progress(solver.tol, precision, size, value, torch.ones_like(size))
     progress.evaluated(progress.active, probes + used)
     # The best point so far is the end of a step, also where that step has led nowhere.
     best = torch.where(torch.isfinite(norm(z)), z, x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..solvers._base import at_least, norm
 from ._base import Evaluator, InnerSolver, Progress, going_on
 
-_WORSE = 2.0  # a residual so many times the best one empties the history
+_WORSE = 10.0  # a residual so many times the best one empties the history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Anderson(InnerSolver):
         r = evaluator.mapped(x) - x
         size = norm(r)
         nan = torch.full_like(size, math.nan)
-        progress = Progress(self.tol, evaluator.layout.precision, size, nan)
+        one = torch.ones_like(size)  # the curvature where T is constant
+        progress = Progress(self.tol, evaluator.layout.precision, size, nan, one)
         best, best_r, best_size = x, r, size
         steps: list[Tensor] = []  # changes of x ...
         changes: list[Tensor] = []  # ... and of the residual

@@ -24,7 +24,13 @@ from .._errors import NotConnected, UnsupportedOperation
 from .._info import Status
 from .._problem import scalar
 from .._trace import being_traced, detached, further_out, trace
-from .._transforms import alive, any_task, never_compiled, refuse_derivatives
+from .._transforms import (
+    alive,
+    any_task,
+    carries_derivative,
+    never_compiled,
+    refuse_derivatives,
+)
 from .._tree import Layout, Tree
 from ..solvers._base import at_least, dot, norm
 from ._info import InnerInfo
@@ -66,15 +72,25 @@ class Evaluator:
         replay = hessian
         return value, gradient, lambda v: self._flat_gradient(replay(self.layout.split(v)), v)
 
+    def curvature(self, x: Tensor, g: Tensor) -> Tensor:
+        """``||H v|| / ||v||`` for v along the gradient, by a difference of gradients."""
+        reach = torch.finfo(self.layout.precision).eps ** 0.5 * norm(x).clamp(min=1.0)
+        size = norm(g)
+        along = g / torch.where(size > 0, size, torch.ones_like(size))
+        return norm(self.objective(x + reach * along)[1] - g) / reach
+
     def value(self, x: Tensor) -> Tensor:
         """The objective's value alone."""
         return self._scalar(self.params(x)).detach().to(x.dtype)
 
     def mapped(self, x: Tensor) -> Tensor:
         """A map's value."""
-        value = self.fun(self.params(x), *self.args)
-        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        self._note([leaf for leaf in leaves if leaf.is_floating_point()], [])
+        with torch.set_grad_enabled(not self._looked):
+            value = self.fun(self.params(x), *self.args)
+        if not self._looked:
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+            self.captured = [leaf for leaf in leaves if carries_derivative(leaf)]
+            self._looked = True
         return self.flat("T(params, ...)", value).detach()
 
     def _scalar(self, params: Any) -> Tensor:
@@ -130,12 +146,15 @@ class Progress:
         The norm of the residual.
     value : Tensor
         The objective's; NaN where there is none.
+    lowest : Tensor, optional
+        The lowest curvature that is known before the first iteration.
     """
 
     tol: float | None
     precision: torch.dtype
     size: Tensor
     value: Tensor
+    lowest: Tensor | None = None
     status: Tensor = dataclasses.field(init=False)
     active: Tensor = dataclasses.field(init=False)
 
@@ -151,6 +170,20 @@ class Progress:
         self.idle = torch.zeros_like(self.status)
         self.iterations, self.evaluations = self.idle, self.idle + 1
         self._curvature: list[Tensor] = []
+        if self.lowest is None:
+            self.lowest = torch.full_like(size, math.nan)
+
+    def begin(self, evaluator: Evaluator, x: Tensor, g: Tensor) -> Tensor:
+        """Look at the curvature along the gradient once; what a first step is to be as long as."""
+        if not any_task(self.active):
+            return torch.ones_like(self.size)
+        seen = evaluator.curvature(x, g)
+        self.evaluated(self.active)
+        usable = torch.isfinite(seen) & (seen > 0)
+        assert self.lowest is not None
+        self.lowest = torch.where(usable, seen, self.lowest)
+        guess = 0.1 * norm(x).clamp(min=1.0) / torch.where(self.size > 0, self.size, 1.0)
+        return torch.where(usable, 1 / torch.where(usable, seen, 1.0), guess)
 
     def evaluated(self, active: Tensor, times: int = 1) -> None:
         """Count evaluations of some tasks."""
@@ -189,14 +222,15 @@ class Progress:
         squared = dot(step, step)
         along = dot(step, change)
         seen = torch.where(along > 0, along / squared, norm(change) / norm(step))
-        moved = norm(step) > 8 * eps * length
-        seen = torch.where(moved, seen, torch.full_like(seen, math.inf))
+        # Too short a step shows no curvature, only rounding.
+        seen = torch.where(norm(step) > 8 * eps * length, seen, torch.full_like(seen, math.inf))
         self._curvature = [*self._curvature[1 - _WINDOW :], seen]
+        assert self.lowest is not None
         lowest = torch.stack(self._curvature).amin(dim=0)
-        relative = size / (lowest * length)
-        # Too short a step shows no curvature; then it is the distance that there is.
-        relative = torch.where(torch.isinf(lowest), norm(step) / length, relative)
-        relative = torch.where(size == 0, torch.zeros_like(relative), relative)
+        lowest = torch.where(torch.isfinite(lowest), lowest, self.lowest)
+        self.lowest = torch.where(self.active, lowest, self.lowest)
+        relative = torch.where(size == 0, torch.zeros_like(size), size / (lowest * length))
+        stuck = stuck | ~(norm(step) > eps / 4 * length)
 
         noise = 4 * eps * self.best_value.abs()
         better = (size < self.best) | (value < self.best_value - noise)
@@ -205,16 +239,16 @@ class Progress:
         ended = torch.full_like(self.status, int(Status.MAX_ITERATIONS))
         stagnated = stuck | floored | (idle >= _PATIENCE)
         ended = torch.where(stagnated, int(Status.STAGNATED), ended)
-        ended = torch.where(met & ~stuck, int(Status.CONVERGED), ended)
+        ended = torch.where(met & ((size == 0) | ~stuck), int(Status.CONVERGED), ended)
         diverged = (size > _GROWTH * self.first) | torch.isinf(size) | torch.isinf(value)
         ended = torch.where(diverged, int(Status.DIVERGED), ended)
         ended = torch.where(torch.isnan(size), int(Status.NOT_FINITE), ended)
         active = self.active
         self.iterations = self.iterations + active
         self.status = torch.where(active, ended, self.status)
-        self.relative = torch.where(active & ~stuck, relative, self.relative)
-        self.size = torch.where(active & ~stuck, size, self.size)
-        self.value = torch.where(active & ~stuck, value, self.value)
+        self.relative = torch.where(active, relative, self.relative)
+        self.size = torch.where(active, size, self.size)
+        self.value = torch.where(active, value, self.value)
         self.best = torch.where(active, torch.fmin(self.best, size), self.best)
         self.best_value = torch.where(active, torch.fmin(self.best_value, value), self.best_value)
         self.idle = torch.where(active, idle, self.idle)

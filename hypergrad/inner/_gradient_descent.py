@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..solvers._base import dot, norm
 from ._base import Evaluator, InnerSolver, Progress, going_on
-from ._line_search import backtrack, first_length
+from ._line_search import backtrack
+
+_MEMORY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class GradientDescent(InnerSolver):
     ----------
     step_size : float or Tensor, optional
         The length of the steps. None: that of Barzilai and Borwein, shortened until the objective
-        decreases.
+        is below the largest of its last ten values.
     maxiter : int
         Most iterations.
     tol : float, optional
@@ -28,7 +30,8 @@ class GradientDescent(InnerSolver):
 
     References
     ----------
-    Barzilai and Borwein, Two-point step size gradient methods, 1988.
+    Barzilai and Borwein, Two-point step size gradient methods, 1988; Raydan, The Barzilai and
+    Borwein gradient method for the large scale unconstrained minimization problem, 1997.
 
     Examples
     --------
@@ -47,13 +50,15 @@ class GradientDescent(InnerSolver):
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
-        length = first_length(x, g)
+        length, values = progress.begin(evaluator, x, g), [value]
         for iteration in range(self.maxiter + 1):
             if not going_on(progress, iteration, self.maxiter):
                 break
             active = progress.active
             if self.step_size is None:
-                step = backtrack(evaluator, progress, x, value, g, -g, length)
+                # Not below the last value but below one of the last ten, which these steps need.
+                reference = torch.stack(values).amax(dim=0)
+                step = backtrack(evaluator, progress, x, value, g, -g, length, reference)
                 new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.found
             else:
                 new = torch.where(active, x - self.step_size * g, x)
@@ -67,4 +72,5 @@ class GradientDescent(InnerSolver):
             sound = active & torch.isfinite(norm(new_g)) & torch.isfinite(new_value)
             x, g = torch.where(sound, new, x), torch.where(sound, new_g, g)
             value = torch.where(sound, new_value, value)
+            values = [*values, value][-_MEMORY:]
         return x, progress

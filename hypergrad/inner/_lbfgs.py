@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..solvers._base import at_least, dot, norm
 from ._base import Evaluator, InnerSolver, Progress, going_on
-from ._line_search import backtrack, first_length
+from ._line_search import backtrack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LBFGS(InnerSolver):
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         memory: list[tuple[Tensor, Tensor, Tensor]] = []
-        scale = first_length(x, g)  # of the inverse Hessian that all starts from
+        scale = progress.begin(evaluator, x, g)  # of the inverse Hessian that all starts from
         for iteration in range(self.maxiter + 1):
             if not going_on(progress, iteration, self.maxiter):
                 break

@@ -34,6 +34,7 @@ def backtrack(
     gradient: Tensor,
     direction: Tensor,
     length: Tensor,
+    reference: Tensor | None = None,
 ) -> Step:
     """Shorten a step until the objective has decreased enough (Armijo's rule).
 
@@ -51,6 +52,8 @@ def backtrack(
         A direction of descent.
     length : Tensor
         The first length to try.
+    reference : Tensor, optional
+        The value that is to be decreased, in place of `value`.
 
     Returns
     -------
@@ -60,6 +63,7 @@ def backtrack(
     slope = dot(gradient, direction)
     noise = 4 * torch.finfo(progress.precision).eps * value.abs()
     searching = progress.active & (slope < 0)
+    below = value if reference is None else reference
     taken = Step(x, value, gradient, length, torch.zeros_like(searching))
     for _ in range(_TRIALS):
         if not any_task(searching):
@@ -67,7 +71,7 @@ def backtrack(
         trial = x + length * direction
         new_value, new_gradient = evaluator.objective(trial)
         progress.evaluated(searching)
-        decreased = new_value <= value + _DECREASE * length * slope
+        decreased = new_value <= below + _DECREASE * length * slope
         level = (new_value <= value + noise) & (
             dot(new_gradient, direction) <= (2 * _DECREASE - 1) * slope
         )
@@ -90,10 +94,3 @@ def backtrack(
         guess = torch.minimum(torch.maximum(guess, length / 10), length / 2)
         length = torch.where(searching, guess, length)
     return taken
-
-
-def first_length(x: Tensor, gradient: Tensor) -> Tensor:
-    """A length for the first step along the gradient, of which nothing is known."""
-    size = norm(gradient)
-    reach = 0.1 * norm(x).clamp(min=1.0)
-    return reach / torch.where(size > 0, size, torch.ones_like(size))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..solvers._base import LinearSystem, at_least, dot, norm
 from ..solvers._cg import CG
 from ._base import Evaluator, InnerSolver, Progress, going_on
-from ._line_search import backtrack, first_length
+from ._line_search import backtrack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class NewtonCG(InnerSolver):
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
+        length = progress.begin(evaluator, x, g)  # of steps along the gradient
         cg = CG(maxiter=self.cg_maxiter, rtol=self.cg_rtol)
         for iteration in range(self.maxiter + 1):
             if not going_on(progress, iteration, self.maxiter):
@@ -72,7 +73,7 @@ class NewtonCG(InnerSolver):
             progress.evaluated(active, 1 + found.matvecs)
             newton = torch.where(torch.isfinite(found.x), found.x, torch.zeros_like(found.x))
             downhill = dot(newton, g) < -1e-12 * norm(newton) * norm(g)
-            direction = torch.where(downhill, newton, -first_length(x, g) * g)
+            direction = torch.where(downhill, newton, -length * g)
             step = backtrack(evaluator, progress, x, value, g, direction, torch.ones_like(value))
             progress.update(
                 step.x,
