@@ -35,8 +35,7 @@ class KKT(Condition):
     ``params`` is ``(x, nu, lam)``: the variables, the multipliers of the equalities h and those of
     the inequalities g, shaped like what `equalities` and `inequalities` return; None where there
     are none. With the Lagrangian L = f + nu.h + lam.g the condition is
-
-        grad_x L = 0,    h = 0,    lam - max(lam + g, 0) = 0.
+    ``grad_x L = 0``, ``h = 0`` and ``lam - max(lam + g, 0) = 0``.
 
     The last line says g <= 0, lam >= 0 and lam g = 0 at once, so that a violated constraint and a
     multiplier of the wrong sign count in ``info.inner_residual`` too, as they would not in lam g.

@@ -137,10 +137,7 @@ class ProximalGradient(GradientStep):
     """The inner solution minimises ``f(params, *args) + g(params, *args)``, g known by its prox.
 
     The condition is the fixed point of one proximal gradient step,
-
-        params = prox(params - step_size * grad f(params, *args), step_size, *args),
-
-    so A = I - D (I - step_size H) with D the derivative of the proximal map and H the Hessian of
+    ``params = prox(params - step_size * grad f(params, *args), step_size, *args)``, so A = I - D (I - step_size H) with D the derivative of the proximal map and H the Hessian of
     f. It is not symmetric. The rows of coordinates that the map holds fixed, such as the zeros of
     the lasso, are those of the identity, so that A is regular where H is so on the others.
 
@@ -208,8 +205,7 @@ class ProjectedGradient(GradientStep):
     """The inner solution minimises ``f(params, *args)`` over a convex set, known by its projection.
 
     The condition is the fixed point of one projected gradient step,
-
-        params = project(params - step_size * grad f(params, *args), *args).
+    ``params = project(params - step_size * grad f(params, *args), *args)``.
 
     All that is said of `ProximalGradient` holds here: a projection is the proximal map of a set.
     At a kink of the projections of `hypergrad.projections` a bound counts as active.
