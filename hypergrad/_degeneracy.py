@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 #: The relative jump above which an answer counts as one of several.
 DEGENERATE = 1e-2
-# A kink counts as met within so many roundings, or within twice the residual of the condition
-# where that is small enough for params to be next to a solution.
+# A kink counts as met within so many roundings (in half precision two), or within twice the
+# residual of the condition where that is small enough for params to be next to a solution.
 _ROUNDINGS = 64
+_FAR = 1e-3
 _SOLVED = 1e-4
 
 
@@ -42,7 +43,8 @@ def reach(scale: Tensor, residual: Tensor, precision: torch.dtype) -> Tensor:
     """
     missed = norm(residual) / max(residual.shape[-1], 1) ** 0.5
     missed = torch.where(missed <= _SOLVED * scale, 2 * missed, torch.zeros_like(missed))
-    return _ROUNDINGS * torch.finfo(precision).eps * scale + missed
+    eps = torch.finfo(precision).eps
+    return max(min(_ROUNDINGS * eps, _FAR), 2 * eps) * scale + missed
 
 
 def directions(layout: Layout) -> Tensor:

@@ -273,9 +273,11 @@ def test_tasks_in_a_batch_are_the_tasks_one_by_one(make):
     assert info.degeneracy.shape == (3,)
     fit = problem.decorated(batching="loop")
     mapped = vmap(grad(lambda h: problem.outer(fit(h), h)))(hparams)
+    # And with the derivative outside, where all tasks are one problem.
+    summed = grad(lambda hs: vmap(lambda h: problem.outer(fit(h), h))(hs).sum())(hparams)
     for k, task in enumerate(tasks):
         expected = problem.hypergradient(task)
-        for batch in (found, mapped):
+        for batch in (found, mapped, summed):
             assert relative_error(pytree.tree_map(lambda t, k=k: t[k], batch), expected) < 1e-9
 
 
@@ -301,6 +303,25 @@ def test_second_derivatives_are_differences_of_the_first(make):
     torch.testing.assert_close(hessian(value)(zero), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(jacrev(jacrev(value))(zero), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(jacfwd(jacfwd(value))(zero), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [lasso, ball, inequality_qp], ids=lambda make: make.__name__)
+def test_second_derivatives_of_a_batch_are_those_of_its_tasks(make):
+    if make is lasso:  # with a step for each task
+        make = lambda: lasso(step_size=lambda h: 0.3 + h[0] / 10)
+    problem = make()
+    fit = problem.decorated(batching="loop")
+
+    def value(t):
+        h = pytree.tree_map(lambda leaf: leaf * (1 + t), problem.hparams)
+        return problem.outer(fit(h), h)
+
+    ts = torch.tensor([0.0, 0.01, 0.02], dtype=F64)
+    one_by_one = torch.stack([grad(grad(value))(t) for t in ts])
+    torch.testing.assert_close(vmap(grad(grad(value)))(ts), one_by_one, rtol=1e-8, atol=1e-10)
+    total = lambda ts: (vmap(value)(ts) ** 2).sum()
+    expected = torch.stack([grad(grad(lambda t: value(t) ** 2))(t) for t in ts]).diag()
+    torch.testing.assert_close(hessian(total)(ts), expected, rtol=1e-8, atol=1e-10)
 
 
 def precise(make):
@@ -527,6 +548,18 @@ def test_a_kink_that_does_not_matter_is_not_warned_of():
     found = implicit_grad(lambda w, lam: (X @ w).square().sum(), condition, w, lam)
     g = 2 * X[:, :2].T @ X[:, :2] @ w[:2]
     torch.testing.assert_close(found, -g @ torch.linalg.solve(A, 2 * w[:2]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_sees_no_kinks_that_are_far(dtype):
+    y = torch.tensor([2.0, -1.5, 0.25], dtype=dtype)
+    lam = torch.tensor(1.0, dtype=dtype)
+    condition = ProximalGradient(lambda w, lam: ((w - y) ** 2).sum() / 2, prox.l1, 0.5)
+    w = torch.tensor([1.0, -0.5, 0.0], dtype=dtype)
+    found, info = implicit_grad(lambda w, lam: w[0] + 3 * w[1], condition, w, lam, return_info=True)
+    assert info.degeneracy == 0
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.tensor(2.0, dtype=dtype))
 
 
 def test_one_task_at_a_kink_does_not_disturb_the_others():
