@@ -61,6 +61,8 @@ doctest_test_doctest_blocks = ""
 doctest_global_setup = """
 import warnings
 warnings.simplefilter("error", UserWarning)
+import importlib.util
+found = lambda name: importlib.util.find_spec(name) is not None
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)

@@ -5,6 +5,9 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+from . import inner as inner
+from . import projections as projections
+from . import prox as prox
 from ._check import Report, check_hypergrad
 from ._conditions import FixedPoint, GaussNewton, Minimum, Root
 from ._decorators import custom_argmin, custom_fixed_point, custom_root
@@ -15,6 +18,7 @@ from ._errors import (
     IndefiniteHessian,
     NotConnected,
     NotConverged,
+    NotDifferentiable,
     NotFinite,
     SingularHessian,
     StructureMismatch,
@@ -22,6 +26,8 @@ from ._errors import (
 )
 from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
+from ._kkt import KKT
+from ._proximal import ProjectedGradient, ProximalGradient
 from ._root import root_jvp, root_vjp
 from ._unrolled import unrolled_grad
 from .solvers import (
@@ -43,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "GMRES",
+    "KKT",
     "LSMR",
     "MINRES",
     "Auto",
@@ -60,8 +67,11 @@ __all__ = [
     "NormalCG",
     "NotConnected",
     "NotConverged",
+    "NotDifferentiable",
     "NotFinite",
     "Nystrom",
+    "ProjectedGradient",
+    "ProximalGradient",
     "Report",
     "Root",
     "SingularHessian",

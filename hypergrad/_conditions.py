@@ -35,12 +35,19 @@ class Record:
         ``u -> A^T u``.
     product : callable, optional
         ``v -> A v``; None where it was not asked for.
+    sides : list of callable
+        Of a condition with kinks: ``u -> (D' - D)^T u``, where D is the derivative that was taken
+        of the map with the kinks and D' the one a little to a side.
+    dependent : callable, optional
+        Whether the gradients of the active constraints are linearly dependent, for each task.
     """
 
     values: list[Tensor]
     residual: list[Tensor | None]
     transposed: Product
     product: Product | None
+    sides: Sequence[Product] = ()
+    dependent: Callable[[], Tensor] | None = None
 
 
 class Condition(ABC):
@@ -53,6 +60,8 @@ class Condition(ABC):
     twice: ClassVar[bool] = True
     #: Whether A = I - J for a map that is meant to contract.
     contraction: ClassVar[bool] = False
+    #: What makes a point a kink, for messages.
+    kink: ClassVar[str] = ""
 
     if TYPE_CHECKING:  # a class variable of some conditions and a field of others
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._conditions import Condition
+from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
 from ._replay import Parts
@@ -99,8 +100,12 @@ def solve_linear(
         success = success & ((inner <= inner_tol) | (strength == 0))
     success = success & torch.isfinite(length)
     further = {}
+    jump = degeneracy(lin, found.x, b, transpose=transpose)
+    if jump is not None:
+        success = success & ~(jump > DEGENERATE)
+        further["degeneracy"] = jump
     if estimate:
-        further = {
+        further |= {
             "outer_error": dot(found.x, lin.residual),
             "error_estimate": _error_estimate(found, b, extent, system, solver),
             "eigenvalues": found.eigenvalues,

@@ -108,6 +108,7 @@ class Rule:
             condition=norm(lin.residual),
             sound=sound,
             places=places,
+            kink=self.problem.condition.kink,
         )
         if self.callback is not None:
             fill = self.problem.params.fill

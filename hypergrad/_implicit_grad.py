@@ -101,7 +101,7 @@ def implicit_grad(
         If a loss is no scalar or an argument has the wrong structure.
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
-    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         With ``on_failure="raise"``.
     UnsupportedOperation
         If the solver needs a symmetric matrix and the condition's is not, or when the answer
@@ -349,6 +349,7 @@ class _Call:
             condition=norm(lin.residual),
             sound=finite(lead, value, lin.residual, u, *leaves),
             places=places,
+            kink=problem.condition.kink,
         )
         if self.on_failure != "ignore":
             warn_of_unused(H, "Neither outer nor inner", direct, indirect)

@@ -138,6 +138,10 @@ class Linearisation:
         columns = eye.reshape(n, *[1] * len(self.lead), n).expand(n, *self.lead, n)
         return product(columns).movedim(0, -1)
 
+    def replayed(self, product: Product, u: Tensor) -> Tensor:
+        """Another product that was recorded with the condition."""
+        return self._apply(product, u, False)
+
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
             one = partial(self._apply, product, create_graph=create_graph)

@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._degeneracy import DEGENERATE
 from ._errors import (
     ConvergenceWarning,
     Diverged,
     HypergradError,
     IndefiniteHessian,
     NotConverged,
+    NotDifferentiable,
     NotFinite,
     SingularHessian,
 )
@@ -49,6 +51,7 @@ def judge(
     condition: Tensor,
     sound: Tensor,
     places: Places,
+    kink: str = "",
 ) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
@@ -73,12 +76,14 @@ def judge(
         bool, for each task: all numbers of the answer are finite.
     places : callable
         The tensors to search for the first that is not finite.
+    kink : str
+        What makes a point a kink of the inner problem.
 
     Raises
     ------
     NotFinite
         If a number is not finite, with "warn" too.
-    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
     if on_failure == "ignore":
@@ -95,6 +100,7 @@ def judge(
         info.inner_residual,
         *found.eigenvalues.unbind(dim=-1),
         condition.expand_as(info.status),
+        info.degeneracy,
     )
     rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
     bad = [row for row in rows if not row[0]]
@@ -103,7 +109,7 @@ def judge(
     failed = [row for row in rows if not row[1]]
     worst = max(failed, key=_severity)
     exact = on_failure == "raise"
-    error, text = _diagnose(worst, info.method, solver, inner_tol, exact=exact)
+    error, text = _diagnose(worst, info.method, solver, inner_tol, kink, exact=exact)
     text = _count(len(failed), len(rows), exact=exact) + text
     if on_failure == "raise":
         raise error(text)
@@ -152,9 +158,15 @@ def _count(failed: int, tasks: int, *, exact: bool) -> str:
 
 
 def _diagnose(
-    row: Sequence[float], name: str, solver: Solver, inner_tol: float | None, *, exact: bool
+    row: Sequence[float],
+    name: str,
+    solver: Solver,
+    inner_tol: float | None,
+    kink: str,
+    *,
+    exact: bool,
 ) -> tuple[type[HypergradError], str]:
-    _, _, status, iterations, residual, inner, low, high, condition = row
+    _, _, status, iterations, residual, inner, low, high, condition, degeneracy = row
     at = f"relative residual {_figure(residual, exact)}"
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
@@ -194,6 +206,8 @@ def _diagnose(
             )
         case Status.BREAKDOWN:
             return NotConverged, (f"{name} broke down{after}, at {at}. Use GMRES() or Exact().")
+    if degeneracy > DEGENERATE and not (inner_tol is not None and inner > inner_tol):
+        return _degenerate(degeneracy, kink, exact)
     curvature = (
         f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
     )
@@ -210,6 +224,22 @@ def _diagnose(
         "gradient is exact only at a solution; its error is of the order of the condition's norm "
         f"divided by the lowest curvature.{curvature} Solve the inner problem further, or pass "
         "inner_tol=None where it is truncated on purpose."
+    )
+
+
+def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradError], str]:
+    if math.isinf(jump):
+        return SingularHessian, (
+            "The gradients of the active constraints are linearly dependent (LICQ fails), so that "
+            "the KKT matrix is singular and the multipliers are not determined; nor is the "
+            "derivative, unless the constraints stay consistent as the hyperparameters move. "
+            "Leave out the constraints that say the same as others."
+        )
+    return NotDifferentiable, (
+        f"params sits at a kink of the inner problem, where the solution has another derivative on "
+        f"each side: {kink}. The answer is that of one side, and of the linear system a part of "
+        f"{_figure(jump, exact)} is different on the other (info.degeneracy). Move the "
+        "hyperparameters a little, or pass on_failure='ignore' where either side will do."
     )
 
 

@@ -289,5 +289,6 @@ def _solved(
         condition=norm(lin.residual),
         sound=torch.isfinite(u).all(),
         places=lambda: [("the right-hand side", b), ("the condition", lin.residual), ("u", u)],
+        kink=problem.condition.kink,
     )
     return lin, u, info

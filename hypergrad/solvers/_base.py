@@ -214,6 +214,7 @@ def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
         "inner_residual": nan,
         "outer_error": nan,
         "error_estimate": nan,
+        "degeneracy": nan,
         "outer_value": nan,
         "eigenvalues": nan,
     }

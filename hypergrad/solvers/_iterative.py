@@ -120,7 +120,7 @@ class Iterative(Solver):
         first, expected = True, False
         plain = looks and not transforms_active()
         if begun is not None:
-            matvec.count = begun.steps
+            matvec.count = begun.steps + 1  # who made it has looked at the true residual
         while limit > 0 and (not looks or any_task(active)):
             part = (
                 begun
