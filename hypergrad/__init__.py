@@ -23,7 +23,7 @@ from ._errors import (
 from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
 from ._root import root_jvp, root_vjp
-from ._unrolled import unrolled_grad
+from .estimators import finite_difference_grad, one_step_grad, unrolled_grad
 from .solvers import (
     CG,
     GMRES,
@@ -73,8 +73,10 @@ __all__ = [
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",
+    "finite_difference_grad",
     "implicit_backward",
     "implicit_grad",
+    "one_step_grad",
     "root_jvp",
     "root_vjp",
     "unrolled_grad",
