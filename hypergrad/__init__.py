@@ -23,7 +23,16 @@ from ._errors import (
 from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
 from ._root import root_jvp, root_vjp
-from .estimators import finite_difference_grad, one_step_grad, unrolled_grad
+from .estimators import (
+    EvolutionInfo,
+    ValueFunctionInfo,
+    evolution_strategies_grad,
+    finite_difference_grad,
+    one_step_grad,
+    penalty_grad,
+    unrolled_grad,
+    value_function_grad,
+)
 from .solvers import (
     CG,
     GMRES,
@@ -49,6 +58,7 @@ __all__ = [
     "BiCGSTAB",
     "ConvergenceWarning",
     "Diverged",
+    "EvolutionInfo",
     "Exact",
     "FixedPoint",
     "GaussNewton",
@@ -69,15 +79,19 @@ __all__ = [
     "Status",
     "StructureMismatch",
     "UnsupportedOperation",
+    "ValueFunctionInfo",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",
+    "evolution_strategies_grad",
     "finite_difference_grad",
     "implicit_backward",
     "implicit_grad",
     "one_step_grad",
+    "penalty_grad",
     "root_jvp",
     "root_vjp",
     "unrolled_grad",
+    "value_function_grad",
 ]

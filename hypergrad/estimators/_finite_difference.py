@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from .._conditions import plus
-from .._errors import NotConnected, NotConverged
+from .._errors import NotConverged
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Layout
 from ..solvers._base import norm
 from ._answer import Found, evidence, hypergradient, judge_figure
 from ._inner_loop import map_tensors
-from ._loss import Arguments, Loss
+from ._loss import MOSTLY_ROUNDING, Arguments, Loss, moved, require_params, rounding_share
 
-#: Above this share of the answer the rounding of the difference is said.
-_ROUNDING = 0.1
+#: The default distance, in units of the one that balances rounding and truncation for a function
+#: whose third derivative is of the order of its first: networks bend more. Measured on a linear
+#: classifier and a small network, where it is within a factor of 3 of the best in float64,
+#: float32 and bfloat16.
+_BENT = 1 / 20
 _CURE = "Look at the data and the inner solver."
 
 
@@ -67,8 +70,9 @@ def finite_difference_grad(
         The outer variables.
     epsilon : float, optional
         How far `params` is moved to each side, as the norm of ``h u``: ``h = epsilon / ||u||``,
-        which is the rule of DARTS with 0.01, and that of SAMA. None: the cube root of the
-        dtype's rounding unit times ``||params||``, which balances rounding and truncation.
+        which is the rule of DARTS with 0.01, and that of SAMA. None: ``||params||`` times the
+        cube root of the dtype's rounding unit, which balances rounding and truncation, by 20:
+        2.5e-4 of the norm in float32.
     scale : float, optional
         What stands for the inner Hessian; None: 1.
     lr : float, optional
@@ -134,14 +138,9 @@ def finite_difference_grad(
     if lr is not None:
         here = of_inner(at, by_hparams=False)
         captured += here.captured
-        at = _moved(layout, at, here.by_params, -lr)
+        at = moved(layout, at, here.by_params, -lr)
     slopes = of_outer(at)
-    if all(part is None for part in slopes.by_params):
-        raise NotConnected(
-            "outer does not depend on params, so the inner problem plays no part in its gradient. "
-            "Use params in outer: a module must be called as torch.func.functional_call(module, "
-            "params, args)."
-        )
+    require_params(slopes)
     b = layout.flatten(slopes.by_params)
     if preconditioner is not None:
         u = preconditioner(given.P.fill(layout.split(b)))
@@ -153,7 +152,7 @@ def finite_difference_grad(
     size = norm(u)
     h = torch.where(size > 0, length / size, torch.ones_like(size))
     sides = [
-        of_inner(_moved(layout, given.params, layout.split(u), way * h), by_params=False)
+        of_inner(moved(layout, given.params, layout.split(u), way * h), by_params=False)
         for way in (1, -1)
     ]
     above, below = (side.by_hparams for side in sides)
@@ -169,15 +168,15 @@ def finite_difference_grad(
     found = Found(grads, slopes.value, None, slopes.aux, captured)
     answer = hypergradient("finite_difference_grad", H, found, on_failure, _CURE)
 
-    rounding = _rounding(layout, above, grads, h)
-    judge_figure(rounding, _ROUNDING, on_failure, NotConverged, _lost)
+    rounding = rounding_share(layout, above, grads, 1 / (2 * h))
+    judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
     if on_failure != "ignore":
         warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, above)
     aux = map_tensors(slopes.aux, Tensor.detach)
     if return_info:
         return answer, evidence(
             "finite difference",
-            success=~(rounding > _ROUNDING) & torch.isfinite(size),
+            success=~(rounding > MOSTLY_ROUNDING) & torch.isfinite(size),
             error_estimate=rounding,
             solution=given.P.fill(layout.split(u)),
             outer_value=slopes.value,
@@ -198,16 +197,6 @@ def _check(
         raise ValueError(f"scale must be finite and not zero; got {scale}.")
 
 
-def _moved(
-    layout: Layout, at: Sequence[Tensor], along: Sequence[Tensor | None], by: Tensor | float
-) -> list[Tensor]:
-    """Tensors of their own, ``at + by * along``, rounded once."""
-    return [
-        a.clone() if d is None else (a + by * d.to(layout.dtype)).to(a.dtype)
-        for a, d in zip(at, along, strict=True)
-    ]
-
-
 def _length(layout: Layout, params: Sequence[Tensor], epsilon: float | None) -> Tensor:
     size = norm(layout.flatten(params))
     if epsilon is not None:
@@ -215,20 +204,7 @@ def _length(layout: Layout, params: Sequence[Tensor], epsilon: float | None) -> 
     eps = torch.finfo(layout.precision).eps
     # Parameters this close to zero have no scale of their own.
     size = torch.where(size > (eps * layout.n) ** 0.5, size, torch.ones_like(size))
-    return eps ** (1 / 3) * size
-
-
-def _rounding(
-    layout: Layout, above: Sequence[Tensor | None], grads: Sequence[Tensor | None], h: Tensor
-) -> Tensor:
-    """The share of the answer that the rounding of one side, divided by ``2 h``, is."""
-
-    def size(parts: Sequence[Tensor | None]) -> Tensor:
-        sizes = [torch.linalg.vector_norm(p.to(h.dtype)) for p in parts if p is not None]
-        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(h)
-
-    lost = torch.finfo(layout.precision).eps * size(above) / (2 * h.abs())
-    return torch.where(lost == 0, lost, lost / size(grads))
+    return _BENT * eps ** (1 / 3) * size
 
 
 def _lost(share: str) -> str:
