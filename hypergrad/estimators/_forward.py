@@ -108,7 +108,7 @@ class Forward:
         grads: list[Tensor | None] = list(direct)
         used = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s is not None]
         if used:
-            terms = [_wide(t).flatten(1) @ _wide(s).reshape(-1) for s, t in used]
+            terms = [_wide(t).reshape(len(t), s.numel()) @ _wide(s).reshape(-1) for s, t in used]
             total = torch.stack(terms).sum(dim=0)
             parts = torch.split(total, [c.numel() for c in constants])
             for i in self.reached:
