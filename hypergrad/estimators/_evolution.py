@@ -16,11 +16,15 @@ from .._guard import Guard
 from .._problem import scalar
 from .._randomness import Draw
 from .._report import OnFailure, check_on_failure
-from .._trace import detached
-from .._transforms import never_compiled, outside_transforms, without_saved_tensor_hooks
-from .._tree import Tree
+from .._trace import detached, further_out
+from .._transforms import (
+    never_compiled,
+    outside_transforms,
+    without_left,
+    without_saved_tensor_hooks,
+)
 from ._answer import Found, hypergradient, judge_figure
-from ._inner_loop import InnerLoop, map_tensors
+from ._inner_loop import InnerLoop, hyperparameters, map_tensors
 from ._loss import MOSTLY_ROUNDING
 
 _CURE = "The inner solver may diverge at hyperparameters so far apart: make sigma smaller."
@@ -167,16 +171,15 @@ def evolution_strategies_grad(
     """
     check_on_failure(on_failure)
     _check(step, init, steps, sigma, pairs, chunk_size, batching)
-    H = Tree("hparams", hparams)
+    H = hyperparameters(hparams)
     loop = InnerLoop.of(_no_step if step is None else step, init, H)
     evaluate = _Evaluation(outer, loop, steps, batching)
     moments = _Moments([detached(v) for v in H.variables], sigma)
     for first in range(0, pairs, chunk_size or pairs):
         moments.add(evaluate, min(chunk_size or pairs, pairs - first), generator)
     value, grads, errors = moments.value, moments.mean(), moments.standard_error()
-    answer = hypergradient(
-        "evolution_strategies_grad", H, Found(list(grads), value, None, None, []), on_failure, _CURE
-    )
+    found = Found(list(grads), value, None, None, [without_left(t) for t in evaluate.captured])
+    answer = hypergradient("evolution_strategies_grad", H, found, on_failure, _CURE)
     rounding = moments.rounding()
     judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
     if not return_info:
@@ -197,6 +200,7 @@ class _Evaluation:
     steps: int
     batching: str
     draw: Draw = dataclasses.field(default_factory=Draw)
+    captured: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
         """The values, one for each row of the tensors."""
@@ -221,9 +225,17 @@ class _Evaluation:
         given = self.loop.H.rebuild(variables)
         with Guard():
             start = self.loop.init(given) if callable(self.loop.init) else self.loop.start
+            self._note(start)
             params = map_tensors(start, lambda t: t.detach().clone())
-            params = self.loop.forward(params, list(variables), 0, self.steps)
-            return scalar("outer", self.outer(params, given)).detach()
+            params = self.loop.forward(params, list(variables), 0, self.steps, self.captured)
+            value = scalar("outer", self.outer(params, given))
+            self._note(value)
+            return value.detach()
+
+    def _note(self, tree: Any) -> None:
+        for leaf in pytree.tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self.captured += further_out(leaf, [])
 
 
 class _Moments:

@@ -35,6 +35,10 @@ class Forward:
 
     def gradient(self, first: int, steps: int) -> Found:
         """Run `steps` steps and differentiate those from `first`."""
+        with torch.inference_mode(False):
+            return self._gradient(first, steps)
+
+    def _gradient(self, first: int, steps: int) -> Found:
         loop, H = self.loop, self.loop.H
         constants = [detached(v) for v in H.variables]
         directions = _basis(constants)

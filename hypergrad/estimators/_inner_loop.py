@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._advice import advice
 from .._errors import NotConnected
-from .._trace import detached, trace
+from .._trace import detached, further_out, trace
 from .._tree import Tree
 
 
@@ -47,7 +47,7 @@ class InnerLoop:
     @property
     def start(self) -> Any:
         """The initial point, detached; None where it depends on the hyperparameters."""
-        return None if callable(self.init) else map_tensors(self.init, detached)
+        return None if callable(self.init) else map_tensors(self.init, _own)
 
     def advance(self, params: Any, given: Any, first: int, last: int) -> Any:
         """Make the steps from `first` up to `last`, recorded by whatever records."""
@@ -57,14 +57,42 @@ class InnerLoop:
             tree.match("What step returned", params)
         return params
 
-    def forward(self, params: Any, constants: list[Tensor], first: int, last: int) -> Any:
-        """Make steps without keeping a graph; each may take derivatives itself."""
+    def forward(
+        self,
+        params: Any,
+        constants: list[Tensor],
+        first: int,
+        last: int,
+        captured: list[Tensor] | None = None,
+    ) -> Any:
+        """Make steps without keeping a graph; each may take derivatives itself.
+
+        Parameters
+        ----------
+        params : pytree
+            Where they start.
+        constants : list of Tensor
+            The hyperparameters' variables.
+        first, last : int
+            The numbers of the first step and of the one after the last.
+        captured : list of Tensor, optional
+            Where to add what the steps capture that is differentiated further out.
+
+        Returns
+        -------
+        params : pytree
+            Where they lead, detached.
+        """
         for k in range(first, last):
             tree = Tree("params", params)
 
             def one(aliases: list[Tensor], k: int = k, tree: Tree = tree) -> Any:
                 given = self.H.rebuild(aliases[: len(constants)])
-                return self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
+                ended = self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
+                if captured is not None:
+                    for leaf in Tree("params", ended).variables:
+                        captured.extend(further_out(leaf, aliases))
+                return ended
 
             start = [detached(v) for v in tree.variables]
             with advice([tree, self.H]):
@@ -80,9 +108,27 @@ class InnerLoop:
             return map_tensors(self.init(self.H.rebuild(constants)), Tensor.detach)
 
 
+def hyperparameters(hparams: Any) -> Tree:
+    """`hparams` taken apart."""
+    return own_constants(Tree("hparams", hparams))
+
+
+def own_constants(tree: Tree) -> Tree:
+    """The same with copies of its integer tensors, which nothing stops a function from changing."""
+    for place, leaf in enumerate(tree.leaves):
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            tree.leaves[place] = _own(leaf)
+    return tree
+
+
 def map_tensors(tree: Any, fun: Callable[[Tensor], Tensor]) -> Any:
     """The pytree with a function applied to its tensors, and all else as it was."""
     return pytree.tree_map(lambda leaf: fun(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return detached(tensor) if tensor.is_floating_point() else tensor.clone()
 
 
 def _takes_number(step: Callable[..., Any]) -> bool:

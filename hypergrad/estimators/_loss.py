@@ -18,6 +18,7 @@ from .._trace import detached, further_out, trace
 from .._transforms import is_wrapped
 from .._tree import Layout, Tree
 from ..solvers._base import norm
+from ._inner_loop import own_constants
 
 Parts = list[Tensor | None]
 
@@ -43,7 +44,7 @@ class Arguments:
     """
 
     def __init__(self, P: Tree, H: Tree) -> None:
-        self.P, self.H = P, H
+        self.P, self.H = own_constants(P), own_constants(H)
         self.params = [detached(v) for v in self.P.variables]
         self.hparams = [detached(v) for v in self.H.variables]
 
@@ -110,9 +111,13 @@ class Loss:
     ) -> Slopes:
         """Evaluate at other inner variables, once, and differentiate."""
         P, H = self._given.P, self._given.H
-        p, h = list(params), self._given.hparams
+        with torch.inference_mode(False):
+            p, h = [detached(t) for t in params], self._given.hparams
+            if not by_hparams:  # then autograd does not stop a function from changing them
+                h = [t.clone() for t in h]
         wanted = [*(p if by_params else []), *(h if by_hparams else [])]
-        constants = [t for tree in (P, H) for t in tree.tensors if not t.is_floating_point()]
+        free = [i for tree in (P, H) for i in map(id, tree.variables)]
+        constants = [t for tree in (P, H) for t in tree.tensors if id(t) not in free]
         before = [*constants, *([] if by_params else p), *([] if by_hparams else h)]
         versions = [_version(t) for t in before]
 
@@ -145,7 +150,7 @@ class Loss:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if is_wrapped(tensor) else tensor._version
+    return 0 if is_wrapped(tensor) or tensor.is_inference() else tensor._version
 
 
 def require_params(slopes: Slopes) -> None:

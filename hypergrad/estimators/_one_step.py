@@ -12,7 +12,7 @@ from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Tree
 from ._answer import hypergradient
-from ._inner_loop import InnerLoop, map_tensors
+from ._inner_loop import InnerLoop, hyperparameters, map_tensors
 from ._reverse import Reverse
 
 _CURE = "Look at the step size and the data."
@@ -96,7 +96,7 @@ def one_step_grad(
             "params is a function; one_step_grad starts from inner variables, which are constant. "
             "Pass what the function returns, or use unrolled_grad, which differentiates it."
         )
-    H = Tree("hparams", hparams)
+    H = hyperparameters(hparams)
     loop = InnerLoop(step, params, H, numbered=False)
     found = Reverse(outer, loop, has_aux).gradient(0, 1, 1)
     warn_of_unused(H, "Neither outer nor step", found.grads)

@@ -11,10 +11,9 @@ from torch import Tensor
 from .._errors import UnsupportedOperation
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
-from .._tree import Tree
 from ._answer import hypergradient
 from ._forward import Forward
-from ._inner_loop import InnerLoop, map_tensors
+from ._inner_loop import InnerLoop, hyperparameters, map_tensors
 from ._reverse import Reverse
 
 _CURE = "The steps may diverge: make them smaller, or look at the data."
@@ -115,7 +114,7 @@ def unrolled_grad(
     if steps < 0 or (truncate is not None and truncate < 0):
         raise ValueError(f"steps and truncate must not be negative; got {steps} and {truncate}.")
     check_on_failure(on_failure)
-    H = Tree("hparams", hparams)
+    H = hyperparameters(hparams)
     loop = InnerLoop.of(step, init, H)
     first = 0 if truncate is None else max(0, steps - truncate)
     if mode == "forward" and H.variables:
