@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._captures import refuse_distributed
 from .._errors import NotConverged
 from .._guard import Guard
 from .._problem import scalar
@@ -173,6 +174,7 @@ def evolution_strategies_grad(
     _check(step, init, steps, sigma, pairs, chunk_size, batching)
     H = hyperparameters(hparams)
     loop = InnerLoop.of(_no_step if step is None else step, init, H)
+    refuse_distributed([outer, *loop.functions])
     evaluate = _Evaluation(outer, loop, steps, batching)
     moments = _Moments([detached(v) for v in H.variables], sigma)
     for first in range(0, pairs, chunk_size or pairs):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._captures import refuse_distributed
 from .._errors import StructureMismatch
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -98,6 +99,7 @@ def one_step_grad(
         )
     H = hyperparameters(hparams)
     loop = InnerLoop(step, params, H, numbered=False)
+    refuse_distributed([outer, *loop.functions])
     found = Reverse(outer, loop, has_aux).gradient(0, 1, 1)
     warn_of_unused(H, "Neither outer nor step", found.grads)
     answer = [hypergradient("one_step_grad", H, found, on_failure, _CURE)]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .._captures import refuse_distributed
 from .._errors import UnsupportedOperation
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -116,6 +117,7 @@ def unrolled_grad(
     check_on_failure(on_failure)
     H = hyperparameters(hparams)
     loop = InnerLoop.of(step, init, H)
+    refuse_distributed([outer, *loop.functions])
     first = 0 if truncate is None else max(0, steps - truncate)
     if mode == "forward" and H.variables:
         found = Forward(outer, loop, has_aux).gradient(first, steps)

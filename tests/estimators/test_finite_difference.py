@@ -94,6 +94,21 @@ def test_with_a_learning_rate_it_is_darts_unrolled_step():
     assert relative_error(one, exact) < 1e-12
 
 
+def test_with_adams_adaptation_it_is_samas_derivative_of_the_update():
+    """One step of Adam, differentiated exactly; a linear outer loss is the same on both sides."""
+    m, v, t = data(48, 5, dtype=F64) / 10, data(49, 5, dtype=F64) ** 2, 7
+
+    def update(g: Tensor) -> Tensor:
+        first, second = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        return 0.01 * first / (1 - 0.9**t) / ((second / (1 - 0.99**t)).sqrt() + 1e-8)
+
+    outer = lambda w, h: (w * T).sum()
+    exact = grad(lambda h: outer(P - update(grad(bent)(P, h)), h))(T)
+    adaptation = grad(lambda g: update(g).sum())(grad(bent)(P, T))  # the Jacobian is diagonal
+    found = finite_difference_grad(outer, bent, P, T, preconditioner=lambda b: adaptation * b)
+    assert relative_error(found, exact) < 1e-7
+
+
 def test_the_rule_of_darts_is_a_norm_and_not_a_factor():
     """A larger outer loss moves the two points by as much."""
     seen: list[Tensor] = []
@@ -147,6 +162,15 @@ def test_it_works_where_fused_attention_has_no_second_derivative():
     with sdpa_kernel(SDPBackend.MATH):
         exact = hypergrad.implicit_grad(outer, inner, w, bias, solver=Identity(), inner_tol=None)
     assert relative_error(found, exact) < 1e-2
+
+
+def test_it_works_where_a_compiled_loss_has_no_second_derivative():
+    compiled = torch.compile(bent, backend="aot_eager")
+    given = (OUTER, compiled, P, T)
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.compile"):
+        hypergrad.implicit_grad(*given, solver=Identity(), inner_tol=None)
+    expected = finite_difference_grad(OUTER, bent, P, T)
+    torch.testing.assert_close(finite_difference_grad(*given), expected)
 
 
 def test_both_sides_see_one_dropout_and_the_generator_moves_by_one_call_of_each_loss():
