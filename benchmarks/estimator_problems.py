@@ -70,7 +70,13 @@ def penalties() -> Problem:
     families = common(outer, inner, newton(h), h, torch.zeros(31, dtype=D))
     families["evolution strategies"] = {
         f"{pairs} pairs": lambda pairs=pairs: hypergrad.evolution_strategies_grad(
-            outer, None, newton, h, pairs=pairs, generator=torch.Generator().manual_seed(0)
+            outer,
+            None,
+            newton,
+            h,
+            pairs=pairs,
+            chunk_size=4,
+            generator=torch.Generator().manual_seed(0),
         )
         for pairs in (4, 16, 64)
     }
@@ -96,19 +102,7 @@ def weights() -> Problem:
         return cross_entropy(x[600:1000] @ w, y[600:1000])
 
     h = torch.zeros(600, dtype=D)
-    w = torch.zeros(64, 10, dtype=D, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [w], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = inner(w, h)
-        value.backward()
-        return value
-
-    optimiser.step(closure)
-    solution = w.detach()
+    solution = minimised(lambda w: inner(w, h), torch.zeros(64, 10, dtype=D), 500)
     families = common(outer, inner, solution, h, torch.zeros(64, 10, dtype=D))
     rate = 1 / largest(inner, solution, h)
     families["evolution strategies"] = {
@@ -120,7 +114,7 @@ def weights() -> Problem:
             steps=50,
             pairs=pairs,
             sigma=0.1,
-            chunk_size=16,
+            chunk_size=4,
             generator=torch.Generator().manual_seed(0),
         )
         for pairs in (4, 16)
@@ -175,6 +169,7 @@ def rates() -> Problem:
                 h,
                 steps=steps,
                 pairs=pairs,
+                chunk_size=4,
                 generator=torch.Generator().manual_seed(0),
             )
             for pairs in (4, 16, 64)
@@ -198,6 +193,27 @@ def rates() -> Problem:
 
 def descent(inner: Any, rate: float) -> Any:
     return lambda w, h: w - rate * grad(inner)(w, h)
+
+
+def minimised(objective: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> Tensor:
+    """The minimiser by L-BFGS."""
+    w = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [w],
+        max_iter=iterations,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = objective(w)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return w.detach()
 
 
 def largest(inner: Any, w: Tensor, h: Tensor) -> float:
@@ -226,6 +242,14 @@ def common(
             *given, penalty=size, lr=1 / curvature, steps=steps, **options
         )
 
+    def trained(size: float, iterations: int) -> Run:
+        def run() -> Tensor:
+            z = minimised(lambda z: inner(z, h) + outer(z, h) / size, w, iterations)
+            found: Tensor = hypergrad.penalty_grad(*given, penalty=size, penalised=z, **options)
+            return found
+
+        return run
+
     return {
         "implicit, CG": {
             f"{k} products": implicit(hypergrad.CG(maxiter=k, rtol=1e-12))
@@ -246,7 +270,11 @@ def common(
         "unrolled, checkpoints": {
             f"{k} steps": unrolled(k, start, checkpoint=True) for k in (100, 300)
         },
-        "penalty": {
+        "penalty, L-BFGS": {
+            f"{size:g}, {k} iterations": trained(size, k)
+            for size, k in ((10.0, 5), (100.0, 15), (1000.0, 30))
+        },
+        "penalty, descent": {
             f"{size:g}, {k} steps": penalty(size, k)
             for size, k in ((10.0, 10), (30.0, 30), (100.0, 100))
         },

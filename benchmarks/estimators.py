@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.allocator import peak_bytes
 from benchmarks.estimator_problems import Problem, penalties, rates, weights
@@ -29,12 +31,13 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Point:
-    """One estimate: its relative error, and its cost in gradients."""
+    """One estimate: its relative error, its direction, and its cost in gradients."""
 
     problem: str
     family: str
     setting: str
     error: float
+    cosine: float
     time: float
     memory: float
 
@@ -66,8 +69,9 @@ def measure(problem: Problem, *, quick: bool = False) -> list[Point]:
         for name, run in list(settings.items())[: 1 if quick else None]:
             found, took = timed(run)
             error = float((found - problem.exact).norm() / problem.exact.norm())
+            cosine = float(found @ problem.exact / (found.norm() * problem.exact.norm()))
             peak = peak_bytes(run) / size
-            points.append(Point(problem.title, family, name, error, took / unit, peak))
+            points.append(Point(problem.title, family, name, error, cosine, took / unit, peak))
     return points
 
 
@@ -77,23 +81,28 @@ def markdown(points: list[Point]) -> str:
     for title in dict.fromkeys(p.problem for p in points):
         lines += [
             f"\n**{title}**\n",
-            "| estimator | setting | relative error | time | memory |",
-            "| --- | --- | --- | --- | --- |",
+            "| estimator | setting | relative error | cosine | time | memory |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {p.family} | {p.setting} | {p.error:.0e} | {p.time:.3g} | {p.memory:.2g} |"
+            f"| {p.family} | {p.setting} | {p.error:.0e} | {p.cosine:.2f} | {_short(p.time)} | "
+            f"{_short(p.memory)} |"
             for p in points
             if p.problem == title
         ]
     return "\n".join(lines)
 
 
+def _short(figure: float) -> str:
+    return f"{figure:.0f}" if figure >= 10 else f"{figure:.1f}"
+
+
 def draw(points: list[Point], path: Path) -> None:
     """Error against time above, against memory below; a column for each problem."""
     titles = list(dict.fromkeys(p.problem for p in points))
     families = list(dict.fromkeys(p.family for p in points))
-    colours = {f: f"C{i % 10}" for i, f in enumerate(families)}
-    markers = {f: "osD^v<>PX*"[i % 10] for i, f in enumerate(families)}
+    colours = {f: colormaps["tab20"](2 * i % 19) for i, f in enumerate(families)}
+    markers = {f: "osD^v<>PX*hp8d"[i % 14] for i, f in enumerate(families)}
     figure = Figure(figsize=(4.6 * len(titles), 7.4), layout="constrained")
     grid = figure.subplots(2, len(titles), squeeze=False)
     for column, title in enumerate(titles):
@@ -110,6 +119,7 @@ def draw(points: list[Point], path: Path) -> None:
                     linewidth=1,
                 )
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yscale("log")
             axes.set_xlabel(f"{cost}, in gradients of the inner loss")
             if column == 0:
