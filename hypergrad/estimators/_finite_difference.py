@@ -169,6 +169,7 @@ def finite_difference_grad(
     answer = hypergradient("finite_difference_grad", H, found, on_failure, _CURE)
 
     rounding = rounding_share(layout, above, grads, 1 / (2 * h))
+    rounding = torch.where(size > 0, rounding, torch.zeros_like(rounding))  # then there is none
     judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
     if on_failure != "ignore":
         warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, above)

@@ -164,8 +164,11 @@ def penalty_grad(
     residual = torch.where(norm(b) == 0, norm(left), norm(left) / norm(b))
     least = (torch.finfo(y.dtype).eps * layout.n) ** 0.5
     unsolved = norm(F) * norm(u) / (norm(b) * norm(y).clamp(min=least))
-    unsolved = torch.where(norm(F) == 0, torch.zeros_like(unsolved), unsolved)
     rounding = rounding_share(layout, there.by_hparams, grads, penalty)
+    # Without an outer gradient there is nothing to be judged by.
+    flat = norm(b) == 0
+    unsolved = torch.where(flat | (norm(F) == 0), torch.zeros_like(unsolved), unsolved)
+    rounding = torch.where(flat, torch.zeros_like(rounding), rounding)
     for figure, limit, text in (
         (unsolved, inner_tol, _unsolved),
         (residual, rtol, _unpenalised),

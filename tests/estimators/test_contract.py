@@ -313,3 +313,28 @@ def test_low_precision_hyperparameters_get_answers_of_their_own_dtype(estimate):
     for name in ("a", "b"):
         assert found[name].dtype == torch.bfloat16
         assert found[name].isfinite().all()
+
+
+@every
+def test_at_the_defaults_a_network_in_float32_is_differentiated_in_silence(estimate):
+    """The tests turn warnings into errors."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(30, 6), torch.arange(30) % 3
+    params = {k: v.detach() for k, v in net.named_parameters()}
+
+    def loss(w: Any, h: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(functional_call(net, w, (x,)), y, reduction="none")
+        return (h.sigmoid() * each).mean() + 1e-2 * sum(v.square().sum() for v in w.values())
+
+    clean = lambda w, h: nn.functional.cross_entropy(functional_call(net, w, (x[:9],)), y[:9])
+    found = estimate(clean, loss, params, torch.zeros(30))
+    assert found.isfinite().all()
+
+
+@with_graph
+def test_where_the_outer_loss_is_at_its_minimum_the_answer_is_zero_in_silence(estimate):
+    w, h = torch.ones(3), torch.ones(3)
+    flat = lambda w, h: (w - 1).square().sum()
+    found = estimate(flat, lambda w, h: (w - h).square().sum(), w, h)
+    torch.testing.assert_close(found, torch.zeros(3))
