@@ -29,7 +29,16 @@ from ._info import SolveInfo, Status
 from ._kkt import KKT
 from ._proximal import ProjectedGradient, ProximalGradient
 from ._root import root_jvp, root_vjp
-from ._unrolled import unrolled_grad
+from .estimators import (
+    EvolutionInfo,
+    ValueFunctionInfo,
+    evolution_strategies_grad,
+    finite_difference_grad,
+    one_step_grad,
+    penalty_grad,
+    unrolled_grad,
+    value_function_grad,
+)
 from .solvers import (
     CG,
     GMRES,
@@ -56,6 +65,7 @@ __all__ = [
     "BiCGSTAB",
     "ConvergenceWarning",
     "Diverged",
+    "EvolutionInfo",
     "Exact",
     "FixedPoint",
     "GaussNewton",
@@ -79,13 +89,19 @@ __all__ = [
     "Status",
     "StructureMismatch",
     "UnsupportedOperation",
+    "ValueFunctionInfo",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",
+    "evolution_strategies_grad",
+    "finite_difference_grad",
     "implicit_backward",
     "implicit_grad",
+    "one_step_grad",
+    "penalty_grad",
     "root_jvp",
     "root_vjp",
     "unrolled_grad",
+    "value_function_grad",
 ]
