@@ -24,6 +24,18 @@ from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
 from ._root import root_jvp, root_vjp
 from ._unrolled import unrolled_grad
+from .bilevel import (
+    F2SA,
+    HOAG,
+    MASOBA,
+    SABA,
+    SOBA,
+    Alternating,
+    AmIGO,
+    Bilevel,
+    StepInfo,
+    StocBiO,
+)
 from .solvers import (
     CG,
     GMRES,
@@ -42,11 +54,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "F2SA",
     "GMRES",
+    "HOAG",
     "LSMR",
+    "MASOBA",
     "MINRES",
+    "SABA",
+    "SOBA",
+    "Alternating",
+    "AmIGO",
     "Auto",
     "BiCGSTAB",
+    "Bilevel",
     "ConvergenceWarning",
     "Diverged",
     "Exact",
@@ -67,6 +87,8 @@ __all__ = [
     "SingularHessian",
     "SolveInfo",
     "Status",
+    "StepInfo",
+    "StocBiO",
     "StructureMismatch",
     "UnsupportedOperation",
     "check_hypergrad",
