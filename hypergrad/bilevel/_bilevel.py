@@ -196,6 +196,7 @@ class Bilevel:
         )
         try:
             with torch.inference_mode(False), torch.enable_grad():
+                levels.begin()
                 info = self.method.step(levels)
         finally:
             levels.given = (None, None)

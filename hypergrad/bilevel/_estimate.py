@@ -65,8 +65,7 @@ def estimate(
         The evidence, of "implicit".
     """
     losses = levels.outer_on(outer), levels.inner_on(inner)
-    params = levels.params.rebuild([v.detach() for v in levels.params.variables])
-    hparams = levels.hparams.rebuild([v.detach() for v in levels.hparams.variables])
+    params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]
         grads = levels.hparams.match("What the estimator returned", call(*losses, params, hparams))

@@ -297,6 +297,20 @@ class Levels:
                         "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
                     )
 
+    def now(self, name: str) -> Any:
+        """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
+        tree = self.params if name == "params" else self.hparams
+        aliases = [v.detach() for v in tree.variables]
+        if len(aliases) < sum(t.is_floating_point() for t in tree.tensors):
+            # Beside frozen parameters those that are not are known by this.
+            aliases = [alias.requires_grad_() for alias in aliases]
+        return tree.rebuild(aliases)
+
+    def begin(self) -> None:
+        """Forget what an inner optimiser has taken for curvature: the inner problem has changed."""
+        if isinstance(self.inner_optimizer, torch.optim.LBFGS):
+            self.inner_optimizer.state.clear()
+
     def shaped(self, parts: Sequence[Tensor]) -> Any:
         """What is shaped like the hyperparameters, as a pytree."""
         return self.hparams.fill(parts)
