@@ -226,17 +226,22 @@ def test_a_callable_draws_with_the_generator_of_the_loop():
     ],
 )
 def test_sources_that_give_no_batches_are_refused(source, error):
-    problem = Quadratic()
-    with pytest.raises(error, match="inner_batches"):
-        bilevel = loop(
-            problem,
-            SOBA(),
+
+    def steps():
+        bilevel = Bilevel(
+            lambda w, lam: w**2,
+            lambda w, lam, batch: (w - batch) ** 2 + lam * w**2,
+            torch.tensor(0.0),
+            torch.tensor(1.0),
+            inner_optimizer=sgd(0.1),
+            outer_optimizer=sgd(0.1),
+            method=SOBA(),
             inner_batches=source,
-            outer_batches=problem.outer_batches,
-            batches=True,
         )
-        bilevel._levels.condition = hypergrad.Minimum(lambda z, x, batch: (z * z).sum() * x.sum())
         run(bilevel, 3)
+
+    with pytest.raises(error, match="inner_batches"):
+        steps()
 
 
 # --- the caller's things ---------------------------------------------------------------------
@@ -256,9 +261,12 @@ def test_a_factory_leaves_the_callers_tensors_alone():
         method=SOBA(),
     )
     bilevel.step(problem.inner_batches[0], problem.outer_batches[0])
-    assert not z.any() and not x.any()
-    assert z.grad.equal(torch.ones_like(z)) and x.grad is None
-    assert bilevel.params.any() and not bilevel.params.requires_grad
+    assert not z.any()
+    assert not x.any()
+    assert z.grad.equal(torch.ones_like(z))
+    assert x.grad is None
+    assert bilevel.params.any()
+    assert not bilevel.params.requires_grad
 
 
 def test_a_ready_optimiser_moves_the_parameters_of_a_module():
@@ -282,9 +290,13 @@ def test_a_ready_optimiser_moves_the_parameters_of_a_module():
         method=HOAG(),
     )
     bilevel.step()
-    assert model.weight is weight and not weight.equal(before)
-    assert log_decay.item() != -1.0 and log_decay.requires_grad and log_decay.grad is None
-    assert weight.grad is None and model.bias.grad.equal(torch.ones(1))
+    assert model.weight is weight
+    assert not weight.equal(before)
+    assert log_decay.item() != -1.0
+    assert log_decay.requires_grad
+    assert log_decay.grad is None
+    assert weight.grad is None
+    assert model.bias.grad.equal(torch.ones(1))
     assert bilevel.params["weight"].data_ptr() == weight.data_ptr()
 
 
@@ -306,7 +318,9 @@ def test_frozen_parameters_and_other_leaves_stay():
         method=HOAG(),
     )
     run(bilevel, 100)
-    assert frozen.item() == 2.0 and bilevel.params["n"] == 3 and bilevel.hparams["of"] is None
+    assert frozen.item() == 2.0
+    assert bilevel.params["n"] == 3
+    assert bilevel.hparams["of"] is None
     torch.testing.assert_close(bilevel.hparams["a"], torch.tensor(1 / 6), rtol=1e-3, atol=0)
 
 
@@ -415,7 +429,7 @@ def test_an_inner_optimiser_without_a_rate_for_the_linear_system_is_refused(meth
     ],
 )
 def test_fields_that_mean_nothing_are_refused(wrong):
-    with pytest.raises(ValueError, match="must|finite|no estimator"):
+    with pytest.raises(ValueError, match=r"must|finite|no estimator"):
         wrong()
 
 
@@ -426,7 +440,8 @@ def test_any_callable_is_an_estimator_and_so_is_a_word():
     problem = Quadratic()
 
     def by_hand(outer, inner, z, x):
-        assert not z.requires_grad and not x.requires_grad
+        assert not z.requires_grad
+        assert not x.requires_grad
         return problem.hypergradient(x)
 
     called = loop(problem, by_hand)
@@ -517,7 +532,7 @@ def test_hoag_solves_both_systems_to_a_tolerance_that_tightens(decrease, expecte
 def test_hoag_says_when_it_runs_out_of_inner_steps():
     with pytest.warns(hypergrad.ConvergenceWarning, match="max_inner_steps"):
         run(loop(Quadratic(), HOAG(max_inner_steps=1)), 5)
-    with pytest.raises(hypergrad.NotConverged, match="at outer step 1|At outer step"):
+    with pytest.raises(hypergrad.NotConverged, match=r"At outer step \d"):
         run(loop(Quadratic(), HOAG(max_inner_steps=1), on_failure="raise"), 5)
     run(loop(Quadratic(), HOAG(max_inner_steps=1), on_failure="ignore"), 5)
 
@@ -661,10 +676,12 @@ def test_a_resumed_run_is_bit_equal(method):
         run(part, 2)
         part.load_state_dict(state)
         again = [part.step() for _ in range(9)]
-        assert part.params.equal(whole.params) and part.hparams.equal(whole.hparams)
+        assert part.params.equal(whole.params)
+        assert part.hparams.equal(whole.hparams)
         assert part.steps == whole.steps == 16
         for a, b in zip(infos, again, strict=True):
-            assert a.step == b.step and a.grads.equal(b.grads)
+            assert a.step == b.step
+            assert a.grads.equal(b.grads)
             assert a.outer_value.equal(b.outer_value)
 
 
@@ -707,7 +724,9 @@ def test_the_callback_is_given_every_record():
     infos = []
     bilevel = loop(Quadratic(), SOBA(), callback=infos.append)
     returned = [bilevel.step() for _ in range(3)]
-    assert infos == returned and [info.step for info in infos] == [1, 2, 3] and bilevel.steps == 3
+    assert infos == returned
+    assert [info.step for info in infos] == [1, 2, 3]
+    assert bilevel.steps == 3
 
 
 def test_steps_work_without_grad_and_in_inference_mode():
@@ -729,7 +748,7 @@ def test_a_step_inside_a_transform_is_refused():
         bilevel.step()
         return t
 
-    with pytest.raises(hypergrad.UnsupportedOperation, match="torch.func"):
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.func"):
         torch.func.vmap(inside)(torch.zeros(2))
 
 
