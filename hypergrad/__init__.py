@@ -5,6 +5,7 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+from ._all_reduced import all_reduced
 from ._check import Report, check_hypergrad
 from ._conditions import FixedPoint, GaussNewton, Minimum, Root
 from ._decorators import custom_argmin, custom_fixed_point, custom_root
@@ -16,6 +17,7 @@ from ._errors import (
     NotConnected,
     NotConverged,
     NotFinite,
+    RankFailed,
     SingularHessian,
     StructureMismatch,
     UnsupportedOperation,
@@ -82,6 +84,7 @@ __all__ = [
     "NotConverged",
     "NotFinite",
     "Nystrom",
+    "RankFailed",
     "Report",
     "Root",
     "SingularHessian",
@@ -91,6 +94,7 @@ __all__ = [
     "StocBiO",
     "StructureMismatch",
     "UnsupportedOperation",
+    "all_reduced",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",

@@ -130,18 +130,33 @@ def refuse_distributed(functions: Sequence[Callable[..., Any]]) -> None:
     Raises
     ------
     UnsupportedOperation
-        Naming the module.
+        Naming the module; or if some of the functions are reduced over processes and some are not.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
+    reduced = [_is_reduced(function) for function in functions]
+    if any(reduced) and not all(reduced) and torch.distributed.get_world_size() > 1:
+        raise UnsupportedOperation(
+            "One of the two losses is reduced over processes and the other is not, so that every "
+            "process would solve another system. Wrap both in hypergrad.all_reduced; one that all "
+            "processes compute alike is divided by their number first."
+        )
     for function in functions:
         for name, value in _closure(function):
             if type(value).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
                 raise UnsupportedOperation(
                     f"{name} is a {type(value).__name__}, whose gradients hypergrad would see "
-                    "unreduced. Pass the module inside it (.module), and average the hypergradient "
-                    "over the processes with torch.distributed.all_reduce."
+                    "unreduced. Pass the module inside it (.module), and wrap both losses in "
+                    "hypergrad.all_reduced."
                 )
+
+
+def _is_reduced(function: Callable[..., Any]) -> bool:
+    """Whether a function is, or has hold of, one that `all_reduced` has made."""
+    if isinstance(function, functools.partial):
+        return any(_is_reduced(part) for part in (function.func, *function.args) if callable(part))
+    held = [function, *(value for _, value in _closure(function))]
+    return any(getattr(value, "is_sum_over_processes", False) is True for value in held)
 
 
 def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
