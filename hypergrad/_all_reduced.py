@@ -73,13 +73,13 @@ def all_reduced(share: Any, group: Any = None) -> Any:
         if not callable(share):
             raise TypeError(f"all_reduced takes a loss or a condition; got {type(share).__name__}.")
         return AllReduced(share, group, "loss")
-    if isinstance(share, Minimum):
+    if type(share) is Minimum:
         return Minimum(AllReduced(share.f, group, "loss"))
-    if isinstance(share, Root):
+    if type(share) is Root:
         return Root(AllReduced(share.F, group, "equation"), share.symmetric)
-    if isinstance(share, FixedPoint):
+    if type(share) is FixedPoint:
         return FixedPoint(AllReduced(share.T, group, "equation"), share.symmetric)
-    if isinstance(share, GaussNewton):
+    if type(share) is GaussNewton:
         regulariser = share.regulariser
         return GaussNewton(
             AllReduced(share.outputs, group, "outputs"),

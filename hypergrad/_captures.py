@@ -122,20 +122,30 @@ def names_of_captured(
     return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
-def refuse_distributed(functions: Sequence[Callable[..., Any]]) -> None:
+def refuse_distributed(
+    inner: Sequence[Callable[..., Any]], outer: Callable[..., Any] | None = None
+) -> None:
     """Raise where a function calls a module that is wrapped for several processes.
 
     `torch.autograd.grad` through such a module gives the gradient of one process's share.
 
+    Parameters
+    ----------
+    inner : sequence of callables
+        The functions of the inner problem.
+    outer : callable, optional
+        The outer loss.
+
     Raises
     ------
     UnsupportedOperation
-        Naming the module; or if some of the functions are reduced over processes and some are not.
+        Naming the module; or if one level alone is reduced over processes.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    reduced = [_is_reduced(function) for function in functions]
-    if any(reduced) and not all(reduced) and torch.distributed.get_world_size() > 1:
+    functions = inner if outer is None else [outer, *inner]
+    several = outer is not None and torch.distributed.get_world_size() > 1
+    if several and _is_reduced(functions[0]) != any(_is_reduced(f) for f in inner):
         raise UnsupportedOperation(
             "One of the two losses is reduced over processes and the other is not, so that every "
             "process would solve another system. Wrap both in hypergrad.all_reduced; one that all "

@@ -229,7 +229,7 @@ def _hypergradient(
     P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
     problem = Problem.of(condition, P, [H])
     layout = problem.layout()
-    refuse_distributed([outer, *condition.functions()])
+    refuse_distributed(condition.functions(), outer)
     solver = choose(solver, condition.symmetric)
     looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
 

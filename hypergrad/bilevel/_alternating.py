@@ -58,7 +58,7 @@ class Alternating(Method):
     def step(self, levels: Levels) -> StepInfo:
         """Make one outer step."""
         for _ in range(self.inner_steps):
-            size, _ = levels.inner_step(levels.inner_batch())
+            condition, _ = levels.inner_step(levels.inner_batch())
         grads, value, info = estimate(
             levels,
             self.estimator,
@@ -73,7 +73,7 @@ class Alternating(Method):
             step=levels.steps + 1,
             outer_value=value,
             grads=levels.shaped(grads),
-            inner_norm=size,
+            inner_norm=levels.size(condition),
             inner_steps=self.inner_steps,
             info=info,
         )

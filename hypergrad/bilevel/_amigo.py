@@ -65,7 +65,7 @@ class AmIGO(Method):
         inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
         rate = linear_rate(self, self.linear_lr, levels) * inner
         for _ in range(self.inner_steps):
-            size, _ = levels.inner_step(levels.inner_batch(), inner)
+            condition, _ = levels.inner_step(levels.inner_batch(), inner)
         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
         u = levels.state["u"]
         for _ in range(self.linear_steps):
@@ -80,6 +80,6 @@ class AmIGO(Method):
             step=levels.steps + 1,
             outer_value=value,
             grads=levels.shaped(grads),
-            inner_norm=size,
+            inner_norm=levels.size(condition),
             inner_steps=self.inner_steps,
         )

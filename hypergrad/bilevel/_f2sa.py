@@ -88,7 +88,7 @@ class F2SA(Method):
         y = levels.state["y"]
         count = len(y)
         for _ in range(self.inner_steps):
-            size, _ = levels.inner_step(levels.inner_batch(), inner)
+            condition, _ = levels.inner_step(levels.inner_batch(), inner)
             slopes = levels.inner_slopes(levels.inner_batch(), y)[:count]
             _, by_params, _ = levels.outer_slopes(levels.outer_batch(), y)
             # (rate / lam) (dF/dy + lam dG/dy)
@@ -107,6 +107,6 @@ class F2SA(Method):
             step=levels.steps + 1,
             outer_value=value,
             grads=levels.shaped(grads),
-            inner_norm=size,
+            inner_norm=levels.size(condition),
             inner_steps=self.inner_steps,
         )

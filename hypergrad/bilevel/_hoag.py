@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .._errors import NotConverged
@@ -129,16 +128,16 @@ class HOAG(Method):
     def _solve(self, levels: Levels, inner: Batch, tol: float, made: int) -> tuple[Tensor, int]:
         """Inner steps until the condition is small, and its norm at the end."""
         scale = levels.state["scale"]
-        moved, size = True, torch.zeros(())
+        moved = True
         if not scale:  # nothing is known of the curvature yet: relative to where it starts
-            first, moved = levels.inner_step(inner)
-            scale, made = float(first), made + 1
+            condition, moved = levels.inner_step(inner)
+            scale, made = float(levels.size(condition)), made + 1
         while moved and made < self.max_inner_steps:
-            size, moved = levels.inner_step(inner, above=tol * scale)
+            condition, moved = levels.inner_step(inner, above=tol * scale)
             made += moved
         if moved:
-            size = levels.inner_norm(inner)
-        return size, made
+            _, condition = levels.inner_gradient(inner)
+        return levels.size(condition), made
 
     def _judge(self, levels: Levels, info: SolveInfo, tol: float) -> None:
         if levels.on_failure == "ignore" or float(info.inner_residual) <= tol:

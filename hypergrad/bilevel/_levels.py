@@ -70,7 +70,7 @@ class Levels:
         generator: torch.Generator,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
-        refuse_distributed([outer, *self.condition.functions()])
+        refuse_distributed(self.condition.functions(), outer)
         self.params, self.inner_optimizer = take(
             "params", params, inner_optimizer, skip_frozen=True
         )
@@ -138,9 +138,9 @@ class Levels:
         value, found = self._first_order(batch, by_hparams=False)
         return value, found
 
-    def inner_norm(self, batch: Batch) -> Tensor:
-        """The norm of the inner condition at the variables."""
-        return norm(self.layout.flatten(self.inner_gradient(batch)[1]))
+    def size(self, condition: Parts) -> Tensor:
+        """The norm of the inner condition."""
+        return norm(self.layout.flatten(condition))
 
     def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Parts:
         """First derivatives of the inner loss, by the inner and then the outer variables."""
@@ -165,8 +165,14 @@ class Levels:
                 found = list(torch.autograd.grad(value, aliases, allow_unused=True))
             return value.detach(), found
 
-        with advice([self.params, self.hparams]):
-            value, found = trace(evaluate, [tensors[i] for i in places])
+        variables = [tensors[i] for i in places]
+        if self.checked:
+            # The guard of `trace` has seen this loss, and sees it again at every product: inner
+            # steps are what there are most of, and it takes as long as a small loss itself.
+            value, found = evaluate([v.detach().requires_grad_() for v in variables])
+        else:
+            with advice([self.params, self.hparams]):
+                value, found = trace(evaluate, variables)
         _require_all(problem, found[: len(problem.inner)])
         return value, _filled(found, [tensors[i] for i in places])
 
@@ -222,7 +228,7 @@ class Levels:
 
     def inner_step(
         self, batch: Batch, factor: float = 1.0, *, above: float | None = None
-    ) -> tuple[Tensor, bool]:
+    ) -> tuple[Parts, bool]:
         """One step of the inner optimiser, unless the condition's norm is below a bound.
 
         Parameters
@@ -236,15 +242,14 @@ class Levels:
 
         Returns
         -------
-        norm : Tensor
-            Of the condition before the step.
+        condition : list of Tensor
+            Its value before the step.
         made : bool
             Whether the step was made.
         """
         value, parts = self.inner_gradient(batch)
-        size = norm(self.layout.flatten(parts))
-        if above is not None and float(size) <= above:
-            return size, False
+        if above is not None and float(self.size(parts)) <= above:
+            return parts, False
         with gradients(self.params.variables) as fill:
             known = [value]
 
@@ -258,7 +263,7 @@ class Levels:
             fill(parts)
             with scaled(self.inner_optimizer, factor):
                 self.inner_optimizer.step(closure)
-        return size, True
+        return parts, True
 
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
         """One step of the inner optimiser along a flat direction."""

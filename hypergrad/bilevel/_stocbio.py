@@ -67,7 +67,7 @@ class StocBiO(Method):
         inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
         eta = linear_rate(self, self.linear_lr, levels)
         for _ in range(self.inner_steps):
-            size, _ = levels.inner_step(levels.inner_batch(), inner)
+            condition, _ = levels.inner_step(levels.inner_batch(), inner)
         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
         total = term = by_params
         for _ in range(self.terms):
@@ -81,6 +81,6 @@ class StocBiO(Method):
             step=levels.steps + 1,
             outer_value=value,
             grads=levels.shaped(grads),
-            inner_norm=size,
+            inner_norm=levels.size(condition),
             inner_steps=self.inner_steps,
         )
