@@ -8,6 +8,7 @@ prints a table and draws the picture of the page on the loop for the outer probl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each run (default 2)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each run (default 1.5)")
     parser.add_argument("--out", type=Path, default=Path("runs/bilevel"))
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def curve(problem: Problem, side: str, seconds: float) -> tuple[Curve, torch.Ten
 
 def reached(points: Curve, target: float) -> float:
     """The seconds at which a curve comes to a value, between its points; infinite if never."""
-    for (t0, v0), (t1, v1) in zip(points, points[1:], strict=False):
+    for (t0, v0), (t1, v1) in itertools.pairwise(points):
         if v1 <= target:
             return t0 + (t1 - t0) * (v0 - target) / max(v0 - v1, 1e-300)
     return math.inf

@@ -22,6 +22,18 @@ from ._optimisers import Optimiser
 from ._step_info import StepInfo
 
 _VERSION = 1
+_KEYS = {
+    "version",
+    "method",
+    "steps",
+    "params",
+    "hparams",
+    "inner_optimizer",
+    "outer_optimizer",
+    "state",
+    "generator",
+    "batches",
+}
 _ABSENT: Any = object()
 
 
@@ -51,7 +63,8 @@ class Bilevel:
         A callable makes an optimiser of a list of tensors:
         ``lambda variables: torch.optim.SGD(variables, lr=0.1)``. It is given copies, and the
         caller's tensors stay as they are. A ready optimiser moves the tensors that it was made of,
-        which must be those in `params` or `hparams`.
+        which must be those in `params` or `hparams`. L-BFGS inside forgets its history at every
+        outer step, which changes the inner problem.
     method : Method, str or callable, optional
         How a step is made. A word or a callable ``(outer, inner, params, hparams) -> grads`` stands
         for ``Alternating(estimator=...)``.
@@ -248,7 +261,8 @@ class Bilevel:
             If it is the state of another problem or another method. Nothing has changed then.
         """
         levels = self._levels
-        if not isinstance(state, dict) or state.get("version") != _VERSION:
+        known = isinstance(state, dict) and state.keys() >= _KEYS
+        if not known or state["version"] != _VERSION:
             raise StructureMismatch(
                 f"This is no state of Bilevel in version {_VERSION}: pass what state_dict returned."
             )

@@ -32,9 +32,9 @@ class StepInfo:
         evaluated, on that batch.
     inner_steps : int
         How many steps the inner optimiser made.
-    tolerance : float, optional
+    tolerance : float or None
         The tolerance of this step, of a method that has one.
-    info : SolveInfo, optional
+    info : SolveInfo or None
         The evidence of the hypergradient, of a method that solves a linear system.
     """
 
