@@ -28,9 +28,10 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = True
 # In prose, as types of fields; Solver is the private base class of the solvers.
-nitpick_ignore = [
-    *(("py:class", name) for name in ("Tensor", "pytree", "Solver")),
-    ("py:class", "torch._C.Generator"),  # what torch.Generator calls itself
+nitpick_ignore = [("py:class", name) for name in ("Tensor", "pytree", "Solver")]
+# Where signatures name a class of torch by the module that defines it.
+nitpick_ignore += [
+    ("py:class", name) for name in ("torch._C.Generator", "torch.optim.optimizer.Optimizer")
 ]
 nitpick_ignore_regex = [("py:class", r"hypergrad\.(.+\.)?_.*")]  # private names in signatures
 default_role = "literal"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import inner as inner
 from . import projections as projections
 from . import prox as prox
+from ._all_reduced import all_reduced
 from ._check import Report, check_hypergrad
 from ._conditions import FixedPoint, GaussNewton, Minimum, Root
 from ._decorators import custom_argmin, custom_fixed_point, custom_root
@@ -20,6 +21,7 @@ from ._errors import (
     NotConverged,
     NotDifferentiable,
     NotFinite,
+    RankFailed,
     SingularHessian,
     StructureMismatch,
     UnsupportedOperation,
@@ -29,6 +31,18 @@ from ._info import SolveInfo, Status
 from ._kkt import KKT
 from ._proximal import ProjectedGradient, ProximalGradient
 from ._root import root_jvp, root_vjp
+from .bilevel import (
+    F2SA,
+    HOAG,
+    MASOBA,
+    SABA,
+    SOBA,
+    Alternating,
+    AmIGO,
+    Bilevel,
+    StepInfo,
+    StocBiO,
+)
 from .estimators import (
     EvolutionInfo,
     ValueFunctionInfo,
@@ -57,12 +71,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "F2SA",
     "GMRES",
+    "HOAG",
     "KKT",
     "LSMR",
+    "MASOBA",
     "MINRES",
+    "SABA",
+    "SOBA",
+    "Alternating",
+    "AmIGO",
     "Auto",
     "BiCGSTAB",
+    "Bilevel",
     "ConvergenceWarning",
     "Diverged",
     "EvolutionInfo",
@@ -82,14 +104,18 @@ __all__ = [
     "Nystrom",
     "ProjectedGradient",
     "ProximalGradient",
+    "RankFailed",
     "Report",
     "Root",
     "SingularHessian",
     "SolveInfo",
     "Status",
+    "StepInfo",
+    "StocBiO",
     "StructureMismatch",
     "UnsupportedOperation",
     "ValueFunctionInfo",
+    "all_reduced",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",

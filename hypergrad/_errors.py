@@ -42,6 +42,10 @@ class NotConnected(HypergradError):
     """A function does not depend on an argument that it must depend on."""
 
 
+class RankFailed(HypergradError):
+    """Another process has failed, has ended, or has other numbers than this one."""
+
+
 class StructureMismatch(HypergradError, ValueError):
     """An argument has another structure, shape, dtype or device than it must have."""
 

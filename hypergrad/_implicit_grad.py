@@ -245,7 +245,7 @@ def _hypergradient(
         on_failure=on_failure,
         return_info=return_info,
     )
-    refuse_distributed([outer, *condition.functions()])
+    refuse_distributed(condition.functions(), outer)
     vmaps = None if forward_mode_active() or mapped_by_caller(call.solver) else Vmaps.around()
     if vmaps is None:
         return call.answer()

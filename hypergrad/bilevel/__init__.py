@@ -1,0 +1,24 @@
+"""The loop for the outer problem, and the methods by which it makes a step: a file for each."""
+
+from ._alternating import Alternating
+from ._amigo import AmIGO
+from ._bilevel import Bilevel
+from ._f2sa import F2SA
+from ._hoag import HOAG
+from ._saba import SABA
+from ._soba import MASOBA, SOBA
+from ._step_info import StepInfo
+from ._stocbio import StocBiO
+
+__all__ = [
+    "F2SA",
+    "HOAG",
+    "MASOBA",
+    "SABA",
+    "SOBA",
+    "Alternating",
+    "AmIGO",
+    "Bilevel",
+    "StepInfo",
+    "StocBiO",
+]

@@ -1,0 +1,323 @@
+"""The loop for the outer problem, as an object that one steps through."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import StructureMismatch, UnsupportedOperation
+from .._report import OnFailure, check_on_failure
+from .._trace import being_traced
+from .._transforms import never_compiled, transforms_active
+from ._alternating import Alternating
+from ._batches import Batch, Source
+from ._estimate import Estimator
+from ._levels import Levels, copied, load
+from ._method import Method
+from ._optimisers import Optimiser
+from ._step_info import StepInfo
+
+_VERSION = 1
+_KEYS = {
+    "version",
+    "method",
+    "steps",
+    "params",
+    "hparams",
+    "inner_optimizer",
+    "outer_optimizer",
+    "state",
+    "generator",
+    "batches",
+}
+_ABSENT: Any = object()
+
+
+class Bilevel:
+    """The outer problem ``min over hparams of outer(params*(hparams), hparams)``, step by step.
+
+    It holds what has to live from one outer step to the next: the variables of both levels, the
+    `torch.optim` optimisers that move them, the inner solution and the linear system's, both of
+    which the next step starts from, and where the batches are drawn. How a step is made is the
+    `method`: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
+    `MASOBA`, `SABA`, `AmIGO`, `StocBiO` and `F2SA`.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``, a scalar tensor; ``outer(params, hparams, batch)`` where outer
+        batches are drawn or passed.
+    inner : callable or condition
+        ``inner(params, hparams)``, an objective that the parameters minimise, or a condition object
+        such as `GaussNewton` or `FixedPoint`; with a batch as last argument (of each of a
+        condition's functions) where inner batches are drawn or passed. The inner optimiser follows
+        the gradient of an objective, and the condition itself otherwise: for a `FixedPoint`,
+        `torch.optim.SGD` with a rate of 1 applies the map.
+    params, hparams : pytree of Tensor
+        Where both levels start.
+    inner_optimizer, outer_optimizer : torch.optim.Optimizer or callable
+        A callable makes an optimiser of a list of tensors:
+        ``lambda variables: torch.optim.SGD(variables, lr=0.1)``. It is given copies, and the
+        caller's tensors stay as they are. A ready optimiser moves the tensors that it was made of,
+        which must be those in `params` or `hparams`. L-BFGS inside forgets its history at every
+        outer step, which changes the inner problem.
+    method : Method, str or callable, optional
+        How a step is made. A word or a callable ``(outer, inner, params, hparams) -> grads`` stands
+        for ``Alternating(estimator=...)``.
+    inner_batches, outer_batches : sequence, callable or iterable, optional
+        Where batches come from. From a sequence, such as a list of batches, one is drawn at random,
+        with replacement; a callable ``generator -> batch`` draws by itself; any other iterable,
+        such as a `DataLoader`, is gone through again and again. None: the losses take no batch.
+    seed : int
+        Of the generator that batches are drawn with.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do when a hypergradient may be wrong, as in `implicit_grad`. Numbers that are not
+        finite raise in the first two, before the hyperparameters are moved by them.
+    callback : callable, optional
+        ``callback(info)``, called with the `StepInfo` of every step.
+
+    Raises
+    ------
+    StructureMismatch
+        If an optimiser does not hold the variables of its level.
+    NotConnected
+        If a tensor belongs to both levels.
+    UnsupportedOperation
+        If the losses call a module that is wrapped for several processes.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner = lambda w, lam: ((w - 1) ** 2 + lam.exp() * w**2).sum()  # w = 1 / (1 + exp(lam))
+    >>> outer = lambda w, lam: ((w - 0.25) ** 2).sum()
+    >>> loop = hypergrad.Bilevel(
+    ...     outer,
+    ...     inner,
+    ...     torch.zeros(1),
+    ...     torch.zeros(1),
+    ...     inner_optimizer=lambda variables: torch.optim.SGD(variables, lr=0.2),
+    ...     outer_optimizer=lambda variables: torch.optim.SGD(variables, lr=5.0),
+    ... )
+    >>> for _ in range(100):
+    ...     info = loop.step()
+    >>> loop.hparams.exp()  # 3: then w is 1 / 4
+    tensor([3.0000])
+    """
+
+    def __init__(
+        self,
+        outer: Callable[..., Any],
+        inner: Any,
+        params: Any,
+        hparams: Any,
+        *,
+        inner_optimizer: Optimiser,
+        outer_optimizer: Optimiser,
+        method: Method | Estimator | None = None,
+        inner_batches: Source = None,
+        outer_batches: Source = None,
+        seed: int = 0,
+        on_failure: OnFailure = "warn",
+        callback: Callable[[StepInfo], Any] | None = None,
+    ) -> None:
+        check_on_failure(on_failure)
+        if method is None:
+            method = Alternating()
+        elif not isinstance(method, Method):
+            if isinstance(method, type):
+                raise TypeError(f"method must be a value: {method.__name__}(), not the class.")
+            method = Alternating(estimator=method)
+        self.method = method
+        self._callback = callback
+        self._levels = Levels(
+            outer,
+            inner,
+            params,
+            hparams,
+            inner_optimizer,
+            outer_optimizer,
+            inner_batches,
+            outer_batches,
+            on_failure,
+            torch.Generator().manual_seed(seed),
+        )
+        self._levels.state = method.start(self._levels)
+
+    @property
+    def params(self) -> Any:
+        """The parameters as they are now, detached; later steps change them in place."""
+        tree = self._levels.params
+        return tree.rebuild([v.detach() for v in tree.variables])
+
+    @property
+    def hparams(self) -> Any:
+        """The hyperparameters as they are now, detached; later steps change them in place."""
+        tree = self._levels.hparams
+        return tree.rebuild([v.detach() for v in tree.variables])
+
+    @property
+    def steps(self) -> int:
+        """How many outer steps have been made."""
+        return self._levels.steps
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """What moves the parameters, for a scheduler of its learning rate, say."""
+        return self._levels.inner_optimizer
+
+    @property
+    def outer_optimizer(self) -> torch.optim.Optimizer:
+        """What moves the hyperparameters."""
+        return self._levels.outer_optimizer
+
+    @never_compiled
+    def step(self, inner_batch: Any = _ABSENT, outer_batch: Any = _ABSENT) -> StepInfo:
+        """Make one step of the outer problem.
+
+        Parameters
+        ----------
+        inner_batch, outer_batch
+            Batches of this step. One that is passed serves for everything that the step evaluates
+            on its level, also where the method would draw several; one that is not is drawn.
+
+        Returns
+        -------
+        info : StepInfo
+            What the step has done.
+
+        Raises
+        ------
+        NotFinite
+            If a number is not finite, unless `on_failure` is "ignore".
+        UnsupportedOperation
+            Inside a `torch.func` transform or another problem's loss.
+        """
+        if transforms_active() or being_traced():
+            raise UnsupportedOperation(
+                "Bilevel.step moves variables in place, which has no place inside a torch.func "
+                "transform or the losses of another problem. Call it outside; for a batch of "
+                "problems make one of them, whose losses are the sums over the batch."
+            )
+        levels = self._levels
+        levels.given = (
+            None if inner_batch is _ABSENT else Batch((inner_batch,)),
+            None if outer_batch is _ABSENT else Batch((outer_batch,)),
+        )
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                levels.begin()
+                info = self.method.step(levels)
+        finally:
+            levels.given = (None, None)
+        levels.steps += 1
+        levels.checked = True
+        if self._callback is not None:
+            self._callback(info)
+        return info
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as copies: tensors, numbers, text, lists and dicts.
+
+        ``torch.load(..., weights_only=True)`` reads what ``torch.save`` has written of it. A run
+        that goes on from it is bit-equal on the same machine, given the same losses, optimisers,
+        method and batches. What is not ours is not in it: the generators that the losses draw
+        from, and the order in which an iterable gives its batches; a sequence or a callable is
+        drawn from with the generator that is.
+
+        Returns
+        -------
+        state : dict
+            To be given to `load_state_dict`.
+        """
+        levels = self._levels
+        return {
+            "version": _VERSION,
+            "method": type(self.method).__name__,
+            "steps": levels.steps,
+            "params": [v.detach().clone() for v in levels.params.variables],
+            "hparams": [v.detach().clone() for v in levels.hparams.variables],
+            "inner_optimizer": copy.deepcopy(levels.inner_optimizer.state_dict()),
+            "outer_optimizer": copy.deepcopy(levels.outer_optimizer.state_dict()),
+            "state": copied(levels.state),
+            "generator": levels.generator.get_state(),
+            "batches": [levels.inner_batches.state(), levels.outer_batches.state()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another run of the same problem has stopped.
+
+        Parameters
+        ----------
+        state : dict
+            What `state_dict` returned.
+
+        Raises
+        ------
+        StructureMismatch
+            If it is the state of another problem or another method. Nothing has changed then.
+        """
+        levels = self._levels
+        known = isinstance(state, dict) and state.keys() >= _KEYS
+        if not known or state["version"] != _VERSION:
+            raise StructureMismatch(
+                f"This is no state of Bilevel in version {_VERSION}: pass what state_dict returned."
+            )
+        method = type(self.method).__name__
+        if state["method"] != method:
+            raise StructureMismatch(
+                f"This is the state of the method {state['method']}, and here it is {method}."
+            )
+        checked = []
+        for tree in (levels.params, levels.hparams):
+            saved = state[tree.name]
+            if len(saved) != len(tree.variables):
+                raise StructureMismatch(
+                    f"{tree.name} was saved with {len(saved)} tensors and has "
+                    f"{len(tree.variables)} here: this is the state of another problem."
+                )
+            for place, variable in enumerate(tree.variables):
+                checked.append((variable, tree.variable_path(place), saved[place]))
+        remembered = copied(state["state"])
+        _match(levels.state, remembered, "state")
+        for variable, path, value in checked:
+            load(variable, path, value, dry=True)
+        for variable, path, value in checked:
+            load(variable, path, value)
+        levels.state = _placed(levels.state, remembered)
+        levels.inner_optimizer.load_state_dict(copy.deepcopy(state["inner_optimizer"]))
+        levels.outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+        levels.generator.set_state(state["generator"].cpu())
+        levels.inner_batches.load(state["batches"][0])
+        levels.outer_batches.load(state["batches"][1])
+        levels.steps = int(state["steps"])
+
+
+def _match(own: Any, saved: Any, path: str) -> None:
+    """Refuse a method's state that is shaped like none of this problem's."""
+    if type(own) is not type(saved):
+        raise StructureMismatch(f"{path} is a {type(saved).__name__}, not a {type(own).__name__}.")
+    if isinstance(own, dict):
+        if own.keys() != saved.keys():
+            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(own)}.")
+        for name in own:
+            _match(own[name], saved[name], f"{path}[{name!r}]")
+    elif isinstance(own, list):
+        if len(own) != len(saved):
+            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(own)}.")
+        for place, pair in enumerate(zip(own, saved, strict=True)):
+            _match(*pair, f"{path}[{place}]")
+    elif isinstance(own, Tensor):
+        load(own, path, saved, dry=True)
+
+
+def _placed(own: Any, saved: Any) -> Any:
+    """A saved state on the devices of one's own."""
+    if isinstance(own, dict):
+        return {name: _placed(own[name], saved[name]) for name in own}
+    if isinstance(own, list):
+        return [_placed(a, b) for a, b in zip(own, saved, strict=True)]
+    return saved.to(own.device) if isinstance(own, Tensor) else saved

@@ -1,0 +1,115 @@
+"""One hypergradient for a method that takes it from an estimator: by a word or by a callable."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._implicit_grad import implicit_grad
+from .._info import SolveInfo
+from ..solvers import Solver
+from ._batches import Batch
+from ._levels import Levels
+
+Estimator = str | Callable[[Any, Any, Any, Any], Any]
+
+
+def check(estimator: Estimator) -> None:
+    """Refuse a word that names no estimator."""
+    if callable(estimator) or estimator == "implicit":
+        return
+    words = _words()
+    if estimator not in words:
+        raise ValueError(
+            f"There is no estimator {estimator!r} with the call (outer, inner, params, hparams): "
+            f"there are {', '.join(sorted(words))}. Any callable with that call will do, such as "
+            "lambda outer, inner, params, hparams: ..."
+        )
+
+
+def estimate(
+    levels: Levels,
+    estimator: Estimator,
+    solver: Solver | None,
+    inner_tol: float | None,
+    inner: Batch,
+    outer: Batch,
+) -> tuple[list[Tensor], Tensor, SolveInfo | None]:
+    """The hypergradient on a batch of each level.
+
+    Parameters
+    ----------
+    levels : Levels
+        The problem; the linear system starts from the last step's solution in its state.
+    estimator : str or callable
+        How it is taken.
+    solver : Solver, optional
+        The linear solver of "implicit".
+    inner_tol : float, optional
+        Of "implicit".
+    inner, outer : Batch
+        On which.
+
+    Returns
+    -------
+    grads : list of Tensor
+        A tensor for each hyperparameter.
+    value : Tensor
+        The outer loss; NaN where it is not known.
+    info : SolveInfo or None
+        The evidence, of "implicit".
+    """
+    losses = levels.outer_on(outer), levels.inner_on(inner)
+    params, hparams = levels.now("params"), levels.now("hparams")
+    if estimator != "implicit":
+        call = estimator if callable(estimator) else _words()[estimator]
+        grads = levels.hparams.match("What the estimator returned", call(*losses, params, hparams))
+        unknown = torch.full((), math.nan, device=levels.layout.device)
+        return [g.detach() for g in grads], unknown, None
+
+    def solved(start: Tensor | None) -> tuple[Any, SolveInfo]:
+        x0 = None if start is None else levels.params.fill(levels.layout.split(start))
+        found: tuple[Any, SolveInfo] = implicit_grad(
+            *losses,
+            params,
+            hparams,
+            solver=solver,
+            x0=x0,
+            inner_tol=inner_tol,
+            on_failure=levels.on_failure,
+            return_info=True,
+        )
+        return found
+
+    start = levels.state["u"] if levels.state["started"] else None
+    grads, info = solved(start)
+    if start is not None and float(info.residual_norm) > 1:
+        # Farther away than zero: what the last step knew is of no use to this one.
+        grads, info = solved(None)
+    leaves = levels.hparams.match("grads", grads)
+    solution = levels.layout.flatten(levels.params.match("solution", info.solution))
+    if bool(torch.isfinite(solution).all()):
+        levels.state["u"], levels.state["started"] = solution.clone(), True
+    return leaves, info.outer_value, info
+
+
+def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
+    """The public estimators with the call of `implicit_grad`, by the word before ``_grad``."""
+    import hypergrad
+
+    found: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}
+    for name in hypergrad.__all__:
+        call = getattr(hypergrad, name)
+        if not (name.endswith("_grad") and inspect.isfunction(call)):
+            continue
+        parameters = list(inspect.signature(call).parameters.values())
+        names = [p.name for p in parameters[:4]]
+        optional = all(p.default is not p.empty for p in parameters[4:])
+        if names == ["outer", "inner", "params", "hparams"] and optional:
+            found[name.removesuffix("_grad")] = call
+    return found

@@ -1,0 +1,112 @@
+"""F2SA: first derivatives alone, from a penalty that grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .._conditions import GaussNewton, Minimum
+from .._errors import UnsupportedOperation
+from ..solvers._base import at_least
+from ._levels import Levels
+from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
+from ._step_info import StepInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class F2SA(Method):
+    """The fully first-order stochastic approximation of Kwon et al. (2023).
+
+    No second derivative is formed. Beside the parameters z, which follow the inner loss G, a second
+    copy y follows ``F + lam G``; with both at their minima
+    ``dF/dx(y) + lam (dG/dx(y) - dG/dx(z))`` is the derivative of a penalty whose distance from the
+    hypergradient is of the order 1 / lam, and lam grows: ``lam_k = penalty (k + 1) ** growth``.
+    Each of the `inner_steps` moves z by the inner optimiser and y by gradient descent with the
+    rate ``relaxed_lr / lam``, every derivative on a batch of its own; then x moves. ``params`` of
+    the loop is z.
+
+    Parameters
+    ----------
+    penalty : float
+        lam at the first step. A bias of the order 1 / lam remains where `growth` is 0.
+    growth : float
+        How lam grows. In the paper 1/7 where both losses are stochastic, 1/5 where the outer one
+        is, and 1/3 where none is.
+    inner_steps : int
+        T, the steps of z and y before each outer step.
+    relaxed_lr : float, optional
+        lam times the learning rate of y. None: half the inner optimiser's, as in the paper, which
+        must then be a plain `torch.optim.SGD`.
+    inner_decay, outer_decay : float
+        The exponents of the learning rates; `inner_decay` holds for z and y. The outer one should
+        be the inner one plus `growth`. In the paper (4/7, 5/7) where both losses are stochastic,
+        (2/5, 3/5) where the outer one is, and (0, 1/3) where none is.
+
+    References
+    ----------
+    Kwon, Kwon, Wright and Nowak, A fully first-order method for stochastic bilevel optimization,
+    ICML 2023, algorithm 1 and corollary 4.2.
+
+    Examples
+    --------
+    >>> import hypergrad
+    >>> hypergrad.F2SA(penalty=10.0, growth=0.0, inner_decay=0.0, outer_decay=0.0)
+    F2SA(penalty=10.0, growth=0.0, inner_steps=10, relaxed_lr=None, ...)
+    """
+
+    penalty: float = 1.0
+    growth: float = 1 / 7
+    inner_steps: int = 10
+    relaxed_lr: float | None = None
+    inner_decay: float = 4 / 7
+    outer_decay: float = 5 / 7
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        check_rate("penalty", self.penalty)
+        check_rate("relaxed_lr", self.relaxed_lr)
+        at_least("inner_steps", self.inner_steps, 1)
+        check_decays(growth=self.growth, inner_decay=self.inner_decay, outer_decay=self.outer_decay)
+
+    def start(self, levels: Levels) -> State:
+        """The second copy of the parameters."""
+        if not isinstance(levels.condition, Minimum | GaussNewton):
+            raise UnsupportedOperation(
+                f"F2SA needs an inner loss; {type(levels.condition).__name__} has none. Use SOBA, "
+                "AmIGO or Alternating for it."
+            )
+        return {"y": [v.detach().clone() for v in levels.params.variables]}
+
+    def step(self, levels: Levels) -> StepInfo:
+        """Make one outer step."""
+        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
+        lam = self.penalty * float((levels.steps + 1) ** self.growth)
+        rate = self.relaxed_lr
+        if rate is None:
+            rate = linear_rate(self, None, levels, "relaxed_lr") / 2
+        y = levels.state["y"]
+        count = len(y)
+        for _ in range(self.inner_steps):
+            condition, _ = levels.inner_step(levels.inner_batch(), inner)
+            slopes = levels.inner_slopes(levels.inner_batch(), y)[:count]
+            _, by_params, _ = levels.outer_slopes(levels.outer_batch(), y)
+            # (rate / lam) (dF/dy + lam dG/dy)
+            y = [
+                v - rate * inner * (g + f / lam)
+                for v, g, f in zip(y, slopes, levels.layout.split(by_params), strict=True)
+            ]
+        value, _, direct = levels.outer_slopes(levels.outer_batch(), y)
+        at_y = levels.inner_slopes(levels.inner_batch(), y)[count:]
+        at_z = levels.inner_slopes(levels.inner_batch())[count:]
+        grads = [torch.add(f, a - b, alpha=lam) for f, a, b in zip(direct, at_y, at_z, strict=True)]
+        levels.require_finite(the_second_copy_of_params=y, the_hypergradient=grads)
+        levels.state["y"] = y
+        levels.move_outer(grads, outer)
+        return StepInfo(
+            step=levels.steps + 1,
+            outer_value=value,
+            grads=levels.shaped(grads),
+            inner_norm=levels.size(condition),
+            inner_steps=self.inner_steps,
+        )

@@ -1,0 +1,154 @@
+"""HOAG: both systems are solved to a tolerance that tightens from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .._errors import NotConverged
+from .._info import SolveInfo
+from .._report import warn
+from ..solvers import Auto, Solver
+from ..solvers._base import at_least, tolerance
+from ._batches import Batch
+from ._estimate import estimate
+from ._levels import Levels
+from ._method import Method, State, check_rate
+from ._step_info import StepInfo
+
+# How often the inner problem is taken up again where the solve shows another curvature.
+_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class HOAG(Method):
+    """Hyperparameter optimisation with approximate gradients (Pedregosa, 2016).
+
+    At step k = 0, 1, ... the inner problem is solved until its relative residual
+    (`SolveInfo.inner_residual`, an estimate of the relative distance to the solution) is below
+    ``tol_k``, then the linear system to the relative residual ``tol_k``, and the outer optimiser
+    makes one step. The tolerances have a finite sum, which is what the convergence proof needs:
+
+    - "exponential": ``tol_k = tol * 0.9 ** k``,
+    - "quadratic": ``tol_k = tol / (k + 1) ** 2``,
+    - "cubic": ``tol_k = tol / (k + 1) ** 3``,
+
+    and never below `min_tol`. One batch of each level, if there are batches, serves for all of a
+    step. The step size is the outer optimiser's; the paper's own rule for it is not part of this.
+
+    Parameters
+    ----------
+    tol : float
+        The first tolerance.
+    decrease : {"exponential", "quadratic", "cubic"}
+        How it tightens.
+    min_tol : float, optional
+        The last tolerance. None: one that the dtype can reach (1e-6 in float64, 1e-4 in float32).
+    max_inner_steps : int
+        Most steps of the inner optimiser in one outer step. Running out of them is said.
+    solver : Solver, optional
+        The linear solver, whose `rtol` follows the tolerance; None: `Auto`.
+
+    References
+    ----------
+    Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016, algorithm 1 and
+    section 5.
+
+    Examples
+    --------
+    >>> import hypergrad
+    >>> [round(hypergrad.HOAG().tolerance(k), 4) for k in (0, 1, 10)]
+    [0.1, 0.09, 0.0349]
+    """
+
+    tol: float = 0.1
+    decrease: Literal["exponential", "quadratic", "cubic"] = "exponential"
+    min_tol: float | None = None
+    max_inner_steps: int = 1000
+    solver: Solver | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        check_rate("tol", self.tol)
+        at_least("min_tol", self.min_tol, 0.0)
+        at_least("max_inner_steps", self.max_inner_steps, 1)
+        if self.decrease not in ("exponential", "quadratic", "cubic"):
+            raise ValueError(
+                f"decrease must be 'exponential', 'quadratic' or 'cubic'; got {self.decrease!r}."
+            )
+
+    def tolerance(self, steps: int) -> float:
+        """The tolerance after so many outer steps, without the lowest one."""
+        match self.decrease:
+            case "exponential":
+                return float(self.tol * 0.9**steps)
+            case "quadratic":
+                return float(self.tol / (steps + 1) ** 2)
+        return float(self.tol / (steps + 1) ** 3)
+
+    def start(self, levels: Levels) -> State:
+        """The solution of the linear system, and the curvature that it has shown."""
+        return {"u": levels.zeros(), "started": False, "scale": 0.0}
+
+    def step(self, levels: Levels) -> StepInfo:
+        """Make one outer step."""
+        lowest = tolerance(None, levels.layout.precision) if self.min_tol is None else self.min_tol
+        tol = max(self.tolerance(levels.steps), lowest)
+        solver: Any = Auto() if self.solver is None else self.solver
+        if hasattr(solver, "rtol"):
+            solver = dataclasses.replace(solver, rtol=tol)
+        inner, outer = levels.inner_batch(), levels.outer_batch()
+        made = 0
+        for _ in range(_ROUNDS):
+            size, made = self._solve(levels, inner, tol, made)
+            grads, value, info = estimate(levels, "implicit", solver, None, inner, outer)
+            assert info is not None
+            residual = float(info.inner_residual)
+            if residual > 0:
+                # Norm of the condition for a unit of the relative distance to the solution.
+                levels.state["scale"] = float(size) / residual
+            if not residual > tol or made >= self.max_inner_steps:
+                break
+        assert info is not None
+        self._judge(levels, info, tol)
+        levels.require_finite(the_hypergradient=grads)
+        levels.move_outer(grads)
+        return StepInfo(
+            step=levels.steps + 1,
+            outer_value=value,
+            grads=levels.shaped(grads),
+            inner_norm=size,
+            inner_steps=made,
+            tolerance=tol,
+            info=info,
+        )
+
+    def _solve(self, levels: Levels, inner: Batch, tol: float, made: int) -> tuple[Tensor, int]:
+        """Inner steps until the condition is small, and its norm at the end."""
+        scale = levels.state["scale"]
+        moved = True
+        if not scale:  # nothing is known of the curvature yet: relative to where it starts
+            condition, moved = levels.inner_step(inner)
+            scale, made = float(levels.size(condition)), made + 1
+        while moved and made < self.max_inner_steps:
+            condition, moved = levels.inner_step(inner, above=tol * scale)
+            made += moved
+        if moved:
+            _, condition = levels.inner_gradient(inner)
+        return levels.size(condition), made
+
+    def _judge(self, levels: Levels, info: SolveInfo, tol: float) -> None:
+        if levels.on_failure == "ignore" or float(info.inner_residual) <= tol:
+            return
+        text = (
+            "HOAG did not solve the inner problem to its tolerance: raise max_inner_steps, or let "
+            "the inner optimiser take better steps (a larger learning rate, momentum, or LBFGS)."
+        )
+        if levels.on_failure == "raise":
+            raise NotConverged(
+                f"{text} At outer step {levels.steps + 1} the relative inner residual is "
+                f"{float(info.inner_residual):.3g} and the tolerance {tol:.3g}."
+            )
+        warn(text)

@@ -1,0 +1,374 @@
+"""The two levels of a problem: their variables, their derivatives and their moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._advice import advice
+from .._captures import refuse_distributed, refuse_past_arguments
+from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
+from .._errors import NotConnected, NotFinite, StructureMismatch
+from .._evidence import finite
+from .._linearise import Linearisation
+from .._outer import outer_gradient
+from .._problem import Problem
+from .._randomness import Draw
+from .._replay import Parts, Replay
+from .._report import OnFailure
+from .._trace import detached, trace
+from ..solvers._base import norm
+from ._batches import Batch, Batches, Source
+from ._method import State
+from ._optimisers import Optimiser, gradients, scaled, take
+
+Parts = list[Tensor]
+
+
+@dataclasses.dataclass
+class Products:
+    """What one batch of the inner problem says at a vector u, all from one evaluation.
+
+    Attributes
+    ----------
+    residual : Tensor
+        F, flat.
+    product : Tensor
+        ``A^T u``, flat.
+    cross : list of Tensor
+        ``(dF/dhparams)^T u``, a tensor for each variable.
+    """
+
+    residual: Tensor
+    product: Tensor
+    cross: Parts
+
+
+class Levels:
+    """What a method works with: variables, batches, derivatives, optimisers and its own state.
+
+    Vectors shaped like the inner variables are flat; what is shaped like the hyperparameters is
+    a list of tensors.
+    """
+
+    def __init__(
+        self,
+        outer: Callable[..., Any],
+        inner: Any,
+        params: Any,
+        hparams: Any,
+        inner_optimizer: Optimiser,
+        outer_optimizer: Optimiser,
+        inner_batches: Source,
+        outer_batches: Source,
+        on_failure: OnFailure,
+        generator: torch.Generator,
+    ) -> None:
+        self.outer, self.condition = outer, as_condition(inner, Minimum)
+        refuse_distributed(self.condition.functions(), outer)
+        self.params, self.inner_optimizer = take(
+            "params", params, inner_optimizer, skip_frozen=True
+        )
+        self.hparams, self.outer_optimizer = take(
+            "hparams", hparams, outer_optimizer, skip_frozen=False
+        )
+        _refuse_shared(self)
+        self.problem = Problem.of(self.condition, self.params, [self.hparams])
+        self.layout = self.problem.layout()
+        self.inner_batches = Batches("inner_batches", inner_batches)
+        self.outer_batches = Batches("outer_batches", outer_batches)
+        self.on_failure, self.generator = on_failure, generator
+        self.steps = 0
+        self.state: State = {}
+        self.given: tuple[Batch | None, Batch | None] = (None, None)
+        self.checked = False
+
+    # --- batches -------------------------------------------------------------------------
+
+    def inner_batch(self) -> Batch:
+        """The next batch of the inner problem."""
+        return self.given[0] or self.inner_batches.draw(self.generator)
+
+    def outer_batch(self) -> Batch:
+        """The next batch of the outer problem."""
+        return self.given[1] or self.outer_batches.draw(self.generator)
+
+    def inner_on(self, batch: Batch) -> Condition:
+        """The inner problem on one batch, as a function of params and hparams."""
+        if not batch.args:
+            return self.condition
+        assert dataclasses.is_dataclass(self.condition)
+        bound = {
+            field.name: functools.partial(_followed, getattr(self.condition, field.name), batch)
+            for field in dataclasses.fields(self.condition)
+            if callable(getattr(self.condition, field.name))
+        }
+        replaced: Any = dataclasses.replace(self.condition, **bound)
+        return replaced
+
+    def outer_on(self, batch: Batch) -> Callable[..., Any]:
+        """The outer loss on one batch, as a function of params and hparams."""
+        return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
+
+    # --- derivatives ---------------------------------------------------------------------
+
+    def inner_gradient(self, batch: Batch) -> tuple[Tensor, Parts]:
+        """The inner condition at the variables, and a value for optimisers that ask for one.
+
+        Parameters
+        ----------
+        batch : Batch
+            On which.
+
+        Returns
+        -------
+        value : Tensor
+            The inner loss; half the squared norm where the condition is no minimum.
+        gradient : list of Tensor
+            The condition, which for a minimum is the gradient.
+        """
+        if not isinstance(self.condition, Minimum | GaussNewton):
+            residual = self._linearised(batch).residual
+            return residual.square().sum() / 2, self.layout.split(residual)
+        value, found = self._first_order(batch, by_hparams=False)
+        return value, found
+
+    def size(self, condition: Parts) -> Tensor:
+        """The norm of the inner condition."""
+        return norm(self.layout.flatten(condition))
+
+    def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Parts:
+        """First derivatives of the inner loss, by the inner and then the outer variables."""
+        return self._first_order(batch, by_hparams=True, params=params)[1]
+
+    def _first_order(
+        self, batch: Batch, *, by_hparams: bool, params: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Parts]:
+        problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
+        places = [*problem.inner, *(problem.outer if by_hparams else ())]
+        tensors = self._tensors(params)
+
+        def evaluate(aliases: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+            given = list(tensors)
+            for place, alias in zip(places, aliases, strict=True):
+                given[place] = alias
+            values = problem.condition.probe(problem, given)
+            value = torch.stack(values).sum() if len(values) > 1 else values[0]
+            self._check("inner", values, aliases)
+            found: list[Tensor | None] = [None] * len(aliases)
+            if value.requires_grad:
+                found = list(torch.autograd.grad(value, aliases, allow_unused=True))
+            return value.detach(), found
+
+        variables = [tensors[i] for i in places]
+        if self.checked:
+            # The guard of `trace` has seen this loss, and sees it again at every product: inner
+            # steps are what there are most of, and it takes as long as a small loss itself.
+            value, found = evaluate([v.detach().requires_grad_() for v in variables])
+        else:
+            with advice([self.params, self.hparams]):
+                value, found = trace(evaluate, variables)
+        _require_all(problem, found[: len(problem.inner)])
+        return value, _filled(found, [tensors[i] for i in places])
+
+    def products(self, batch: Batch, u: Tensor) -> Products:
+        """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
+        lin = self._linearised(batch)
+        parts, count = self.layout.split(u), len(self.problem.inner)
+        cross: Parts
+        if isinstance(lin.record.transposed, Replay) and self.condition.twice:
+            # A is the derivative of F: one pass backward gives both.
+            found = Replay(lin.record.residual, lin.aliases)(parts)
+            product, cross = self.layout.flatten(found[:count]), found[count:]
+        else:
+            product, cross = lin.transposed(u), lin.cross(u)
+        return Products(lin.residual, product, _filled(cross, self.hparams.variables))
+
+    def product(self, batch: Batch, u: Tensor) -> Tensor:
+        """``A^T u`` on one batch."""
+        return self._linearised(batch).transposed(u)
+
+    def cross(self, batch: Batch, u: Tensor) -> Parts:
+        """``(dF/dhparams)^T u`` on one batch."""
+        return _filled(self._linearised(batch).cross(u), self.hparams.variables)
+
+    def outer_slopes(
+        self, batch: Batch, params: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Parts]:
+        """The outer loss on one batch, its gradient by params (flat), and that by hparams."""
+        value, _, by_params, by_hparams, _ = outer_gradient(
+            self.outer_on(batch), self.problem, self._tensors(params), False
+        )
+        return value, self.layout.flatten(by_params), _filled(by_hparams, self.hparams.variables)
+
+    def _linearised(self, batch: Batch) -> Linearisation:
+        problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
+        lin = Linearisation(problem, self._tensors(), Draw())
+        self._check("inner", lin.record.values, lin.aliases)
+        return lin
+
+    def _tensors(self, params: Sequence[Tensor] | None = None) -> list[Tensor]:
+        found = [detached(t) for t in self.problem.tensors]
+        if params is not None:
+            for place, value in zip(self.problem.inner, params, strict=True):
+                found[place] = value
+        return found
+
+    def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
+        """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
+        if not self.checked:
+            refuse_past_arguments(what, values, aliases, [self.params, self.hparams])
+
+    # --- moves ---------------------------------------------------------------------------
+
+    def inner_step(
+        self, batch: Batch, factor: float = 1.0, *, above: float | None = None
+    ) -> tuple[Parts, bool]:
+        """One step of the inner optimiser, unless the condition's norm is below a bound.
+
+        Parameters
+        ----------
+        batch : Batch
+            Whose gradient is followed.
+        factor : float
+            What the learning rate is multiplied by.
+        above : float, optional
+            Make the step only if the norm is above this.
+
+        Returns
+        -------
+        condition : list of Tensor
+            Its value before the step.
+        made : bool
+            Whether the step was made.
+        """
+        value, parts = self.inner_gradient(batch)
+        if above is not None and float(self.size(parts)) <= above:
+            return parts, False
+        with gradients(self.params.variables) as fill:
+            known = [value]
+
+            def closure() -> Tensor:
+                if known:
+                    return known.pop()
+                value, parts = self.inner_gradient(batch)
+                fill(parts)
+                return value
+
+            fill(parts)
+            with scaled(self.inner_optimizer, factor):
+                self.inner_optimizer.step(closure)
+        return parts, True
+
+    def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
+        """One step of the inner optimiser along a flat direction."""
+        with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
+            # Copies: one that is all of the vector may be kept by the optimiser.
+            fill([part.clone() for part in self.layout.split(direction)])
+            self.inner_optimizer.step()
+
+    def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
+        """One step of the outer optimiser."""
+        with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
+            fill([part.clone() for part in direction])
+            self.outer_optimizer.step()
+
+    def require_finite(self, **named: Tensor | Sequence[Tensor]) -> None:
+        """Raise if a number is not finite, unless that is to be ignored.
+
+        Raises
+        ------
+        NotFinite
+            Naming the first of the arguments that is not.
+        """
+        if self.on_failure == "ignore":
+            return
+        flat = [t for v in named.values() for t in ([v] if isinstance(v, Tensor) else v)]
+        if bool(finite((), *flat)):
+            return
+        for name, value in named.items():
+            for leaf in [value] if isinstance(value, Tensor) else value:
+                if not bool(torch.isfinite(leaf).all()):
+                    raise NotFinite(
+                        f"{name.replace('_', ' ')} holds NaN or infinity at outer step "
+                        f"{self.steps + 1}. A learning rate is too large for its problem (the "
+                        "inner one and that of the linear system must lie below 2 divided by the "
+                        "largest eigenvalue of the inner Hessian), or the data are not finite. "
+                        "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
+                    )
+
+    def now(self, name: str) -> Any:
+        """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
+        tree = self.params if name == "params" else self.hparams
+        aliases = [v.detach() for v in tree.variables]
+        if len(aliases) < sum(t.is_floating_point() for t in tree.tensors):
+            # Beside frozen parameters those that are not are known by this.
+            aliases = [alias.requires_grad_() for alias in aliases]
+        return tree.rebuild(aliases)
+
+    def begin(self) -> None:
+        """Forget what an inner optimiser has taken for curvature: the inner problem has changed."""
+        if isinstance(self.inner_optimizer, torch.optim.LBFGS):
+            self.inner_optimizer.state.clear()
+
+    def shaped(self, parts: Sequence[Tensor]) -> Any:
+        """What is shaped like the hyperparameters, as a pytree."""
+        return self.hparams.fill(parts)
+
+    def zeros(self) -> Tensor:
+        """A flat vector of zeros, shaped like the inner variables."""
+        return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
+
+
+def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
+    """Call a loss with the batch after its other arguments."""
+    return function(*args, *batch.args)
+
+
+def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Parts:
+    return [
+        torch.zeros_like(v, requires_grad=False) if part is None else part.detach()
+        for part, v in zip(parts, like, strict=True)
+    ]
+
+
+def _refuse_shared(levels: Levels) -> None:
+    for i, variable in enumerate(levels.params.variables):
+        for j, other in enumerate(levels.hparams.variables):
+            if variable is other:
+                raise NotConnected(
+                    f"{levels.params.variable_path(i)} and {levels.hparams.variable_path(j)} are "
+                    "one tensor, which both levels would move. Pass a copy to one of them."
+                )
+
+
+def load(target: Tensor, name: str, value: Any, *, dry: bool = False) -> None:
+    """Copy a saved tensor into one of ours, or look only whether it would go.
+
+    Raises
+    ------
+    StructureMismatch
+        If its shape or dtype is another.
+    """
+    if not isinstance(value, Tensor):
+        raise StructureMismatch(f"{name} must be a tensor; got {type(value).__name__}.")
+    if value.shape != target.shape or value.dtype != target.dtype:
+        raise StructureMismatch(
+            f"{name} was saved with shape {tuple(value.shape)} and dtype {value.dtype}, but here "
+            f"it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the state of "
+            "another problem."
+        )
+    if not dry:
+        with torch.no_grad():
+            target.copy_(value)
+
+
+def copied(state: Any) -> Any:
+    """A copy of everything in a state, detached."""
+    return pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, state)

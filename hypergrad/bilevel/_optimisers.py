@@ -1,0 +1,117 @@
+"""The variables of a level and the torch.optim optimiser that moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import StructureMismatch
+from .._tree import Tree
+
+Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def take(name: str, value: Any, given: Optimiser, *, skip_frozen: bool) -> tuple[Tree, Any]:
+    """The tree of a level's variables, and its optimiser.
+
+    A factory is given copies of the variables, so that the caller's stay as they are. A ready
+    optimiser moves the caller's own, as it does everywhere.
+
+    Parameters
+    ----------
+    name : str
+        "params" or "hparams".
+    value : pytree of Tensor
+        The caller's variables.
+    given : Optimizer or callable
+        A ready optimiser, or ``variables -> Optimizer``.
+    skip_frozen : bool
+        Whether frozen parameters are constants.
+
+    Returns
+    -------
+    tree : Tree
+        Whose variables are the leaves that move, in place.
+    optimiser : Optimizer
+        What moves them.
+
+    Raises
+    ------
+    StructureMismatch
+        If a ready optimiser does not hold exactly the variables, or a factory makes no optimiser
+        of them.
+    """
+    tree = Tree(name, value, skip_frozen=skip_frozen)
+    if not tree.variables:
+        raise StructureMismatch(f"{name} holds no floating-point tensor to optimise.")
+    level = "inner_optimizer" if name == "params" else "outer_optimizer"
+    if isinstance(given, torch.optim.Optimizer):
+        _match(tree, given, level)
+        return tree, given
+    copies = [v.detach().clone().requires_grad_() for v in tree.variables]
+    tree = Tree(name, tree.rebuild(copies), skip_frozen=skip_frozen)
+    made = given(list(copies))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise StructureMismatch(
+            f"{level} must be a torch.optim.Optimizer or a callable that makes one of a list of "
+            f"tensors, such as lambda variables: torch.optim.SGD(variables, lr=0.1); it made a "
+            f"{type(made).__name__}."
+        )
+    _match(tree, made, level)
+    return tree, made
+
+
+def _match(tree: Tree, optimiser: torch.optim.Optimizer, level: str) -> None:
+    held = {id(t) for group in optimiser.param_groups for t in group["params"]}
+    own = {id(v) for v in tree.variables}
+    for position, variable in enumerate(tree.variables):
+        if id(variable) not in held and (tree.name == "params" or variable.requires_grad):
+            raise StructureMismatch(
+                f"{level} does not hold {tree.variable_path(position)}, so that nothing would move "
+                f"it. Make the optimiser of the tensors in {tree.name} themselves (no copies, no "
+                "results of an operation), or pass a callable that makes one of a list of tensors."
+            )
+        if id(variable) in held and not (variable.is_leaf and variable.requires_grad):
+            raise StructureMismatch(
+                f"{tree.variable_path(position)} must be a leaf that requires grad to be moved by "
+                f"{level}."
+            )
+    if held - own:
+        raise StructureMismatch(
+            f"{level} holds {len(held - own)} tensors that are not in {tree.name}, which it would "
+            "move without a gradient of theirs. Make one optimiser for each level."
+        )
+
+
+@contextmanager
+def scaled(optimiser: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Let an optimiser take its next step with its learning rates times a factor."""
+    before = [group["lr"] for group in optimiser.param_groups]
+    try:
+        if factor != 1:
+            for group, lr in zip(optimiser.param_groups, before, strict=True):
+                group["lr"] = lr * factor
+        yield
+    finally:
+        for group, lr in zip(optimiser.param_groups, before, strict=True):
+            group["lr"] = lr
+
+
+@contextmanager
+def gradients(variables: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """Fill ``.grad`` for an optimiser, and put back what was there before."""
+    before = [v.grad for v in variables]
+
+    def fill(parts: Sequence[Tensor]) -> None:
+        for variable, part in zip(variables, parts, strict=True):
+            variable.grad = part
+
+    try:
+        yield fill
+    finally:
+        for variable, grad in zip(variables, before, strict=True):
+            variable.grad = grad

@@ -1,0 +1,47 @@
+"""What one step of the outer problem leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from .._info import SolveInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """The record of one step of a `Bilevel`.
+
+    All tensors are detached, and reading them is the only thing that waits for the device.
+
+    Attributes
+    ----------
+    step : int
+        How many outer steps have been made, this one included.
+    outer_value : Tensor
+        The outer loss on this step's batch, at the parameters and hyperparameters where the
+        gradient was taken, which is before the hyperparameters moved. NaN where the estimator
+        does not know it.
+    grads : pytree of Tensor
+        What the outer optimiser was given, shaped like the hyperparameters: an estimate of the
+        hypergradient, or what the method makes of one.
+    inner_norm : Tensor
+        The norm of the inner condition (the gradient of the inner loss) where it was last
+        evaluated, on that batch.
+    inner_steps : int
+        How many steps the inner optimiser made.
+    tolerance : float or None
+        The tolerance of this step, of a method that has one.
+    info : SolveInfo or None
+        The evidence of the hypergradient, of a method that solves a linear system.
+    """
+
+    step: int
+    outer_value: Tensor
+    grads: Any
+    inner_norm: Tensor
+    inner_steps: int
+    tolerance: float | None = None
+    info: SolveInfo | None = None
