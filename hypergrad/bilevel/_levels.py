@@ -331,7 +331,7 @@ def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
     return function(*args, *batch.args)
 
 
-def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Parts:
+def _filled(parts: Parts, like: Sequence[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(v, requires_grad=False) if part is None else part.detach()
         for part, v in zip(parts, like, strict=True)
