@@ -20,7 +20,7 @@ from .._linearise import Linearisation
 from .._outer import outer_gradient
 from .._problem import Problem
 from .._randomness import Draw
-from .._replay import Parts, Replay
+from .._replay import Replay
 from .._report import OnFailure
 from .._trace import detached, trace
 from ..solvers._base import norm
@@ -181,7 +181,7 @@ class Levels:
         """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
         lin = self._linearised(batch)
         parts, count = self.layout.split(u), len(self.problem.inner)
-        cross: Parts
+        cross: Sequence[Tensor | None]
         if isinstance(lin.record.transposed, Replay) and self.condition.twice:
             # A is the derivative of F: one pass backward gives both.
             found = Replay(lin.record.residual, lin.aliases)(parts)
@@ -331,7 +331,7 @@ def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
     return function(*args, *batch.args)
 
 
-def _filled(parts: Parts, like: Sequence[Tensor]) -> list[Tensor]:
+def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Parts:
     return [
         torch.zeros_like(v, requires_grad=False) if part is None else part.detach()
         for part, v in zip(parts, like, strict=True)
