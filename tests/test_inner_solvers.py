@@ -339,6 +339,16 @@ def test_the_derivative_of_the_iterations_is_refused(solver, captured):
     assert not value(one.clone().requires_grad_()).requires_grad
 
 
+def test_a_derivative_by_the_step_or_by_what_a_prox_captures_is_refused():
+    f, start, one = lambda x: (x - 3).square().sum(), torch.zeros(2, dtype=F64), torch.ones(())
+    by_step = lambda s: GradientDescent(step_size=s)(f, start)[0].sum()
+    by_penalty = lambda t: FISTA(lambda v, s: prox.l1(v, s, t))(f, start)[0].sum()
+    for value in (by_step, by_penalty):
+        with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
+            grad(value)(0.1 * one)
+        assert not value((0.1 * one).requires_grad_()).requires_grad
+
+
 # How it ended
 
 
