@@ -504,6 +504,13 @@ def test_at_a_kink_the_answer_is_that_of_one_side_and_it_is_said(kind):
         implicit_grad(outer, condition, params, t, on_failure="ignore")
 
 
+def test_a_kink_is_named_where_the_linear_solve_had_a_budget():
+    _, condition, params, t, _ = at_kink("lasso")
+    mixed = lambda x, t: (x * torch.tensor([1.0, 0.3], dtype=F64)).sum()
+    with pytest.warns(hypergrad.ConvergenceWarning, match="sits at a kink"):
+        implicit_grad(mixed, condition, params, t, solver=GMRES(maxiter=1))
+
+
 @pytest.mark.parametrize("kind", KINKS)
 def test_a_kink_is_seen_in_the_decorators_in_both_directions(kind):
     outer, condition, params, t, _ = at_kink(kind)

@@ -95,9 +95,8 @@ class FISTA(InnerSolver):
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         def backward(v: Tensor, step: Any) -> Tensor:
-            # Of tensors that carry no derivative: the solution's is not that of the iterations.
-            given = self.prox(evaluator.params(v), step, *evaluator.args)
-            return evaluator.flat("prox(v, ...)", given).detach()
+            given = evaluator.params(v), step, *evaluator.args
+            return evaluator.plain("prox(v, ...)", self.prox, *given)
 
         return _accelerated(self, evaluator, x, backward)
 

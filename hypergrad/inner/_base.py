@@ -50,15 +50,11 @@ class Evaluator:
         self.fun, self.tree, self.layout = fun, tree, layout
         self.args = pytree.tree_map(lambda t: detached(t) if isinstance(t, Tensor) else t, args)
         self.captured: list[Tensor] = []
-        self._looked = False
+        self._known: set[str] = set()
 
     def params(self, x: Tensor) -> Any:
         """A flat vector as the caller's pytree."""
         return self.tree.rebuild(self.layout.split(x))
-
-    def flat(self, what: str, params: Any) -> Tensor:
-        """What the caller's function returned, flat."""
-        return self.layout.flatten(self.tree.match(what, params))
 
     def objective(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The objective's value and its gradient."""
@@ -85,13 +81,18 @@ class Evaluator:
 
     def mapped(self, x: Tensor) -> Tensor:
         """A map's value."""
-        with torch.set_grad_enabled(not self._looked):
-            value = self.fun(self.params(x), *self.args)
-        if not self._looked:
+        return self.plain("T(params, ...)", self.fun, self.params(x), *self.args)
+
+    def plain(self, what: str, fun: Callable[..., Any], *given: Any) -> Tensor:
+        """What a function that is not differentiated returned, flat and detached."""
+        first = what not in self._known
+        with torch.set_grad_enabled(first):
+            value = fun(*given)
+        if first:
             leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-            self.captured = [leaf for leaf in leaves if carries_derivative(leaf)]
-            self._looked = True
-        return self.flat("T(params, ...)", value).detach()
+            self.captured += [leaf for leaf in leaves if carries_derivative(leaf)]
+            self._known.add(what)
+        return self.layout.flatten(self.tree.match(what, value)).detach()
 
     def _scalar(self, params: Any) -> Tensor:
         return scalar("objective", self.fun(params, *self.args))
@@ -126,10 +127,10 @@ class Evaluator:
 
     def _note(self, values: list[Tensor], aliases: list[Tensor]) -> None:
         """At the first evaluation, find what is differentiated around the call."""
-        if not self._looked:
+        if "objective" not in self._known:
             refuse_past_arguments("The inner solver's function", values, aliases, [self.tree])
-            self.captured = [t for value in values for t in further_out(value, aliases)]
-            self._looked = True
+            self.captured += [t for value in values for t in further_out(value, aliases)]
+            self._known.add("objective")
 
 
 @dataclasses.dataclass
@@ -321,7 +322,8 @@ class InnerSolver(ABC):
         start = layout.flatten([detached(v).clone() for v in tree.variables])
         with torch.no_grad():
             x, progress = self._run(evaluator, start)
-        sources = [t for t in pytree.tree_leaves((init, args)) if isinstance(t, Tensor)]
+        given = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
+        sources = [t for t in given if isinstance(t, Tensor)]
         leaves = refuse_derivatives(
             [leaf.contiguous() for leaf in layout.split(x)],
             [t for t in sources if t.is_floating_point()] + evaluator.captured,
