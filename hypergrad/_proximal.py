@@ -139,15 +139,9 @@ class ProximalGradient(GradientStep):
 
     The condition is the fixed point of one proximal gradient step,
     ``params = prox(params - step_size * grad f(params, *args), step_size, *args)``, so
-<<<<<<< HEAD
     A = I - D (I - step_size H) with D the derivative of the proximal map and H the Hessian of f.
     It is not symmetric. The rows of coordinates that the map holds fixed, such as the zeros of
     the lasso, are those of the identity, so that A is regular where H is so on the others.
-=======
-    A = I - D (I - step_size H) with D the derivative of the proximal map and H the Hessian of f. It
-    is not symmetric. The rows of coordinates that the map holds fixed, such as the zeros of the
-    lasso, are those of the identity, so that A is regular where H is so on the others.
->>>>>>> conditions
 
     At a kink of the proximal map the derivative is the one that `prox` itself has; with the maps
     of `hypergrad.prox` a coordinate at the kink counts as held fixed. ``info.degeneracy`` says how
