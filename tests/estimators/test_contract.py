@@ -338,3 +338,8 @@ def test_where_the_outer_loss_is_at_its_minimum_the_answer_is_zero_in_silence(es
     flat = lambda w, h: (w - 1).square().sum()
     found = estimate(flat, lambda w, h: (w - h).square().sum(), w, h)
     torch.testing.assert_close(found, torch.zeros(3))
+
+
+def test_evolution_strategies_need_a_floating_point_tensor():
+    with pytest.raises(hypergrad.StructureMismatch, match="hparams holds no floating-point"):
+        evolution(lambda w, h: w.sum(), lambda w, h: w.sum(), torch.ones(2), {"k": 3, "none": None})
