@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .._transforms import any_task
 from ..solvers._base import dot, norm
-from ._base import Evaluator, InnerSolver, Progress, going_on
+from ._base import InnerSolver
+from ._evaluator import Evaluator
+from ._progress import Progress, going_on
 
 _PROBES = 4  # power steps for the largest curvature
 _HALVINGS = 60
