@@ -244,6 +244,16 @@ def test_sources_that_give_no_batches_are_refused(source, error):
         steps()
 
 
+def test_saba_wants_batches_that_have_places_and_draws_them_itself():
+    problem = Quadratic()
+    loader = itertools.cycle(problem.inner_batches)
+    with pytest.raises(hypergrad.UnsupportedOperation, match="inner_batches must be a sequence"):
+        loop(problem, SABA(), batches=True, inner_batches=loader)
+    bilevel = loop(problem, SABA(), batches=True)
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"call step\(\)"):
+        bilevel.step(problem.inner_batches[0], problem.outer_batches[0])
+
+
 # --- the caller's things ---------------------------------------------------------------------
 
 
@@ -322,6 +332,24 @@ def test_frozen_parameters_and_other_leaves_stay():
     assert bilevel.params["n"] == 3
     assert bilevel.hparams["of"] is None
     torch.testing.assert_close(bilevel.hparams["a"], torch.tensor(1 / 6), rtol=1e-3, atol=0)
+
+
+def test_hyperparameters_that_need_no_gradient_are_constants_beside_a_ready_optimiser():
+    moving, fixed = torch.tensor(0.5, requires_grad=True), torch.tensor(2.0)
+    bilevel = Bilevel(
+        lambda w, h: (w - 1).square(),
+        lambda w, h: (w - h["moving"] * h["fixed"]).square(),
+        torch.tensor(0.0),
+        {"moving": moving, "fixed": fixed},
+        inner_optimizer=sgd(0.4),
+        outer_optimizer=torch.optim.SGD([moving], lr=0.1),
+        method=HOAG(),
+    )
+    moving.data.fill_(0.1)
+    run(bilevel, 3)
+    assert moving.item() > 0.2
+    assert fixed.item() == 2.0
+    assert fixed.grad is None
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
