@@ -565,6 +565,12 @@ def test_hoag_says_when_it_runs_out_of_inner_steps():
     run(loop(Quadratic(), HOAG(max_inner_steps=1), on_failure="ignore"), 5)
 
 
+def test_hoag_gives_up_on_an_optimiser_that_comes_no_closer():
+    bilevel = loop(Quadratic(), HOAG(), inner_lr=0.0)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="did not solve the inner problem"):
+        assert bilevel.step().inner_steps < 100
+
+
 def test_hoag_with_lbfgs_inside():
     problem = Quadratic()
     lbfgs = functools.partial(torch.optim.LBFGS, max_iter=5, line_search_fn="strong_wolfe")
