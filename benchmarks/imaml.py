@@ -124,12 +124,10 @@ class MetaStep:
 
     def stepped(self, params: Params, slopes: tuple[Tensor, ...]) -> Params:
         """One inner step; the gradient of the proximal term is written out."""
-        return {
-            name: (leaf - self.lr * (slope + self.lam * (leaf - self.meta[name])))
-            .detach()
-            .requires_grad_()
-            for (name, leaf), slope in zip(params.items(), slopes, strict=True)
-        }
+        shrunk = [leaf.detach() * (1 - self.lr * self.lam) for leaf in params.values()]
+        torch._foreach_add_(shrunk, list(self.meta.values()), alpha=self.lr * self.lam)
+        torch._foreach_add_(shrunk, slopes, alpha=-self.lr)
+        return {name: leaf.requires_grad_() for name, leaf in zip(params, shrunk, strict=True)}
 
     def system(self, task: Episodes) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Products with the Hessian at the adapted parameters, and the gradient at the queries.

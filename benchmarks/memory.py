@@ -1,7 +1,7 @@
 """Peak memory of a whole iMAML meta-step against the number of inner steps.
 
-The Omniglot network, 5-way 1-shot, eight tasks; bytes live in torch's allocator, as the
-profiler reports every allocation; a fresh process for each point.
+The Omniglot network, 5-way 1-shot, eight tasks; bytes live in torch's allocator; a fresh process
+for each point.
 """
 
 import subprocess
@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 import hypergrad
+from benchmarks.allocator import peak_bytes as allocated
 from benchmarks.imaml import OMNIGLOT_LAM, OMNIGLOT_LR
 from benchmarks.results import OURS, Row, Settings
 from benchmarks.timing import Quartiles
@@ -44,15 +44,7 @@ def peak_bytes(differentiation: Differentiation, steps: int) -> int:
     generator = torch.Generator().manual_seed(0)
     tasks = sample_tasks(images, tasks=TASKS, ways=5, shots=1, queries=5, generator=generator)
     learner.meta_gradient(meta, tasks)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        learner.meta_gradient(meta, tasks)
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
+    return allocated(lambda: learner.meta_gradient(meta, tasks))
 
 
 def benchmarks() -> dict[str, Callable[[Settings], list[Row]]]:

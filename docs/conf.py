@@ -28,7 +28,7 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = True
 # In prose, as types of fields; Solver is the private base class of the solvers.
-nitpick_ignore = [("py:class", "Tensor"), ("py:class", "pytree"), ("py:class", "Solver")]
+nitpick_ignore = [("py:class", name) for name in ("Tensor", "pytree", "Solver")]
 # Where signatures name a class of torch by the module that defines it.
 nitpick_ignore += [
     ("py:class", name) for name in ("torch._C.Generator", "torch.optim.optimizer.Optimizer")
@@ -65,6 +65,8 @@ doctest_test_doctest_blocks = ""
 doctest_global_setup = """
 import warnings
 warnings.simplefilter("error", UserWarning)
+import importlib.util
+found = lambda name: importlib.util.find_spec(name) is not None
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)

@@ -5,6 +5,9 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+from . import inner as inner
+from . import projections as projections
+from . import prox as prox
 from ._all_reduced import all_reduced
 from ._check import Report, check_hypergrad
 from ._conditions import FixedPoint, GaussNewton, Minimum, Root
@@ -16,6 +19,7 @@ from ._errors import (
     IndefiniteHessian,
     NotConnected,
     NotConverged,
+    NotDifferentiable,
     NotFinite,
     RankFailed,
     SingularHessian,
@@ -24,8 +28,9 @@ from ._errors import (
 )
 from ._implicit_grad import implicit_backward, implicit_grad
 from ._info import SolveInfo, Status
+from ._kkt import KKT
+from ._proximal import ProjectedGradient, ProximalGradient
 from ._root import root_jvp, root_vjp
-from ._unrolled import unrolled_grad
 from .bilevel import (
     F2SA,
     HOAG,
@@ -37,6 +42,16 @@ from .bilevel import (
     Bilevel,
     StepInfo,
     StocBiO,
+)
+from .estimators import (
+    EvolutionInfo,
+    ValueFunctionInfo,
+    evolution_strategies_grad,
+    finite_difference_grad,
+    one_step_grad,
+    penalty_grad,
+    unrolled_grad,
+    value_function_grad,
 )
 from .solvers import (
     CG,
@@ -59,6 +74,7 @@ __all__ = [
     "F2SA",
     "GMRES",
     "HOAG",
+    "KKT",
     "LSMR",
     "MASOBA",
     "MINRES",
@@ -71,6 +87,7 @@ __all__ = [
     "Bilevel",
     "ConvergenceWarning",
     "Diverged",
+    "EvolutionInfo",
     "Exact",
     "FixedPoint",
     "GaussNewton",
@@ -82,8 +99,11 @@ __all__ = [
     "NormalCG",
     "NotConnected",
     "NotConverged",
+    "NotDifferentiable",
     "NotFinite",
     "Nystrom",
+    "ProjectedGradient",
+    "ProximalGradient",
     "RankFailed",
     "Report",
     "Root",
@@ -94,14 +114,20 @@ __all__ = [
     "StocBiO",
     "StructureMismatch",
     "UnsupportedOperation",
+    "ValueFunctionInfo",
     "all_reduced",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",
+    "evolution_strategies_grad",
+    "finite_difference_grad",
     "implicit_backward",
     "implicit_grad",
+    "one_step_grad",
+    "penalty_grad",
     "root_jvp",
     "root_vjp",
     "unrolled_grad",
+    "value_function_grad",
 ]

@@ -70,12 +70,17 @@ def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        for part, cure in _CURES.items():
-            if part in str(error):
-                raise UnsupportedOperation(f"{cure} ({error})") from error
-        if "device" in str(error):
-            _refuse_two_devices(trees, error)
+        advise(error, trees)
         raise
+
+
+def advise(error: RuntimeError, trees: Sequence[Tree] = ()) -> None:
+    """Raise what `advice` raises in place of an error that is known; else return."""
+    for part, cure in _CURES.items():
+        if part in str(error):
+            raise UnsupportedOperation(f"{cure} ({error})") from error
+    if "device" in str(error):
+        _refuse_two_devices(trees, error)
 
 
 def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:

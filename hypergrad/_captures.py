@@ -84,7 +84,7 @@ def captured_by(problem: Problem) -> list[Tensor]:
         return [value for value in values if _reaches_past(value, aliases)]
 
     with unnoticed(), advice([problem.params, *problem.args]):
-        return trace(past_arguments, [plain[i] for i in places])
+        return trace(past_arguments, [plain[i] for i in places], guarded=True)
 
 
 def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:

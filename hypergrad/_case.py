@@ -16,9 +16,10 @@ from ._conditions import Condition
 from ._differences import Direction
 from ._errors import StructureMismatch
 from ._guard import Guard
-from ._implicit_grad import _outer_gradient, implicit_grad
+from ._implicit_grad import implicit_grad
 from ._info import SolveInfo
 from ._linearise import Linearisation
+from ._outer import outer_gradient
 from ._problem import Problem, scalar
 from ._randomness import Draw
 from ._trace import detached
@@ -166,7 +167,7 @@ class Case:
         problem = self.problem(self.plain, self.solution, self.at)
         tensors = [detached(t) for t in problem.tensors]
         with self._outer.evaluation():
-            _, _, cotangent, direct, _ = _outer_gradient(self.outer, problem, tensors, False)
+            _, _, cotangent, direct, _ = outer_gradient(self.outer, problem, tensors, False)
         return problem.layout().flatten(cotangent), direct
 
     def terms(self, lines: Sequence[Direction], u: Tensor) -> list[float]:

@@ -11,69 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._advice import advice, refuse_once_differentiable
+from ._advice import refuse_once_differentiable
 from ._errors import NotConnected
 from ._problem import Problem
+from ._replay import ForwardReplay, Parts, Replay
 from ._trace import graph
 from ._transforms import transforms_active
 
-Parts = Sequence[Tensor | None]
-
-
-class Replay:
-    """Vector-Jacobian products of recorded outputs, from the one graph, as often as asked."""
-
-    def __init__(self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> None:
-        self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        self._outputs = [o for o in outputs if o is not None and o.requires_grad]
-        self._inputs = list(inputs)
-
-    def __call__(self, cotangents: Parts, create_graph: bool = False) -> list[Tensor | None]:
-        """One product; None where an input is not reached."""
-        given = [
-            torch.zeros_like(o) if cotangents[i] is None else cotangents[i]
-            for i, o in zip(self._used, self._outputs, strict=True)
-        ]
-        if not given or not self._inputs:
-            return [None] * len(self._inputs)
-        with advice():
-            found = torch.autograd.grad(
-                self._outputs,
-                self._inputs,
-                given,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        return list(found)
-
-
-class ForwardReplay:
-    """Jacobian-vector products of recorded outputs, by differentiating a pullback.
-
-    The pullback is linear in its cotangent, so its transpose is the Jacobian: this needs double
-    backward alone, where forward-mode products fail in fused kernels and are slower.
-    """
-
-    def __init__(
-        self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seed: Tensor
-    ) -> None:
-        self._count = len(outputs)
-        self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        present = [o for o in outputs if o is not None and o.requires_grad]
-        self._dummies = [torch.zeros_like(o) + seed.to(o.dtype) for o in present]
-        pulled = Replay(present, inputs)(self._dummies, create_graph=True)
-        self._transpose = Replay(pulled, self._dummies)
-
-    def __call__(self, tangents: Parts, create_graph: bool = False) -> list[Tensor | None]:
-        """One product; None where an output does not depend on the inputs."""
-        found: list[Tensor | None] = [None] * self._count
-        for i, part in zip(self._used, self._transpose(tangents, create_graph), strict=True):
-            found[i] = part
-        return found
-
-
-Product = Callable[[Parts, bool], list[Tensor | None]]
+Product = Callable[[Parts, bool], Parts]
 
 
 @dataclasses.dataclass
@@ -90,12 +35,19 @@ class Record:
         ``u -> A^T u``.
     product : callable, optional
         ``v -> A v``; None where it was not asked for.
+    sides : list of callable
+        Of a condition with kinks: ``u -> (D' - D)^T u``, where D is the derivative that was taken
+        of the map with the kinks and D' the one a little to a side.
+    dependent : callable, optional
+        Whether the gradients of the active constraints are linearly dependent, for each task.
     """
 
     values: list[Tensor]
     residual: list[Tensor | None]
     transposed: Product
     product: Product | None
+    sides: Sequence[Product] = ()
+    dependent: Callable[[], Tensor] | None = None
 
 
 class Condition(ABC):
@@ -108,6 +60,8 @@ class Condition(ABC):
     twice: ClassVar[bool] = True
     #: Whether A = I - J for a map that is meant to contract.
     contraction: ClassVar[bool] = False
+    #: What makes a point a kink, for messages.
+    kink: ClassVar[str] = ""
 
     if TYPE_CHECKING:  # a class variable of some conditions and a field of others
 
@@ -268,7 +222,7 @@ class GaussNewton(Condition):
         curvature = Replay(of_outputs, leaves)
         pullback = Replay(leaves, params)
 
-        def product(v: Parts, create_graph: bool = False) -> list[Tensor | None]:
+        def product(v: Parts, create_graph: bool = False) -> Parts:
             found = pullback(curvature(jacobian(v)))
             if regular is not None:
                 found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]

@@ -26,6 +26,10 @@ class SingularHessian(HypergradError):
     """The matrix of the linear system is singular and the system has no solution."""
 
 
+class NotDifferentiable(HypergradError):
+    """The inner solution has a kink, where it has another derivative on each side."""
+
+
 class Diverged(HypergradError):
     """An iteration moved away from the solution, for example a Neumann series."""
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._conditions import Condition, Parts
+from ._conditions import Condition
+from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
+from ._replay import Parts
+from ._transforms import is_wrapped
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 
 # What an estimate is multiplied by, and up to where, from benchmarks/calibration.py. Above
@@ -32,7 +36,7 @@ def solve_linear(
     x0: Tensor | None = None,
     looks: bool = True,
     estimate: bool = False,
-) -> tuple[Tensor, SolveInfo]:
+) -> tuple[Tensor, SolveInfo, Solution]:
     """Solve ``A u = b``, or with the transpose of A, and collect the evidence.
 
     Parameters
@@ -54,7 +58,7 @@ def solve_linear(
     looks : bool
         Whether the host may look at values on the way.
     estimate : bool
-        Whether the error is to be estimated.
+        Whether all figures are wanted, those of the error and the spectrum too.
 
     Returns
     -------
@@ -62,16 +66,17 @@ def solve_linear(
         The answer, like `b`.
     info : SolveInfo
         Its evidence, without `solution`, `outer_value` and `aux`.
+    found : Solution
+        What the solver said.
     """
     condition = lin.problem.condition
-    there, back = (lin.transposed, lin.product) if transpose else (lin.product, lin.transposed)
     system = LinearSystem(
-        matvec=there,
+        matvec=lin.operator(transpose),
         b=b,
         layout=lin.layout,
         tree=lin.problem.params,
         x0=x0,
-        rmatvec=None if lin.record.product is None else back,
+        rmatvec=None if lin.record.product is None else lin.operator(not transpose),
         symmetric=condition.symmetric,
         dense=lambda: lin.dense(transpose),
         looks=looks,
@@ -80,27 +85,33 @@ def solve_linear(
         condition=lin.residual if estimate and (transpose or condition.symmetric) else None,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
-    with torch.autocast(b.device.type, enabled=False):  # the solver's own arithmetic
+    # The solver's own arithmetic.
+    with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         found = solver.run(system)
-    size = norm(lin.residual)
+    size, length, strength = norm(lin.residual), norm(found.x), norm(b)
     # Parameters this close to zero are zero: what is left of them is rounding.
     least = (torch.finfo(params.dtype).eps * lin.layout.n) ** 0.5
-    inner = size * norm(found.x) / (norm(b) * norm(params).clamp(min=least))
+    extent = norm(params).clamp(min=least)
+    inner = size * length / (strength * extent)
     inner = torch.where(size == 0, torch.zeros_like(inner), inner)
     success = found.success
     if inner_tol is not None:
         # Without a right-hand side there is no curvature to judge by; NaN is no success.
-        success = success & ((inner <= inner_tol) | (norm(b) == 0))
-    success = success & torch.isfinite(found.x).all(dim=-1)
-    info = info_of(
-        found,
-        solution=None,
-        success=success,
-        inner_residual=inner,
-        outer_error=dot(found.x, lin.residual),
-        error_estimate=_error_estimate(found, b, norm(params).clamp(min=least), system, solver),
-    )
-    return found.x, info
+        success = success & ((inner <= inner_tol) | (strength == 0))
+    success = success & torch.isfinite(length)
+    further = {}
+    jump = degeneracy(lin, found.x, b, transpose=transpose)
+    if jump is not None:
+        success = success & ~(jump > DEGENERATE)
+        further["degeneracy"] = jump
+    if estimate:
+        further |= {
+            "outer_error": dot(found.x, lin.residual),
+            "error_estimate": _error_estimate(found, b, extent, system, solver),
+            "eigenvalues": found.eigenvalues,
+        }
+    info = info_of(found, solution=None, success=success, inner_residual=inner, **further)
+    return found.x, info, found
 
 
 def _error_estimate(
@@ -129,8 +140,8 @@ def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
     """The relative error of a sum of terms, one of which has a known one and the rest none."""
 
     def size(terms: Parts) -> Tensor:
-        sizes = [torch.linalg.vector_norm(t).to(estimate) for t in terms if t is not None]
-        return norm(torch.stack(sizes)) if sizes else torch.zeros_like(estimate)
+        sizes = [norm(_rows(t, estimate.shape)).to(estimate) for t in terms if t is not None]
+        return norm(torch.stack(sizes, dim=-1)) if sizes else torch.zeros_like(estimate)
 
     share = size(part) / size(whole)
     total = estimate * torch.where(torch.isnan(share), 1.0, share)
@@ -148,9 +159,22 @@ def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> b
     return (not transpose or solver.needs_transpose) and not condition.symmetric
 
 
-def finite(*tensors: Tensor | None) -> Tensor:
-    """Whether all entries of all tensors of one task are finite, as a 0-d bool tensor."""
-    present = [t for t in tensors if t is not None and t.numel()]
-    device = present[0].device
-    largest = [torch.linalg.vector_norm(t, float("inf")).to(device, torch.float64) for t in present]
-    return torch.isfinite(torch.stack(largest)).all()
+def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
+    """Whether all entries of all tensors are finite, for each task: bool, shaped like `lead`."""
+    rows = [_rows(t, lead) for t in tensors if t is not None and t.numel()]
+    if not rows:
+        return torch.ones(tuple(lead), dtype=torch.bool)
+    device = rows[0].device
+    # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
+    plain = device.type == "cpu" and not any(is_wrapped(r) for r in rows)
+    if plain and all(math.isfinite(torch.linalg.vector_norm(r).item()) for r in rows):
+        return torch.ones(tuple(lead), dtype=torch.bool)
+    largest = [
+        torch.linalg.vector_norm(r, math.inf, dim=-1).to(device, torch.float64) for r in rows
+    ]
+    return torch.isfinite(torch.stack(largest)).all(dim=0)
+
+
+def _rows(tensor: Tensor, lead: Sequence[int]) -> Tensor:
+    """The entries of each task in one dimension, behind those of the tasks."""
+    return tensor.reshape(*lead, -1) if tensor.numel() else tensor.new_zeros(*lead, 0)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._conditions import ForwardReplay, Replay
 from ._errors import UnsupportedOperation
 from ._evidence import needs_product, of_term, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
+from ._replay import ForwardReplay, Replay
 from ._report import OnFailure, judge
 from ._transforms import (
     alive,
@@ -80,7 +80,7 @@ class Rule:
         if shared > 1:
             arranged = arranged.flatten(0, shared - 1)
         params = lin.layout.flatten([tensors[i] for i in self.problem.inner], lin.lead)
-        u, info = solve_linear(
+        u, info, found = solve_linear(
             lin,
             self.solver,
             arranged,
@@ -101,12 +101,14 @@ class Rule:
 
         judge(
             info,
+            found,
             self.solver,
             inner_tol=self.inner_tol,
             on_failure=self.on_failure,
             condition=norm(lin.residual),
             sound=sound,
             places=places,
+            kink=self.problem.condition.kink,
         )
         if self.callback is not None:
             fill = self.problem.params.fill

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._advice import advice
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import NotConnected, UnsupportedOperation
 from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
-from ._problem import Problem, scalar, without_aux
-from ._randomness import Draw
+from ._outer import outer_gradient
+from ._problem import Problem, TakesDerivatives
+from ._randomness import Draw, generators, restore
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
-from ._trace import being_traced, detached, further_out, trace
-from ._transforms import is_wrapped, never_compiled, refuse_derivatives, transforms_active
+from ._trace import being_traced, detached
+from ._transforms import (
+    forward_mode_active,
+    is_wrapped,
+    never_compiled,
+    refuse_derivatives,
+    transforms_active,
+)
 from ._tree import Tree
+from ._vmaps import Vmaps
 from .solvers import Solver, choose
-from .solvers._base import norm
+from .solvers._base import mapped_by_caller, norm
 
 
 @never_compiled
@@ -93,7 +101,7 @@ def implicit_grad(
         If a loss is no scalar or an argument has the wrong structure.
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
-    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         With ``on_failure="raise"``.
     UnsupportedOperation
         If the solver needs a symmetric matrix and the condition's is not, or when the answer
@@ -227,119 +235,133 @@ def _hypergradient(
     check_on_failure(on_failure)
     condition = as_condition(inner, Minimum)
     P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
-    problem = Problem.of(condition, P, [H])
-    layout = problem.layout()
-    refuse_distributed(condition.functions(), outer)
-    solver = choose(solver, condition.symmetric)
-    looks = on_failure != "ignore" or getattr(solver, "rtol", None) != 0
-
-    # Autograd stops a loss that changes a float argument in place; the others are copies.
-    tensors = [detached(t) if t.is_floating_point() else t.clone() for t in problem.tensors]
-    start = None
-    if x0 is not None:
-        start = layout.flatten([detached(t) for t in P.match("x0", x0)])
-    versions = _versions(tensors)
-    value, aux, cotangent, direct, sources = _outer_gradient(outer, problem, tensors, has_aux)
-    forward = needs_product(solver, condition, transpose=True)
-    lin = Linearisation(problem, tensors, Draw(), forward=forward)
-    refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
-
-    _refuse_changed(problem, tensors, versions)
-    b = layout.flatten(cotangent)
-    flat_params = layout.flatten([tensors[i] for i in problem.inner])
-    u, info = solve_linear(
-        lin,
-        solver,
-        b,
-        flat_params,
-        transpose=True,
-        inner_tol=inner_tol,
-        x0=start,
-        looks=looks,
-        estimate=return_info,
-    )
-    indirect = lin.cross(u)
-    leaves = [_difference(d, c, h) for d, c, h in zip(direct, indirect, H.variables, strict=True)]
-    estimate = info.error_estimate
-    if return_info:
-        estimate = of_sum(estimate, indirect, leaves)
-    info = dataclasses.replace(
-        info,
-        error_estimate=estimate,
-        solution=P.fill(layout.split(u)),
-        outer_value=value,
-        aux=pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux),
-    )
-
-    def places() -> Any:
-        for tree in (P, H):
-            for i, variable in enumerate(tree.variables):
-                yield tree.variable_path(i), variable.detach()
-        yield "the outer loss", value
-        for i, part in enumerate(cotangent):
-            if part is not None:
-                yield f"the gradient of the outer loss by {P.variable_path(i)}", part
-        for i, part in enumerate(direct):
-            if part is not None:
-                yield f"the gradient of the outer loss by {H.variable_path(i)}", part
-        for i, part in enumerate(layout.split(lin.residual)):
-            yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
-        for i, part in enumerate(layout.split(lin.transposed(torch.ones_like(b)))):
-            yield f"the product with the inner Hessian at {P.variable_path(i)}", part
-        for i, part in enumerate(layout.split(u)):
-            yield f"the solution of the linear system at {P.variable_path(i)}", part
-        for i, part in enumerate(indirect):
-            if part is not None:
-                yield f"the cross derivative by {H.variable_path(i)}", part
-
-    sound = finite(value, lin.residual, u, *leaves)
-    judge(
-        info,
-        solver,
+    call = _Call(
+        outer=outer,
+        problem=Problem.of(condition, P, [H]),
+        solver=choose(solver, condition.symmetric),
+        x0=None if x0 is None else P.match("x0", x0),
+        has_aux=has_aux,
         inner_tol=inner_tol,
         on_failure=on_failure,
-        condition=norm(lin.residual),
-        sound=sound,
-        places=places,
+        return_info=return_info,
     )
-    if on_failure != "ignore":
-        warn_of_unused(H, "Neither outer nor inner", direct, indirect)
-    sources = [*problem.tensors, *sources, *lin.captured]
-    leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
-    return _Answer(H.fill(leaves), leaves, info)
+    refuse_distributed(condition.functions(), outer)
+    vmaps = None if forward_mode_active() or mapped_by_caller(call.solver) else Vmaps.around()
+    if vmaps is None:
+        return call.answer()
+    random = generators()
+    try:
+        with vmaps.left():
+            return call.answer(vmaps)
+    except TakesDerivatives:
+        restore(random)
+    return call.answer()
 
 
-def _outer_gradient(
-    outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
-) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """Value, aux, the gradients of the outer loss by the inner and outer variables, captures."""
-    inner, places = problem.inner, list(problem.outer)
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One hypergradient: of one system, or outside the caller's vmaps of all their tasks at once.
 
-    def evaluate(
-        aliases: list[Tensor],
-    ) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor]]:
-        given = list(tensors)
-        for place, alias in zip([*inner, *places], aliases, strict=True):
-            given[place] = alias
-        returned, aux = without_aux("outer", outer(*problem.arguments(given)), has_aux, "loss")
-        value = scalar("outer", returned)
-        refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
-        found: list[Tensor | None] = [None] * len(aliases)
-        if value.requires_grad:
-            found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-        return value, aux, found, further_out(value, aliases)
+    Inside, tensors have the task dimensions of `vmaps` in front, and `lead` are their sizes.
+    """
 
-    with advice([problem.params, *problem.args]):
-        value, aux, found, captured = trace(evaluate, [tensors[i] for i in [*inner, *places]])
-    cotangent, direct = found[: len(inner)], found[len(inner) :]
-    if all(part is None for part in cotangent):
-        raise NotConnected(
-            "outer does not depend on params, so the inner problem plays no part in its gradient. "
-            "Use params in outer: a module must be called as torch.func.functional_call(module, "
-            "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
-            "connection."
+    outer: Callable[[Any, Any], Any]
+    problem: Problem
+    solver: Solver
+    x0: list[Tensor] | None
+    has_aux: bool
+    inner_tol: float | None
+    on_failure: OnFailure
+    return_info: bool
+
+    def answer(self, vmaps: Vmaps | None = None) -> _Answer:
+        problem = self.problem if vmaps is None else self.problem.outside(vmaps)
+        P, H = problem.params, problem.args[0]
+        layout = problem.layout()
+        lead = () if vmaps is None else vmaps.sizes
+
+        def plain(tensor: Tensor) -> Tensor:
+            return detached(tensor if vmaps is None else vmaps.unwrapped(tensor))
+
+        # Autograd stops a loss that changes a float argument in place; the others are copies.
+        tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
+        start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
+        looks = self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0
+        versions = _versions(tensors)
+        value, aux, cotangent, direct, sources = outer_gradient(
+            self.outer, problem, tensors, self.has_aux
         )
-    return value.detach(), aux, cotangent, direct, captured
+        forward = needs_product(self.solver, problem.condition, transpose=True)
+        lin = Linearisation(problem, tensors, Draw(), forward=forward)
+        refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
+
+        _refuse_changed(problem, tensors, versions)
+        b = layout.flatten(cotangent, lead)
+        u, info, found = solve_linear(
+            lin,
+            self.solver,
+            b,
+            layout.flatten([tensors[i] for i in problem.inner], lead),
+            transpose=True,
+            inner_tol=self.inner_tol,
+            x0=start,
+            looks=looks,
+            estimate=self.return_info,
+        )
+        indirect = lin.cross(u)
+        outer_variables = [tensors[i] for i in problem.outer]
+        leaves = [
+            _difference(d, c, h) for d, c, h in zip(direct, indirect, outer_variables, strict=True)
+        ]
+        estimate = info.error_estimate
+        if self.return_info:
+            estimate = of_sum(estimate, indirect, leaves)
+        info = dataclasses.replace(info, error_estimate=estimate, outer_value=value)
+
+        def places() -> Any:
+            for position, place in enumerate(problem.inner):
+                yield P.variable_path(position), tensors[place]
+            for position, place in enumerate(problem.outer):
+                yield H.variable_path(position), tensors[place]
+            yield "the outer loss", value
+            for i, part in enumerate(cotangent):
+                if part is not None:
+                    yield f"the gradient of the outer loss by {P.variable_path(i)}", part
+            for i, part in enumerate(direct):
+                if part is not None:
+                    yield f"the gradient of the outer loss by {H.variable_path(i)}", part
+            for i, part in enumerate(layout.split(lin.residual)):
+                yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
+            for i, part in enumerate(layout.split(lin.transposed(torch.ones_like(b)))):
+                yield f"the product with the inner Hessian at {P.variable_path(i)}", part
+            for i, part in enumerate(layout.split(u)):
+                yield f"the solution of the linear system at {P.variable_path(i)}", part
+            for i, part in enumerate(indirect):
+                if part is not None:
+                    yield f"the cross derivative by {H.variable_path(i)}", part
+
+        judge(
+            info,
+            found,
+            self.solver,
+            inner_tol=self.inner_tol,
+            on_failure=self.on_failure,
+            condition=norm(lin.residual),
+            sound=finite(lead, value, lin.residual, u, *leaves),
+            places=places,
+            kink=problem.condition.kink,
+        )
+        if self.on_failure != "ignore":
+            warn_of_unused(H, "Neither outer nor inner", direct, indirect)
+        solution = layout.split(u)
+        sources = [*self.problem.tensors, *sources, *lin.captured]
+        with nullcontext() if vmaps is None else vmaps.entered():
+            if vmaps is not None:
+                leaves, solution, info = vmaps.wrapped_tree((leaves, solution, info))
+            leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
+            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, aux)
+            info = dataclasses.replace(info, solution=P.fill(solution), aux=aux)
+            return _Answer(H.fill(leaves), leaves, info)
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SolveInfo:
         int64, a `Status` of the linear solve.
     success : Tensor
         bool: the linear solve met what was asked of it and, where that is judged, the inner
-        problem was solved to ``inner_tol``.
+        problem was solved to ``inner_tol`` at a point that is not degenerate.
     iterations, matvecs : Tensor
         int64: the iterations made, and the products with the matrix, those for the true
         residual included.
@@ -75,6 +75,12 @@ class SolveInfo:
         themselves or in `Auto`; otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is
         that of the implicit term. What the losses' own curvature does is taken from experience:
         see the page on reliability for how often it holds.
+    degeneracy : Tensor
+        Whether ``params`` sits where the solution has no single derivative. At a kink of a proximal
+        map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the
+        derivative of the map that was taken and D' that on the other side. Infinite where the
+        gradients of the active constraints of `KKT` are linearly dependent. Zero elsewhere; NaN
+        for conditions that are taken to be smooth. Above 1e-2 the answer is no success.
     eigenvalues : Tensor
         Shape ``(2,)``: lowest and highest Ritz value of ``A + damping I``, which lie inside its
         spectrum. They come free with `CG` and `MINRES` (not with a preconditioner), and from
@@ -106,6 +112,7 @@ class SolveInfo:
     inner_residual: Tensor
     outer_error: Tensor
     error_estimate: Tensor
+    degeneracy: Tensor
     eigenvalues: Tensor
     solution: Any
     outer_value: Tensor
@@ -146,24 +153,44 @@ class SolveInfo:
 _FIELDS = tuple(f.name for f in dataclasses.fields(SolveInfo) if f.name != "method")
 
 
-def _flatten_with_keys(
-    info: SolveInfo,
-) -> tuple[list[tuple[Any, Any]], tuple[str, tuple[str, ...]]]:
-    # None is a leaf to torch's pytrees, and cannot leave vmap: it goes into the static part.
+_Static = tuple[str, tuple[str, ...], tuple[Any, ...]]
+
+
+def _flatten_with_keys(info: SolveInfo) -> tuple[list[tuple[Any, Any]], _Static]:
+    # None is a leaf to torch's pytrees, and cannot leave vmap: it goes into the static part, by
+    # itself and where it is a part of params.
     present = tuple(name for name in _FIELDS if getattr(info, name) is not None)
-    keyed = [(pytree.GetAttrKey(name), getattr(info, name)) for name in present]
-    return keyed, (info.method, present)
+    keyed: list[tuple[Any, Any]] = []
+    shapes: list[Any] = []
+    for name in present:
+        value, key = getattr(info, name), pytree.GetAttrKey(name)
+        leaves, spec = pytree.tree_flatten(value)
+        if all(leaf is not None for leaf in leaves):
+            keyed.append((key, value))
+            shapes.append(None)
+            continue
+        keyed += [(key, leaf) for leaf in leaves if leaf is not None]
+        shapes.append((spec, tuple(leaf is None for leaf in leaves)))
+    return keyed, (info.method, present, tuple(shapes))
 
 
-def _flatten(info: SolveInfo) -> tuple[list[Any], tuple[str, tuple[str, ...]]]:
+def _flatten(info: SolveInfo) -> tuple[list[Any], _Static]:
     keyed, static = _flatten_with_keys(info)
     return [leaf for _, leaf in keyed], static
 
 
-def _unflatten(leaves: Any, static: tuple[str, tuple[str, ...]]) -> SolveInfo:
-    method, present = static
+def _unflatten(leaves: Any, static: _Static) -> SolveInfo:
+    method, present, shapes = static
     fields: dict[str, Any] = dict.fromkeys(_FIELDS)
-    fields.update(zip(present, leaves, strict=True))
+    given = iter(leaves)
+    for name, shape in zip(present, shapes, strict=True):
+        if shape is None:
+            fields[name] = next(given)
+        else:
+            spec, missing = shape
+            fields[name] = pytree.tree_unflatten(
+                [None if absent else next(given) for absent in missing], spec
+            )
     return SolveInfo(**fields, method=method)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._advice import advice
-from ._conditions import ForwardReplay, Product, Replay
+from ._conditions import Product
 from ._errors import UnsupportedOperation
 from ._problem import Problem
 from ._randomness import Draw
+from ._replay import ForwardReplay, Parts, Replay
 from ._trace import further_out, graph, trace
 from .solvers._base import dense_by_products
 
@@ -93,7 +95,7 @@ class Linearisation:
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
         with draw.evaluation(), advice([problem.params, *problem.args]):
-            trace(evaluate, variables)
+            trace(evaluate, variables, guarded=True)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -105,7 +107,20 @@ class Linearisation:
         assert self.record.product is not None
         return self._apply(self.record.product, v, create_graph)
 
-    def cross(self, u: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+    def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
+        """The same products with A, or with its transpose, with nothing around them."""
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        layout, dims = self.layout, len(self.lead) + 1
+
+        def form(v: Tensor) -> Tensor:
+            if v.ndim > dims:
+                return self._apply(product, v, False)
+            return layout.flatten(product(layout.split(v), False), v.shape[:-1])
+
+        return form
+
+    def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
         return self._cross(self.layout.split(u), create_graph)
 
@@ -123,17 +138,20 @@ class Linearisation:
         columns = eye.reshape(n, *[1] * len(self.lead), n).expand(n, *self.lead, n)
         return product(columns).movedim(0, -1)
 
-    def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
-        def one(v: Tensor) -> Tensor:
-            with torch.set_grad_enabled(create_graph):
-                return self.layout.flatten(
-                    product(self.layout.split(v), create_graph), v.shape[:-1]
-                )
+    def replayed(self, product: Product, u: Tensor) -> Tensor:
+        """Another product that was recorded with the condition."""
+        return self._apply(product, u, False)
 
+    def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
+            one = partial(self._apply, product, create_graph=create_graph)
             mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)
             return mapped
-        return one(v)
+        if create_graph and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self._apply(product, v, create_graph)
+        layout = self.layout
+        return layout.flatten(product(layout.split(v), create_graph), v.shape[:-1])
 
 
 def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:

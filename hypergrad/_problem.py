@@ -16,12 +16,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch, UnsupportedOperation
+from ._guard import Guard
 from ._randomness import Draw
 from ._transforms import WatchForDerivatives
 from ._tree import Layout, Tree
 
 if TYPE_CHECKING:
     from ._conditions import Condition
+    from ._vmaps import Vmaps
+
+
+class TakesDerivatives(Exception):
+    """A mapped function takes derivatives itself: a derivative of them would be wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Problem:
         Positions, among the tensors, of those of `args` that derivatives are taken of.
     axes : tuple of TaskAxis
         The task axes, outermost first.
+    vmaps : Vmaps, optional
+        The caller's vmaps that the axes stand for, where the functions close over their batches.
     """
 
     condition: Condition
@@ -70,6 +78,7 @@ class Problem:
     args: tuple[Tree, ...]
     outer: tuple[int, ...]
     axes: tuple[TaskAxis, ...] = ()
+    vmaps: Vmaps | None = None
 
     @classmethod
     def of(cls, condition: Condition, params: Tree, args: Sequence[Tree]) -> Problem:
@@ -105,6 +114,11 @@ class Problem:
     def layout(self) -> Layout:
         """How one task's inner variables lie in a vector."""
         return Layout(self.params, self.params.variables)
+
+    def outside(self, vmaps: Vmaps) -> Problem:
+        """The problem of all tasks of the caller's vmaps, each with a matrix of its own."""
+        axis = TaskAxis((0,) * len(self.tensors))
+        return dataclasses.replace(self, axes=(axis,) * len(vmaps.sizes), vmaps=vmaps)
 
     def with_axis(self, axis: TaskAxis) -> Problem:
         """The problem under one more vmap, around those that there are."""
@@ -166,13 +180,22 @@ class Problem:
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
     ) -> Any:
         if not self.own_axes:
-            return one(first, list(tensors))
+            with Guard():
+                return one(first, list(tensors))
         watch = WatchForDerivatives()
 
         def watched(first: Any, tensors: Sequence[Tensor]) -> Any:
-            with watch:
+            with watch, Guard():
                 return one(first, tensors)
 
+        if self.vmaps is not None:
+            vmaps = self.vmaps
+            with vmaps.entered():
+                given = vmaps.wrapped_tree(first), [vmaps.wrapped(t) for t in tensors]
+                found = watched(*given)
+            if watch.seen:
+                raise TakesDerivatives
+            return vmaps.unwrapped_tree(found)
         mapped = watched
         for axis in reversed(self.own_axes):
             in_dims = (None if first is None else 0, list(axis.in_dims))
@@ -183,7 +206,7 @@ class Problem:
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
         if not (watch.seen and some):
             return found
-        with draw.evaluation():
+        with draw.evaluation(), Guard():
             return self._looped(one, first, tensors)
 
     def _looped(

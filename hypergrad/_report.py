@@ -12,19 +12,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._degeneracy import DEGENERATE
 from ._errors import (
     ConvergenceWarning,
     Diverged,
     HypergradError,
     IndefiniteHessian,
     NotConverged,
+    NotDifferentiable,
     NotFinite,
     SingularHessian,
 )
 from ._info import SolveInfo, Status
 from ._transforms import all_tasks
 from ._tree import Tree
-from .solvers._base import Solver
+from .solvers._base import Solution, Solver
 
 OnFailure = Literal["warn", "raise", "ignore"]
 #: Where a number came from, and the tensors to look at: called only when one is not finite.
@@ -41,6 +43,7 @@ def check_on_failure(on_failure: str) -> None:
 
 def judge(
     info: SolveInfo,
+    found: Solution,
     solver: Solver,
     *,
     inner_tol: float | None,
@@ -48,15 +51,19 @@ def judge(
     condition: Tensor,
     sound: Tensor,
     places: Places,
+    kink: str = "",
 ) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
-    Reads one packed tensor from the device, and nothing with ``on_failure="ignore"``.
+    Reads one packed tensor from the device where all is well, nothing with
+    ``on_failure="ignore"``.
 
     Parameters
     ----------
     info : SolveInfo
         The evidence.
+    found : Solution
+        The solution that it is about.
     solver : Solver
         The solver that was used, whose fields the advice names.
     inner_tol : float or None
@@ -69,15 +76,20 @@ def judge(
         bool, for each task: all numbers of the answer are finite.
     places : callable
         The tensors to search for the first that is not finite.
+    kink : str
+        What makes a point a kink of the inner problem.
 
     Raises
     ------
     NotFinite
         If a number is not finite, with "warn" too.
-    NotConverged, IndefiniteHessian, SingularHessian, Diverged
+    NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
     if on_failure == "ignore":
+        return
+    good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
+    if all(good):
         return
     figures = (
         sound,
@@ -86,19 +98,18 @@ def judge(
         info.iterations,
         info.residual_norm,
         info.inner_residual,
-        *info.eigenvalues.unbind(dim=-1),
+        *found.eigenvalues.unbind(dim=-1),
         condition.expand_as(info.status),
+        info.degeneracy,
     )
     rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
     bad = [row for row in rows if not row[0]]
     if bad:
         raise NotFinite(_count(len(bad), len(rows), exact=True) + _not_finite(places))
     failed = [row for row in rows if not row[1]]
-    if not failed:
-        return
     worst = max(failed, key=_severity)
     exact = on_failure == "raise"
-    error, text = _diagnose(worst, info.method, solver, inner_tol, exact=exact)
+    error, text = _diagnose(worst, info.method, solver, inner_tol, kink, exact=exact)
     text = _count(len(failed), len(rows), exact=exact) + text
     if on_failure == "raise":
         raise error(text)
@@ -147,9 +158,15 @@ def _count(failed: int, tasks: int, *, exact: bool) -> str:
 
 
 def _diagnose(
-    row: Sequence[float], name: str, solver: Solver, inner_tol: float | None, *, exact: bool
+    row: Sequence[float],
+    name: str,
+    solver: Solver,
+    inner_tol: float | None,
+    kink: str,
+    *,
+    exact: bool,
 ) -> tuple[type[HypergradError], str]:
-    _, _, status, iterations, residual, inner, low, high, condition = row
+    _, _, status, iterations, residual, inner, low, high, condition, degeneracy = row
     at = f"relative residual {_figure(residual, exact)}"
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
@@ -189,6 +206,8 @@ def _diagnose(
             )
         case Status.BREAKDOWN:
             return NotConverged, (f"{name} broke down{after}, at {at}. Use GMRES() or Exact().")
+    if degeneracy > DEGENERATE and not (inner_tol is not None and inner > inner_tol):
+        return _degenerate(degeneracy, kink, exact)
     curvature = (
         f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
     )
@@ -208,10 +227,26 @@ def _diagnose(
     )
 
 
+def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradError], str]:
+    if math.isinf(jump):
+        return SingularHessian, (
+            "The gradients of the active constraints are linearly dependent (LICQ fails), so that "
+            "the KKT matrix is singular and the multipliers are not determined; nor is the "
+            "derivative, unless the constraints stay consistent as the hyperparameters move. "
+            "Leave out the constraints that say the same as others."
+        )
+    return NotDifferentiable, (
+        f"params sits at a kink of the inner problem, where the solution has another derivative on "
+        f"each side: {kink}. The answer is that of one side, and of the linear system a part of "
+        f"{_figure(jump, exact)} is different on the other (info.degeneracy). Move the "
+        "hyperparameters a little, or pass on_failure='ignore' where either side will do."
+    )
+
+
 def _inner_alone(row: Sequence[float], inner_tol: float | None, solver: Solver) -> bool:
     """Whether a linear solve that used up its budget is no failure by itself."""
     unsolved = inner_tol is not None and row[5] > inner_tol
-    return unsolved and getattr(solver, "rtol", None) is None
+    return (unsolved or row[9] > DEGENERATE) and getattr(solver, "rtol", None) is None
 
 
 def _figure(value: float, exact: bool) -> str:

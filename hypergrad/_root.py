@@ -272,7 +272,7 @@ def _solved(
     tensors = [detached(t) for t in problem.tensors]
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     params = lin.layout.flatten([tensors[i] for i in problem.inner])
-    u, info = solve_linear(
+    u, info, found = solve_linear(
         lin, rule.solver, b, params, transpose=transpose, inner_tol=None, estimate=True
     )
     info = dataclasses.replace(
@@ -282,11 +282,13 @@ def _solved(
     )
     judge(
         info,
+        found,
         rule.solver,
         inner_tol=None,
         on_failure=rule.on_failure,
         condition=norm(lin.residual),
         sound=torch.isfinite(u).all(),
         places=lambda: [("the right-hand side", b), ("the condition", lin.residual), ("u", u)],
+        kink=problem.condition.kink,
     )
     return lin, u, info

@@ -8,6 +8,7 @@ replays the recorded graph, with a choice of inputs, as often as is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -29,7 +30,9 @@ T = TypeVar("T")
 _depth: ContextVar[int] = ContextVar("hypergrad_trace_depth", default=0)
 
 
-def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
+def trace(
+    fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor], *, guarded: bool = False
+) -> T:
     """Call ``fun(aliases)`` so that what it returns can be differentiated by its aliases.
 
     The aliases stay connected to `variables` where those carry derivatives of their own: detach
@@ -41,6 +44,8 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
         Called once, with a list of aliases.
     variables : sequence of Tensor
         What the aliases stand for.
+    guarded : bool
+        Whether `fun` guards the user's functions itself, as a `Problem` does.
 
     Returns
     -------
@@ -51,12 +56,13 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
     try:
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             if not transforms_active():
-                with Guard():
-                    return fun([_alias(v) for v in variables])
+                aliases = [_alias(v) for v in variables]
+                with nullcontext() if guarded else Guard():
+                    return fun(aliases)
             found: list[T] = []
 
             def record(*aliases: Tensor) -> Tensor:
-                with Guard():
+                with nullcontext() if guarded else Guard():
                     found.append(fun(list(aliases)))
                 return aliases[0]
 
@@ -118,10 +124,10 @@ def graph(output: Tensor) -> tuple[list[Tensor], set[tuple[Any, int]]]:
             if node in visited:
                 continue
             visited.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None:
+            following_edges = node.next_functions
+            if not following_edges and (variable := getattr(node, "variable", None)) is not None:
                 leaves.append(variable)
-            for following, number in node.next_functions:
+            for following, number in following_edges:
                 if following is not None:
                     edges.add((following, number))
                     stack.append(following)

@@ -82,6 +82,14 @@ def layers(tensor: Tensor) -> list[Tensor]:
     return found
 
 
+def without_left(tensor: Tensor) -> Tensor:
+    """What a tensor wraps below the layers of transforms that the caller has left by now."""
+    level = _functorch.maybe_current_level() or 0
+    while is_wrapped(tensor) and _functorch.maybe_get_level(tensor) > level:
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def carries_derivative(tensor: Tensor) -> bool:
     """Whether any transform, or plain autograd, differentiates with respect to this tensor."""
     return any(layer.requires_grad or has_tangent(layer) for layer in layers(tensor))

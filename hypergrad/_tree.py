@@ -180,17 +180,20 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, dtype)
         one = len(variables) == 1 and len(self.shapes[0]) == 1
         self._is_flat = one and self.dtypes[0] == self.dtype  # the one part is the vector
+        self._uniform = all(dtype == self.dtype for dtype in self.dtypes)
 
     def flatten(self, parts: Sequence[Tensor | None], lead: Sequence[int] = ()) -> Tensor:
         """One vector ``(*lead, n)`` from the parts; None stands for zeros."""
         if self._is_flat and parts[0] is not None:
             return parts[0]
-        flat = [
-            torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
-            if part is None
-            else part.reshape(*lead, size).to(self.dtype)
-            for part, size in zip(parts, self.sizes, strict=True)
-        ]
+        dims = len(lead) + 1
+        flat = []
+        for part, size in zip(parts, self.sizes, strict=True):
+            if part is None:
+                part = torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
+            elif part.ndim != dims:
+                part = part.reshape(*lead, size)
+            flat.append(part if self._uniform else part.to(self.dtype))
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -199,10 +202,11 @@ class Layout:
             return [vector]
         lead = vector.shape[:-1]
         pieces = (vector,) if len(self.sizes) == 1 else torch.split(vector, self.sizes, dim=-1)
-        return [
-            piece.reshape(lead + shape).to(dtype)
-            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
-        ]
+        parts = []
+        for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True):
+            part = piece if len(shape) == 1 else piece.reshape(lead + shape)
+            parts.append(part if self._uniform else part.to(dtype))
+        return parts
 
 
 def _usable(leaf: Any) -> Any:

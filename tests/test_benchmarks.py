@@ -53,3 +53,19 @@ def test_an_unknown_benchmark_is_refused(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--only", "nothing")
     assert "logistic-500-float32" in capsys.readouterr().err
+
+
+def test_the_estimators_are_measured_against_the_exact_hypergradient(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    from benchmarks.estimators import main
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    main(["--quick", "--out", str(tmp_path)])
+
+    table = capsys.readouterr().out
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    errors = {row[0][2:]: float(row[2]) for row in rows if row[0] != "| ---"}
+    assert {"implicit, CG", "unrolled", "evolution strategies"} < set(errors)
+    assert 0.1 < errors["T1-T2"] < 1
+    assert errors["finite difference"] == errors["T1-T2"]  # up to the rounding of the table
+    assert (tmp_path / "estimators.png").read_bytes().startswith(b"\x89PNG")

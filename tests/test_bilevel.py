@@ -481,6 +481,20 @@ def test_any_callable_is_an_estimator_and_so_is_a_word():
     assert called.step().outer_value.isnan()
 
 
+def test_an_estimator_with_the_same_call_is_a_word():
+    """The cross product by differences is exact here, where it is linear in the parameters."""
+    problem = Quadratic()
+    bilevel = loop(problem, "finite_difference", batches=True)
+    x = bilevel.hparams.clone()
+    problem.seen.clear()
+    found = bilevel.step().grads
+    f = next(batch for batch in problem.seen if hasattr(batch, "P"))
+    g, z = problem.seen[-1], bilevel.params
+    # The solution of the linear system is taken for its right-hand side.
+    expected = f.Q @ x + f.q - g.C @ (f.P @ z + f.p)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_what_an_estimator_returns_is_checked():
     bilevel = loop(Quadratic(), lambda outer, inner, z, x: torch.zeros(2))
     with pytest.raises(hypergrad.StructureMismatch, match="What the estimator returned"):
@@ -636,6 +650,27 @@ def test_a_fixed_point_is_iterated_by_gradient_descent_with_rate_one():
             outer_optimizer=sgd(0.2),
             method=F2SA(),
         )
+
+
+def test_a_proximal_step_is_an_inner_step_with_rate_one():
+    """Lasso with an orthogonal design: w = y - lam sign(y), so that lam = 0.5 fits the target."""
+    y, target = torch.tensor([3.0, -2.0], dtype=F64), torch.tensor([2.5, -1.5], dtype=F64)
+    bilevel = Bilevel(
+        lambda w, lam: (w - target).square().sum(),
+        hypergrad.ProximalGradient(
+            lambda w, lam: (w - y).square().sum() / 2,
+            lambda v, step, lam: v.sign() * (v.abs() - step * lam).clamp(min=0),
+            0.5,
+        ),
+        torch.zeros(2, dtype=F64),
+        torch.tensor(0.2, dtype=F64),
+        inner_optimizer=sgd(1.0),
+        outer_optimizer=sgd(0.1),
+        method=HOAG(),
+    )
+    run(bilevel, 60)
+    # The tolerance of the last step is 2e-4 of the parameters' norm.
+    torch.testing.assert_close(bilevel.hparams, torch.tensor(0.5, dtype=F64), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ class MetaLearner:
             steps=solver.steps,
             truncate=self.truncate if self.differentiation == "truncated" else None,
             return_params=True,
+            on_failure="ignore",  # training counts the tasks that diverge
         )
         return gradient, {"query_loss": self._query_loss(solver.params(state), task)}
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .._advice import advice
 from .._captures import refuse_distributed, refuse_past_arguments
-from .._conditions import Condition, GaussNewton, Minimum, Replay, _require_all, as_condition
+from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
 from .._errors import NotConnected, NotFinite
 from .._evidence import finite
-from .._implicit_grad import _outer_gradient
 from .._linearise import Linearisation
+from .._outer import outer_gradient
 from .._problem import Problem
 from .._randomness import Draw
+from .._replay import Replay
 from .._report import OnFailure
 from .._trace import detached, trace
 from ..solvers._base import norm
@@ -164,14 +165,8 @@ class Levels:
                 found = list(torch.autograd.grad(value, aliases, allow_unused=True))
             return value.detach(), found
 
-        variables = [tensors[i] for i in places]
-        if self.checked:
-            # The guard of `trace` has seen this loss, and sees it again at every product: inner
-            # steps are what there are most of, and it takes as long as a small loss itself.
-            value, found = evaluate([v.detach().requires_grad_() for v in variables])
-        else:
-            with advice([self.params, self.hparams]):
-                value, found = trace(evaluate, variables)
+        with advice([self.params, self.hparams]):
+            value, found = trace(evaluate, [tensors[i] for i in places], guarded=True)
         _require_all(problem, found[: len(problem.inner)])
         return value, _filled(found, [tensors[i] for i in places])
 
@@ -179,7 +174,7 @@ class Levels:
         """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
         lin = self._linearised(batch)
         parts, count = self.layout.split(u), len(self.problem.inner)
-        cross: list[Tensor | None]
+        cross: Sequence[Tensor | None]
         if isinstance(lin.record.transposed, Replay) and self.condition.twice:
             # A is the derivative of F: one pass backward gives both.
             found = Replay(lin.record.residual, lin.aliases)(parts)
@@ -200,7 +195,7 @@ class Levels:
         self, batch: Batch, params: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Parts]:
         """The outer loss on one batch, its gradient by params (flat), and that by hparams."""
-        value, _, by_params, by_hparams, _ = _outer_gradient(
+        value, _, by_params, by_hparams, _ = outer_gradient(
             self.outer_on(batch), self.problem, self._tensors(params), False
         )
         return value, self.layout.flatten(by_params), _filled(by_hparams, self.hparams.variables)
@@ -288,7 +283,7 @@ class Levels:
         if self.on_failure == "ignore":
             return
         flat = [t for v in named.values() for t in ([v] if isinstance(v, Tensor) else v)]
-        if bool(finite(*flat)):
+        if bool(finite((), *flat)):
             return
         for name, value in named.items():
             for leaf in [value] if isinstance(value, Tensor) else value:

@@ -13,7 +13,6 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import (
-    Iterative,
     LinearSystem,
     Solution,
     Solver,
@@ -27,6 +26,7 @@ from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._exact import Exact, free_gib, gib_needed
 from ._gmres import GMRES
+from ._iterative import Iterative
 from ._minres import MINRES
 from ._normal import LSMR
 
@@ -206,8 +206,12 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
     """The later answer where it was asked for and is no worse; what both of them have cost."""
     closer = ~(after.residual_norm > before.residual_norm) & (after.status != Status.NOT_FINITE)
     taken = failed & (after.success | closer)
-    lowest = torch.fmin(before.eigenvalues, after.eigenvalues)[..., :1]
-    highest = torch.fmax(before.eigenvalues, after.eigenvalues)[..., 1:]
+
+    def spectrum() -> Tensor:
+        lowest = torch.fmin(before.eigenvalues, after.eigenvalues)[..., :1]
+        highest = torch.fmax(before.eigenvalues, after.eigenvalues)[..., 1:]
+        return torch.cat([lowest, highest], dim=-1)
+
     return Solution(
         x=torch.where(taken[..., None], after.x, before.x),
         status=torch.where(taken, after.status, before.status),
@@ -216,8 +220,8 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         matvecs=before.matvecs + after.matvecs,
         residual_norm=torch.where(taken, after.residual_norm, before.residual_norm),
         negative_curvature=before.negative_curvature | after.negative_curvature,
-        eigenvalues=torch.cat([lowest, highest], dim=-1),
         method=before.method,
+        spectrum=spectrum,
         inverse=_later(taken, before.inverse, after.inverse),
         newton=_later(taken, before.newton, after.newton),
         largest=_later(taken, before.largest, after.largest),

@@ -7,30 +7,27 @@ its own status; a task that has stopped is frozen while the others go on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._errors import UnsupportedOperation
-from .._info import SolveInfo, Status
-from .._transforms import any_task, refuse_derivatives, transforms_active
+from .._info import SolveInfo
+from .._transforms import is_wrapped, refuse_derivatives
 from .._tree import Layout, Tree
-
-if TYPE_CHECKING:
-    from ._observer import Observer
 
 Product = Callable[[Tensor], Tensor]
 
 # What ``rtol=None`` means, by the dtype in which products are formed.
 _REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
-# Where a singular system has no solution, residuals can be bought with answers of any length:
-# the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
-PRICE = 1e-4
+# Norms between these are right to rounding, though their squares are summed in the dtype.
+_SAFE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-15, 1e15)}
 
 
 @dataclasses.dataclass
@@ -79,10 +76,15 @@ class LinearSystem:
 class Solution:
     """A flat answer and its evidence; every figure has the tasks' shape.
 
-    The last three are there where the system came with a condition F, and the method knows them.
+    What costs something is a function, called by who wants to know. `inverse`, `newton` and
+    `largest` are there where the system came with a condition F, and the method knows them.
 
     Attributes
     ----------
+    spectrum : callable, optional
+        The lowest and the highest Ritz value, ``(*tasks, 2)``.
+    condition_number : callable, optional
+        That of A as far as the method has seen it: a lower bound.
     inverse : Tensor, optional
         ``||A^-1 v|| / ||v||`` for a v like the residual.
     newton : Tensor, optional
@@ -98,13 +100,19 @@ class Solution:
     matvecs: int
     residual_norm: Tensor
     negative_curvature: Tensor
-    eigenvalues: Tensor
     method: str
+    spectrum: Callable[[], Tensor] | None = None
+    condition_number: Callable[[], Tensor] | None = None
     inverse: Tensor | None = None
     newton: Tensor | None = None
     largest: Tensor | None = None
-    #: The condition number of A as far as the method has seen it: a lower bound, when asked.
-    condition_number: Callable[[], Tensor] | None = None
+
+    @functools.cached_property
+    def eigenvalues(self) -> Tensor:
+        """The lowest and the highest Ritz value, ``(*tasks, 2)``; NaN: not known."""
+        if self.spectrum is None:
+            return self.x.new_full((*self.residual_norm.shape, 2), math.nan)
+        return self.spectrum()
 
 
 class Solver(ABC):
@@ -164,7 +172,7 @@ class Solver(ABC):
             found = self.run(system)
         parts = refuse_derivatives(layout.split(found.x), tree.variables, _not_differentiable)
         x = tree.rebuild(parts)
-        return x, info_of(found, solution=x)
+        return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
 
     @abstractmethod
     def run(self, system: LinearSystem) -> Solution:
@@ -206,7 +214,9 @@ def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
         "inner_residual": nan,
         "outer_error": nan,
         "error_estimate": nan,
+        "degeneracy": nan,
         "outer_value": nan,
+        "eigenvalues": nan,
     }
     return SolveInfo(
         status=found.status,
@@ -214,240 +224,10 @@ def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
         matvecs=torch.full_like(found.iterations, found.matvecs),
         residual_norm=found.residual_norm,
         negative_curvature=found.negative_curvature,
-        eigenvalues=found.eigenvalues,
         solution=solution,
         method=found.method,
         **{**figures, **evidence},
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Iterative(Solver):
-    """The fields that all Krylov methods share.
-
-    Parameters
-    ----------
-    maxiter : int, optional
-        Most iterations. None: ten times the unknowns, at most 5000. Given without `rtol` it is
-        a budget: running out of it is no failure.
-    rtol, atol : float
-        Stop when ``||r|| <= max(rtol ||b||, atol)``. ``rtol=None`` is a tolerance that the dtype
-        can reach (1e-6 in float64, 1e-4 in float32, 5e-3 in float16, 3e-2 in bfloat16) and
-        counts as met at the rounding floor.
-    damping : float
-        The system solved is ``(A + damping I) x = b``.
-    preconditioner : callable or Nystrom, optional
-        ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
-    """
-
-    maxiter: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    damping: float = 0.0
-    preconditioner: Callable[[Any], Any] | Solver | None = None
-
-    #: Whether an answer that was cut short is kept only where its residual is the smaller one.
-    judged_by_residual: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        at_least("maxiter", self.maxiter, 1)
-        at_least("rtol", self.rtol, 0.0)
-        at_least("atol", self.atol, 0.0)
-        finite("damping", self.damping)
-
-    def run(self, system: LinearSystem) -> Solution:
-        """Iterate from `x0`, and again from the answer where its true residual is too large.
-
-        The right-hand side is scaled to norm one, so that neither a tiny nor a huge one loses
-        accuracy; the residual that is reported is ``b - A x`` of the x that is returned.
-
-        Parameters
-        ----------
-        system : LinearSystem
-            What is solved.
-
-        Returns
-        -------
-        solution : Solution
-            The answer and its evidence.
-        """
-        transpose = self._transpose(system) if self.needs_transpose else None
-        matvec = Counted(system.matvec, self.damping, transpose)
-        precondition = batched_preconditioner(self.preconditioner, system, matvec)
-        scale = norm(system.b)
-        present = (scale > 0) & torch.isfinite(scale)
-        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        b = system.b / unit
-        precision = system.layout.precision
-        tol = (self.atol / unit[..., 0]).clamp(min=tolerance(self.rtol, precision))
-        looks = system.looks or self.rtol != 0
-        limit = self.maxiter or min(10 * b.shape[-1], 5000)
-
-        x, r = torch.zeros_like(b), b
-        if system.x0 is not None and (not looks or any_task(present)):
-            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
-            r = b - matvec(x)
-            size = norm(r)
-        else:
-            size = present.to(b.dtype)  # b has norm one, or is zero or not finite
-        active = present & (size > tol)
-        status = torch.where(
-            torch.isfinite(scale + size), int(Status.CONVERGED), int(Status.NOT_FINITE)
-        )
-        iterations = torch.zeros_like(status)
-        negative = torch.zeros_like(present)
-        eigenvalues = b.new_full((*scale.shape, 2), math.nan)
-        reached = torch.zeros_like(scale)  # ||A|| ||x||, the scale of rounding errors
-        broken = torch.zeros_like(present)
-        inverse = newton = largest = None
-        condition_number: Callable[[], Tensor] | None = None
-        first = True
-        alone = b.ndim == 1 and looks and b.device.type == "cpu" and not transforms_active()
-        while limit > 0 and (not looks or any_task(active)):
-            part = self._iterate(
-                matvec,
-                precondition,
-                r,
-                tol,
-                active,
-                limit,
-                looks,
-                system.condition if first else None,
-            )
-            limit -= part.steps
-            candidate = x + part.x
-            r_new = b - matvec(candidate)
-            size_new = norm(r_new)
-            if first and looks and part.ritz is not None and precondition is None:
-                eigenvalues = part.ritz()
-            if part.observer is not None:
-                inverse = part.observer.inverse(part.x)
-                newton = norm(part.observer.step) + inverse * norm(part.observer.left)
-                largest = part.largest
-            if first and precondition is None:
-                condition_number = part.condition_number
-            if alone and first and self._as_expected(part, size_new, tol, limit):
-                # What follows would say the same, in some forty small operations.
-                x, size = candidate, size_new
-                status = torch.where(size <= tol, int(Status.CONVERGED), part.status)
-                iterations, negative = part.iterations, part.negative
-                break
-            # A truncated iteration is closer in the energy norm also where its residual is not.
-            truncated = part.status == Status.MAX_ITERATIONS
-            better = (size_new < size) | ~torch.isfinite(size_new)
-            if first and not self.judged_by_residual:
-                better = better | truncated
-            keep = active & better
-            x = torch.where(keep[..., None], candidate, x)
-            r = torch.where(keep[..., None], r_new, r)
-            met = size_new <= tol
-            claimed = part.status == Status.CONVERGED
-            stalled = claimed & ~met & ~(size_new < 0.5 * size)
-            ended = torch.where(stalled, int(Status.STAGNATED), part.status)
-            # At the rounding floor a regular matrix looks singular.
-            rounding = 100 * torch.finfo(precision).eps * (1 + part.largest * norm(candidate))
-            floored = (ended == Status.SINGULAR) & (size_new <= rounding.clamp(max=1e-3))
-            ended = torch.where(floored, int(Status.STAGNATED), ended)
-            ended = torch.where(met, int(Status.CONVERGED), ended)
-            ended = torch.where(torch.isfinite(size_new), ended, int(Status.NOT_FINITE))
-            again = claimed & ~met & ~stalled
-            # A method that broke down on its way gets one more try, from the true residual.
-            retried = (part.status == Status.BREAKDOWN) & ~met & ~broken & (size_new < size)
-            broken = broken | (active & retried)
-            again = active & (again | retried) & torch.isfinite(size_new)
-            ended = torch.where(again, int(Status.MAX_ITERATIONS), ended)
-            status = torch.where(active, ended, status)
-            iterations = torch.where(active, iterations + part.iterations, iterations)
-            negative = negative | (active & part.negative)
-            size = torch.where(keep, size_new, size)
-            reached = torch.where(active, part.largest * norm(x), reached)
-            active, first = again, False
-            if not looks:
-                break
-        size = torch.where(scale == 0, torch.zeros_like(size), size)
-        unknown = (status == Status.NOT_FINITE)[..., None]
-        x = torch.where(unknown, torch.full_like(x, math.nan), x * unit)
-        x = torch.where((scale == 0)[..., None], torch.zeros_like(x), x)
-        return Solution(
-            x=x,
-            status=status,
-            success=self._succeeded(status, size, reached, precision),
-            iterations=iterations,
-            matvecs=matvec.count,
-            residual_norm=torch.where(torch.isfinite(scale), size, torch.full_like(size, math.nan)),
-            negative_curvature=negative,
-            eigenvalues=eigenvalues,
-            method=type(self).__name__,
-            inverse=inverse,
-            newton=newton,
-            largest=largest,
-            condition_number=condition_number,
-        )
-
-    def _as_expected(self, part: Part, size: Tensor, tol: Tensor, limit: int) -> bool:
-        """Whether one system was solved at once, or cut short where that was the plan."""
-        if part.status == Status.CONVERGED:
-            return bool(size <= tol)
-        cut = part.status == Status.MAX_ITERATIONS and limit <= 0
-        return bool(cut) and not self.judged_by_residual and bool(torch.isfinite(size))
-
-    def _succeeded(
-        self, status: Tensor, size: Tensor, reached: Tensor, precision: torch.dtype
-    ) -> Tensor:
-        """Converged, or as close as was asked for: to the rounding floor, or to the budget."""
-        good = status == Status.CONVERGED
-        if self.rtol is None:
-            floor = 100 * torch.finfo(precision).eps * (1 + reached)
-            near = size <= floor.clamp(max=tolerance(None, precision) ** 0.5)
-            good = good | ((status == Status.STAGNATED) & near)
-            if self.maxiter is not None:
-                good = good | (status == Status.MAX_ITERATIONS)
-        return good
-
-    def _transpose(self, system: LinearSystem) -> Product:
-        """The product with the transpose, which is at hand where A is symmetric."""
-        if system.rmatvec is not None:
-            return system.rmatvec
-        if system.symmetric:
-            return system.matvec
-        name = type(self).__name__
-        raise UnsupportedOperation(
-            f"{name} needs products with the transpose: pass rmatvec=... to {name}.solve (the "
-            "same function as matvec where the matrix is symmetric), or use GMRES()."
-        )
-
-    @abstractmethod
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-    ) -> Part:
-        """Correct an answer whose residual is `r`, until ``||r|| <= tol`` by the recursion.
-
-        With the inner condition F a method that knows how lets an `Observer` follow it.
-        """
-
-
-@dataclasses.dataclass
-class Part:
-    """One pass of an iteration: the correction, and how it ended for each task."""
-
-    x: Tensor
-    status: Tensor
-    iterations: Tensor
-    steps: int
-    negative: Tensor
-    largest: Tensor  # of ||A v|| / ||v|| over the vectors met
-    ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
-    observer: Observer | None = None
-    condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
 
 
 class Counted:
@@ -458,16 +238,15 @@ class Counted:
 
     def __call__(self, v: Tensor) -> Tensor:
         """Form one product."""
-        return self._damped(self.matvec, v)
+        self.count += 1
+        found = self.matvec(v)
+        return found if self.damping == 0 else torch.add(found, v, alpha=self.damping)
 
     def transposed(self, v: Tensor) -> Tensor:
         """Form one product with the transpose."""
         assert self.rmatvec is not None
-        return self._damped(self.rmatvec, v)
-
-    def _damped(self, product: Product, v: Tensor) -> Tensor:
         self.count += 1
-        found = product(v)
+        found = self.rmatvec(v)
         return found if self.damping == 0 else torch.add(found, v, alpha=self.damping)
 
 
@@ -485,6 +264,16 @@ def norm(v: Tensor) -> Tensor:
     """The Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
     if v.shape[-1] == 0:
         return v.new_zeros(v.shape[:-1])
+    if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v):
+        # Several times as fast, and right where no square leaves the range of the dtype.
+        found = torch.linalg.vector_norm(v, dim=-1)
+        low, high = _SAFE[v.dtype]
+        if found.ndim == 0:
+            safe = low < found.item() < high
+        else:
+            safe = bool(((found > low) & (found < high)).all())
+        if safe:
+            return found
     if v.dtype != torch.float64:  # squares fit into the wider dtype, without a look at the largest
         return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).to(v.dtype)
     largest = v.abs().amax(dim=-1)
@@ -499,24 +288,10 @@ def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
     return columns.mT
 
 
-def batched_preconditioner(
-    preconditioner: Callable[[Any], Any] | Solver | None, system: LinearSystem, matvec: Counted
-) -> Product | None:
-    """A preconditioner on pytrees as one on flat vectors, mapped over the tasks."""
-    if preconditioner is None:
-        return None
-    if isinstance(preconditioner, Solver):
-        return preconditioner.as_preconditioner(matvec, system.b)
-    tree, layout = system.tree, system.layout
-
-    def one(v: Tensor) -> Tensor:
-        answer = preconditioner(tree.rebuild(layout.split(v)))
-        return layout.flatten(tree.match("preconditioner(v)", answer))
-
-    mapped = one
-    for _ in system.b.shape[:-1]:
-        mapped = torch.func.vmap(mapped)
-    return mapped
+def mapped_by_caller(solver: Solver) -> bool:
+    """Whether a solver calls a function of the caller's, which may close over batched tensors."""
+    preconditioner = getattr(solver, "preconditioner", None)
+    return preconditioner is not None and not isinstance(preconditioner, Solver)
 
 
 def check_symmetry(solver: Solver, symmetric: bool | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import PRICE, Counted, Iterative, Part, Product, dot
+from ._base import Counted, Product, dot
+from ._iterative import PRICE, Iterative, Part
 
 
 @dataclasses.dataclass(frozen=True)

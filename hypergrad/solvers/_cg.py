@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task, every_task, transforms_active
-from ._base import Iterative, Part, Product, dot
+from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
+from ._cg_in_numbers import in_numbers, suits
+from ._iterative import Iterative, Part
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 
@@ -47,6 +49,54 @@ class CG(Iterative):
 
     needs_symmetry: ClassVar[bool] = True
 
+    def run(self, system: LinearSystem, begun: Part | None = None) -> Solution:
+        """Iterate as all Krylov methods do; one system on the CPU in numbers."""
+        if begun is None and suits(system.b) and self.preconditioner is None:
+            return self._run_in_numbers(system)
+        return super().run(system, begun)
+
+    def _run_in_numbers(self, system: LinearSystem) -> Solution:
+        """What the general way would do where one pass is enough, in a fifth of the operations."""
+        scale = norm(system.b).item()
+        looks = system.looks or self.rtol != 0
+        if not looks or system.x0 is not None or not 0 < scale < math.inf:
+            return super().run(system)
+        matvec = Counted(system.matvec, self.damping)
+        b = system.b / scale
+        precision = system.layout.precision
+        tol = max(tolerance(self.rtol, precision), self.atol / scale)
+        limit = self.maxiter or min(10 * b.shape[-1], 5000)
+        if tol >= 1:
+            return super().run(system)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        residual = torch.sub(b, matvec(part.x))
+        size = norm(residual)
+        status = Status(int(part.status))
+        solved = status == Status.CONVERGED and size.item() <= tol
+        cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
+        if not solved and not cut:
+            return super().run(system, part)
+        if size.item() <= tol:
+            status = Status.CONVERGED
+        inverse = newton = None
+        if part.observer is not None:
+            inverse, newton = part.observer.inverse(part.x), part.observer.newton(part.x)
+        met = status == Status.CONVERGED
+        return Solution(
+            x=part.x * scale,
+            status=torch.tensor(int(status)),
+            success=torch.tensor(met or (self.rtol is None and self.maxiter is not None)),
+            iterations=part.iterations,
+            matvecs=matvec.count,
+            residual_norm=size,
+            negative_curvature=part.negative,
+            method="CG",
+            spectrum=part.ritz,
+            inverse=inverse,
+            newton=newton,
+            largest=None if inverse is None else part.largest,
+        )
+
     def _iterate(
         self,
         matvec: Product,
@@ -58,14 +108,17 @@ class CG(Iterative):
         looks: bool,
         condition: Tensor | None = None,
     ) -> Part:
-        if r.ndim == 1 and looks and r.device.type == "cpu" and not transforms_active():
-            goes = bool(active)
-            return _alone(matvec, precondition, r, tol.item(), limit if goes else 0, condition)
+        if looks and suits(r):
+            return in_numbers(matvec, precondition, r, tol.item(), limit * bool(active), condition)
         target = tol.square()
         zero = torch.zeros_like(tol)
         x = torch.zeros_like(r)
         z = r if precondition is None else precondition(r)
         p = z
+        # In place, where no transform is in the way; x stays, since others keep it.
+        scratch = None
+        if r.device.type == "cpu" and not transforms_active():
+            r, p, scratch = r.clone(), p.clone(), torch.empty_like(r)
         rz = dot(r, z)
         rr = rz if precondition is None else dot(r, r)
         best, best_rr = x, rr
@@ -81,7 +134,7 @@ class CG(Iterative):
         while steps < limit and (smooth or not looks or any_task(active)):
             steps += 1
             Ap = matvec(p)
-            pAp = dot(p, Ap)
+            pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
             quotient = pAp / pp
             steepest = torch.maximum(steepest, quotient.abs())
             usable = quotient > flat * steepest  # false for NaN too
@@ -90,10 +143,11 @@ class CG(Iterative):
             if observer is not None:
                 observer.along(p, Ap, p, torch.where(moving, pAp, zero))
             x = torch.addcmul(x, alpha, p)
-            r = torch.addcmul(r, alpha, Ap, value=-1)
+            r = torch.addcmul(r, alpha, Ap, value=-1, out=None if scratch is None else r)
             z = r if precondition is None else precondition(r)
-            rz_new = dot(r, z)
-            rr = rz_new if precondition is None else dot(r, r)
+            # A norm is summed without a vector of the squares.
+            rr = torch.linalg.vector_norm(r, dim=-1).square()
+            rz_new = rr if precondition is None else dot(r, z)
             beta = torch.where(moving, rz_new / rz, zero)
             curvatures.append(pAp)
             sizes.append(rz)
@@ -103,17 +157,18 @@ class CG(Iterative):
             going, better = moving & (rr > target), rr < best_rr
             # Where every task goes on and comes closer, which one look tells, that is all.
             smooth = looks and every_task(going & better)
-            if smooth:
+            if smooth or (looks and every_task(better)):
                 best, best_rr = x, rr
-            else:
+            elif not looks or any_task(better):
                 best = torch.where(better[..., None], x, best)
                 best_rr = torch.where(better, rr, best_rr)
+            if not looks or not (smooth or every_task(usable | ~active)):
                 stopping = active & ~usable
                 stopped = torch.where(stopping, quotient, stopped)
                 # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
                 bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
                 failed = failed | stopping
-            p = torch.addcmul(z, beta[..., None], p)
+            p = torch.addcmul(z, beta[..., None], p, out=None if scratch is None else p)
             pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
             rz = rz_new
             if observer is not None:
@@ -125,8 +180,9 @@ class CG(Iterative):
         status = torch.where(failed, int(Status.SINGULAR), status)
         status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        x = torch.where(failed[..., None], best, x)
-        x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
+        if not looks or any_task(failed):
+            x = torch.where(failed[..., None], best, x)
+            x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
         return Part(
             x=x,
             status=status,
@@ -137,91 +193,6 @@ class CG(Iterative):
             ritz=partial(_ritz, curvatures, sizes, betas, known) if steps else None,
             observer=observer,
         )
-
-
-def _alone(
-    matvec: Product,
-    precondition: Product | None,
-    r: Tensor,
-    tol: float,
-    limit: int,
-    condition: Tensor | None,
-) -> Part:
-    """The same for one system on the CPU, where numbers are quicker than tensors of one number."""
-    target = tol * tol
-    x = torch.zeros_like(r)
-    z = r if precondition is None else precondition(r)
-    p = z
-    rz = _number(r, z)
-    rr = rz if precondition is None else _number(r, r)
-    pp = rr if precondition is None else _number(p, p)
-    best, best_rr, steepest = x, rr, 0.0
-    flat = torch.finfo(r.dtype).eps * r.shape[-1]
-    curvatures, sizes, betas = [], [], []
-    observer = None if condition is None else Observer(condition, r)
-    true = torch.tensor(True)
-    status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
-    steps = moves = 0
-    while steps < limit:
-        steps += 1
-        Ap = matvec(p)
-        pAp = _number(p, Ap)
-        quotient = pAp / pp if pp else math.nan
-        steepest = max(steepest, abs(quotient))
-        curvatures.append(pAp)
-        sizes.append(rz)
-        if not quotient > flat * steepest:  # true for NaN too
-            betas.append(0.0)
-            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
-            bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp
-            status = Status.SINGULAR
-            if quotient < -flat * steepest or bent:
-                status = Status.NEGATIVE_CURVATURE
-            if not math.isfinite(quotient):
-                status = Status.NOT_FINITE
-            x = torch.full_like(x, math.nan) if status == Status.NOT_FINITE else best
-            break
-        moves += 1
-        alpha = rz / pAp
-        if observer is not None:
-            observer.along_alone(p, Ap, pAp)
-        x = torch.add(x, p, alpha=alpha)
-        r = torch.sub(r, Ap, alpha=alpha)
-        z = r if precondition is None else precondition(r)
-        rz_new = _number(r, z)
-        rr = rz_new if precondition is None else _number(r, r)
-        if rr < best_rr:
-            best, best_rr = x, rr
-        beta = rz_new / rz if rz else math.nan
-        betas.append(beta)
-        if observer is not None:
-            observer.after_step(x, math.sqrt(max(rr, 0.0)), true)
-        if rr <= target:
-            status = Status.CONVERGED
-            break
-        p = torch.add(z, p, alpha=beta)
-        pp = rr + beta * beta * pp if precondition is None else _number(p, p)
-        rz = rz_new
-
-    def ritz() -> Tensor:
-        known = torch.ones(steps, dtype=torch.bool)
-        pAp, size, beta = (r.new_tensor(kept) for kept in (curvatures, sizes, betas))
-        return ritz_values_of_cg(pAp, size, beta, known)
-
-    return Part(
-        x=x,
-        status=torch.tensor(int(status)),
-        iterations=torch.tensor(moves),
-        steps=steps,
-        negative=torch.tensor(status == Status.NEGATIVE_CURVATURE),
-        largest=r.new_tensor(steepest),
-        ritz=ritz if steps else None,
-        observer=observer,
-    )
-
-
-def _number(a: Tensor, b: Tensor) -> float:
-    return torch.dot(a, b).item()
 
 
 def _ritz(*of_steps: Sequence[Tensor]) -> Tensor:

@@ -100,8 +100,8 @@ class Exact(Solver):
             matvecs=n,
             residual_norm=torch.where(absent, torch.zeros_like(size), size),
             negative_curvature=torch.zeros_like(absent),
-            eigenvalues=_extreme_eigenvalues(A, sound, known=system.symmetric is True),
             method="Exact",
+            spectrum=lambda: _extreme_eigenvalues(A, sound, known=system.symmetric is True),
             inverse=inverse,
             newton=newton,
             largest=extent,
@@ -155,7 +155,6 @@ def _without_system(b: Tensor, scale: Tensor) -> Solution:
         matvecs=0,
         residual_norm=torch.where(zero, torch.zeros_like(scale), nan),
         negative_curvature=torch.zeros_like(zero),
-        eigenvalues=b.new_full((*scale.shape, 2), math.nan),
         method="Exact",
     )
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Iterative, Part, Product, at_least
+from ._base import Product, at_least
+from ._iterative import Iterative, Part
 from ._ritz import condition_of_factors
 
 

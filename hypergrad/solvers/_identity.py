@@ -8,7 +8,7 @@ import math
 import torch
 
 from .._info import Status
-from ._base import LinearSystem, Solution, Solver, finite
+from ._base import LinearSystem, Solution, Solver, finite, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Identity(Solver):
         """Divide by the scale."""
         tasks = system.b[..., 0].shape if system.b.shape[-1] else system.b.shape[:-1]
         nan = system.b.new_full(tasks, math.nan)
-        sound = torch.isfinite(system.b).all(dim=-1)
+        sound = torch.isfinite(norm(system.b))
         return Solution(
             x=system.b / self.scale,
             status=torch.where(sound, int(Status.CONVERGED), int(Status.NOT_FINITE)),
@@ -54,6 +54,5 @@ class Identity(Solver):
             matvecs=0,
             residual_norm=nan,
             negative_curvature=torch.zeros_like(nan, dtype=torch.bool),
-            eigenvalues=system.b.new_full((*tasks, 2), math.nan),
             method="Identity",
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import PRICE, Counted, Iterative, Part, Product, dot
+from ._base import Counted, Product, dot
+from ._iterative import PRICE, Iterative, Part
 from ._observer import Observer
 from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 

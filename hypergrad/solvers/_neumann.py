@@ -133,8 +133,8 @@ class Neumann(Solver):
             matvecs=matvec.count,
             residual_norm=torch.where(sound, size, torch.full_like(size, math.nan)),
             negative_curvature=torch.zeros_like(present),
-            eigenvalues=torch.stack([low, highest], dim=-1),
             method="Neumann",
+            spectrum=lambda: torch.stack([low, highest], dim=-1),
         )
 
 

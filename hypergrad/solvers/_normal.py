@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ._base import Counted, Iterative, Part, Product, dot, norm
+from ._base import Counted, Product, dot, norm
+from ._iterative import Iterative, Part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,6 @@ class Nystrom(Solver):
             matvecs=matvec.count,
             residual_norm=torch.where(sound, size, nan),
             negative_curvature=torch.zeros_like(sound),
-            eigenvalues=torch.stack([nan, nan], dim=-1),
             method="Nystrom",
         )
 

@@ -74,3 +74,7 @@ class Observer:
         """``||A^-1 r|| / ||r||`` as the later half of an iteration that ended at `x` saw it."""
         older_x, older_size = self._older
         return norm(x - older_x) / older_size
+
+    def newton(self, x: Tensor) -> Tensor:
+        """The length of ``A^-1 F``: of what was projected, and of what was left over."""
+        return norm(self.step) + self.inverse(x) * norm(self.left)

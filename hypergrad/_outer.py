@@ -1,0 +1,82 @@
+"""The outer loss: its value, and its gradients by the inner and the outer variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._advice import advice
+from ._captures import refuse_past_arguments
+from ._errors import NotConnected
+from ._problem import Problem, scalar, without_aux
+from ._trace import further_out, trace
+
+
+def outer_gradient(
+    outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
+) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """Evaluate the outer loss once, and differentiate it.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``.
+    problem : Problem
+        Whose tensors these are; with task axes, the loss is that of each task.
+    tensors : list of Tensor
+        Where.
+    has_aux : bool
+        Whether `outer` returns ``(loss, aux)``.
+
+    Returns
+    -------
+    value : Tensor
+        The loss of each task.
+    aux : pytree
+        What was returned beside it.
+    cotangent, direct : list of Tensor or None
+        The gradients by the inner and by the outer variables; None: not connected.
+    captured : list of Tensor
+        Values that depend on something that is differentiated around the call.
+
+    Raises
+    ------
+    NotConnected
+        If the loss does not depend on the inner variables.
+    """
+    inner, places = problem.inner, list(problem.outer)
+    aux = None
+
+    def loss(params: Any, hparams: Any) -> Tensor:
+        nonlocal aux
+        value, aux = without_aux("outer", outer(params, hparams), has_aux, "loss")
+        return scalar("outer", value)
+
+    def evaluate(aliases: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        given = list(tensors)
+        for place, alias in zip([*inner, *places], aliases, strict=True):
+            given[place] = alias
+        value = problem.outputs(loss, given)
+        refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
+        found: list[Tensor | None] = [None] * len(aliases)
+        if value.requires_grad:
+            total = value.sum() if value.ndim else value
+            found = list(torch.autograd.grad(total, aliases, allow_unused=True))
+        return value, found, further_out(value, aliases)
+
+    with advice([problem.params, *problem.args]):
+        value, found, captured = trace(
+            evaluate, [tensors[i] for i in [*inner, *places]], guarded=True
+        )
+    cotangent, direct = found[: len(inner)], found[len(inner) :]
+    if all(part is None for part in cotangent):
+        raise NotConnected(
+            "outer does not depend on params, so the inner problem plays no part in its gradient. "
+            "Use params in outer: a module must be called as torch.func.functional_call(module, "
+            "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
+            "connection."
+        )
+    return value.detach(), aux, cotangent, direct, captured

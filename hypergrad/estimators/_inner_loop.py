@@ -1,0 +1,160 @@
+"""The inner loop that an estimator runs or differentiates: where it starts, and its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._advice import advice
+from .._errors import NotConnected
+from .._trace import detached, further_out, trace
+from .._tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+    """Steps of an inner optimiser as functions of the hyperparameters' variables.
+
+    Attributes
+    ----------
+    step : callable
+        ``step(params, hparams)``, or with the step's number as a third argument.
+    init : pytree or callable
+        Where the steps start.
+    H : Tree
+        The hyperparameters.
+    numbered : bool
+        Whether `step` takes its number.
+    """
+
+    step: Callable[..., Any]
+    init: Any
+    H: Tree
+    numbered: bool
+
+    @classmethod
+    def of(cls, step: Callable[..., Any], init: Any, H: Tree) -> InnerLoop:
+        """An inner loop, after a check that its start does not lose a gradient."""
+        _refuse_shared(init, H)
+        return cls(step, init, H, _takes_number(step))
+
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """The user's functions."""
+        return [self.step, self.init] if callable(self.init) else [self.step]
+
+    @property
+    def start(self) -> Any:
+        """The initial point, detached; None where it depends on the hyperparameters."""
+        return None if callable(self.init) else map_tensors(self.init, _own)
+
+    def advance(self, params: Any, given: Any, first: int, last: int) -> Any:
+        """Make the steps from `first` up to `last`, recorded by whatever records."""
+        for k in range(first, last):
+            tree = Tree("params", params)
+            params = self.step(params, given, k) if self.numbered else self.step(params, given)
+            tree.match("What step returned", params)
+        return params
+
+    def forward(
+        self,
+        params: Any,
+        constants: list[Tensor],
+        first: int,
+        last: int,
+        captured: list[Tensor] | None = None,
+    ) -> Any:
+        """Make steps without keeping a graph; each may take derivatives itself.
+
+        Parameters
+        ----------
+        params : pytree
+            Where they start.
+        constants : list of Tensor
+            The hyperparameters' variables.
+        first, last : int
+            The numbers of the first step and of the one after the last.
+        captured : list of Tensor, optional
+            Where to add what the steps capture that is differentiated further out.
+
+        Returns
+        -------
+        params : pytree
+            Where they lead, detached.
+        """
+        for k in range(first, last):
+            tree = Tree("params", params)
+
+            def one(aliases: list[Tensor], k: int = k, tree: Tree = tree) -> Any:
+                given = self.H.rebuild(aliases[: len(constants)])
+                ended = self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
+                if captured is not None:
+                    for leaf in Tree("params", ended).variables:
+                        captured.extend(further_out(leaf, aliases))
+                return ended
+
+            start = [detached(v) for v in tree.variables]
+            with advice([tree, self.H]):
+                ended = trace(one, [*constants, *start])
+            params = map_tensors(ended, Tensor.detach)
+        return params
+
+    def begin(self, constants: list[Tensor]) -> Any:
+        """The initial point where the steps are run and not differentiated."""
+        if not callable(self.init):
+            return self.start
+        with torch.no_grad():
+            return map_tensors(self.init(self.H.rebuild(constants)), Tensor.detach)
+
+
+def hyperparameters(hparams: Any) -> Tree:
+    """`hparams` taken apart."""
+    return own_constants(Tree("hparams", hparams))
+
+
+def own_constants(tree: Tree) -> Tree:
+    """The same with copies of its integer tensors, which nothing stops a function from changing."""
+    for place, leaf in enumerate(tree.leaves):
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            tree.leaves[place] = _own(leaf)
+    return tree
+
+
+def map_tensors(tree: Any, fun: Callable[[Tensor], Tensor]) -> Any:
+    """The pytree with a function applied to its tensors, and all else as it was."""
+    return pytree.tree_map(lambda leaf: fun(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return detached(tensor) if tensor.is_floating_point() else tensor.clone()
+
+
+def _takes_number(step: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(required) >= 3
+
+
+def _refuse_shared(init: Any, H: Tree) -> None:
+    if callable(init) and not isinstance(init, nn.Module):
+        return
+    start = Tree("init", init)
+    for i, leaf in enumerate(start.variables):
+        for j, other in enumerate(H.variables):
+            if leaf is other:
+                raise NotConnected(
+                    f"{start.variable_path(i)} and {H.variable_path(j)} are one tensor, whose "
+                    "gradient through the initial point would be lost. Pass init as a callable: "
+                    "init=lambda hparams: hparams."
+                )

@@ -1,0 +1,244 @@
+"""The value-function gradient: descent on both levels at once, from first derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._conditions import plus
+from .._errors import Diverged
+from .._report import OnFailure, check_on_failure, warn_of_unused
+from .._transforms import never_compiled
+from ._answer import Found, hypergradient, judge_figure
+from ._inner_loop import map_tensors
+from ._loss import Arguments, Loss, Parts, descend, require_params
+
+_CURE = "The gradient steps may diverge: make lr smaller, or look at the data."
+#: By how much of its size the inner objective may rise before the steps count as diverging.
+_RISE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueFunctionInfo:
+    """What comes with a value-function gradient.
+
+    It is a registered pytree whose leaves are tensors.
+
+    Attributes
+    ----------
+    outer_value : Tensor
+        The outer loss at `params`.
+    multiplier : Tensor
+        What the gap's gradient was multiplied by.
+    gap : Tensor
+        By how much the inner objective at `params` exceeds that after the gradient steps: how far
+        `params` is from solving the inner problem.
+    params_grads : pytree of Tensor
+        The other half of the direction, shaped like `params`.
+    aux : pytree
+        What the outer loss returned beside its value, with ``has_aux=True``; else None.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner = lambda w, lam: (w - 1) ** 2 + lam * w**2
+    >>> w, lam = torch.tensor(0.6), torch.tensor(1.0)
+    >>> grads, info = hypergrad.value_function_grad(
+    ...     lambda w, lam: w**2, inner, w, lam, lr=0.2, return_info=True
+    ... )
+    >>> round(info.gap.item(), 2)  # 2 (w - 1/2)^2
+    0.02
+    """
+
+    outer_value: Tensor
+    multiplier: Tensor
+    gap: Tensor
+    params_grads: Any
+    aux: Any = None
+
+
+_FIELDS = ["outer_value", "multiplier", "gap", "params_grads", "aux"]
+pytree.register_dataclass(
+    ValueFunctionInfo, field_names=_FIELDS, serialized_type_name="hypergrad.ValueFunctionInfo"
+)
+
+
+@never_compiled
+def value_function_grad(
+    outer: Callable[[Any, Any], Any],
+    inner: Callable[[Any, Any], Any],
+    params: Any,
+    hparams: Any,
+    *,
+    lr: float,
+    steps: int = 10,
+    eta: float = 0.5,
+    multiplier: float | None = None,
+    has_aux: bool = False,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+) -> Any:
+    """Direction of joint descent on outer and inner variables, from first derivatives: BOME.
+
+    The inner problem is the constraint that the gap ``q = inner(params) - inner(y)`` be zero,
+    with ``y`` made from `params` by gradient steps and held constant. The direction is ``d outer +
+    multiplier d q``, by `hparams` and by `params` (``info.params_grads``), and both are to be
+    moved along it; the multiplier is the least that lowers the gap at the rate `eta`::
+
+        multiplier = max(eta - <d outer, d q> / ||d q||^2, 0)
+
+    At a solution of the inner problem the gap's gradient is zero and what is left is the direct
+    term alone, so this is no hypergradient there: `params` is meant to be where the joint descent
+    has led. With its own direction by `params` gone to zero, the answer is the hypergradient up
+    to a bias of order ``1 / multiplier``, as in `penalty_grad`.
+
+    It costs `steps` gradients of `inner` by `params`, two more of `inner` and one of `outer`,
+    each with the memory of one.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``, a scalar tensor; with `has_aux` a pair of it and anything.
+    inner : callable
+        ``inner(params, hparams)``, the objective of the inner problem.
+    params : pytree of Tensor
+        Where the joint descent is. Frozen parameters beside others that are not are constants.
+    hparams : pytree of Tensor
+        The outer variables.
+    lr : float
+        Size of the gradient steps on `inner`, of the order of one over its largest curvature.
+    steps : int
+        Their number.
+    eta : float
+        How much the gap is to be lowered, against the square of its gradient.
+    multiplier : float, optional
+        A fixed one; None: the formula's.
+    has_aux : bool
+        Whether `outer` returns ``(loss, aux)``.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do when the steps raise the inner objective.
+    return_info : bool
+        Whether to return a `ValueFunctionInfo` too.
+
+    Returns
+    -------
+    grads : pytree of Tensor
+        Shaped like `hparams`, detached.
+    info : ValueFunctionInfo
+        With `return_info`.
+    aux : pytree
+        With `has_aux` and without `return_info`.
+
+    Raises
+    ------
+    Diverged
+        With ``on_failure="raise"``, if the gradient steps raise the inner objective.
+    NotConnected
+        If `outer` does not depend on `params`, or a loss reaches an argument past it.
+    NotFinite
+        If a number is not finite, unless `on_failure` is "ignore".
+    StructureMismatch
+        If a loss is no scalar.
+    UnsupportedOperation
+        If the answer is differentiated, or a loss changes its arguments.
+    ValueError
+        If a number is out of its range.
+
+    References
+    ----------
+    Liu et al., BOME! Bilevel optimization made easy: a simple first-order approach, 2022,
+    algorithm 1.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner = lambda w, lam: (w - lam) ** 2
+    >>> outer = lambda w, lam: (w - 1) ** 2 + lam**2  # best at 1/2
+    >>> w, lam = torch.tensor(0.0), torch.tensor(0.0)
+    >>> for _ in range(200):
+    ...     grads, info = hypergrad.value_function_grad(
+    ...         outer, inner, w, lam, lr=0.5, steps=1, return_info=True
+    ...     )
+    ...     w, lam = w - 0.05 * info.params_grads, lam - 0.05 * grads
+    >>> bool(abs(w - 0.5) < 0.02), bool(abs(lam - 0.5) < 0.02)
+    (True, True)
+    """
+    check_on_failure(on_failure)
+    _check(lr, steps, eta, multiplier)
+    given = Arguments.of(params, hparams)
+    layout, P, H = given.layout, given.P, given.H
+    of_outer = Loss("outer", outer, given, has_aux=has_aux)
+    of_inner = Loss("inner", inner, given)
+    slopes = of_outer(given.params)
+    require_params(slopes)
+    y, captured = descend([(of_inner, 1.0)], layout, given.params, lr=lr, steps=steps)
+    here, there = of_inner(given.params), of_inner(y, by_params=False)
+
+    of_gap = [
+        None if a is None or c is None else a - c
+        for a, c in zip(here.by_hparams, there.by_hparams, strict=True)
+    ]
+    f, q = [*slopes.by_hparams, *slopes.by_params], [*of_gap, *here.by_params]
+    square = _dot(q, q, slopes.value)
+    if multiplier is None:
+        weight = (eta - _dot(f, q, slopes.value) / square).clamp(min=0)
+        weight = torch.where(square == 0, torch.zeros_like(weight), weight)
+    else:
+        weight = torch.full_like(square, multiplier)
+    grads, by_params = (
+        [plus(a, _times(weight, c)) for a, c in zip(parts, gap, strict=True)]
+        for parts, gap in ((slopes.by_hparams, of_gap), (slopes.by_params, here.by_params))
+    )
+    captured += [*slopes.captured, *here.captured, *there.captured]
+    found = Found(grads, slopes.value, P.rebuild(y), slopes.aux, captured)
+    answer = hypergradient("value_function_grad", H, found, on_failure, _CURE)
+    gap = here.value - there.value
+    rise = torch.where(gap < 0, -gap / here.value.abs(), torch.zeros_like(gap))
+    rise = torch.where(gap.isnan(), gap, rise)
+    judge_figure(rise, _RISE, on_failure, Diverged, _rising)
+    if on_failure != "ignore":
+        warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, here.by_hparams)
+    aux = map_tensors(slopes.aux, Tensor.detach)
+    if return_info:
+        zeros = [
+            torch.zeros_like(v) if g is None else g
+            for g, v in zip(by_params, given.params, strict=True)
+        ]
+        return answer, ValueFunctionInfo(slopes.value, weight, gap, P.fill(zeros), aux)
+    return (answer, aux) if has_aux else answer
+
+
+def _dot(a: Parts, b: Parts, like: Tensor) -> Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    total = torch.zeros_like(like, dtype=wide)
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            total = total + (x.to(wide) * y.to(wide)).sum()
+    return total
+
+
+def _times(weight: Tensor, part: Tensor | None) -> Tensor | None:
+    return None if part is None else weight.to(part.dtype) * part
+
+
+def _check(lr: float, steps: int, eta: float, multiplier: float | None) -> None:
+    for name, value in (("lr", lr), ("eta", eta)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite; got {value}.")
+    if multiplier is not None and not (multiplier >= 0 and math.isfinite(multiplier)):
+        raise ValueError(f"multiplier must be finite and not negative; got {multiplier}.")
+    if steps < 0:
+        raise ValueError(f"steps must not be negative; got {steps}.")
+
+
+def _rising(figure: str) -> str:
+    return (
+        f"The gradient steps raise the inner objective, by {figure} of its size: lr is too large. "
+        "One over the largest curvature of inner is safe."
+    )

@@ -1,0 +1,29 @@
+"""Solvers for inner problems, as a convenience: whatever else solves them does as well.
+
+All are frozen dataclasses and are called alike, ``solver(objective, init, *args)``, and return
+``(params, info)``; `Anderson` takes a map in place of an objective. They work under
+`torch.func.vmap` over tasks, where each task stops by itself, and inside the `fit` of the
+decorators. One that fails does not raise or warn: look at ``info.success``. What they return is
+detached; the decorators differentiate it.
+"""
+
+from __future__ import annotations
+
+from ._accelerated import FISTA, Nesterov
+from ._anderson import Anderson
+from ._base import InnerSolver
+from ._gradient_descent import GradientDescent
+from ._info import InnerInfo
+from ._lbfgs import LBFGS
+from ._newton_cg import NewtonCG
+
+__all__ = [
+    "FISTA",
+    "LBFGS",
+    "Anderson",
+    "GradientDescent",
+    "InnerInfo",
+    "InnerSolver",
+    "Nesterov",
+    "NewtonCG",
+]

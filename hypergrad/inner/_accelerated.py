@@ -1,0 +1,202 @@
+"""Accelerated gradient descent, plain and proximal, with restarts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._transforms import any_task
+from ..solvers._base import dot, norm
+from ._base import InnerSolver
+from ._evaluator import Evaluator
+from ._progress import Progress, going_on
+
+_PROBES = 4  # power steps for the largest curvature
+_HALVINGS = 60
+
+Backward = Callable[[Tensor, Any], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nesterov(InnerSolver):
+    """Nesterov's accelerated gradient descent; the momentum starts again when it points uphill.
+
+    Parameters
+    ----------
+    step_size : float or Tensor, optional
+        The length of the gradient steps, at most one over the largest curvature. None: from
+        differences of gradients, shortened where the objective shows that it is too long.
+    maxiter : int
+        Most iterations.
+    tol : float, optional
+        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32.
+
+    References
+    ----------
+    Nesterov, A method of solving a convex programming problem with convergence rate O(1/k^2),
+    1983; O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015,
+    section 3.2.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> steep = torch.tensor([1.0, 100.0])
+    >>> f = lambda x, c: (steep * (x - c) ** 2).sum() / 2
+    >>> x, info = hypergrad.inner.Nesterov()(f, torch.zeros(2), torch.ones(2))
+    >>> torch.allclose(x, torch.ones(2), rtol=1e-4), bool(info.success)
+    (True, True)
+    """
+
+    step_size: float | Tensor | None = None
+    maxiter: int = 10_000
+    tol: float | None = None
+
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        return _accelerated(self, evaluator, x, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class FISTA(InnerSolver):
+    """The accelerated proximal gradient method with restarts, for ``f + g`` with g's proximal map.
+
+    Call it with the smooth part: ``FISTA(prox)(f, init, *args)``. The arguments of `prox` are those
+    of `ProximalGradient`, which differentiates the answer; a projection is
+    ``prox=lambda v, step_size, *args: project(v, *args)``. Coordinates that the map holds at zero
+    or at a bound are there exactly.
+
+    Parameters
+    ----------
+    prox : callable
+        ``prox(v, step_size, *args)``, shaped like the parameters.
+    step_size, maxiter, tol
+        As in `Nesterov`.
+
+    References
+    ----------
+    Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse
+    problems, 2009; O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> y = torch.tensor([3.0, 0.5])
+    >>> f = lambda w, lam: ((w - y) ** 2).sum() / 2
+    >>> w, info = hypergrad.inner.FISTA(hypergrad.prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
+    >>> w.round(decimals=3)
+    tensor([2., 0.])
+    """
+
+    prox: Callable[..., Any]
+    step_size: float | Tensor | None = None
+    maxiter: int = 10_000
+    tol: float | None = None
+
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        def backward(v: Tensor, step: Any) -> Tensor:
+            given = evaluator.params(v), step, *evaluator.args
+            return evaluator.plain("prox(v, ...)", self.prox, *given)
+
+        return _accelerated(self, evaluator, x, backward)
+
+
+def _accelerated(
+    solver: Nesterov | FISTA, evaluator: Evaluator, x: Tensor, backward: Backward | None
+) -> tuple[Tensor, Progress]:
+    fixed = solver.step_size is not None
+    y, momentum = x, torch.ones_like(x.sum())
+    value, g = evaluator.objective(y)
+    if fixed:
+        step = torch.as_tensor(solver.step_size, dtype=x.dtype, device=x.device)
+        probes = 0
+    else:
+        step, probes = _safe_step(evaluator, x, g), _PROBES
+    precision = evaluator.layout.precision
+    z, z_value, step, used = _forward_backward(evaluator, backward, y, value, g, step, fixed, None)
+    residual = step * g if backward is None else y - z
+    size = norm(residual) + 0 * value
+    # In units of the step the curvature is at most one.
+    progress = Progress(solver.tol, precision, size, value, torch.ones_like(size))
+    progress.evaluated(progress.active, probes + used)
+    # The best point so far is the end of a step, also where that step has led nowhere.
+    best = torch.where(torch.isfinite(norm(z)), z, x)
+    for iteration in range(solver.maxiter + 1):
+        if not going_on(progress, iteration, solver.maxiter):
+            break
+        active = progress.active
+        # Momentum that points uphill is lost.
+        uphill = dot(y - z, z - x) > 0
+        following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
+        pushed = z + ((momentum - 1) / following) * (z - x)
+        y_new = torch.where(active, torch.where(uphill, z, pushed), y)
+        momentum = torch.where(uphill, torch.ones_like(momentum), following)
+        x = torch.where(active, z, x)
+        value, g = evaluator.objective(y_new)
+        progress.evaluated(active)
+        z_new, z_value, step, used = _forward_backward(
+            evaluator, backward, y_new, value, g, step, fixed, active
+        )
+        progress.evaluated(active, used)
+        residual_new = step * g if backward is None else y_new - z_new
+        size = norm(residual_new) + 0 * value
+        floored = None
+        if backward is not None:  # a difference below the last digits of its parts
+            floored = size <= 4 * torch.finfo(precision).eps * norm(y_new)
+        progress.update(z_new, y_new - y, residual_new - residual, size, z_value, floored=floored)
+        sound = active & torch.isfinite(size)
+        best = torch.where(sound, z_new, best)
+        y, z = torch.where(sound, y_new, y), torch.where(sound, z_new, z)
+        residual = torch.where(sound, residual_new, residual)
+    return best, progress
+
+
+def _safe_step(evaluator: Evaluator, x: Tensor, g: Tensor) -> Tensor:
+    """One over the largest curvature, as a few power steps on differences of gradients see it."""
+    eps = torch.finfo(evaluator.layout.precision).eps
+    reach = eps**0.5 * norm(x).clamp(min=1.0)
+    v, seen = g, torch.zeros_like(norm(g))
+    for _ in range(_PROBES):
+        size = norm(v)
+        unit = v / torch.where(size > 0, size, torch.ones_like(size))
+        v = (evaluator.objective(x + reach * unit)[1] - g) / reach
+        seen = torch.fmax(seen, norm(v))
+    usable = (seen > 0) & torch.isfinite(seen)
+    return torch.where(usable, 1 / torch.where(usable, seen, torch.ones_like(seen)), 1.0)
+
+
+def _forward_backward(
+    evaluator: Evaluator,
+    backward: Backward | None,
+    y: Tensor,
+    value: Tensor,
+    g: Tensor,
+    step: Tensor,
+    fixed: bool,
+    active: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A step from `y`: its end, the value there, its length, and how often the value was taken."""
+
+    def end(step: Tensor) -> Tensor:
+        return y - step * g if backward is None else backward(y - step * g, step)
+
+    z = end(step)
+    if fixed:
+        return z, value, step, 0
+    noise = 10 * torch.finfo(evaluator.layout.precision).eps * value.abs()
+    evaluated = 0
+    while evaluated < _HALVINGS:
+        evaluated += 1
+        z_value = evaluator.value(z)
+        moved = z - y
+        bound = value + dot(g, moved) + dot(moved, moved) / (2 * step) + noise
+        long = torch.isfinite(value) & ~(z_value <= bound)
+        if active is not None:
+            long = long & active
+        if not any_task(long):
+            break
+        step = torch.where(long, step / 2, step)
+        z = torch.where(long, end(step), z)
+    return z, z_value, step, evaluated

@@ -1,0 +1,99 @@
+"""What the inner solvers share.
+
+A solver works on one flat vector. Under `torch.func.vmap` all its tensors are batched: no branch
+looks at one of them, only at whether any task is still at work, and a task that has stopped is
+frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._errors import UnsupportedOperation
+from .._trace import being_traced, detached
+from .._transforms import never_compiled, refuse_derivatives
+from .._tree import Layout, Tree
+from ..solvers._base import at_least
+from ._evaluator import Evaluator
+from ._info import InnerInfo
+from ._progress import Progress
+
+
+class InnerSolver(ABC):
+    """A method for inner problems, as a value: frozen, printable and shareable.
+
+    Every one has the fields `maxiter`, most iterations, and `tol`, the relative residual at which
+    a task stops: the residual divided by the curvature that the last ten iterations have seen and
+    by the norm of the parameters, an estimate of their relative distance to the solution. None is
+    what the dtype can reach (1e-8 in float64, 1e-5 in float32).
+    """
+
+    maxiter: int
+    tol: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least("maxiter", self.maxiter, 1)
+        at_least("tol", self.tol, 0.0)
+        step = getattr(self, "step_size", None)
+        if isinstance(step, int | float) and not 0 < step < math.inf:
+            raise ValueError(f"step_size must be positive and finite; got {step!r}.")
+
+    def __call__(self, fun: Callable[..., Any], init: Any, *args: Any) -> tuple[Any, InnerInfo]:
+        """Solve the inner problem.
+
+        Parameters
+        ----------
+        fun : callable
+            ``fun(params, *args)``: a scalar objective, which must not be random; of `Anderson` a
+            map.
+        init : pytree of Tensor
+            Where the iteration starts.
+        *args
+            Passed on to `fun`.
+
+        Returns
+        -------
+        params : pytree of Tensor
+            The answer, shaped like `init` and detached.
+        info : InnerInfo
+            How it ended.
+        """
+        return self._solve(fun, init, args)
+
+    @never_compiled
+    def _solve(self, fun: Callable[..., Any], init: Any, args: Any) -> tuple[Any, InnerInfo]:
+        tree = Tree("init", init)
+        layout = Layout(tree, tree.variables)
+        evaluator = Evaluator(fun, tree, layout, args)
+        start = layout.flatten([detached(v).clone() for v in tree.variables])
+        with torch.no_grad():
+            x, progress = self._run(evaluator, start)
+        given = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
+        sources = [t for t in given if isinstance(t, Tensor)]
+        leaves = refuse_derivatives(
+            [leaf.contiguous() for leaf in layout.split(x)],
+            [t for t in sources if t.is_floating_point()] + evaluator.captured,
+            _not_differentiable,
+            plain=being_traced(),
+        )
+        return tree.rebuild(leaves), progress.info(type(self).__name__)
+
+    @abstractmethod
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        """Solve a flat problem."""
+
+
+def _not_differentiable() -> Exception:
+    return UnsupportedOperation(
+        "What an inner solver returns is detached: its derivative would go through the iterations. "
+        "Call it inside a function that custom_argmin (or custom_root, custom_fixed_point) "
+        "decorates, or unroll steps with unrolled_grad."
+    )

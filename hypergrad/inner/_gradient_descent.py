@@ -1,0 +1,78 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..solvers._base import dot, norm
+from ._base import InnerSolver
+from ._evaluator import Evaluator
+from ._line_search import backtrack
+from ._progress import Progress, going_on
+
+_MEMORY = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientDescent(InnerSolver):
+    """Steps along the negative gradient, of a length that is given or found.
+
+    Parameters
+    ----------
+    step_size : float or Tensor, optional
+        The length of the steps. None: that of Barzilai and Borwein, shortened until the objective
+        is below the largest of its last ten values.
+    maxiter : int
+        Most iterations.
+    tol : float, optional
+        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32.
+
+    References
+    ----------
+    Barzilai and Borwein, Two-point step size gradient methods, 1988; Raydan, The Barzilai and
+    Borwein gradient method for the large scale unconstrained minimization problem, 1997.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> def ridge(w, lam):
+    ...     return ((w - 1) ** 2).sum() / 2 + lam * (w**2).sum() / 2
+    >>> w, info = hypergrad.inner.GradientDescent()(ridge, torch.zeros(2), torch.tensor(1.0))
+    >>> w, bool(info.success)
+    (tensor([0.5000, 0.5000]), True)
+    """
+
+    step_size: float | Tensor | None = None
+    maxiter: int = 10_000
+    tol: float | None = None
+
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        value, g = evaluator.objective(x)
+        progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
+        length, values = progress.begin(evaluator, x, g), [value]
+        for iteration in range(self.maxiter + 1):
+            if not going_on(progress, iteration, self.maxiter):
+                break
+            active = progress.active
+            if self.step_size is None:
+                # Not below the last value but below one of the last ten, which these steps need.
+                reference = torch.stack(values).amax(dim=0)
+                step = backtrack(evaluator, progress, x, value, g, -g, length, reference)
+                new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.found
+            else:
+                new = torch.where(active, x - self.step_size * g, x)
+                new_value, new_g = evaluator.objective(new)
+                progress.evaluated(active)
+                stuck = torch.zeros_like(active)
+            s, y = new - x, new_g - g
+            progress.update(new, s, y, norm(new_g), new_value, stuck=stuck)
+            curved = dot(s, y) > 0
+            length = torch.where(curved, dot(s, s) / dot(s, y), 2 * length)
+            sound = active & torch.isfinite(norm(new_g)) & torch.isfinite(new_value)
+            x, g = torch.where(sound, new, x), torch.where(sound, new_g, g)
+            value = torch.where(sound, new_value, value)
+            values = [*values, value][-_MEMORY:]
+        return x, progress

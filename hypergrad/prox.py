@@ -1,0 +1,232 @@
+"""Proximal maps: ``argmin over x of ||x - v||^2 / 2 + step_size g(x)``.
+
+All take a tensor or a pytree of tensors and, but for `soft_threshold`, have the arguments
+``(v, step_size, ...)``, so that they can be the `prox` of `hypergrad.ProximalGradient`: by
+themselves where their further arguments are the hyperparameters, or in a lambda. First and second
+derivatives are right wherever they exist, also at zero. At a kink a coordinate (or a group) counts
+as held at zero. A negative penalty, for which there is no proximal map, gives NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._errors import StructureMismatch
+
+__all__ = ["elastic_net", "group_lasso", "l1", "soft_threshold"]
+
+Number = float | Tensor
+
+
+def soft_threshold(v: Any, threshold: Any) -> Any:
+    """Soft thresholding: ``sign(v) max(|v| - threshold, 0)``, entry by entry.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        What is thresholded.
+    threshold : float, Tensor or pytree of Tensor
+        Not negative; a tensor is broadcast against every leaf of `v`, a pytree like `v` has one
+        for each.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    References
+    ----------
+    Donoho, De-noising by soft-thresholding, 1995.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.soft_threshold(torch.tensor([3.0, -0.5, -2.0]), 1.0)
+    tensor([ 2.,  0., -1.])
+    """
+
+    def one(v: Tensor, threshold: Number) -> Tensor:
+        valid = not_negative("threshold", threshold)
+        bound = torch.as_tensor(valid, dtype=v.dtype, device=v.device)
+        return v - torch.clamp(v, -bound, bound)
+
+    return _with_each(one, v, threshold)
+
+
+def l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
+    """The proximal map of ``penalty ||x||_1``, the lasso's.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative; one number, or one for each entry.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    References
+    ----------
+    Tibshirani, Regression shrinkage and selection via the lasso, 1996.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.l1(torch.tensor([3.0, -0.5]), 0.5, 2.0)
+    tensor([2., 0.])
+    """
+    return soft_threshold(v, pytree.tree_map(lambda p: step_size * p, penalty))
+
+
+def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
+    """The proximal map of ``l1 ||x||_1 + l2 ||x||^2 / 2``.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    l1, l2 : float, Tensor or pytree of Tensor
+        Not negative. Of scikit-learn's ElasticNet they are ``alpha * l1_ratio`` and
+        ``alpha * (1 - l1_ratio)``, beside a squared error divided by twice the samples.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    References
+    ----------
+    Zou and Hastie, Regularization and variable selection via the elastic net, 2005.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.elastic_net(torch.tensor([3.0, -0.5]), 1.0, 1.0, 3.0)
+    tensor([0.5000, 0.0000])
+    """
+
+    def shrunk(x: Tensor, l2: Number) -> Tensor:
+        return x / (1 + step_size * not_negative("l2", l2))
+
+    at = soft_threshold(v, pytree.tree_map(lambda p: step_size * p, l1))
+    return _with_each(shrunk, at, l2)
+
+
+def group_lasso(
+    v: Any, step_size: Number, penalty: Any = 1.0, *, groups: Tensor | None = None
+) -> Any:
+    """The proximal map of ``penalty`` times the sum of the Euclidean norms of groups.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative: one number, one for each leaf, or with `groups` a vector of one for each
+        group.
+    groups : Tensor, optional
+        int64, shaped like `v`, which is then a single tensor: the number, from 0, of the group
+        that an entry belongs to. None: every leaf of `v` is a group.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    Raises
+    ------
+    ValueError
+        If `groups` is not shaped like `v`.
+
+    References
+    ----------
+    Yuan and Lin, Model selection and estimation in regression with grouped variables, 2006.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> v, groups = torch.tensor([3.0, 4.0, 0.5]), torch.tensor([0, 0, 1])
+    >>> prox.group_lasso(v, 1.0, 2.5, groups=groups)
+    tensor([1.5000, 2.0000, 0.0000])
+    """
+    if groups is None:
+
+        def one(v: Tensor, penalty: Number) -> Tensor:
+            scale = size_of(v)
+            return v * _kept((v / scale).square().sum(), scale, step_size * penalty)
+
+        return _with_each(one, v, penalty)
+    if not isinstance(v, Tensor) or v.shape != groups.shape:
+        raise ValueError("groups must be shaped like v, a single tensor.")
+    scale, where = size_of(v), groups.reshape(-1)
+    squares = (v / scale).square().reshape(-1)
+    # No more groups than entries: how many there are, the host need not know.
+    squares = torch.zeros_like(squares).index_add(0, where, squares)
+    threshold = step_size * penalty
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        threshold = threshold[where]
+    return v * _kept(squares[where], scale, threshold).reshape(v.shape)
+
+
+def _kept(squares: Tensor, scale: Tensor, threshold: Number) -> Tensor:
+    """``max(1 - threshold / norm, 0)`` with ``norm = scale sqrt(squares)``, without NaN at zero."""
+    threshold = not_negative("penalty", threshold)
+    present = squares > 0
+    norm = scale * torch.where(present, squares, torch.ones_like(squares)).sqrt()
+    outside = present & ~(norm <= threshold)  # true of NaN too
+    return torch.where(outside, 1 - threshold / norm, torch.zeros_like(norm))
+
+
+def size_of(*leaves: Tensor) -> Tensor:
+    """A scale for squares of entries of 1e-30 and 1e30, constant for derivatives."""
+    sizes = [leaf.detach().abs().amax() for leaf in leaves if leaf.numel()]
+    if not sizes:
+        return torch.ones_like(leaves[0].detach().sum())
+    largest = torch.stack(sizes).amax()
+    usable = (largest > 0) & torch.isfinite(largest)
+    return torch.where(usable, largest, torch.ones_like(largest))
+
+
+def not_negative(name: str, value: Number) -> Number:
+    """The number; NaN, or for a Python number an error, where it is negative."""
+    if isinstance(value, Tensor):
+        return torch.where(value < 0, torch.full_like(value, math.nan), value)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative; got {value!r}.")
+    return value
+
+
+def _with_each(one: Callable[[Tensor, Any], Tensor], v: Any, values: Any) -> Any:
+    """``one(leaf, value)`` for the leaves of `v`, with one value for all or one for each."""
+    leaves, spec = pytree.tree_flatten(v)
+    given, other = pytree.tree_flatten(values)
+    if other != spec:
+        if len(given) != 1 or not isinstance(values, float | int | Tensor):
+            raise StructureMismatch(
+                f"A penalty must be one number or have the structure of v: {spec}; got {other}."
+            )
+        given = given * len(leaves)
+    mapped = [
+        one(leaf, value) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf, value in zip(leaves, given, strict=True)
+    ]
+    return pytree.tree_unflatten(mapped, spec)

@@ -1,0 +1,109 @@
+"""Conjugate gradients for one system on the CPU, where numbers are quicker than 0-d tensors.
+
+`CG._iterate` says what is done and why; this is the same for one system, and the tests hold the
+two against each other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._info import Status
+from .._transforms import transforms_active
+from ._base import Product
+from ._iterative import Part
+from ._observer import Observer
+from ._ritz import ritz_values_of_cg
+
+
+def suits(b: Tensor) -> bool:
+    """Whether this is one system, on the CPU, whose values the host may look at."""
+    return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
+
+
+def in_numbers(
+    matvec: Product,
+    precondition: Product | None,
+    r: Tensor,
+    tol: float,
+    limit: int,
+    condition: Tensor | None,
+) -> Part:
+    """One pass of the iteration; with a `limit` of zero, nothing."""
+    target = tol * tol
+    x = torch.zeros_like(r)
+    z = r if precondition is None else precondition(r)
+    p = z
+    rz = _number(r, z)
+    rr = rz if precondition is None else _number(r, r)
+    pp = rr if precondition is None else _number(p, p)
+    best, best_rr, steepest = x, rr, 0.0
+    flat = torch.finfo(r.dtype).eps * r.shape[-1]
+    curvatures, sizes, betas = [], [], []
+    observer = None if condition is None else Observer(condition, r)
+    true = torch.tensor(True)
+    status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
+    steps = moves = 0
+    while steps < limit:
+        steps += 1
+        Ap = matvec(p)
+        pAp = _number(p, Ap)
+        quotient = pAp / pp if pp else math.nan
+        steepest = max(steepest, abs(quotient))
+        curvatures.append(pAp)
+        sizes.append(rz)
+        if not quotient > flat * steepest:  # true for NaN too
+            betas.append(0.0)
+            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
+            bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp
+            status = Status.SINGULAR
+            if quotient < -flat * steepest or bent:
+                status = Status.NEGATIVE_CURVATURE
+            if not math.isfinite(quotient):
+                status = Status.NOT_FINITE
+            x = torch.full_like(x, math.nan) if status == Status.NOT_FINITE else best
+            break
+        moves += 1
+        alpha = rz / pAp
+        if observer is not None:
+            observer.along_alone(p, Ap, pAp)
+        x = torch.add(x, p, alpha=alpha)
+        r = torch.sub(r, Ap, alpha=alpha)
+        z = r if precondition is None else precondition(r)
+        rz_new = _number(r, z)
+        rr = rz_new if precondition is None else _number(r, r)
+        if rr < best_rr:
+            best, best_rr = x, rr
+        beta = rz_new / rz if rz else math.nan
+        betas.append(beta)
+        if observer is not None:
+            observer.after_step(x, math.sqrt(max(rr, 0.0)), true)
+        if rr <= target:
+            status = Status.CONVERGED
+            break
+        p = torch.add(z, p, alpha=beta)
+        pp = rr + beta * beta * pp if precondition is None else _number(p, p)
+        rz = rz_new
+
+    def ritz() -> Tensor:
+        known = torch.ones(steps, dtype=torch.bool)
+        pAp, size, beta = (r.new_tensor(kept) for kept in (curvatures, sizes, betas))
+        return ritz_values_of_cg(pAp, size, beta, known)
+
+    return Part(
+        x=x,
+        status=torch.tensor(int(status)),
+        iterations=torch.tensor(moves),
+        steps=steps,
+        negative=torch.tensor(status == Status.NEGATIVE_CURVATURE),
+        largest=r.new_tensor(steepest),
+        ritz=ritz if steps else None,
+        observer=observer,
+    )
+
+
+def _number(a: Tensor, b: Tensor) -> float:
+    return torch.dot(a, b).item()

@@ -1,0 +1,220 @@
+"""`implicit_grad` under the caller's vmaps, which it leaves to work on plain batches.
+
+Each test holds the batch against a loop over the tasks, on a problem whose answer is known:
+``inner = ||w - c||^2 / 2 + lam ||w||^2 / 2``, so ``w = c / (1 + lam)``, and with the outer loss
+``t . w`` the hypergradient is ``-t . c / (1 + lam)^2``.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from hypergrad import CG, ConvergenceWarning, Root, implicit_grad
+
+D = torch.float64
+
+
+def inner(c):
+    return lambda w, lam: ((w - c) ** 2).sum() / 2 + lam * (w**2).sum() / 2
+
+
+def outer(t):
+    return lambda w, lam: t @ w
+
+
+def exact(c, t, lam):
+    return -(c * t).sum(-1) / (1 + lam) ** 2
+
+
+def drawn(*shape):
+    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(0))
+
+
+def hypergradient(c, t, lam, **options):
+    w = c / (1 + lam)
+    return implicit_grad(outer(t), inner(c), w, lam, solver=CG(rtol=1e-12), **options)
+
+
+def test_batches_at_other_places_and_levels_that_batch_other_arguments():
+    c, t, lam = drawn(4, 3), drawn(4, 5), drawn(3).exp()
+    found = vmap(
+        lambda lam, c: vmap(lambda t: hypergradient(c, t, lam), in_dims=1)(t), in_dims=(0, 1)
+    )(lam, c)
+    torch.testing.assert_close(found, exact(c.T[:, None], t.T[None], lam[:, None]))
+
+
+def test_three_levels_the_middle_of_which_batches_nothing_that_is_used():
+    c, t, lam = drawn(2, 4), drawn(3, 4), torch.tensor(0.5, dtype=D)
+    found = vmap(
+        lambda c: vmap(lambda _: vmap(lambda t: hypergradient(c, t, lam))(t))(torch.zeros(5))
+    )(c)
+    expected = exact(c[:, None, None], t[None, None], lam).expand(2, 5, 3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_arguments_may_be_the_same_for_all_tasks():
+    c, t, lam = drawn(4), drawn(3, 4), torch.tensor(0.5, dtype=D)
+    found, info = vmap(lambda t: hypergradient(c, t, lam, return_info=True))(t)
+    torch.testing.assert_close(found, exact(c, t, lam))
+    torch.testing.assert_close(info.solution, t / (1 + lam))
+    torch.testing.assert_close(info.outer_value, t @ c / (1 + lam))
+    assert info.status.shape == (3,)
+    assert info.eigenvalues.shape == (3, 2)
+
+
+def test_the_warm_start_of_each_task_is_its_own():
+    c, t, lam = drawn(3, 4), drawn(3, 4), torch.tensor(0.5, dtype=D)
+    _, info = vmap(lambda c, t: hypergradient(c, t, lam, return_info=True))(c, t)
+    _, again = vmap(
+        lambda c, t, x0: hypergradient(c, t, lam, return_info=True, x0=x0),
+    )(c, t, info.solution)
+    assert again.iterations.tolist() == [0, 0, 0]
+
+
+def test_inference_mode_and_no_grad():
+    c, t, lam = drawn(3, 4), drawn(3, 4), torch.tensor(0.5, dtype=D)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = vmap(lambda c, t: hypergradient(c, t, lam))(c, t)
+        torch.testing.assert_close(found.clone(), exact(c, t, lam))
+
+
+def test_an_integer_argument_is_copied_and_the_callers_stays():
+    count = torch.tensor([[1, 2], [3, 4], [5, 6]])
+
+    def one(count, c):
+        def changed(w, h):
+            h["count"].add_(1)
+            return inner(c)(w, h["lam"])
+
+        return implicit_grad(
+            outer(torch.ones(4, dtype=D)),
+            changed,
+            c / 1.5,
+            {"lam": torch.tensor(0.5, dtype=D), "count": count},
+        )
+
+    with pytest.raises(Exception, match=r"count.*in place"):
+        vmap(one)(count, drawn(3, 4))
+    assert count.tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_wrong_number_in_one_task_is_named_with_the_others_left_alone():
+    c, t, lam = drawn(5, 4), drawn(5, 4), torch.tensor(0.5, dtype=D)
+    c[2] = torch.nan
+    with pytest.raises(Exception, match=r"1 of 5 tasks: params holds NaN"):
+        vmap(lambda c, t: hypergradient(c, t, lam))(c, t)
+    found = vmap(lambda c, t: hypergradient(c, t, lam, on_failure="ignore"))(c, t)
+    expected = exact(c, t, lam)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_one_warning_for_the_batch():
+    c, t, lam = drawn(5, 4), drawn(5, 4), torch.tensor(0.5, dtype=D)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vmap(lambda c, t: implicit_grad(outer(t), inner(c), c, lam))(c, t)
+    assert [w.category for w in caught] == [ConvergenceWarning]
+    assert "of 5 tasks: params does not solve" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+class Normed(nn.Module):
+    """Linear, affine layer norm, tanh, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_condition_that_takes_derivatives_itself_is_right_through_a_norm_layer():
+    # A derivative around vmap(grad(loss)) would be wrong here: it is noticed, and taken inside.
+    torch.manual_seed(0)
+    net = Normed().double().requires_grad_(False)
+    meta = {name: p + 0.3 * torch.randn_like(p) for name, p in net.named_parameters()}
+    x, y = drawn(3, 6, 2), torch.randint(2, (3, 6), generator=torch.Generator().manual_seed(1))
+
+    def objective(params, meta, x, y):
+        pull = sum(
+            ((p - m) ** 2).sum() for p, m in zip(params.values(), meta.values(), strict=True)
+        )
+        return F.cross_entropy(functional_call(net, params, (x,)), y) + 5 * pull
+
+    def one(x, y, condition):
+        return implicit_grad(
+            lambda params, meta: F.cross_entropy(functional_call(net, params, (x,)), 1 - y),
+            condition(lambda params, meta: objective(params, meta, x, y)),
+            meta,
+            meta,
+            solver=CG(rtol=1e-10),
+            inner_tol=None,
+        )
+
+    def gradient(f):
+        return Root(grad(f), symmetric=True)
+
+    batched = vmap(lambda x, y: one(x, y, gradient))(x, y)
+    for i in range(3):
+        alone = one(x[i], y[i], lambda f: f)  # by the objective, without any transform
+        for name, part in alone.items():
+            torch.testing.assert_close(batched[name][i], part, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_the_generator_moves_as_by_one_call_of_each_loss(derivatives):
+    def loss(w, h, c):
+        mask = F.dropout(torch.ones_like(w), 0.5)
+        return (mask * (w - c) ** 2).sum() / 2 + h * (w**2).sum() / 2
+
+    def one(c):
+        def condition(w, h):
+            return grad(loss)(w, h, c)
+
+        return implicit_grad(
+            lambda w, h: (w * F.dropout(torch.ones_like(w), 0.5)).sum(),
+            Root(condition, symmetric=True) if derivatives else lambda w, h: loss(w, h, c),
+            c,
+            torch.tensor(0.5, dtype=D),
+            inner_tol=None,
+            on_failure="ignore",
+        )
+
+    c = drawn(3, 4)
+    torch.manual_seed(0)
+    vmap(one, randomness="different")(c)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in range(2):
+        vmap(lambda c: F.dropout(torch.ones_like(c), 0.5), randomness="different")(c)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_a_preconditioner_may_close_over_the_tasks_data():
+    scale, t = drawn(3, 4).exp(), drawn(3, 4)
+    lam = torch.tensor(0.5, dtype=D)
+
+    def one(scale, t):
+        solver = CG(rtol=1e-12, preconditioner=lambda v: v / (scale + lam))
+        found, info = implicit_grad(
+            outer(t),
+            lambda w, lam: (scale * (w - 1) ** 2).sum() / 2 + lam * (w**2).sum() / 2,
+            scale / (scale + lam),
+            lam,
+            solver=solver,
+            return_info=True,
+        )
+        return found, info.iterations
+
+    found, iterations = vmap(one)(scale, t)
+    w = scale / (scale + lam)
+    torch.testing.assert_close(found, -(t * w / (scale + lam)).sum(-1))
+    assert iterations.tolist() == [1, 1, 1]
