@@ -180,7 +180,12 @@ def test_nested_vmaps_of_a_condition_that_takes_derivatives_itself(solver):
 
         condition = Root(grad(loss), symmetric=True)
         return implicit_grad(
-            outer(t), condition, scale / (scale + lam), lam, solver=solver, inner_tol=None
+            lambda w, lam: t @ w + (w**2).sum() / 2,
+            condition,
+            scale / (scale + lam),
+            lam,
+            solver=solver,
+            inner_tol=None,
         )
 
     found = vmap(lambda scale: vmap(lambda t: one(scale, t))(t))(scale)
@@ -188,7 +193,7 @@ def test_nested_vmaps_of_a_condition_that_takes_derivatives_itself(solver):
         w = scale[i] / (scale[i] + lam)
         A = torch.diag(scale[i] + lam)
         A[0, 1] = A[1, 0] = 1 / 9
-        torch.testing.assert_close(found[i], -torch.linalg.solve(A, t.T).T @ w)
+        torch.testing.assert_close(found[i], -torch.linalg.solve(A, (t + w).T).T @ w)
 
 
 @pytest.mark.parametrize("derivatives", [False, True])
