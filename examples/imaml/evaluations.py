@@ -25,10 +25,11 @@ def expected_products(system: System, budget: int) -> float:
     Returns
     -------
     float
-        With those for the last residual, or for the step size of a Neumann series.
+        With that for the last residual, and those for the step size of a Neumann series.
     """
-    further = {"neumann": POWER_STEPS, "identity": 0}.get(system.linear_solver, 1)
-    return 0.0 if system.linear_solver == "identity" else float(budget + further)
+    if system.linear_solver == "identity":
+        return 0.0
+    return float(budget + 1 + (POWER_STEPS if system.linear_solver == "neumann" else 0))
 
 
 def evaluations_a_task(
