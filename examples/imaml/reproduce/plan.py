@@ -14,7 +14,7 @@ SEEDS = range(5)
 SINUSOID_SECONDS = 20
 SINUSOID_EVALUATIONS = 500_000
 SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
-LONG_MINUTES = 60
+LONG_MINUTES = 40
 SHORT_MINUTES, FULL_MINUTES = 5, 20
 SETTING_MINUTES, CROPPED_MINUTES = 20, 20
 # MAML and iMAML first, then the others.
@@ -141,7 +141,7 @@ def _omniglot(
         (
             "--method", method, "--ways", str(ways), "--shots", str(shots), "--compare",
             "--meta-steps", ENDLESS, "--time-budget", str(60 * minutes),
-            "--validate-every", "100", *(("--pipeline", "cropped") if cropped else ()),
+            "--queries", "10" if ways == 5 else "5", "--validate-every", "100", *(("--pipeline", "cropped") if cropped else ()),
         ),
         60 * minutes * 1.15 + 60,
     )  # fmt: skip
