@@ -14,6 +14,7 @@ from rich.console import Console
 from examples.imaml.command_line import OneLineParser, finish, real, whole
 from examples.imaml.omniglot_data import DATA_DIR_VARIABLE, find_data_dir
 from examples.imaml.reproduce.plan import Planned, plan
+from examples.imaml.reproduce.records import read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
 
@@ -74,16 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
         for run in runs:
             runner.say(f"{state_of(given.out, run):>10}  {run.name}  about {run.seconds:.0f} s")
         return
-    if not given.report:
-        if not (given.smoke or find_data_dir(given.data_dir)):
-            runner.say(f"no data folder for Omniglot (--data-dir, {DATA_DIR_VARIABLE}): left out")
-            runs = [run for run in runs if run.program != "omniglot"]
-        try:
+    try:
+        if not given.report:
+            if not (given.smoke or find_data_dir(given.data_dir)):
+                runner.say(f"no folder for Omniglot (--data-dir, {DATA_DIR_VARIABLE}): left out")
+                runs = [run for run in runs if run.program != "omniglot"]
             runner.carry_out(runs)
-        finally:
-            write_report(given.out, plan(), given.results)
-    else:
-        write_report(given.out, plan(), given.results)
+    finally:
+        write_report(read_records(given.out, plan()), plan(), given.results)
     runner.say(f"Report: {given.results / 'README.md'}")
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from examples.imaml.reporting import save_figure
 from examples.imaml.reproduce.pictures import draw_curves, draw_published, draw_sinusoids
 from examples.imaml.reproduce.plan import Planned
-from examples.imaml.reproduce.records import Record, read_records
+from examples.imaml.reproduce.records import Record
 from examples.imaml.reproduce.tables import (
     omniglot_table,
     published_table,
@@ -48,19 +48,19 @@ OMNIGLOT_CAPTION = (
 )
 
 
-def write_report(out: Path, runs: Sequence[Planned], results: Path) -> None:
+def write_report(records: Sequence[Record], runs: Sequence[Planned], results: Path) -> None:
     """Write `README.md`, `results.json` and the pictures.
 
     Parameters
     ----------
-    out
-        The folder of the runs.
+    records
+        What has run, in the order of the tables.
     runs
         All that are declared.
     results
         Where the report goes.
     """
-    records, folder = read_records(out, runs), RunFolder(results)
+    folder = RunFolder(results)
     written = {
         "runs": [dataclasses.asdict(record) for record in records],
         "not_begun": [run.name for run in runs if run.name not in {r.name for r in records}],

@@ -26,7 +26,6 @@ State: TypeAlias = Literal["to do", "broken off", "finished", "failed"]
 
 INTERRUPTED, NOT_TRAINED = 130, 1
 POLL_SECONDS = 0.2
-PATIENCE = 120.0  # for the checkpoint of a run that is asked to stop
 
 
 def state_of(out: Path, planned: Planned) -> State:
@@ -84,6 +83,9 @@ class Runner:
         Seconds of the clock after which those that still run are broken off. None: never.
     console
         Where it is said what happens.
+    patience
+        Seconds that a run which is asked to stop has for its checkpoint. Then it is asked again,
+        which stops it at once: the first request is lost on a program that is still being loaded.
     """
 
     out: Path
@@ -91,6 +93,7 @@ class Runner:
     jobs: int
     budget: float | None
     console: Console
+    patience: float = 60.0
 
     def carry_out(self, runs: Sequence[Planned]) -> None:
         """Carry out what is not finished, in the order given.
@@ -183,9 +186,11 @@ class _Active:
 
     def stop(self, runner: Runner) -> None:
         """Wait for it after an interrupt."""
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for insist in (lambda: self.process.send_signal(signal.SIGINT), self.process.kill):
+            try:
+                self.process.wait(runner.patience)
+                break
+            except subprocess.TimeoutExpired:
+                insist()
+        self.process.wait()
         self.ended(runner)
