@@ -8,13 +8,14 @@ import argparse
 import os
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from examples.imaml.command_line import OneLineParser, finish, real, whole
 from examples.imaml.omniglot_data import DATA_DIR_VARIABLE, find_data_dir
-from examples.imaml.reproduce.plan import Planned, plan
-from examples.imaml.reproduce.records import read_records
+from examples.imaml.reproduce.plan import Planned, Program, plan
+from examples.imaml.reproduce.records import read_measured, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     further: dict[str, tuple[str, ...]] = {}
     if given.smoke:
-        further = {"sinusoid": ("--smoke",), "omniglot": ("--smoke",)}
+        further = dict.fromkeys(get_args(Program), ("--smoke",))
     elif given.data_dir:
         further["omniglot"] = ("--data-dir", str(given.data_dir))
     runner = Runner(given.out, further, given.jobs, given.budget, console)
@@ -82,7 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
                 runs = [run for run in runs if run.program != "omniglot"]
             runner.carry_out(runs)
     finally:
-        write_report(read_records(given.out, plan()), plan(), given.results)
+        every = plan()
+        records, measured = read_records(given.out, every), read_measured(given.out, every)
+        write_report(records, every, given.results, measured)
     runner.say(f"Report: {given.results / 'README.md'}")
 
 

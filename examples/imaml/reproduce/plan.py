@@ -8,7 +8,11 @@ from examples.imaml import sinusoid
 from examples.imaml.evaluations import evaluations_a_task, expected_products
 from examples.imaml.systems import METHODS, SYSTEMS, Method
 
-Program: TypeAlias = Literal["sinusoid", "omniglot"]
+Program: TypeAlias = Literal["sinusoid", "omniglot", "inner_steps"]
+TRAININGS: frozenset[Program] = frozenset({"sinusoid", "omniglot"})
+"""Those that keep checkpoints; the others measure in one go, and begin anew."""
+MEASUREMENTS: dict[Program, str] = {"inner_steps": "Sinusoids, against the number of inner steps"}
+"""Titles."""
 
 SEEDS = range(5)
 SINUSOID_SECONDS = 20
@@ -34,7 +38,7 @@ class Planned:
     name
         Its folder below the output folder, by which ``--only`` finds it.
     program
-        Which of the two.
+        Which.
     arguments
         Its command line, without the folders.
     seconds
@@ -63,6 +67,7 @@ def plan() -> list[Planned]:
     return [
         _omniglot("imaml", 5, 1, LONG_MINUTES),
         *_sinusoids_at_equal_time(),
+        Planned("inner-steps/seed0", "inner_steps", ("--seed", "0"), 120),
         *_sinusoids_at_equal_evaluations(),
         *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),

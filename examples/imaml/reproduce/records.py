@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.imaml.evaluations import evaluations_a_task
-from examples.imaml.reproduce.plan import Planned
+from examples.imaml.reproduce.plan import MEASUREMENTS, TRAININGS, Planned
 from examples.imaml.reproduce.runner import read_state
 from examples.imaml.systems import SYSTEMS, Method, Recipe, System
 
@@ -70,6 +70,65 @@ class Record:
         return SYSTEMS[self.method].name
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a program that trains nothing has left in its folder.
+
+    Parameters
+    ----------
+    name, title
+        Of the run, and over its table.
+    table
+        In Markdown.
+    picture
+        Its file.
+    records
+        All figures.
+    hardware
+        What computed it.
+    """
+
+    name: str
+    title: str
+    table: str
+    picture: Path
+    records: list[dict[str, Any]]
+    hardware: dict[str, Any]
+
+
+def read_measured(out: Path, runs: Sequence[Planned]) -> list[Measured]:
+    """Read the finished runs of the programs that train nothing.
+
+    Parameters
+    ----------
+    out
+        The folder of all runs.
+    runs
+        Which.
+
+    Returns
+    -------
+    list of Measured
+        In the same order.
+    """
+    found = []
+    for run in runs:
+        folder = out / run.name
+        state = read_state(folder)
+        if run.program not in TRAININGS and state.get("state") == "finished":
+            found.append(
+                Measured(
+                    run.name,
+                    MEASUREMENTS[run.program],
+                    (folder / f"{run.program}.md").read_text(),
+                    folder / f"{run.program}.png",
+                    _read_lines(folder / "metrics.jsonl"),
+                    state["hardware"],
+                )
+            )
+    return found
+
+
 def read_records(out: Path, runs: Sequence[Planned]) -> list[Record]:
     """Read every run that has measured something.
 
@@ -85,7 +144,7 @@ def read_records(out: Path, runs: Sequence[Planned]) -> list[Record]:
     list of Record
         Those that have begun.
     """
-    found = (_read(out / run.name, run) for run in runs)
+    found = (_read(out / run.name, run) for run in runs if run.program in TRAININGS)
     return [record for record in found if record]
 
 

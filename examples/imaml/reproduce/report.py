@@ -1,7 +1,6 @@
 """The report on what has run so far: Markdown, JSON and pictures."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from examples.imaml.reporting import save_figure
 from examples.imaml.reproduce.pictures import draw_curves, draw_published, draw_sinusoids
 from examples.imaml.reproduce.plan import Planned
-from examples.imaml.reproduce.records import Record
+from examples.imaml.reproduce.records import Measured, Record
 from examples.imaml.reproduce.tables import (
     omniglot_table,
     published_table,
@@ -40,6 +39,10 @@ SINUSOID_CAPTION = (
     "deviation over the seeds. Two systems are told apart where the 95% interval (Student's t) of "
     "the differences, seed by seed, leaves zero out."
 )
+PUBLISHED_CAPTION = (
+    "Accuracy in %, of ours on all queries of a task together (batch statistics over all of them, "
+    "as in the papers), for the longest finished run of each system."
+)
 OMNIGLOT_CAPTION = (
     "Accuracy, and 95% interval over 600 tasks of unseen characters; the parameters kept are "
     "those that were best on 200 validation tasks. The interval is over tasks of one training: "
@@ -48,46 +51,78 @@ OMNIGLOT_CAPTION = (
 )
 
 
-def write_report(records: Sequence[Record], runs: Sequence[Planned], results: Path) -> None:
+def write_report(
+    records: Sequence[Record],
+    runs: Sequence[Planned],
+    results: Path,
+    measured: Sequence[Measured] = (),
+) -> None:
     """Write `README.md`, `results.json` and the pictures.
 
     Parameters
     ----------
     records
-        What has run, in the order of the tables.
+        The trainings, in the order of the tables.
     runs
         All that are declared.
     results
         Where the report goes.
+    measured
+        What other programs have measured.
     """
     folder = RunFolder(results)
+    begun = {r.name for r in records} | {m.name for m in measured}
     written = {
         "runs": [dataclasses.asdict(record) for record in records],
-        "not_begun": [run.name for run in runs if run.name not in {r.name for r in records}],
+        "measured": {m.name: {"hardware": m.hardware, "records": m.records} for m in measured},
+        "not_begun": [run.name for run in runs if run.name not in begun],
     }
     folder.write_json("results.json", written)
     text = [HEAD, *_summary(records, len(runs))]
+
+    def show(name: str, alt: str, picture: Figure) -> None:
+        folder.write(name, save_figure(picture))
+        text.extend(["", f"![{alt}]({name})"])
+
     tables: dict[str, list[Record]] = {}
     for record in records:
         tables.setdefault(record.table, []).append(record)
-    for table, own in tables.items():
-        sinusoids = own[0].ways is None
-        text += ["", f"## {_title(table)}", "", SINUSOID_CAPTION if sinusoids else OMNIGLOT_CAPTION]
-        text += ["", *(sinusoid_table(own) if sinusoids else omniglot_table(own))]
-        text += ["", "Run with:", "", *recipes_table(own), *_comment(results, table)]
-    omniglot = [r for r in records if r.ways and "cropped" not in r.table]
-    if any(r.figures for r in omniglot):
-        text += ["", "## Omniglot, beside the published figures", ""]
-        text += [
-            "Accuracy in %, of ours on all queries of a task together (batch statistics over all "
-            "of them, as in the papers), for the longest finished run of each system."
-        ]
-        text += ["", *published_table(omniglot), *_comment(results, "published")]
-    for name, alt, picture in _pictures(tables, omniglot):
-        folder.write(name, save_figure(picture))
-        text += ["", f"![{alt}]({name})"]
+    sinusoids = {name: own for name, own in tables.items() if own[0].ways is None}
+    for name, own in sinusoids.items():
+        text += _section(name, SINUSOID_CAPTION, sinusoid_table(own), own, results)
+    if any(r.figures for own in sinusoids.values() for r in own):
+        panels = {_title(name).removeprefix("Sinusoids, "): own for name, own in sinusoids.items()}
+        show("sinusoids.png", "Error of each system on each seed", draw_sinusoids(panels))
+    characters = {name: own for name, own in tables.items() if own[0].ways}
+    for name, own in characters.items():
+        text += _section(name, OMNIGLOT_CAPTION, omniglot_table(own), own, results)
+    curves = {
+        _title(name).removeprefix("Omniglot, "): own
+        for name, own in characters.items()
+        if any(len(r.curve) > 1 for r in own)
+    }
+    if curves:
+        show("curves.png", "Accuracy on validation tasks along the trainings", draw_curves(curves))
+    resized = [r for own in characters.values() for r in own if "cropped" not in r.table]
+    if any(r.figures for r in resized):
+        text += ["", "## Omniglot, beside the published figures", "", PUBLISHED_CAPTION, ""]
+        text += [*published_table(resized), *_comment(results, "published")]
+        show("published.png", "Accuracy here and as published", draw_published(resized))
+    for one in measured:
+        text += ["", f"## {one.title}", "", one.table.strip(), *_comment(results, one.name)]
+        folder.write_bytes(one.picture.name, one.picture.read_bytes())
+        text += ["", f"![{one.title}]({one.picture.name})"]
     content = "\n".join(text) + "\n"
     folder.write("README.md", lambda path: path.write_text(content))
+
+
+def _section(
+    name: str, caption: str, table: list[str], records: Sequence[Record], results: Path
+) -> list[str]:
+    return [
+        "", f"## {_title(name)}", "", caption, "", *table,
+        "", "Run with:", "", *recipes_table(records), *_comment(results, name),
+    ]  # fmt: skip
 
 
 def _summary(records: Sequence[Record], declared: int) -> list[str]:
@@ -121,30 +156,3 @@ def _title(table: str) -> str:
 def _comment(results: Path, table: str) -> list[str]:
     path = results / COMMENTS / f"{table.replace('/', '-')}.md"
     return ["", path.read_text().strip()] if path.is_file() else []
-
-
-def _pictures(
-    tables: dict[str, list[Record]], omniglot: Sequence[Record]
-) -> list[tuple[str, str, Figure]]:
-    found = []
-    sinusoids = {
-        TITLES[t].removeprefix("Sinusoids, "): own for t, own in tables.items() if t in TITLES
-    }
-    if any(r.figures for own in sinusoids.values() for r in own):
-        found.append((
-            "sinusoids.png", "Error of each system on each seed, the mean as a dash",
-            draw_sinusoids(sinusoids),
-        ))  # fmt: skip
-    curves = {
-        _title(t).removeprefix("Omniglot, "): own
-        for t, own in tables.items()
-        if own[0].ways and any(len(r.curve) > 1 and math.isfinite(r.seconds) for r in own)
-    }
-    if curves:
-        found.append(("curves.png", "Learning curves on Omniglot", draw_curves(curves)))
-    if any(r.figures for r in omniglot):
-        found.append((
-            "published.png", "Accuracy of each system here, and as published",
-            draw_published(omniglot),
-        ))  # fmt: skip
-    return found

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, TypeAlias
 from rich.console import Console
 
 from examples.imaml.reproduce.hardware import describe_hardware
-from examples.imaml.reproduce.plan import Planned
+from examples.imaml.reproduce.plan import TRAININGS, Planned
 from examples.imaml.resume import Refused
 from examples.imaml.run_folder import RunFolder
 
@@ -152,7 +152,8 @@ class Runner:
         process = subprocess.Popen(
             [
                 sys.executable, "-m", f"examples.imaml.{run.program}", *run.arguments,
-                *self.further.get(run.program, ()), "--out", str(folder), "--resume", "auto",
+                *self.further.get(run.program, ()), "--out", str(folder),
+                *(("--resume", "auto") if run.program in TRAININGS else ()),
             ],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
