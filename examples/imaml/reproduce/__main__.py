@@ -19,6 +19,8 @@ from examples.imaml.reproduce.records import read_measured, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
 
+NEED_OMNIGLOT: tuple[Program, ...] = ("omniglot", "adaptation")
+
 
 def read_command_line(
     arguments: list[str] | None = None,
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.smoke:
         further = dict.fromkeys(get_args(Program), ("--smoke",))
     elif given.data_dir:
-        further["omniglot"] = ("--data-dir", str(given.data_dir))
+        further = dict.fromkeys(NEED_OMNIGLOT, ("--data-dir", str(given.data_dir)))
     runner = Runner(given.out, further, given.jobs, given.budget, console)
     if given.list:
         for run in runs:
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.report:
             if not (given.smoke or find_data_dir(given.data_dir)):
                 runner.say(f"no folder for Omniglot (--data-dir, {DATA_DIR_VARIABLE}): left out")
-                runs = [run for run in runs if run.program != "omniglot"]
+                runs = [run for run in runs if run.program not in NEED_OMNIGLOT]
             runner.carry_out(runs)
     finally:
         every = plan()

@@ -8,10 +8,13 @@ from examples.imaml import sinusoid
 from examples.imaml.evaluations import evaluations_a_task, expected_products
 from examples.imaml.systems import METHODS, SYSTEMS, Method
 
-Program: TypeAlias = Literal["sinusoid", "omniglot", "inner_steps"]
+Program: TypeAlias = Literal["sinusoid", "omniglot", "inner_steps", "adaptation"]
 TRAININGS: frozenset[Program] = frozenset({"sinusoid", "omniglot"})
 """Those that keep checkpoints; the others measure in one go, and begin anew."""
-MEASUREMENTS: dict[Program, str] = {"inner_steps": "Sinusoids, against the number of inner steps"}
+MEASUREMENTS: dict[Program, str] = {
+    "inner_steps": "Sinusoids, against the number of inner steps",
+    "adaptation": "Omniglot, against the number of inner steps",
+}
 """Titles."""
 
 SEEDS = range(5)
@@ -40,7 +43,7 @@ class Planned:
     program
         Which.
     arguments
-        Its command line, without the folders.
+        Its command line, without the folders; "{runs}" stands for that of all runs.
     seconds
         About so many of the processor it takes, validation and test included.
     """
@@ -64,10 +67,12 @@ def plan() -> list[Planned]:
     list of Planned
         Each name once.
     """
+    long = _omniglot("imaml", 5, 1, LONG_MINUTES)
     return [
-        _omniglot("imaml", 5, 1, LONG_MINUTES),
+        long,
         *_sinusoids_at_equal_time(),
-        Planned("inner-steps/seed0", "inner_steps", ("--seed", "0"), 120),
+        Planned("inner-steps/sinusoid", "inner_steps", ("--seed", "0"), 120),
+        Planned("inner-steps/omniglot", "adaptation", (f"{{runs}}/{long.name}",), 180),
         *_sinusoids_at_equal_evaluations(),
         *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),

@@ -151,7 +151,8 @@ class Runner:
         output = (folder / "output.txt").open("a")
         process = subprocess.Popen(
             [
-                sys.executable, "-m", f"examples.imaml.{run.program}", *run.arguments,
+                sys.executable, "-m", f"examples.imaml.{run.program}",
+                *(part.format(runs=self.out) for part in run.arguments),
                 *self.further.get(run.program, ()), "--out", str(folder),
                 *(("--resume", "auto") if run.program in TRAININGS else ()),
             ],
