@@ -26,8 +26,8 @@ HEAD = """\
 
 `make reproduce` (`python -m examples.imaml.reproduce`) has made the tables and pictures of this
 page from the runs that had ended, or begun, by then; it goes on where it stopped. The paragraphs
-below a table are written by hand, about the figures in it. The systems are those of
-[the examples](../examples/README.md#the-systems); `results.json` has every figure, with curves.
+below a table are written by hand, about the figures in it. The systems, and how evaluations are
+counted, are described in `examples/README.md`; `results.json` has every figure, with curves.
 """
 
 TITLES = {

@@ -24,6 +24,7 @@ from examples.imaml.run_folder import RunFolder
 
 State: TypeAlias = Literal["to do", "broken off", "finished", "failed"]
 
+UNFINISHED: frozenset[State] = frozenset({"to do", "broken off"})
 INTERRUPTED, NOT_TRAINED = 130, 1
 POLL_SECONDS = 0.2
 
@@ -108,7 +109,7 @@ class Runner:
         KeyboardInterrupt
             After Ctrl-C, with the running ones broken off at a checkpoint.
         """
-        waiting = [run for run in runs if state_of(self.out, run) in {"to do", "broken off"}]
+        waiting = [run for run in runs if state_of(self.out, run) in UNFINISHED]
         end = time.monotonic() + (self.budget or float("inf"))
         active: list[_Active] = []
         try:
@@ -117,7 +118,9 @@ class Runner:
                 if time.monotonic() >= end:
                     break
                 while waiting and len(active) < self.jobs:
-                    active.append(self._start(waiting.pop(0)))
+                    run = waiting.pop(0)
+                    if state_of(self.out, run) in UNFINISHED:  # another call may have been here
+                        active.append(self._start(run))
                 time.sleep(POLL_SECONDS)
         finally:
             for one in active:
@@ -158,8 +161,14 @@ class Runner:
             ],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            preexec_fn=_listen if os.name == "posix" else None,
         )  # fmt: skip
         return _Active(run, process, output)
+
+
+def _listen() -> None:
+    """Take interrupts, which a shell lets what it starts in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
