@@ -51,6 +51,40 @@ def draw_sinusoids(tables: Mapping[str, Sequence[Record]]) -> Figure:
     return figure
 
 
+def draw_sinusoid_curves(records: Sequence[Record]) -> Figure:
+    """Draw the error on the validation tasks against seconds and against evaluations.
+
+    Parameters
+    ----------
+    records
+        Of one table; finished runs are drawn, a line a seed.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_seconds, by_evaluations = figure.subplots(1, 2, sharey=True)
+    named: set[Method] = set()
+    for record in (r for r in records if r.state == "finished" and r.curve):
+        seconds, steps, values = zip(*record.curve, strict=True)
+        a_step = record.evaluations / record.meta_steps
+        style = {"color": COLOURS[record.method], "alpha": 0.7, "linewidth": 1.2}
+        label = None if record.method in named else record.method
+        by_seconds.plot(seconds, values, label=label, **style)
+        by_evaluations.plot([step * a_step / 1e3 for step in steps], values, **style)
+        named.add(record.method)
+    by_seconds.set_xlabel("seconds of meta-steps")
+    by_evaluations.set_xlabel("thousand evaluations")
+    by_seconds.set_ylabel("error on validation tasks")
+    by_seconds.legend(fontsize="small")
+    for axes in (by_seconds, by_evaluations):
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
 def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
     """Draw the accuracy on the validation tasks against minutes of meta-steps.
 

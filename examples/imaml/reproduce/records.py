@@ -1,6 +1,7 @@
 """What a run has left in its folder, as one record."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,6 +69,12 @@ class Record:
     def title(self) -> str:
         """The system's name."""
         return SYSTEMS[self.method].name
+
+    def at_evaluations(self, evaluations: float) -> float:
+        """Return the last figure on the validation tasks within so many evaluations, or NaN."""
+        a_step = self.evaluations / max(self.meta_steps, 1)
+        within = [value for _, step, value in self.curve if step * a_step <= evaluations]
+        return within[-1] if within else math.nan
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ def sinusoid_table(records: Sequence[Record]) -> list[str]:
     """
     errors = by_seed(records, "after")
     reference = errors.get(REFERENCE, {})
+    shared = shared_evaluations(records)
     lines = [
         "| method | seeds | meta-steps | evaluations | seconds | error: mean ± sd | by seed "
-        f"| minus `{REFERENCE}`, 95% interval | told apart |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| minus `{REFERENCE}`, 95% interval | told apart "
+        f"| on the way, at {shared / 1e3:,.0f} k evaluations |",
+        "| --- |" + " --- |" * 9,
     ]
     for method in sorted(errors, key=lambda m: spread(list(errors[m].values())).mean):
         own = [r for r in records if r.method == method and r.state == "finished"]
@@ -47,10 +49,16 @@ def sinusoid_table(records: Sequence[Record]) -> list[str]:
             f"| `{method}` | {one.count} | {_mean(r.meta_steps for r in own):,.0f} "
             f"| {_mean(r.evaluations for r in own) / 1e3:,.0f} k "
             f"| {_mean(r.seconds for r in own):.1f} | {_with_deviation(one)} | {listed} "
-            f"| {_difference(method, paired(errors[method], reference))} |"
+            f"| {_difference(method, paired(errors[method], reference))} "
+            f"| {_with_deviation(spread([r.at_evaluations(shared) for r in own]))} |"
         )
     lines += _notes(records)
     return lines
+
+
+def shared_evaluations(records: Iterable[Record]) -> float:
+    """Return how many evaluations every finished run has made; 0 without one."""
+    return min((r.evaluations for r in records if r.state == "finished"), default=0.0)
 
 
 def omniglot_table(records: Sequence[Record]) -> list[str]:
