@@ -251,10 +251,18 @@ def test_on_the_way_systems_are_compared_at_evaluations_that_all_have_made(tmp_p
     }  # fmt: skip
 
 
-def test_one_seed_is_no_ranking(tmp_path):
-    text = report(tmp_path, [record("imaml", 0, 0.1), record("maml", 0, 9.0)])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_are_no_ranking(tmp_path, seeds):
+    text = report(
+        tmp_path,
+        [
+            record(method, seed, error)
+            for method, error in (("imaml", 0.1), ("maml", 9.0))
+            for seed in range(seeds)
+        ],
+    )
 
-    assert "| +8.900 | no: one seed |" in text
+    assert "| +8.900 | no: too few seeds |" in text
 
 
 def test_what_is_broken_off_says_after_how_long_and_takes_no_part_in_means(tmp_path):

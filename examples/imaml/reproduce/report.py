@@ -41,8 +41,8 @@ TITLES = {
 }
 SINUSOID_CAPTION = (
     "Mean squared error on 600 unseen sinusoids after adaptation to 10 points; mean and standard "
-    "deviation over the seeds. Two systems are told apart where the 95% interval (Student's t) of "
-    "the differences, seed by seed, leaves zero out. The last column is the error on 100 "
+    "deviation over the seeds. Two systems are told apart where three seeds or more are there and "
+    "the 95% interval (Student's t) of the differences, seed by seed, leaves zero out. The last column is the error on 100 "
     "validation tasks at the last validation within the fewest evaluations that a run made; the "
     "rates have then fallen by different amounts."
 )

@@ -8,6 +8,7 @@ from examples.imaml.reproduce.spread import Spread, paired, spread
 from examples.imaml.systems import METHODS, SYSTEMS, Method
 
 REFERENCE: Method = "imaml"
+FEWEST_SEEDS = 3  # that tell two systems apart
 
 
 def by_seed(records: Iterable[Record], figure: str) -> dict[Method, dict[int, float]]:
@@ -183,8 +184,8 @@ def _notes(records: Iterable[Record]) -> list[str]:
 def _difference(method: Method, found: Spread | None) -> str:
     if method == REFERENCE or found is None:
         return "- | -"
-    if found.count < 2:
-        return f"{found.mean:+.3f} | no: one seed"
+    if found.count < FEWEST_SEEDS:
+        return f"{found.mean:+.3f} | no: too few seeds"
     verdict = "no" if not found.is_apart_from_zero else "worse" if found.mean > 0 else "better"
     return f"{found.mean:+.3f} ± {found.interval:.3f} | {verdict}"
 
