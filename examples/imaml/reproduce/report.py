@@ -42,9 +42,9 @@ TITLES = {
 SINUSOID_CAPTION = (
     "Mean squared error on 600 unseen sinusoids after adaptation to 10 points; mean and standard "
     "deviation over the seeds. Two systems are told apart where three seeds or more are there and "
-    "the 95% interval (Student's t) of the differences, seed by seed, leaves zero out. The last column is the error on 100 "
-    "validation tasks at the last validation within the fewest evaluations that a run made; the "
-    "rates have then fallen by different amounts."
+    "the 95% interval (Student's t) of the differences, seed by seed, leaves zero out. The last "
+    "column is the error on 100 validation tasks at the last validation within the fewest "
+    "evaluations that a run made; the rates have then fallen by different amounts."
 )
 PUBLISHED_CAPTION = (
     "Accuracy in %, of ours on all queries of a task together (batch statistics over all of them, "
