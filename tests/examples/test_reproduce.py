@@ -114,6 +114,15 @@ def test_smoke_run_writes_tables_and_pictures_and_is_done_once(tmp_path, capsys)
     assert (results / "README.md").read_text() == text
 
 
+@pytest.fixture
+def interruptible():
+    """Take Ctrl-C, which a test run in the background of a shell was started to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
     run = tiny("run", "--meta-steps", "300")
     checkpoints = runner.out / run.name / "checkpoints"
