@@ -18,7 +18,7 @@ from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outer import outer_gradient
-from ._overloads import AnyObjective, Hparams, Inner, Objective, ObjectiveAndAux, Options, Params
+from ._overloads import Hparams, Inner, Options, Outer, Params
 from ._problem import Problem, TakesDerivatives
 from ._randomness import Draw, generators, restore
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
@@ -38,7 +38,7 @@ from .solvers._base import mapped_by_caller, norm
 
 @overload
 def implicit_grad(
-    outer: Objective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -49,7 +49,7 @@ def implicit_grad(
 ) -> Hparams: ...
 @overload
 def implicit_grad(
-    outer: ObjectiveAndAux[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -60,7 +60,7 @@ def implicit_grad(
 ) -> tuple[Hparams, Any]: ...
 @overload
 def implicit_grad(
-    outer: AnyObjective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -71,7 +71,7 @@ def implicit_grad(
 ) -> tuple[Hparams, SolveInfo]: ...
 @overload
 def implicit_grad(
-    outer: AnyObjective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -181,7 +181,7 @@ def implicit_grad(
 
 @overload
 def implicit_backward(
-    outer: Objective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -192,7 +192,7 @@ def implicit_backward(
 ) -> Tensor: ...
 @overload
 def implicit_backward(
-    outer: ObjectiveAndAux[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -203,7 +203,7 @@ def implicit_backward(
 ) -> tuple[Tensor, Any]: ...
 @overload
 def implicit_backward(
-    outer: AnyObjective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,
@@ -214,7 +214,7 @@ def implicit_backward(
 ) -> tuple[Tensor, SolveInfo]: ...
 @overload
 def implicit_backward(
-    outer: AnyObjective[Params, Hparams],
+    outer: Outer[Params, Hparams],
     inner: Inner[Params, Hparams],
     params: Params,
     hparams: Hparams,

@@ -15,9 +15,9 @@ from .solvers import Solver
 Params = TypeVar("Params")
 Hparams = TypeVar("Hparams")
 
+# In every overload the same: where they differ, a lambda makes type checkers return Any.
+Outer: TypeAlias = Callable[[Params, Hparams], Tensor | tuple[Tensor, Any]]
 Objective: TypeAlias = Callable[[Params, Hparams], Tensor]
-ObjectiveAndAux: TypeAlias = Callable[[Params, Hparams], tuple[Tensor, Any]]
-AnyObjective: TypeAlias = Callable[[Params, Hparams], Tensor | tuple[Tensor, Any]]
 Inner: TypeAlias = Callable[[Params, Hparams], Tensor] | Condition
 
 

@@ -138,7 +138,7 @@ def evidence(
     nan = torch.full_like(outer_value, math.nan, dtype=torch.promote_types(outer_value.dtype, F32))
     zero = torch.zeros_like(outer_value, dtype=torch.int64)
     known: dict[str, Any] = dict.fromkeys(
-        ("residual_norm", "inner_residual", "outer_error", "error_estimate"), nan
+        ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
     )
     return SolveInfo(
         status=torch.where(success, zero + int(Status.CONVERGED), int(Status.MAX_ITERATIONS)),

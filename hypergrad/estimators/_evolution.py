@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .._captures import refuse_distributed
 from .._errors import NotConverged
 from .._guard import Guard
-from .._overloads import Hparams, Objective
+from .._overloads import Hparams, Outer
 from .._problem import scalar
 from .._randomness import Draw
 from .._report import OnFailure, check_on_failure
@@ -83,7 +83,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def evolution_strategies_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[..., Any] | None,
     init: Any,
     hparams: Hparams,
@@ -93,7 +93,7 @@ def evolution_strategies_grad(
 ) -> Hparams: ...
 @overload
 def evolution_strategies_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[..., Any] | None,
     init: Any,
     hparams: Hparams,
@@ -103,7 +103,7 @@ def evolution_strategies_grad(
 ) -> tuple[Hparams, EvolutionInfo]: ...
 @overload
 def evolution_strategies_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[..., Any] | None,
     init: Any,
     hparams: Hparams,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._conditions import plus
 from .._errors import NotConverged
 from .._info import SolveInfo
-from .._overloads import AnyObjective, Hparams, Objective
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Layout
@@ -41,7 +41,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def finite_difference_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -52,7 +52,7 @@ def finite_difference_grad(
 ) -> Hparams: ...
 @overload
 def finite_difference_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -63,7 +63,7 @@ def finite_difference_grad(
 ) -> tuple[Hparams, SolveInfo]: ...
 @overload
 def finite_difference_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,

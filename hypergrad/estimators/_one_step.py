@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import StructureMismatch
-from .._overloads import AnyObjective, Hparams, Objective
+from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Tree
@@ -28,7 +28,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def one_step_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[[Any, Hparams], Any],
     params: Any,
     hparams: Hparams,
@@ -39,7 +39,7 @@ def one_step_grad(
 ) -> Hparams: ...
 @overload
 def one_step_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[[Any, Hparams], Any],
     params: Any,
     hparams: Hparams,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._conditions import plus
 from .._errors import NotConverged
 from .._info import SolveInfo
-from .._overloads import AnyObjective, Hparams, Objective
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._trace import detached
 from .._transforms import never_compiled
@@ -45,7 +45,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def penalty_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -57,7 +57,7 @@ def penalty_grad(
 ) -> Hparams: ...
 @overload
 def penalty_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -69,7 +69,7 @@ def penalty_grad(
 ) -> tuple[Hparams, SolveInfo]: ...
 @overload
 def penalty_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,

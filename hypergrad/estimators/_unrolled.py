@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import UnsupportedOperation
-from .._overloads import AnyObjective, Hparams, Objective
+from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from ._answer import hypergradient
@@ -33,7 +33,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def unrolled_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[..., Any],
     init: Any,
     hparams: Hparams,
@@ -44,7 +44,7 @@ def unrolled_grad(
 ) -> Hparams: ...
 @overload
 def unrolled_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     step: Callable[..., Any],
     init: Any,
     hparams: Hparams,

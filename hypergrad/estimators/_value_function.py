@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._conditions import plus
 from .._errors import Diverged
-from .._overloads import AnyObjective, Hparams, Objective
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from ._answer import Found, hypergradient, judge_figure
@@ -82,7 +82,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def value_function_grad(
-    outer: Objective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -93,7 +93,7 @@ def value_function_grad(
 ) -> Hparams: ...
 @overload
 def value_function_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
@@ -104,7 +104,7 @@ def value_function_grad(
 ) -> tuple[Hparams, ValueFunctionInfo]: ...
 @overload
 def value_function_grad(
-    outer: AnyObjective[Any, Hparams],
+    outer: Outer[Any, Hparams],
     inner: Objective[Any, Hparams],
     params: Any,
     hparams: Hparams,
