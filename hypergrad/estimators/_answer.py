@@ -132,6 +132,7 @@ def evidence(
     outer_value: Tensor,
     solution: Any,
     aux: Any,
+    failed: Status = Status.MAX_ITERATIONS,
     **figures: Tensor,
 ) -> SolveInfo:
     """A `SolveInfo` of an estimator that solves no linear system: NaN where it knows nothing."""
@@ -141,7 +142,7 @@ def evidence(
         ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
     )
     return SolveInfo(
-        status=torch.where(success, zero + int(Status.CONVERGED), int(Status.MAX_ITERATIONS)),
+        status=torch.where(success, zero + int(Status.CONVERGED), int(failed)),
         success=success,
         iterations=zero,
         matvecs=zero,
