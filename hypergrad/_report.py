@@ -171,16 +171,13 @@ def _diagnose(
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
         case Status.MAX_ITERATIONS if not _inner_alone(row, inner_tol, solver):
-            if hasattr(solver, "terms"):
-                return NotConverged, (
-                    f"{name} ran out of terms{after}, at {at}. Raise terms, loosen rtol, or use "
-                    "CG() or GMRES(), which need fewer products."
-                )
-            return NotConverged, (
-                f"{name} ran out of iterations{after}, at {at}. Raise maxiter, loosen rtol, add "
-                "damping, or pass a preconditioner; x0=last_info.solution starts from the last "
-                "answer."
+            cure = (
+                "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
+                if hasattr(solver, "terms")
+                else "maxiter, loosen rtol, add damping, or pass a preconditioner; "
+                "x0=last_info.solution starts from the last answer."
             )
+            return NotConverged, (f"{name} ran out of iterations{after}, at {at}. Raise {cure}")
         case Status.NEGATIVE_CURVATURE:
             return IndefiniteHessian, (
                 f"{name} met negative curvature (p.Ap <= 0){after}, at "

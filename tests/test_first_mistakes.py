@@ -226,7 +226,7 @@ def test_too_few_iterations_name_the_field_that_the_solver_has():
     run = lambda solver: lambda: implicit_grad(outer, inner, W, DECAY, solver=solver)
     for solver in (CG(maxiter=3, rtol=1e-6), GMRES(maxiter=3, rtol=1e-6)):
         warned(run(solver), "ran out of iterations", "Raise maxiter", "about 1e-1")
-    warned(run(Neumann(terms=3, rtol=1e-4)), "ran out of terms", "Raise terms", "CG()")
+    warned(run(Neumann(terms=3, rtol=1e-4)), "ran out of iterations", "Raise terms", "CG()")
     warned(run(Neumann(step_size=1.0)), "diverged", "step_size of about 1e-1 is safe")
 
 
