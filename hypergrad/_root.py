@@ -111,7 +111,8 @@ def root_vjp(
     (tensor(0.2500),)
     """
     rule, trees = _rule(F, params, args, solver, on_failure)
-    _positions(argnums, len(trees))
+    for position in _positions(argnums, len(trees)):
+        trees[position - 1].refuse_opaque()
     problem = rule.problem
     captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))

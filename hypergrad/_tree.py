@@ -66,20 +66,36 @@ class Tree:
         """The name of the variable at a position of `variables`."""
         return self.path(self.where[position])
 
+    def refuse_opaque(self) -> None:
+        """Raise if a leaf looks as if it carried a derivative and does not.
+
+        Raises
+        ------
+        StructureMismatch
+            Naming the leaf.
+        """
+        for index, leaf in enumerate(self.leaves):
+            kind = type(leaf).__name__
+            if kind == "ndarray":
+                raise StructureMismatch(
+                    f"{self.path(index)} is a NumPy array, which carries no derivative; pass "
+                    "torch.as_tensor(...) of it."
+                )
+            if _hides_tensors(leaf):
+                raise StructureMismatch(
+                    f"{self.path(index)} is a {kind}, which torch does not know as a pytree, so "
+                    "that the tensors in it would be constants; pass a dict or a tuple of them."
+                )
+
     def refuse_constant(self) -> None:
-        """Raise if no leaf can carry a derivative, or one is an array of NumPy's.
+        """Raise if no leaf can carry a derivative, or one that looks as if it could does not.
 
         Raises
         ------
         StructureMismatch
             Naming what is there in place of a tensor.
         """
-        for index, leaf in enumerate(self.leaves):
-            if type(leaf).__name__ == "ndarray":
-                raise StructureMismatch(
-                    f"{self.path(index)} is a NumPy array, which carries no derivative; pass "
-                    "torch.as_tensor(...) of it."
-                )
+        self.refuse_opaque()
         if not self.where:
             kinds = {
                 str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -258,6 +274,14 @@ def _usable(leaf: Any) -> Any:
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf is a container of tensors that torch takes for one value."""
+    if isinstance(leaf, Tensor):
+        return False
+    held = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
+    return any(isinstance(value, Tensor) for value in held)
 
 
 def _refuse_modules(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 
@@ -382,3 +383,26 @@ def test_a_decorated_solver_says_what_it_returned_and_what_init_is():
     ):
         fit = custom_argmin(inner)(lambda init, h, returned=returned: returned)
         raised(StructureMismatch, lambda fit=fit: fit(torch.zeros(30), DECAY), words)
+
+
+@dataclasses.dataclass
+class Settings:
+    decay: torch.Tensor
+
+
+@pytest.mark.parametrize("hparams", [Settings(DECAY), [Settings(DECAY), DECAY], {DECAY}])
+def test_a_container_that_is_no_pytree_is_refused_with_the_cure(hparams):
+    """Beside a tensor it came back as its own gradient."""
+    first = lambda h: next(iter(h)) if isinstance(h, list | set) else h
+    decay = lambda h: getattr(first(h), "decay", DECAY)
+    for call in (
+        lambda: implicit_grad(outer, lambda w, h: inner(w, decay(h)), W, hparams),
+        lambda: hypergrad.one_step_grad(outer, lambda w, h: STEP(w, decay(h)), W, hparams),
+    ):
+        raised(StructureMismatch, call, "does not know as a pytree", "pass a dict or a tuple")
+
+
+def test_a_container_among_the_arguments_of_a_root_is_refused():
+    one = torch.ones(())
+    call = lambda: hypergrad.root_vjp(lambda x, s: x - s.decay, one, (Settings(one),), one)
+    raised(StructureMismatch, call, "args[0] is a Settings", "pass a dict or a tuple")
