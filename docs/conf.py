@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from sphinx.pycode.parser import VariableCommentPicker
+
 import hypergrad
 
 HERE = Path(__file__).parent
@@ -45,6 +47,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+# One signature for each function: overloads are for type checkers.
+VariableCommentPicker.is_overload = lambda self, decorators: False
 napoleon_google_docstring = False
 # The types in docstrings are for reading ("pytree of tensors"); those in signatures are links.
 napoleon_use_param = False
