@@ -1,13 +1,28 @@
-"""What the README and the API reference promise."""
+"""What the README, the API reference and the pages promise."""
 
+import doctest
+import functools
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
+import pytest
 import torch
 
 import hypergrad
+from hypergrad import inner, projections, prox
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PUBLIC = {
+    **{f"hypergrad.{name}": getattr(hypergrad, name) for name in hypergrad.__all__},
+    **{
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module in (inner, prox, projections)
+        for name in module.__all__
+    },
+}
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("examples/**/*.md")])
 
 
 def test_the_readme_example_gives_the_hypergradient():
@@ -27,7 +42,12 @@ def test_the_readme_example_gives_the_hypergradient():
 
 
 def test_the_reference_lists_every_public_name():
-    directive = r"^\.\. auto(?:class|exception|function):: (\w+)$"
-    listed = re.findall(directive, (ROOT / "docs/api.md").read_text(), re.MULTILINE)
-    public = [name for name in hypergrad.__all__ if not name.startswith("_")]
-    assert sorted(listed) == sorted(public)
+    directive = r"^\.\. auto(?:class|exception|function):: ([\w.]+)$"
+    listed = re.findall(directive, (DOCS / "api.md").read_text(), re.MULTILINE)
+    full = [name if name.startswith("hypergrad.") else f"hypergrad.{name}" for name in listed]
+    assert sorted(full) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example(name):
+    assert doctest.DocTestParser().get_examples(PUBLIC[name].__doc__ or ""), name
