@@ -22,8 +22,11 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx-mathjax-offline",  # the formulae without the network
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxcontrib.bibtex",
     "sphinx_copybutton",
     "sphinx_design",
+    "links",  # docs/links.py: no link inside the site leads nowhere
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
@@ -46,6 +49,10 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = False
+viewcode_line_numbers = True
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "alpha"
+bibtex_reference_style = "author_year"
 # The types in docstrings are for reading ("pytree of tensors"); those in signatures are links.
 napoleon_use_param = False
 napoleon_use_rtype = False

@@ -26,17 +26,17 @@ class Status(IntEnum):
 
     #: The residual is within the tolerance.
     CONVERGED = 0
-    #: The iterations ran out: give it more, a preconditioner, or the last solution as ``x0``.
+    #: The iterations ran out. Give it more, a preconditioner, or the last solution as ``x0``.
     MAX_ITERATIONS = 1
-    #: The matrix is not positive definite: damping, `MINRES`, or a `GaussNewton` condition.
+    #: The matrix is not positive definite. Try damping, `MINRES`, or `GaussNewton`.
     NEGATIVE_CURVATURE = 2
-    #: The method can make no further step: take another one, `GMRES` or `Exact`.
+    #: The method can make no further step. Take another one: `GMRES` or `Exact`.
     BREAKDOWN = 3
-    #: Rounding allows no smaller residual: float64, where the one reached is too large.
+    #: Rounding allows no smaller residual. Use float64, where that is too large.
     STAGNATED = 4
-    #: The iteration moves away from the solution: a smaller step size, or another method.
+    #: The iteration moves away from the solution. Try a smaller step size, or another method.
     DIVERGED = 5
-    #: The matrix is singular and the system has no solution: a regulariser, or damping.
+    #: The matrix is singular and the system has no solution. Add a regulariser, or damping.
     SINGULAR = 6
     #: NaN or infinity was met.
     NOT_FINITE = 7
