@@ -30,7 +30,7 @@ class Status(IntEnum):
     MAX_ITERATIONS = 1
     #: The matrix is not positive definite. Try damping, `MINRES`, or `GaussNewton`.
     NEGATIVE_CURVATURE = 2
-    #: The method can make no further step. Take another one: `GMRES` or `Exact`.
+    #: The method can make no further step. Take another one, `GMRES` or `Exact`.
     BREAKDOWN = 3
     #: Rounding allows no smaller residual. Use float64, where that is too large.
     STAGNATED = 4
