@@ -80,4 +80,5 @@ found = lambda name: importlib.util.find_spec(name) is not None
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
 """
