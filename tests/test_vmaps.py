@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from hypergrad import CG, ConvergenceWarning, Root, implicit_grad
+from hypergrad import CG, GMRES, MINRES, ConvergenceWarning, Exact, Root, implicit_grad
 
 D = torch.float64
 
@@ -167,6 +167,28 @@ def test_a_condition_that_takes_derivatives_itself_is_right_through_a_norm_layer
         alone = one(x[i], y[i], lambda f: f)  # by the objective, without any transform
         for name, part in alone.items():
             torch.testing.assert_close(batched[name][i], part, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [Exact(), GMRES(), MINRES()])
+def test_nested_vmaps_of_a_condition_that_takes_derivatives_itself(solver):
+    # torch.linalg.lu_solve is wrong where the outer vmap alone has a batch of matrices.
+    scale, t, lam = drawn(2, 3).exp(), drawn(4, 3), torch.tensor(0.5, dtype=D)
+
+    def one(scale, t):
+        def loss(w, lam):
+            return (scale * (w - 1) ** 2).sum() / 2 + lam * (w**2).sum() / 2 + w[0] * w[1] / 9
+
+        condition = Root(grad(loss), symmetric=True)
+        return implicit_grad(
+            outer(t), condition, scale / (scale + lam), lam, solver=solver, inner_tol=None
+        )
+
+    found = vmap(lambda scale: vmap(lambda t: one(scale, t))(t))(scale)
+    for i in range(2):
+        w = scale[i] / (scale[i] + lam)
+        A = torch.diag(scale[i] + lam)
+        A[0, 1] = A[1, 0] = 1 / 9
+        torch.testing.assert_close(found[i], -torch.linalg.solve(A, t.T).T @ w)
 
 
 @pytest.mark.parametrize("derivatives", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._conditions import Minimum
 from .._implicit_grad import implicit_grad
 from .._info import SolveInfo
 from ..solvers import Solver
@@ -64,7 +65,9 @@ def estimate(
     info : SolveInfo or None
         The evidence, of "implicit".
     """
-    losses = levels.outer_on(outer), levels.inner_on(inner)
+    condition = levels.inner_on(inner)
+    # A plain loss is handed on as it came in.
+    losses = levels.outer_on(outer), condition.f if type(condition) is Minimum else condition
     params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]
