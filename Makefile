@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 SPHINX := $(BIN)/python -m sphinx -W -q
 
-.PHONY: help demo omniglot test docs lint format bench clean
+.PHONY: help demo omniglot reproduce test docs lint format bench clean
 # Two pips in one environment get into each other's way.
 .NOTPARALLEL:
 
@@ -27,6 +27,9 @@ demo: $(VENV)/.with-examples  ## iMAML on sinusoids: trains, then a table and a 
 
 omniglot: $(VENV)/.with-examples  ## iMAML on Omniglot, 5-way 1-shot
 	$(BIN)/python -m examples.imaml.omniglot $(ARGS)
+
+reproduce: $(VENV)/.with-examples  ## the whole comparison, as far as ARGS="--budget SECONDS" goes; writes results/
+	$(BIN)/python -m examples.imaml.reproduce $(ARGS)
 
 # One thread each: as many workers as cores are already at work.
 test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings

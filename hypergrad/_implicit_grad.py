@@ -353,14 +353,18 @@ class _Call:
         )
         if self.on_failure != "ignore":
             warn_of_unused(H, "Neither outer nor inner", direct, indirect)
-        solution = layout.split(u)
         sources = [*self.problem.tensors, *sources, *lin.captured]
         with nullcontext() if vmaps is None else vmaps.entered():
+            if self.return_info:
+                solution = layout.split(u)
+                if vmaps is not None:
+                    solution, info = vmaps.wrapped_tree((solution, info))
+                info = dataclasses.replace(info, solution=P.fill(solution))
             if vmaps is not None:
-                leaves, solution, info = vmaps.wrapped_tree((leaves, solution, info))
+                leaves = [vmaps.wrapped(leaf) for leaf in leaves]
             leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
             aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, aux)
-            info = dataclasses.replace(info, solution=P.fill(solution), aux=aux)
+            info = dataclasses.replace(info, aux=aux)
             return _Answer(H.fill(leaves), leaves, info)
 
 

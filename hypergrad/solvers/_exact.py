@@ -161,10 +161,8 @@ def _without_system(b: Tensor, scale: Tensor) -> Solution:
 
 
 def _batched_like(A: Tensor, *vectors: Tensor | None) -> Tensor:
-    """The matrix, with a batch at every level of a nested vmap at which a vector has one.
-
-    In PyTorch 2.13 `torch.linalg.lu_solve` is wrong where it has not.
-    """
+    """The matrix, with a batch at every level of a nested vmap at which a vector has one."""
+    # Where it has not, torch.linalg.lu_solve is wrong in PyTorch 2.13.
     for v in vectors:
         if v is not None and is_wrapped(v):
             A = A + torch.zeros_like(v)[..., None]
