@@ -2,10 +2,10 @@
 Find the wrong labels
 =====================
 
-Half of the labels of a training set are wrong, and nobody knows which. One hundred labels have been
-checked. Every training example gets a weight: *inner*, a classifier is fitted to the weighted examples;
-*outer*, the weights are moved so that this classifier does well on the checked ones. The hypergradient has
-an entry for each of the thousand weights, and costs one linear solve.
+Half of the labels of a training set are wrong, and nobody knows which. One hundred labels have
+been checked. Every training example gets a weight: *inner*, a classifier is fitted to the
+weighted examples; *outer*, the weights are moved so that this classifier does well on the checked
+ones. The hypergradient has an entry for each of the thousand weights, and costs one linear solve.
 """
 
 import matplotlib.pyplot as plt
@@ -18,8 +18,8 @@ import hypergrad
 torch.manual_seed(0)
 
 # %%
-# Handwritten digits of 8 x 8 pixels; the column of ones is the bias. Half of the training labels are
-# those of the next digit, a mistake that the labels alone cannot give away.
+# Handwritten digits of 8 x 8 pixels; the column of ones is the bias. Half of the training labels
+# are those of the next digit, a mistake that the labels alone cannot give away.
 
 digits = load_digits()
 x = torch.cat([torch.tensor(digits.data).float() / 16, torch.ones(1797, 1)], dim=1)
@@ -42,8 +42,8 @@ def outer(w, logits):
 
 
 # %%
-# The loop: solve the inner problem from where the last solution was, take the hypergradient, let Adam
-# make a step.
+# The loop: solve the inner problem from where the last solution was, take the hypergradient, let
+# Adam make a step.
 
 solve = hypergrad.inner.LBFGS()
 logits = torch.zeros(1000)
@@ -56,8 +56,9 @@ for _ in range(30):
     w, _ = solve(inner, w, logits)
 
 # %%
-# An example is called wrong where its weight has fallen below one half, or where the classifier that came
-# out disagrees with its label. The baseline is a classifier that has seen the checked examples alone.
+# An example is called wrong where its weight has fallen below one half, or where the classifier
+# that came out disagrees with its label. The baseline is a classifier that has seen the checked
+# examples alone.
 
 
 def report(name, found, w):

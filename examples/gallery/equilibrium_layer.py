@@ -2,10 +2,10 @@
 A deep equilibrium layer
 ========================
 
-A layer that is applied until nothing changes any more: its output is the fixed point
-``z = tanh(z W + x U + b)``. *Inner*, Anderson's method finds that point; *outer*, the network around it
-is trained as usual. `custom_fixed_point` makes the solver a function that autograd differentiates, with
-the memory of one application however many the solver took.
+A layer that is applied until nothing changes any more: its output is the fixed point ``z = tanh(z
+W + x U + b)``. *Inner*, Anderson's method finds that point; *outer*, the network around it is
+trained as usual. `custom_fixed_point` makes the solver a function that autograd differentiates,
+with the memory of one application however many the solver took.
 """
 
 import matplotlib.pyplot as plt
@@ -18,8 +18,8 @@ import hypergrad
 torch.manual_seed(0)
 
 # %%
-# The layer, and its fixed point as a function of everything that it depends on. `V` is scaled so that the
-# layer contracts, whatever is learnt: then there is one fixed point.
+# The layer, and its fixed point as a function of everything that it depends on. `V` is scaled so
+# that the layer contracts, whatever is learnt: then there is one fixed point.
 
 
 def layer(z, x, V, U, b):
@@ -66,8 +66,8 @@ deep, deep_losses = train_network(equilibrium)
 shallow, shallow_losses = train_network(once)
 
 # %%
-# Is the gradient right? Beside it, that of the layer applied a hundred times, which has to keep every one
-# of the hundred results.
+# Is the gradient right? Beside it, that of the layer applied a hundred times, which has to keep
+# every one of the hundred results.
 
 
 def gradient(hidden):
@@ -87,8 +87,8 @@ difference = (gradient(equilibrium) - gradient(applied)).norm() / gradient(appli
 print(f"implicit gradient against 100 applications: {difference:.0e} apart")
 
 # %%
-# What the two networks do on the test set when their layer is applied another number of times than they
-# were trained with. The equilibrium does not care; the ordinary network does.
+# What the two networks do on the test set when their layer is applied another number of times than
+# they were trained with. The equilibrium does not care; the ordinary network does.
 
 
 def test_loss(weights, times):
@@ -99,9 +99,8 @@ def test_loss(weights, times):
 
 
 print(f"equilibrium: test accuracy {test_loss(deep, 100)[1]:.3f}")
-print(
-    f"one application: {test_loss(shallow, 1)[1]:.3f}; applied 100 times {test_loss(shallow, 100)[1]:.3f}"
-)
+print(f"one application: {test_loss(shallow, 1)[1]:.3f}")
+print(f"  the same, applied 100 times: {test_loss(shallow, 100)[1]:.3f}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.semilogy(deep_losses, label="equilibrium")

@@ -2,10 +2,10 @@
 Few-shot sinusoids in forty lines
 =================================
 
-Five points of an unknown sinusoid are to be enough to draw it. *Inner*, the last layer of a network is
-fitted to the five points of one task, and kept close to a shared one (the proximal term of implicit MAML);
-*outer*, the hidden layers and that shared last layer are learnt from many tasks, so that what is fitted
-predicts the rest of each curve. `vmap` treats all tasks at once.
+Five points of an unknown sinusoid are to be enough to draw it. *Inner*, the last layer of a
+network is fitted to the five points of one task, and kept close to a shared one (the proximal
+term of implicit MAML); *outer*, the hidden layers and that shared last layer are learnt from many
+tasks, so that what is fitted predicts the rest of each curve. `vmap` treats all tasks at once.
 """
 
 import math
@@ -33,8 +33,9 @@ def features(x, theta):
 
 
 # %%
-# The inner problem is ridge regression towards `theta["last"]`, and is solved exactly. `implicit_grad`
-# takes the solution as it is. Five of the points are for the inner problem, ten for the outer one.
+# The inner problem is ridge regression towards `theta["last"]`, and is solved exactly.
+# `implicit_grad` takes the solution as it is. Five of the points are for the inner problem, ten
+# for the outer one.
 
 strength = 0.01
 
@@ -76,8 +77,8 @@ for _ in range(400):
     optimizer.step()
 
 # %%
-# On 600 new tasks: the error of the curve before adaptation, after it, and after the same adaptation of
-# hidden layers that were never trained.
+# On 600 new tasks: the error of the curve before adaptation, after it, and after the same
+# adaptation of hidden layers that were never trained.
 
 x, y = tasks(600, 105)
 together = torch.func.vmap(adapt, in_dims=(0, 0, None))

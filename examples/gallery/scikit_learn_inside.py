@@ -2,10 +2,10 @@
 Learn with scikit-learn inside
 ==============================
 
-The inner solver need not be PyTorch. *Inner*, scikit-learn fits a logistic regression on twenty features;
-*outer*, the features themselves, waves whose directions and phases are tensors, are moved so that what
-scikit-learn fits does well on a validation set. `custom_argmin` needs to know the objective that
-scikit-learn minimises, and how it does so plays no part.
+The inner solver need not be PyTorch. *Inner*, scikit-learn fits a logistic regression on twenty
+features; *outer*, the features themselves, waves whose directions and phases are tensors, are
+moved so that what scikit-learn fits does well on a validation set. `custom_argmin` needs to know
+the objective that scikit-learn minimises, and how it does so plays no part.
 """
 
 import math
@@ -41,8 +41,8 @@ def waves(x, hparams):
 
 
 # %%
-# The objective as scikit-learn's documentation states it, and the fit. It is called with plain tensors,
-# outside autograd, and may go where it likes.
+# The objective as scikit-learn's documentation states it, and the fit. It is called with plain
+# tensors, outside autograd, and may go where it likes.
 
 C = 10.0
 
