@@ -61,7 +61,7 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", str(INVENTORIES / "torch.inv")),
 }
 
-# Every script of the gallery runs here, two at a time; an error or a warning in one fails the build.
+# Every script of the gallery runs here, two at a time; an error or a warning in one is fatal.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/gallery",
