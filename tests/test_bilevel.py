@@ -453,6 +453,34 @@ def test_any_callable_is_an_estimator_and_so_is_a_word():
     assert called.step().outer_value.isnan()
 
 
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "finite_difference",
+        functools.partial(hypergrad.penalty_grad, penalty=100.0, lr=0.4, on_failure="ignore"),
+    ],
+)
+def test_an_estimator_that_calls_the_inner_loss_is_given_it(estimator, batches):
+    problem = Quadratic()
+    method = Alternating(inner_steps=1, estimator=estimator)
+    bilevel = loop(problem, method, batches=batches)
+    if batches:
+        inner_batch, outer_batch = problem.inner_batches[0], problem.outer_batches[0]
+        record = bilevel.step(inner_batch, outer_batch)
+    else:
+        inner_batch, outer_batch = problem.whole_inner, problem.whole_outer
+        record = bilevel.step()
+    call = hypergrad.finite_difference_grad if isinstance(estimator, str) else estimator
+    expected = call(
+        lambda z, x: problem.outer(z, x, outer_batch),
+        lambda z, x: problem.inner(z, x, inner_batch),
+        bilevel.params,
+        start()[1],
+    )
+    torch.testing.assert_close(record.grads, expected)
+
+
 def test_what_an_estimator_returns_is_checked():
     bilevel = loop(Quadratic(), lambda outer, inner, z, x: torch.zeros(2))
     with pytest.raises(hypergrad.StructureMismatch, match="What the estimator returned"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._conditions import Minimum
 from .._implicit_grad import implicit_grad
 from .._info import SolveInfo
 from ..solvers import Solver
@@ -68,7 +69,12 @@ def estimate(
     params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]
-        grads = levels.hparams.match("What the estimator returned", call(*losses, params, hparams))
+        of_outer, of_inner = losses
+        # Those with first derivatives alone call the inner loss; a condition cannot be called.
+        if isinstance(of_inner, Minimum):
+            of_inner = of_inner.f
+        returned = call(of_outer, of_inner, params, hparams)
+        grads = levels.hparams.match("What the estimator returned", returned)
         unknown = torch.full((), math.nan, device=levels.layout.device)
         return [g.detach() for g in grads], unknown, None
 
