@@ -26,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "gallery_runs",  # looks at what the gallery printed
 ]
 exclude_patterns = ["_build"]
 nitpicky = True

@@ -118,6 +118,6 @@ for step in (0, 10, 20, 59):
     shape, scale, _ = path[step]
     at = {"shape": torch.tensor(shape), "log_scale": torch.tensor(scale).log()}
     right.plot(residual, robust(residual, at), label=f"step {step}: shape {shape:.1f}")
-right.set(xlabel="residual", title="The loss, as it is learnt", ylim=(0, 6))
+right.set(xlabel="residual", title="The loss, as it is learnt", ylim=(0, 9))
 right.legend()
 plt.show()

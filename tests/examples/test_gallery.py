@@ -18,15 +18,38 @@ def load(path):
     return module
 
 
-def test_every_script_has_its_place_in_the_gallery():
-    order = load(ROOT / "docs/gallery_runs.py").ORDER
-    assert sorted(order) == [script.stem for script in SCRIPTS]
+RUNS = load(ROOT / "docs/gallery_runs.py")
+
+
+def test_every_script_has_its_place_and_its_figures():
+    assert sorted(RUNS.ORDER) == [script.stem for script in SCRIPTS]
+    assert [RUNS.order(f"{script}.py") for script in RUNS.ORDER] == list(range(len(SCRIPTS)))
+    assert all(RUNS.FIGURES.values())
+
+
+def test_a_script_without_a_place_stops_the_build():
+    with pytest.raises(ValueError, match="new_one"):
+        RUNS.order("new_one.py")
+
+
+@pytest.mark.parametrize("script", RUNS.ORDER)
+def test_a_page_without_its_figures_stops_the_build(script):
+    source = (ROOT / f"examples/gallery/{script}.py").read_text()
+    assert len(RUNS.misses(script, source)) == len(RUNS.FIGURES[script])
+
+
+def test_a_figure_out_of_its_range_stops_the_build():
+    page = "best of the grid: 9 support vectors, test accuracy 0.784\n{}: 9, test accuracy {}"
+    assert not RUNS.misses("svm_layer", page.format("learnt", "0.865"))
+    assert len(RUNS.misses("svm_layer", page.format("learnt", "0.784"))) == 1
+    assert len(RUNS.misses("svm_layer", page.format("learnt", "nan"))) == 1
+    assert len(RUNS.misses("svm_layer", page.format("lernt", "0.865"))) == 1
 
 
 def test_every_script_is_in_the_table_of_the_examples():
-    table = (ROOT / "examples/gallery/README.md").read_text()
-    listed = re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE)
-    assert sorted(listed) == [script.stem for script in SCRIPTS]
+    table = (ROOT / "examples/README.md").read_text()
+    listed = re.findall(r"^\| \[`(\w+)\.py`\]", table, re.MULTILINE)
+    assert listed == RUNS.ORDER
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
