@@ -80,6 +80,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "write_computation_times": False,
+    "min_reported_time": 600,  # a page says what a script does, not how busy the machine was
 }
 
 # The snippets of a page run in order and share their names; a warning fails them.

@@ -80,8 +80,8 @@ print(f"ten learnt pictures                     {accuracy(w):.3f}")
 print(f"all 1200 real pictures                  {taught_by(x[train], y[train]):.3f}")
 
 # %%
-# The learnt pictures look much alike. What sets each apart, in the last row, is a digit drawn
-# against the others: red where it has ink and they do not.
+# The learnt pictures look much alike. What sets each apart is in the last row, and is no digit to
+# our eyes: red where it has more ink than the others, blue where it has less.
 
 figure, axes = plt.subplots(3, 10, figsize=(9, 3), layout="constrained")
 apart = pictures - pictures.mean(0)

@@ -143,7 +143,7 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(9, 3.2), width_ratios=[2, 1], layout="constrained"
 )
 left.plot(torch.stack(path), label=["English", "Python", "exchanged letters"])
-left.set(xlabel="step", ylabel="share", title="The mixture, as it is learnt")
+left.set(xlabel="step", ylabel="share", title="The mixture, as it is learnt", ylim=(0, 1))
 left.legend()
 right.bar(list(results), list(results.values()), color=["C7", "C0", "C1"])
 right.set(title="Held-out loss, trained anew", ylim=(min(results.values()) - 0.2, None))

@@ -77,7 +77,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained
 penalties = log_penalty.detach().exp()
 left.semilogy(range(10), penalties[:10].numpy(), "o", label="features that count")
 left.semilogy(range(10, 100), penalties[10:].numpy(), "x", label="features that do not")
-left.set(xlabel="feature", ylabel="learnt penalty", title="A hundred penalties")
+left.set(xlabel="feature", ylabel="learnt penalty", title="A hundred penalties", ylim=(1e-3, 1e3))
 left.legend()
 names = ("validation", "test")
 for curve, name, color in zip(zip(*history, strict=True), names, ("C0", "C1"), strict=True):

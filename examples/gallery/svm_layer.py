@@ -49,7 +49,7 @@ def project(v, K, C):
 
 @hypergrad.custom_argmin(hypergrad.ProjectedGradient(dual, project, step_size=0.02))
 def multipliers(init, K, C):
-    fista = hypergrad.inner.FISTA(lambda v, step_size, K, C: project(v, K, C))
+    fista = hypergrad.inner.FISTA(lambda v, step_size, K, C: project(v, K, C), tol=1e-6)
     return fista(dual, init, K, C)[0]
 
 
@@ -74,9 +74,9 @@ def loss(score):
 # Training the widths and ``C``, which start at one.
 
 log_widths, log_bound = torch.zeros(2, requires_grad=True), torch.zeros((), requires_grad=True)
-optimizer = torch.optim.Adam([log_widths, log_bound], lr=0.1)
+optimizer = torch.optim.Adam([log_widths, log_bound], lr=0.2)
 alpha = torch.zeros(150)
-for _ in range(40):
+for _ in range(25):
     optimizer.zero_grad()
     alpha, score = classifier(log_widths.exp(), log_bound.exp(), alpha.detach())
     loss(score).backward()
