@@ -69,10 +69,9 @@ def estimate(
     params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]
-        of_outer, of_inner = losses
+        of_outer, condition = losses
         # Those with first derivatives alone call the inner loss; a condition cannot be called.
-        if isinstance(of_inner, Minimum):
-            of_inner = of_inner.f
+        of_inner = condition.f if isinstance(condition, Minimum) else condition
         returned = call(of_outer, of_inner, params, hparams)
         grads = levels.hparams.match("What the estimator returned", returned)
         unknown = torch.full((), math.nan, device=levels.layout.device)
