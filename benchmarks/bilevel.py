@@ -22,7 +22,7 @@ import torch
 from benchmarks.bilevel_problems import Problem, every
 from benchmarks.bilevel_sides import RATES, SIDES, TORCHOPT, run
 
-POINTS = 16  # of a curve
+POINTS = 12  # of a curve
 TARGETS = (0.1, 0.01)  # of the gap between the start and the least value
 
 Curve = list[tuple[float, float]]  # processor seconds and the outer loss at the inner minimiser

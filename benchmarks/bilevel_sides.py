@@ -72,9 +72,9 @@ def _rates(whole: float, batches: float, **others: float) -> dict[str, float]:
 
 #: Tuned by hand, to the largest rates that go well.
 RATES = {
-    "simulated quadratic": Rates(0.8, 0.1, _rates(0.7, 0.05, SABA=0.3, MASOBA=0.03, F2SA=0.02)),
+    "simulated quadratic": Rates(1.4, 0.1, _rates(1.0, 0.05, SABA=0.3, MASOBA=0.03, F2SA=0.02)),
     "breast cancer, penalties": Rates(0.7, 0.4, _rates(100.0, 50.0)),
-    "digits, penalties": Rates(0.7, 0.4, _rates(100.0, 50.0)),
+    "digits, penalties": Rates(0.7, 0.4, _rates(100.0, 30.0, **{"SOBA, whole data": 50.0})),
     "digits, half of the labels wrong": Rates(0.7, 0.4, _rates(0.2, 0.2), adam=True),
 }
 

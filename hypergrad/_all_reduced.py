@@ -138,7 +138,8 @@ class AllReduced:
                     leaves[i] = leaf
             given.append(pytree.tree_unflatten(leaves, spec))
         if self._kind == "outputs":
-            return _tied(self._share(*given), _tie(anchors))
+            outputs = self._share(*given)
+            return _tied(outputs, _tie(anchors)) if anchors else outputs
         dtype, numel, device = _payload(self._kind, args)
         try:
             value = self._share(*given)

@@ -246,7 +246,7 @@ def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradErro
 def _inner_alone(row: Sequence[float], inner_tol: float | None, solver: Solver) -> bool:
     """Whether a linear solve that used up its budget is no failure by itself."""
     unsolved = inner_tol is not None and row[5] > inner_tol
-    return unsolved and getattr(solver, "rtol", None) is None
+    return (unsolved or row[9] > DEGENERATE) and getattr(solver, "rtol", None) is None
 
 
 def _figure(value: float, exact: bool) -> str:

@@ -244,6 +244,16 @@ def test_sources_that_give_no_batches_are_refused(source, error):
         steps()
 
 
+def test_saba_wants_batches_that_have_places_and_draws_them_itself():
+    problem = Quadratic()
+    loader = itertools.cycle(problem.inner_batches)
+    with pytest.raises(hypergrad.UnsupportedOperation, match="inner_batches must be a sequence"):
+        loop(problem, SABA(), batches=True, inner_batches=loader)
+    bilevel = loop(problem, SABA(), batches=True)
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"call step\(\)"):
+        bilevel.step(problem.inner_batches[0], problem.outer_batches[0])
+
+
 # --- the caller's things ---------------------------------------------------------------------
 
 
@@ -322,6 +332,24 @@ def test_frozen_parameters_and_other_leaves_stay():
     assert bilevel.params["n"] == 3
     assert bilevel.hparams["of"] is None
     torch.testing.assert_close(bilevel.hparams["a"], torch.tensor(1 / 6), rtol=1e-3, atol=0)
+
+
+def test_hyperparameters_that_need_no_gradient_are_constants_beside_a_ready_optimiser():
+    moving, fixed = torch.tensor(0.5, requires_grad=True), torch.tensor(2.0)
+    bilevel = Bilevel(
+        lambda w, h: (w - 1).square(),
+        lambda w, h: (w - h["moving"] * h["fixed"]).square(),
+        torch.tensor(0.0),
+        {"moving": moving, "fixed": fixed},
+        inner_optimizer=sgd(0.4),
+        outer_optimizer=torch.optim.SGD([moving], lr=0.1),
+        method=HOAG(),
+    )
+    moving.data.fill_(0.1)
+    run(bilevel, 3)
+    assert moving.item() > 0.2
+    assert fixed.item() == 2.0
+    assert fixed.grad is None
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
@@ -453,32 +481,18 @@ def test_any_callable_is_an_estimator_and_so_is_a_word():
     assert called.step().outer_value.isnan()
 
 
-@pytest.mark.parametrize("batches", [False, True])
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        "finite_difference",
-        functools.partial(hypergrad.penalty_grad, penalty=100.0, lr=0.4, on_failure="ignore"),
-    ],
-)
-def test_an_estimator_that_calls_the_inner_loss_is_given_it(estimator, batches):
+def test_an_estimator_with_the_same_call_is_a_word():
+    """The cross product by differences is exact here, where it is linear in the parameters."""
     problem = Quadratic()
-    method = Alternating(inner_steps=1, estimator=estimator)
-    bilevel = loop(problem, method, batches=batches)
-    if batches:
-        inner_batch, outer_batch = problem.inner_batches[0], problem.outer_batches[0]
-        record = bilevel.step(inner_batch, outer_batch)
-    else:
-        inner_batch, outer_batch = problem.whole_inner, problem.whole_outer
-        record = bilevel.step()
-    call = hypergrad.finite_difference_grad if isinstance(estimator, str) else estimator
-    expected = call(
-        lambda z, x: problem.outer(z, x, outer_batch),
-        lambda z, x: problem.inner(z, x, inner_batch),
-        bilevel.params,
-        start()[1],
-    )
-    torch.testing.assert_close(record.grads, expected)
+    bilevel = loop(problem, "finite_difference", batches=True)
+    x = bilevel.hparams.clone()
+    problem.seen.clear()
+    found = bilevel.step().grads
+    f = next(batch for batch in problem.seen if hasattr(batch, "P"))
+    g, z = problem.seen[-1], bilevel.params
+    # The solution of the linear system is taken for its right-hand side.
+    expected = f.Q @ x + f.q - g.C @ (f.P @ z + f.p)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_what_an_estimator_returns_is_checked():
@@ -565,6 +579,12 @@ def test_hoag_says_when_it_runs_out_of_inner_steps():
     run(loop(Quadratic(), HOAG(max_inner_steps=1), on_failure="ignore"), 5)
 
 
+def test_hoag_gives_up_on_an_optimiser_that_comes_no_closer():
+    bilevel = loop(Quadratic(), HOAG(), inner_lr=0.0)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="did not solve the inner problem"):
+        assert bilevel.step().inner_steps < 100
+
+
 def test_hoag_with_lbfgs_inside():
     problem = Quadratic()
     lbfgs = functools.partial(torch.optim.LBFGS, max_iter=5, line_search_fn="strong_wolfe")
@@ -630,6 +650,27 @@ def test_a_fixed_point_is_iterated_by_gradient_descent_with_rate_one():
             outer_optimizer=sgd(0.2),
             method=F2SA(),
         )
+
+
+def test_a_proximal_step_is_an_inner_step_with_rate_one():
+    """Lasso with an orthogonal design: w = y - lam sign(y), so that lam = 0.5 fits the target."""
+    y, target = torch.tensor([3.0, -2.0], dtype=F64), torch.tensor([2.5, -1.5], dtype=F64)
+    bilevel = Bilevel(
+        lambda w, lam: (w - target).square().sum(),
+        hypergrad.ProximalGradient(
+            lambda w, lam: (w - y).square().sum() / 2,
+            lambda v, step, lam: v.sign() * (v.abs() - step * lam).clamp(min=0),
+            0.5,
+        ),
+        torch.zeros(2, dtype=F64),
+        torch.tensor(0.2, dtype=F64),
+        inner_optimizer=sgd(1.0),
+        outer_optimizer=sgd(0.1),
+        method=HOAG(),
+    )
+    run(bilevel, 60)
+    # The tolerance of the last step is 2e-4 of the parameters' norm.
+    torch.testing.assert_close(bilevel.hparams, torch.tensor(0.5, dtype=F64), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

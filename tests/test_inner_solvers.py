@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import hypergrad
 from hypergrad import Status, implicit_grad, inner, projections, prox
 from hypergrad.inner import FISTA, LBFGS, Anderson, GradientDescent, Nesterov, NewtonCG
+from hypergrad.inner._lbfgs import _two_loops
 from tests.constrained import box_qp, elastic_net, lasso
 from tests.problems import F64, data, equilibrium, logistic, relative_error, ridge
 
@@ -235,6 +236,38 @@ def test_every_task_of_a_batch_stops_by_itself(solver):
     assert info.iterations[1] <= info.iterations[2]
 
 
+@OF_EVERY
+def test_a_task_that_has_stopped_stays_where_it_is(solver):
+    # Far from its minimum, so that any further step would be seen.
+    rough = dataclasses.replace(solver, tol=0.03)
+    steep = torch.tensor([[1.0, 1.5, 2], [1, 7, 20]], dtype=F64)
+    starts = torch.tensor([[0.9, 1.05, 1.0], [30.0, -20.0, 5.0]], dtype=F64)
+
+    def one(start, steep):
+        return rough(lambda x: (steep * (x - 1) ** 2).sum() / 2 + ((x - 1) ** 4).sum(), start)
+
+    x, info = vmap(one)(starts, steep)
+    alone, figures = one(starts[0], steep[0])
+    assert info.iterations[0] == figures.iterations < info.iterations[1]
+    torch.testing.assert_close(x[0], alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(info.residual_norm[0], figures.residual_norm, rtol=1e-9, atol=0)
+
+
+def test_the_two_loops_are_the_bfgs_update():
+    H = 0.7 * torch.eye(5, dtype=F64)
+    memory = []
+    for k in range(4):
+        s, y = data(150 + k, 5, dtype=F64), data(160 + k, 5, dtype=F64)
+        y = y * torch.sign(s @ y)
+        weight = 1 / (s @ y)
+        V = torch.eye(5, dtype=F64) - weight * torch.outer(y, s)
+        H = V.T @ H @ V + weight * torch.outer(s, s)
+        memory.append((s, y, weight))
+    g = data(170, 5, dtype=F64)
+    found = _two_loops(memory, torch.tensor(0.7, dtype=F64), g)
+    torch.testing.assert_close(found, H @ g, rtol=1e-12, atol=1e-12)
+
+
 def test_anderson_in_a_batch_is_anderson_one_by_one():
     problem = equilibrium()
     starts = data(132, 4, 3, 4, dtype=F64)
@@ -304,6 +337,16 @@ def test_the_derivative_of_the_iterations_is_refused(solver, captured):
         torch.func.jvp(value, (one,), (one,))
     # Under plain autograd the answer is detached, as it says itself.
     assert not value(one.clone().requires_grad_()).requires_grad
+
+
+def test_a_derivative_by_the_step_or_by_what_a_prox_captures_is_refused():
+    f, start, one = lambda x: (x - 3).square().sum(), torch.zeros(2, dtype=F64), torch.ones(())
+    by_step = lambda s: GradientDescent(step_size=s)(f, start)[0].sum()
+    by_penalty = lambda t: FISTA(lambda v, s: prox.l1(v, s, t))(f, start)[0].sum()
+    for value in (by_step, by_penalty):
+        with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
+            grad(value)(0.1 * one)
+        assert not value((0.1 * one).requires_grad_()).requires_grad
 
 
 # How it ended

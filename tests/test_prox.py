@@ -116,6 +116,23 @@ def test_nothing_is_nan_at_zero_and_nan_stays_nan(name):
     assert torch.isnan(f(poisoned, *more)[2])
 
 
+def test_derivatives_at_zero_are_those_of_the_piece_that_it_is_in():
+    zero, none, eye = torch.zeros(6, dtype=F64), torch.zeros(6, 6, dtype=F64), torch.eye(6)
+    for f in (
+        lambda v: prox.l1(v, 0.5, T),
+        lambda v: prox.group_lasso(v, 0.5, T),
+        lambda v: prox.group_lasso(v, 0.5, T * WEIGHTS, groups=GROUPS),
+    ):
+        assert torch.equal(jacrev(f)(zero), none)  # inside the threshold
+    torch.testing.assert_close(jacrev(lambda v: projections.l2_ball(v, T))(zero), eye.to(F64))
+    # One group at zero beside others that are not.
+    v = torch.cat([torch.zeros(2), torch.ones(4)]).to(F64)
+    found = jacrev(lambda v: prox.group_lasso(v, 0.5, T, groups=GROUPS))(v)
+    assert torch.equal(found[:2], none[:2])
+    assert torch.equal(found[:, :2], none[:, :2])
+    torch.testing.assert_close(found[5, 5], torch.ones((), dtype=F64))  # a group of one entry
+
+
 @CASES
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_tiny_and_huge_entries_keep_their_digits(name, scale):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from hypergrad import CG, ConvergenceWarning, Root, implicit_grad
+from hypergrad import CG, GMRES, MINRES, ConvergenceWarning, Exact, Root, implicit_grad
 
 D = torch.float64
 
@@ -167,6 +167,16 @@ def test_a_condition_that_takes_derivatives_itself_is_right_through_a_norm_layer
         alone = one(x[i], y[i], lambda f: f)  # by the objective, without any transform
         for name, part in alone.items():
             torch.testing.assert_close(batched[name][i], part, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [Exact(), GMRES(), MINRES(), CG()])
+def test_systems_in_nested_vmaps_whose_matrix_belongs_to_the_outer_one(solver):
+    # torch.linalg.lu_solve is wrong where the outer vmap alone has a batch of matrices.
+    A, b, c = drawn(2, 3, 3), drawn(4, 3), drawn(2, 3)
+    A = A @ A.mT + torch.eye(3, dtype=D)
+    found = vmap(lambda A, c: vmap(lambda b: solver.solve(lambda v: A @ v, b + c)[0])(b))(A, c)
+    expected = torch.linalg.solve(A[:, None].expand(2, 4, 3, 3), b + c[:, None])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("derivatives", [False, True])

@@ -70,6 +70,8 @@ class Batches:
         """One batch."""
         if self._source is None:
             return Batch(index=0)
+        if self.count == 1:
+            return self[0]
         if self.count is not None:
             return self[int(torch.randint(self.count, (), generator=generator))]
         if not isinstance(self._source, Iterable):

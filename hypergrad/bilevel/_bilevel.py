@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._errors import StructureMismatch, UnsupportedOperation
 from .._report import OnFailure, check_on_failure
@@ -16,9 +15,10 @@ from .._transforms import never_compiled, transforms_active
 from ._alternating import Alternating
 from ._batches import Batch, Source
 from ._estimate import Estimator
-from ._levels import Levels, copied, load
+from ._levels import Levels
 from ._method import Method
 from ._optimisers import Optimiser
+from ._state import copied, load, match, placed
 from ._step_info import StepInfo
 
 _VERSION = 1
@@ -282,42 +282,15 @@ class Bilevel:
             for place, variable in enumerate(tree.variables):
                 checked.append((variable, tree.variable_path(place), saved[place]))
         remembered = copied(state["state"])
-        _match(levels.state, remembered, "state")
+        match(levels.state, remembered, "state")
         for variable, path, value in checked:
             load(variable, path, value, dry=True)
         for variable, path, value in checked:
             load(variable, path, value)
-        levels.state = _placed(levels.state, remembered)
+        levels.state = placed(levels.state, remembered)
         levels.inner_optimizer.load_state_dict(copy.deepcopy(state["inner_optimizer"]))
         levels.outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
         levels.generator.set_state(state["generator"].cpu())
         levels.inner_batches.load(state["batches"][0])
         levels.outer_batches.load(state["batches"][1])
         levels.steps = int(state["steps"])
-
-
-def _match(own: Any, saved: Any, path: str) -> None:
-    """Refuse a method's state that is shaped like none of this problem's."""
-    if type(own) is not type(saved):
-        raise StructureMismatch(f"{path} is a {type(saved).__name__}, not a {type(own).__name__}.")
-    if isinstance(own, dict):
-        if own.keys() != saved.keys():
-            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(own)}.")
-        for name in own:
-            _match(own[name], saved[name], f"{path}[{name!r}]")
-    elif isinstance(own, list):
-        if len(own) != len(saved):
-            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(own)}.")
-        for place, pair in enumerate(zip(own, saved, strict=True)):
-            _match(*pair, f"{path}[{place}]")
-    elif isinstance(own, Tensor):
-        load(own, path, saved, dry=True)
-
-
-def _placed(own: Any, saved: Any) -> Any:
-    """A saved state on the devices of one's own."""
-    if isinstance(own, dict):
-        return {name: _placed(own[name], saved[name]) for name in own}
-    if isinstance(own, list):
-        return [_placed(a, b) for a, b in zip(own, saved, strict=True)]
-    return saved.to(own.device) if isinstance(own, Tensor) else saved

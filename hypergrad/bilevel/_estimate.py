@@ -65,15 +65,13 @@ def estimate(
     info : SolveInfo or None
         The evidence, of "implicit".
     """
-    losses = levels.outer_on(outer), levels.inner_on(inner)
+    condition = levels.inner_on(inner)
+    # A plain loss is handed on as it came in.
+    losses = levels.outer_on(outer), condition.f if type(condition) is Minimum else condition
     params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]
-        of_outer, condition = losses
-        # Those with first derivatives alone call the inner loss; a condition cannot be called.
-        of_inner = condition.f if isinstance(condition, Minimum) else condition
-        returned = call(of_outer, of_inner, params, hparams)
-        grads = levels.hparams.match("What the estimator returned", returned)
+        grads = levels.hparams.match("What the estimator returned", call(*losses, params, hparams))
         unknown = torch.full((), math.nan, device=levels.layout.device)
         return [g.detach() for g in grads], unknown, None
 

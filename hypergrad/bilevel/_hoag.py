@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .._errors import NotConverged
@@ -20,6 +22,9 @@ from ._step_info import StepInfo
 
 # How often the inner problem is taken up again where the solve shows another curvature.
 _ROUNDS = 3
+# After so many steps without a smaller residual there will be none: that is the rounding floor,
+# or an optimiser that does not converge.
+_PATIENCE = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +50,11 @@ class HOAG(Method):
     decrease : {"exponential", "quadratic", "cubic"}
         How it tightens.
     min_tol : float, optional
-        The last tolerance. None: one that the dtype can reach (1e-6 in float64, 1e-4 in float32).
+        The last tolerance. None: one that an optimiser can reach which looks at losses in that
+        dtype (1e-6 in float64, 1e-3 in float32).
     max_inner_steps : int
-        Most steps of the inner optimiser in one outer step. Running out of them is said.
+        Most steps of the inner optimiser in one outer step. Running out of them is said, and so
+        is a residual that has stopped to fall.
     solver : Solver, optional
         The linear solver, whose `rtol` follows the tolerance; None: `Auto`.
 
@@ -94,22 +101,22 @@ class HOAG(Method):
 
     def step(self, levels: Levels) -> StepInfo:
         """Make one outer step."""
-        lowest = tolerance(None, levels.layout.precision) if self.min_tol is None else self.min_tol
+        lowest = _reachable(levels.layout.precision) if self.min_tol is None else self.min_tol
         tol = max(self.tolerance(levels.steps), lowest)
         solver: Any = Auto() if self.solver is None else self.solver
         if hasattr(solver, "rtol"):
             solver = dataclasses.replace(solver, rtol=tol)
         inner, outer = levels.inner_batch(), levels.outer_batch()
-        made = 0
+        made, going = 0, True
         for _ in range(_ROUNDS):
-            size, made = self._solve(levels, inner, tol, made)
+            size, made, going = self._solve(levels, inner, tol, made)
             grads, value, info = estimate(levels, "implicit", solver, None, inner, outer)
             assert info is not None
             residual = float(info.inner_residual)
             if residual > 0:
                 # Norm of the condition for a unit of the relative distance to the solution.
                 levels.state["scale"] = float(size) / residual
-            if not residual > tol or made >= self.max_inner_steps:
+            if not (residual > tol and going):
                 break
         assert info is not None
         self._judge(levels, info, tol)
@@ -125,26 +132,41 @@ class HOAG(Method):
             info=info,
         )
 
-    def _solve(self, levels: Levels, inner: Batch, tol: float, made: int) -> tuple[Tensor, int]:
-        """Inner steps until the condition is small, and its norm at the end."""
+    def _solve(
+        self, levels: Levels, inner: Batch, tol: float, made: int
+    ) -> tuple[Tensor, int, bool]:
+        """Inner steps until the condition is small.
+
+        Returns
+        -------
+        norm : Tensor
+            Of the condition at the end.
+        made : int
+            Steps in all.
+        going : bool
+            Whether more of them would be of use.
+        """
         scale = levels.state["scale"]
-        moved = True
+        moved, least, since = True, math.inf, 0
         if not scale:  # nothing is known of the curvature yet: relative to where it starts
             condition, moved = levels.inner_step(inner)
             scale, made = float(levels.size(condition)), made + 1
-        while moved and made < self.max_inner_steps:
+        while moved and made < self.max_inner_steps and since < _PATIENCE:
             condition, moved = levels.inner_step(inner, above=tol * scale)
             made += moved
+            size = float(levels.size(condition))
+            least, since = (size, 0) if size < least else (least, since + 1)
         if moved:
             _, condition = levels.inner_gradient(inner)
-        return levels.size(condition), made
+        return levels.size(condition), made, not moved
 
     def _judge(self, levels: Levels, info: SolveInfo, tol: float) -> None:
         if levels.on_failure == "ignore" or float(info.inner_residual) <= tol:
             return
         text = (
-            "HOAG did not solve the inner problem to its tolerance: raise max_inner_steps, or let "
-            "the inner optimiser take better steps (a larger learning rate, momentum, or LBFGS)."
+            "HOAG did not solve the inner problem to its tolerance: raise max_inner_steps or "
+            "min_tol, or let the inner optimiser take better steps (another learning rate, "
+            "momentum, or LBFGS)."
         )
         if levels.on_failure == "raise":
             raise NotConverged(
@@ -152,3 +174,9 @@ class HOAG(Method):
                 f"{float(info.inner_residual):.3g} and the tolerance {tol:.3g}."
             )
         warn(text)
+
+
+def _reachable(precision: torch.dtype) -> float:
+    """What a line search on losses can reach, and a linear solver too."""
+    by_losses = 3 * math.sqrt(torch.finfo(precision).eps)
+    return max(min(by_losses, 0.1), tolerance(None, precision))

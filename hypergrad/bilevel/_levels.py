@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._advice import advice
 from .._captures import refuse_distributed, refuse_past_arguments
 from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
-from .._errors import NotConnected, NotFinite, StructureMismatch
+from .._errors import NotConnected, NotFinite
 from .._evidence import finite
 from .._linearise import Linearisation
 from .._outer import outer_gradient
@@ -166,14 +165,8 @@ class Levels:
                 found = list(torch.autograd.grad(value, aliases, allow_unused=True))
             return value.detach(), found
 
-        variables = [tensors[i] for i in places]
-        if self.checked:
-            # The guard of `trace` has seen this loss, and sees it again at every product: inner
-            # steps are what there are most of, and it takes as long as a small loss itself.
-            value, found = evaluate([v.detach().requires_grad_() for v in variables])
-        else:
-            with advice([self.params, self.hparams]):
-                value, found = trace(evaluate, variables)
+        with advice([self.params, self.hparams]):
+            value, found = trace(evaluate, [tensors[i] for i in places], guarded=True)
         _require_all(problem, found[: len(problem.inner)])
         return value, _filled(found, [tensors[i] for i in places])
 
@@ -346,29 +339,3 @@ def _refuse_shared(levels: Levels) -> None:
                     f"{levels.params.variable_path(i)} and {levels.hparams.variable_path(j)} are "
                     "one tensor, which both levels would move. Pass a copy to one of them."
                 )
-
-
-def load(target: Tensor, name: str, value: Any, *, dry: bool = False) -> None:
-    """Copy a saved tensor into one of ours, or look only whether it would go.
-
-    Raises
-    ------
-    StructureMismatch
-        If its shape or dtype is another.
-    """
-    if not isinstance(value, Tensor):
-        raise StructureMismatch(f"{name} must be a tensor; got {type(value).__name__}.")
-    if value.shape != target.shape or value.dtype != target.dtype:
-        raise StructureMismatch(
-            f"{name} was saved with shape {tuple(value.shape)} and dtype {value.dtype}, but here "
-            f"it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the state of "
-            "another problem."
-        )
-    if not dry:
-        with torch.no_grad():
-            target.copy_(value)
-
-
-def copied(state: Any) -> Any:
-    """A copy of everything in a state, detached."""
-    return pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, state)

@@ -119,8 +119,11 @@ class SABA(Method):
         )
         shrink, decay = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
         rate = linear_rate(self, self.linear_lr, levels) * shrink
-        levels.require_finite(the_inner_gradient=gradient, the_linear_system=directions.linear)
-        levels.require_finite(the_hypergradient=outer)
+        levels.require_finite(
+            the_inner_gradient=gradient,
+            the_linear_system=directions.linear,
+            the_hypergradient=outer,
+        )
         levels.move_inner(gradient, shrink)
         state["u"] = torch.sub(state["u"], directions.linear, alpha=rate)
         levels.move_outer(outer, decay)

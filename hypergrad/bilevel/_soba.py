@@ -89,8 +89,11 @@ class SOBA(Method):
         found = directions(levels, levels.state["u"])
         inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
         rate = linear_rate(self, self.linear_lr, levels) * inner
-        levels.require_finite(the_inner_gradient=found.inner, the_linear_system=found.linear)
-        levels.require_finite(the_hypergradient=found.outer)
+        levels.require_finite(
+            the_inner_gradient=found.inner,
+            the_linear_system=found.linear,
+            the_hypergradient=found.outer,
+        )
         levels.move_inner(found.inner, inner)
         levels.state["u"] = torch.sub(levels.state["u"], found.linear, alpha=rate)
         levels.move_outer(found.outer, outer)
@@ -147,8 +150,11 @@ class MASOBA(Method):
         found = directions(levels, levels.state["u"])
         inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
         rate = linear_rate(self, self.linear_lr, levels) * inner
-        levels.require_finite(the_inner_gradient=found.inner, the_linear_system=found.linear)
-        levels.require_finite(the_hypergradient=found.outer)
+        levels.require_finite(
+            the_inner_gradient=found.inner,
+            the_linear_system=found.linear,
+            the_hypergradient=found.outer,
+        )
         average = levels.state["h"]
         levels.move_inner(found.inner, inner)
         levels.state["u"] = torch.sub(levels.state["u"], found.linear, alpha=rate)

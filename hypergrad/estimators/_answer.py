@@ -132,16 +132,17 @@ def evidence(
     outer_value: Tensor,
     solution: Any,
     aux: Any,
+    failed: Status = Status.MAX_ITERATIONS,
     **figures: Tensor,
 ) -> SolveInfo:
     """A `SolveInfo` of an estimator that solves no linear system: NaN where it knows nothing."""
     nan = torch.full_like(outer_value, math.nan, dtype=torch.promote_types(outer_value.dtype, F32))
     zero = torch.zeros_like(outer_value, dtype=torch.int64)
     known: dict[str, Any] = dict.fromkeys(
-        ("residual_norm", "inner_residual", "outer_error", "error_estimate"), nan
+        ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
     )
     return SolveInfo(
-        status=torch.where(success, zero + int(Status.CONVERGED), int(Status.MAX_ITERATIONS)),
+        status=torch.where(success, zero + int(Status.CONVERGED), int(failed)),
         success=success,
         iterations=zero,
         matvecs=zero,

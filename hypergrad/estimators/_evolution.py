@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,19 +13,13 @@ from torch.utils import _pytree as pytree
 
 from .._captures import refuse_distributed
 from .._errors import NotConverged
-from .._guard import Guard
-from .._problem import scalar
-from .._randomness import Draw
 from .._report import OnFailure, check_on_failure
-from .._trace import detached, further_out
-from .._transforms import (
-    never_compiled,
-    outside_transforms,
-    without_left,
-    without_saved_tensor_hooks,
-)
+from .._trace import detached
+from .._transforms import never_compiled
+from .._tree import Layout
 from ._answer import Found, hypergradient, judge_figure
-from ._inner_loop import InnerLoop, hyperparameters, map_tensors
+from ._antithetic import Evaluation, Moments
+from ._inner_loop import InnerLoop, hyperparameters
 from ._loss import MOSTLY_ROUNDING
 
 _CURE = "The inner solver may diverge at hyperparameters so far apart: make sigma smaller."
@@ -146,7 +140,8 @@ def evolution_strategies_grad(
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
     StructureMismatch
-        If `step` changes the structure of the inner variables, or `outer` is no scalar.
+        If `step` changes the structure of the inner variables, `outer` is no scalar, or `hparams`
+        holds no floating-point tensor.
     UnsupportedOperation
         If the answer is differentiated.
     ValueError
@@ -173,14 +168,15 @@ def evolution_strategies_grad(
     check_on_failure(on_failure)
     _check(step, init, steps, sigma, pairs, chunk_size, batching)
     H = hyperparameters(hparams)
+    Layout(H, H.variables)  # refuses what holds no tensor, or tensors on several devices
     loop = InnerLoop.of(_no_step if step is None else step, init, H)
     refuse_distributed([outer, *loop.functions])
-    evaluate = _Evaluation(outer, loop, steps, batching)
-    moments = _Moments([detached(v) for v in H.variables], sigma)
+    evaluate = Evaluation(outer, loop, steps, batching)
+    moments = Moments([detached(v) for v in H.variables], sigma)
     for first in range(0, pairs, chunk_size or pairs):
         moments.add(evaluate, min(chunk_size or pairs, pairs - first), generator)
     value, grads, errors = moments.value, moments.mean(), moments.standard_error()
-    found = Found(list(grads), value, None, None, [without_left(t) for t in evaluate.captured])
+    found = Found(list(grads), value, None, None, evaluate.captured)
     answer = hypergradient("evolution_strategies_grad", H, found, on_failure, _CURE)
     rounding = moments.rounding()
     judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
@@ -191,118 +187,6 @@ def evolution_strategies_grad(
     ]
     fill = H.fill([e.to(v.dtype) for e, v in zip(errors, H.variables, strict=True)])
     return answer, EvolutionInfo(value, fill, (squares[0] / squares[1]).sqrt(), rounding)
-
-
-@dataclasses.dataclass
-class _Evaluation:
-    """The outer loss for a batch of hyperparameters, with one draw for all batches."""
-
-    outer: Callable[[Any, Any], Any]
-    loop: InnerLoop
-    steps: int
-    batching: str
-    draw: Draw = dataclasses.field(default_factory=Draw)
-    captured: list[Tensor] = dataclasses.field(default_factory=list)
-
-    def __call__(self, batch: list[Tensor]) -> Tensor:
-        """The values, one for each row of the tensors."""
-        if self.batching == "loop":
-            return torch.stack([self._drawn(self._one, rows) for rows in zip(*batch, strict=True)])
-        try:
-            return self._drawn(torch.func.vmap(self._one, randomness="same"), batch)
-        except RuntimeError as error:
-            error.add_note(
-                "hypergrad: the inner solver was mapped over the perturbed hyperparameters by "
-                "torch.func.vmap. Where it uses .backward(), torch.optim, .item() or NumPy, pass "
-                "batching='loop', which calls it for each."
-            )
-            raise
-
-    def _drawn(self, fun: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
-        modes = (torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks())
-        with self.draw.evaluation(), modes[0], modes[1], modes[2]:
-            return fun(*given)
-
-    def _one(self, *variables: Tensor) -> Tensor:
-        given = self.loop.H.rebuild(variables)
-        with Guard():
-            start = self.loop.init(given) if callable(self.loop.init) else self.loop.start
-            self._note(start)
-            params = map_tensors(start, lambda t: t.detach().clone())
-            params = self.loop.forward(params, list(variables), 0, self.steps, self.captured)
-            value = scalar("outer", self.outer(params, given))
-            self._note(value)
-            return value.detach()
-
-    def _note(self, tree: Any) -> None:
-        for leaf in pytree.tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                self.captured += further_out(leaf, [])
-
-
-class _Moments:
-    """Sums over the pairs, from which mean and standard error follow."""
-
-    def __init__(self, center: list[Tensor], sigma: float) -> None:
-        self._center, self._sigma, self._pairs = center, sigma, 0
-        self._sums = [torch.zeros_like(c, dtype=_wide(c)) for c in center]
-        self._squares = [torch.zeros_like(s) for s in self._sums]
-        self._values: Any = 0.0
-        self._sizes: Any = 0.0
-        self._differences: Any = 0.0
-        self._eps = 0.0
-
-    def add(self, evaluate: _Evaluation, pairs: int, generator: torch.Generator | None) -> None:
-        """Draw so many directions and evaluate both sides of each."""
-        with outside_transforms():
-            noise = [
-                torch.randn((pairs, *c.shape), generator=generator, dtype=_wide(c), device=c.device)
-                for c in self._center
-            ]
-        moves = [(self._sigma * n).to(c.dtype) for n, c in zip(noise, self._center, strict=True)]
-        values = evaluate([
-            torch.cat([c + m, c - m]) for c, m in zip(self._center, moves, strict=True)
-        ])
-        self._eps = torch.finfo(values.dtype).eps
-        values = values.to(_wide(values))
-        difference = values[:pairs] - values[pairs:]
-        weights = difference / (2 * self._sigma)
-        for place, part in enumerate(noise):
-            terms = weights.to(part).reshape(-1, *[1] * (part.ndim - 1)) * part
-            self._sums[place] = self._sums[place] + terms.sum(dim=0)
-            self._squares[place] = self._squares[place] + terms.square().sum(dim=0)
-        self._values = self._values + values.sum()
-        self._sizes = self._sizes + values.square().sum()
-        self._differences = self._differences + difference.square().sum()
-        self._pairs += pairs
-
-    @property
-    def value(self) -> Tensor:
-        """The mean of all values."""
-        mean: Tensor = self._values / (2 * self._pairs)
-        return mean
-
-    def mean(self) -> list[Tensor]:
-        """The estimate."""
-        return [s / self._pairs for s in self._sums]
-
-    def standard_error(self) -> list[Tensor]:
-        """That of each entry of the estimate; NaN for a single pair."""
-        if self._pairs == 1:
-            return [torch.full_like(s, math.nan) for s in self._sums]
-        spread = zip(self._sums, self._squares, strict=True)
-        scale = self._pairs * (self._pairs - 1)
-        return [((q - s.square() / self._pairs).clamp(min=0) / scale).sqrt() for s, q in spread]
-
-    def rounding(self) -> Tensor:
-        """The rounding of the values over their differences."""
-        size = (self._sizes / 2).sqrt()  # of as many values as there are differences
-        found: Tensor = self._eps * size / self._differences.sqrt()
-        return torch.where(self._differences == 0, torch.full_like(found, math.inf), found)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _no_step(params: Any, hparams: Any) -> Any:

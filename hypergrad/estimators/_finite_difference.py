@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._conditions import plus
 from .._errors import NotConverged
+from .._info import Status
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Layout
@@ -94,8 +95,8 @@ def finite_difference_grad(
     grads : pytree of Tensor
         Shaped like `hparams`, detached.
     info : SolveInfo
-        With `return_info`: `solution` is ``u``, and `error_estimate` the share of the answer
-        that rounding of the difference may be, nothing else.
+        With `return_info`. `solution` is ``u``; `success` says that the difference is not lost
+        in rounding, and nothing of how well ``u`` solves the linear system.
     aux : pytree
         With `has_aux` and without `return_info`.
 
@@ -178,7 +179,7 @@ def finite_difference_grad(
         return answer, evidence(
             "finite difference",
             success=~(rounding > MOSTLY_ROUNDING) & torch.isfinite(size),
-            error_estimate=rounding,
+            failed=Status.STAGNATED,
             solution=given.P.fill(layout.split(u)),
             outer_value=slopes.value,
             aux=aux,

@@ -213,7 +213,8 @@ def rounding_share(
 
     def size(parts: Sequence[Tensor | None]) -> Tensor:
         sizes = [torch.linalg.vector_norm(p.to(layout.dtype)) for p in parts if p is not None]
-        return norm(torch.stack(sizes)) if sizes else torch.zeros((), dtype=layout.dtype)
+        none = torch.zeros(1, dtype=layout.dtype, device=layout.device)
+        return norm(torch.stack(sizes) if sizes else none)
 
     lost = _ROUNDING * torch.finfo(layout.precision).eps * size(side) * by
     return torch.where(lost == 0, lost, lost / size(grads))

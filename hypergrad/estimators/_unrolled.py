@@ -58,7 +58,8 @@ def unrolled_grad(
         Differentiate the last so many steps only: cheaper, and biased.
     checkpoint : bool
         Keep one inner state in about sqrt(steps) and compute the rest again: memory of
-        2 sqrt(steps) steps for one more forward pass.
+        2 sqrt(steps) steps for one more forward pass. Steps that are linear in `params` record
+        nothing, and gain nothing.
     mode : {"reverse", "forward"}
         The direction of differentiation. "forward" is for few hyperparameters and many steps: it
         keeps one copy of the inner variables for each entry of `hparams` and records one step

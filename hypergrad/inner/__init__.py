@@ -3,8 +3,8 @@
 All are frozen dataclasses and are called alike, ``solver(objective, init, *args)``, and return
 ``(params, info)``; `Anderson` takes a map in place of an objective. They work under
 `torch.func.vmap` over tasks, where each task stops by itself, and inside the `fit` of the
-decorators. Nothing is raised or warned of: look at ``info.success``. What they return is detached;
-the decorators differentiate it.
+decorators. One that fails does not raise or warn: look at ``info.success``. What they return is
+detached; the decorators differentiate it.
 """
 
 from __future__ import annotations

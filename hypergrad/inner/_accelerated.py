@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .._transforms import any_task
 from ..solvers._base import dot, norm
-from ._base import Evaluator, InnerSolver, Progress, going_on
+from ._base import InnerSolver
+from ._evaluator import Evaluator
+from ._progress import Progress, going_on
 
 _PROBES = 4  # power steps for the largest curvature
 _HALVINGS = 60
@@ -95,9 +97,8 @@ class FISTA(InnerSolver):
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         def backward(v: Tensor, step: Any) -> Tensor:
-            # Of tensors that carry no derivative: the solution's is not that of the iterations.
-            given = self.prox(evaluator.params(v), step, *evaluator.args)
-            return evaluator.flat("prox(v, ...)", given).detach()
+            given = evaluator.params(v), step, *evaluator.args
+            return evaluator.plain("prox(v, ...)", self.prox, *given)
 
         return _accelerated(self, evaluator, x, backward)
 

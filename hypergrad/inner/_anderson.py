@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..solvers._base import at_least, norm
-from ._base import Evaluator, InnerSolver, Progress, going_on
+from ._base import InnerSolver
+from ._evaluator import Evaluator
+from ._progress import Progress, going_on
 
 _WORSE = 10.0  # a residual so many times the best one empties the history
 

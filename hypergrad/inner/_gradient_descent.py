@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..solvers._base import dot, norm
-from ._base import Evaluator, InnerSolver, Progress, going_on
+from ._base import InnerSolver
+from ._evaluator import Evaluator
 from ._line_search import backtrack
+from ._progress import Progress, going_on
 
 _MEMORY = 10
 

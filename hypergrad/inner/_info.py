@@ -41,7 +41,7 @@ class InnerInfo:
     >>> import torch, hypergrad
     >>> params, info = hypergrad.inner.LBFGS()(lambda x: ((x - 1) ** 2).sum(), torch.zeros(2))
     >>> print(info)
-    LBFGS: CONVERGED after 2 iterations, 3 evaluations; relative residual ...
+    LBFGS: CONVERGED after ... iterations, ... evaluations; relative residual ...
     """
 
     status: Tensor

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._transforms import any_task
 from ..solvers._base import dot, norm
-from ._base import Evaluator, Progress
+from ._evaluator import Evaluator
+from ._progress import Progress
 
 _DECREASE = 1e-4  # of the value, as a part of what the slope promises
 _TRIALS = 40

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..solvers._base import LinearSystem, at_least, dot, norm
 from ..solvers._cg import CG
-from ._base import Evaluator, InnerSolver, Progress, going_on
+from ._base import InnerSolver
+from ._evaluator import Evaluator
 from ._line_search import backtrack
+from ._progress import Progress, going_on
 
 
 @dataclasses.dataclass(frozen=True)

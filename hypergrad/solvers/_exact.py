@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedOperation
 from .._info import Status
-from .._transforms import any_task
+from .._transforms import any_task, is_wrapped
 from ._base import LinearSystem, Solution, Solver, finite, norm, tolerance
 
 _SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothing
@@ -65,6 +65,7 @@ class Exact(Solver):
         A = system.dense()
         if self.damping:
             A = A + self.damping * torch.eye(n, dtype=A.dtype, device=A.device)
+        A = _batched_like(A, b, system.condition)
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         unit_b = b / unit
         x, regular, solve_transposed = _by_lu(A, unit_b)
@@ -157,6 +158,15 @@ def _without_system(b: Tensor, scale: Tensor) -> Solution:
         negative_curvature=torch.zeros_like(zero),
         method="Exact",
     )
+
+
+def _batched_like(A: Tensor, *vectors: Tensor | None) -> Tensor:
+    """The matrix, with a batch at every level of a nested vmap at which a vector has one."""
+    # Where it has not, torch.linalg.lu_solve is wrong in PyTorch 2.13.
+    for v in vectors:
+        if v is not None and is_wrapped(v):
+            A = A + torch.zeros_like(v)[..., None]
+    return A
 
 
 def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

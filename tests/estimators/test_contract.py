@@ -338,3 +338,38 @@ def test_where_the_outer_loss_is_at_its_minimum_the_answer_is_zero_in_silence(es
     flat = lambda w, h: (w - 1).square().sum()
     found = estimate(flat, lambda w, h: (w - h).square().sum(), w, h)
     torch.testing.assert_close(found, torch.zeros(3))
+
+
+def test_evolution_strategies_need_a_floating_point_tensor():
+    with pytest.raises(hypergrad.StructureMismatch, match="hparams holds no floating-point"):
+        evolution(lambda w, h: w.sum(), lambda w, h: w.sum(), torch.ones(2), {"k": 3, "none": None})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@with_graph
+def test_on_a_cuda_device_the_answer_is_that_of_the_cpu(estimate):
+    there = lambda tree: pytree.tree_map_only(Tensor, Tensor.cuda, tree)
+    found = estimate(outer, inner, there(W), there(H))
+    expected = estimate(outer, inner, W, H)
+    for name in ("a", "b"):
+        assert found[name].is_cuda
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_cuda_device_evolution_strategies_draw_there():
+    h = torch.ones(4, device="cuda", dtype=F64)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    found, info = hypergrad.evolution_strategies_grad(
+        lambda w, h: w.sum(),
+        None,
+        lambda h: h**2,
+        h,
+        pairs=500,
+        generator=generator,
+        return_info=True,
+    )
+    assert found.is_cuda
+    assert ((found - 2 * h).abs() < 4 * info.standard_error).all()
