@@ -25,8 +25,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
-    "sphinx_gallery.gen_gallery",
-    "gallery_runs",  # looks at what the gallery printed
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
@@ -62,6 +60,7 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", str(INVENTORIES / "torch.inv")),
 }
 
+extensions += ["sphinx_gallery.gen_gallery", "gallery_runs"]
 # Every script of the gallery runs here, two at a time; an error or a warning in one is fatal.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sphinx_gallery_conf = {
