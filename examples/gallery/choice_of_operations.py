@@ -5,8 +5,8 @@ A choice of operations
 Architecture search in small: which function should be applied to which input? *Inner*, the
 coefficients of a sum of all candidates are fitted, each candidate weighted by a softmax; *outer*,
 the softmax is moved by the error on a validation set, as in DARTS (Liu et al., 2019). No second
-derivative is taken: a finite difference of two gradients stands for it, and `Bilevel` alternates
-between the levels.
+derivative is taken: :func:`~hypergrad.finite_difference_grad` has a difference of two gradients
+in its place, and :class:`~hypergrad.Bilevel` alternates between the levels.
 """
 
 import functools
@@ -86,7 +86,7 @@ for _ in range(200):
 # %%
 # For each input the operation of largest weight is kept, and the coefficients are fitted again.
 # The baseline is exhaustive search, which is possible here: all 2401 choices by the validation
-# error.
+# error. It may fit noise; so may the search.
 
 
 def refitted(choice):

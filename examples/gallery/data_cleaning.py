@@ -42,8 +42,8 @@ def outer(w, logits):
 
 
 # %%
-# The loop: solve the inner problem from where the last solution was, take the hypergradient, let
-# Adam make a step.
+# The loop: solve the inner problem from where the last solution was, take the hypergradient by
+# :func:`~hypergrad.implicit_grad`, let Adam make a step.
 
 solve = hypergrad.inner.LBFGS()
 logits = torch.zeros(1000)

@@ -39,7 +39,7 @@ def outer(w, pictures):
 
 
 # %%
-# Learning the pictures.
+# Learning the pictures. :func:`~hypergrad.implicit_grad` asks for no more than the inner solution.
 
 solve = hypergrad.inner.LBFGS()
 pictures = means.clone()
@@ -53,7 +53,7 @@ for _ in range(60):
 w, _ = solve(inner, w, pictures)
 
 # %%
-# Test accuracy, beside that of other training sets for the same classifier.
+# Test accuracy, beside that of other training sets for the same classifier, with the same decay.
 
 
 def accuracy(w):

@@ -5,7 +5,8 @@ Few-shot sinusoids in forty lines
 Five points of an unknown sinusoid are to be enough to draw it. *Inner*, the last layer of a
 network is fitted to the five points of one task, and kept close to a shared one (the proximal
 term of implicit MAML); *outer*, the hidden layers and that shared last layer are learnt from many
-tasks, so that what is fitted predicts the rest of each curve. `vmap` treats all tasks at once.
+tasks, so that what is fitted predicts the rest of each curve. :func:`torch.func.vmap` treats all
+tasks at once.
 """
 
 import math
@@ -34,8 +35,8 @@ def features(x, theta):
 
 # %%
 # The inner problem is ridge regression towards `theta["last"]`, and is solved exactly.
-# `implicit_grad` takes the solution as it is. Five of the points are for the inner problem, ten
-# for the outer one.
+# :func:`~hypergrad.implicit_grad` takes the solution as it is. Five of the points are for the
+# inner problem, ten for the outer one.
 
 strength = 0.01
 

@@ -56,7 +56,8 @@ def outer(w, hparams):
 
 
 # %%
-# Learning it, from nearly squares on.
+# Learning it, from nearly squares on. Hyperparameters may be a dict; so are the gradients of
+# :func:`~hypergrad.implicit_grad` then.
 
 solve = hypergrad.inner.LBFGS()
 hparams = {"shape": torch.tensor(1.8), "log_scale": torch.tensor(0.0)}

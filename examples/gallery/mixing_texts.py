@@ -5,8 +5,8 @@ Mixing sources of text
 A language model is to read English and Python, and there are three sources to train it on; one of
 them is of no use. *Inner*, a small transformer is trained on a mixture of the three; *outer*, the
 shares in the mixture are moved by its loss on held-out text. Fused attention has no second
-derivatives and a large model no memory for them: `penalty_grad` needs first derivatives alone, of
-two copies of the model.
+derivatives and a large model no memory for them: :func:`~hypergrad.penalty_grad` needs first
+derivatives alone, of two copies of the model.
 """
 
 import inspect

@@ -17,8 +17,8 @@ torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 
 # %%
-# A hundred features, of which ten count; as much noise as signal of three of them. 120 examples
-# for training, 120 for validation, 2000 for the test.
+# A hundred features, of which ten count, and noise of standard deviation 1.5. 120 examples for
+# training, 120 for validation, 2000 for the test.
 
 truth = torch.cat([torch.ones(10), torch.zeros(90)])
 x, x_val, x_test = (torch.randn(n, 100) for n in (120, 120, 2000))
@@ -41,7 +41,8 @@ def ridge(penalty):
 
 
 # %%
-# The loop. `implicit_backward` fills ``log_penalty.grad``, through the exponential.
+# The loop. :func:`~hypergrad.implicit_backward` fills ``log_penalty.grad``, through the
+# exponential.
 
 log_penalty = torch.full((100,), -2.0, requires_grad=True)
 optimizer = torch.optim.Adam([log_penalty], lr=0.05)

@@ -4,8 +4,9 @@ Learn with scikit-learn inside
 
 The inner solver need not be PyTorch. *Inner*, scikit-learn fits a logistic regression on twenty
 features; *outer*, the features themselves, waves whose directions and phases are tensors, are
-moved so that what scikit-learn fits does well on a validation set. `custom_argmin` needs to know
-the objective that scikit-learn minimises, and how it does so plays no part.
+moved so that what scikit-learn fits does well on a validation set.
+:func:`~hypergrad.custom_argmin` needs to know the objective that scikit-learn minimises, and how
+it does so plays no part.
 """
 
 import math

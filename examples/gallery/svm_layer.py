@@ -5,8 +5,8 @@ A support vector machine as a layer
 The kernel of a support vector machine has a width for each feature, and a bound ``C`` on the
 multipliers. *Inner*, the dual quadratic program is solved, with its multipliers between 0 and
 ``C``; *outer*, widths and ``C`` are moved by the loss on a validation set. The solution sits on
-its bounds at most examples, and the derivative knows: the condition is the fixed point of a
-projected gradient step.
+its bounds at about half of the examples, and the derivative knows: the condition,
+:class:`~hypergrad.ProjectedGradient`, is the fixed point of a projected gradient step.
 """
 
 import matplotlib.pyplot as plt

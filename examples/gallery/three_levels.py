@@ -6,7 +6,8 @@ Penalties are learnt on a validation set. If there are many of them they overfit
 penalty of their own: and who chooses that one? *Level 1*, ridge regression with a penalty for
 each feature; *level 2*, the penalties, by a validation loss that holds them together with some
 strength; *level 3*, that strength, by a second validation set. The solution of level 1 stands
-inside the objective of level 2, and both are differentiable functions.
+inside the objective of level 2, and :func:`~hypergrad.custom_argmin` makes both differentiable
+functions.
 """
 
 import matplotlib.pyplot as plt
