@@ -19,8 +19,9 @@ FIGURES = {
         (r"learnt weights: accuracy over classes #,", 0.89, 1.0),
     ],
     "few_shot_sinusoids": [
-        (r"before adaptation: +#", 2.5, 4.0),
-        (r"adapted to five points: +#", 0.0, 0.1),
+        (r"before adaptation +#", 2.5, 4.0),
+        (r"adapted, the hypergradient +#", 0.0, 0.07),
+        (r"adapted, adaptation constant +#", 0.02, 0.15),
     ],
     "equilibrium_layer": [
         (r"100 applications: # apart", 0.0, 1e-3),
