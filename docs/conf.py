@@ -1,5 +1,6 @@
 """Configuration of the documentation: `make docs` builds it and runs its snippets."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -71,6 +72,28 @@ write_inventory(INVENTORIES / "torch.inv", "PyTorch", TORCH)
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", str(INVENTORIES / "python.inv")),
     "torch": ("https://docs.pytorch.org/docs/stable", str(INVENTORIES / "torch.inv")),
+}
+
+extensions += ["sphinx_gallery.gen_gallery", "gallery_runs"]
+# Every script of the gallery runs here, two at a time; an error or a warning in one is fatal.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "gallery_runs.order",
+    "reset_modules": ("matplotlib", "gallery_runs.reset"),
+    "reset_modules_order": "both",
+    "abort_on_example_error": True,
+    "parallel": 2,
+    "capture_repr": (),  # what is printed, and no more
+    "doc_module": ("hypergrad",),
+    "reference_url": {"hypergrad": None},
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 600,  # a page says what a script does, not how busy the machine was
 }
 
 # The snippets of a page run in order and share their names; a warning fails them.

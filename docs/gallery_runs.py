@@ -1,0 +1,103 @@
+"""How the gallery is made: the order of its scripts, what is set anew, what must come out."""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+#: The scripts in their order, each with what it prints, `#` for a figure, and the least and most
+#: that the figures may be: wide enough for another rounding, too narrow for another claim.
+FIGURES = {
+    "data_cleaning": [(r"learnt weight below 1/2 +# +# +#", 0.85, 1.0)],
+    "penalty_for_each_feature": [
+        (r"one penalty: .* test error #,", 4.4, 5.2),
+        (r"a hundred: .* test error #,", 2.6, 3.8),
+    ],
+    "class_imbalance": [
+        (r"no weights: accuracy over classes #,", 0.8, 0.88),
+        (r"learnt weights: accuracy over classes #,", 0.89, 1.0),
+    ],
+    "few_shot_sinusoids": [
+        (r"before adaptation +#", 2.5, 4.0),
+        (r"adapted, the hypergradient +#", 0.0, 0.07),
+        (r"adapted, adaptation constant +#", 0.02, 0.15),
+    ],
+    "equilibrium_layer": [
+        (r"100 applications: # apart", 0.0, 1e-3),
+        (r"equilibrium: test accuracy #", 0.93, 1.0),
+    ],
+    "svm_layer": [
+        (r"best of the grid: .* accuracy #", 0.7, 0.82),
+        (r"learnt: .* accuracy #", 0.84, 0.9),
+    ],
+    "scikit_learn_inside": [
+        (r"at their best scale #", 0.8, 0.95),
+        (r"learnt waves #", 0.98, 1.0),
+    ],
+    "dataset_distillation": [
+        (r"ten mean pictures +#", 0.8, 0.92),
+        (r"ten learnt pictures +#", 0.94, 1.0),
+    ],
+    "learnt_loss": [
+        (r"learnt loss: error #", 0.0, 0.05),
+        (r"absolute values: error #", 0.06, 0.1),
+    ],
+    "three_levels": [
+        (r"one penalty #", 5.0, 6.0),
+        (r"three levels #", 3.4, 3.7),
+    ],
+    "choice_of_operations": [
+        (r"search: sin 3x, \|x\|, zero, sign; test error #", 0.08, 0.11),
+    ],
+    "mixing_texts": [
+        (r"exchanged: \S+, \S+, #", 0.0, 0.05),
+        (r"held-out loss: equal #,", 2.4, 2.7),
+    ],
+}
+ORDER = list(FIGURES)
+
+_filters = list(warnings.filters)
+
+
+def order(filename):
+    """The place of a script; one that is not in the list is an error."""
+    return ORDER.index(filename.removesuffix(".py"))
+
+
+def reset(gallery_conf, fname, when):
+    """Give every script what a fresh process has; warnings of its own are errors."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.set_num_threads(1)
+    if when == "before":
+        _filters[:] = warnings.filters
+        warnings.simplefilter("error")
+        # torch 2.13 itself, at the first use of forward mode.
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", DeprecationWarning)
+    else:
+        warnings.filters[:] = _filters
+
+
+def misses(script, page):
+    """What the page of a script should say and does not."""
+    found = []
+    for pattern, low, high in FIGURES[script]:
+        said = re.search(pattern.replace("#", r"(\d[\d.e-]*|nan)"), page)
+        if said is None:
+            found.append(f"{script}: nothing printed matches {pattern!r}")
+        elif not all(low <= float(figure) <= high for figure in said.groups()):
+            found.append(f"{script}: {said[0]!r} is not within {low} and {high}")
+    return found
+
+
+def check_figures(app):
+    pages = {script: Path(app.srcdir) / "gallery" / f"{script}.rst" for script in ORDER}
+    wrong = [miss for script, page in pages.items() for miss in misses(script, page.read_text())]
+    if wrong:
+        raise ValueError("The gallery does not show what it claims:\n" + "\n".join(wrong))
+
+
+def setup(app):
+    app.connect("builder-inited", check_figures, priority=900)  # after the scripts have run
+    return {"parallel_read_safe": True}
