@@ -193,7 +193,7 @@ def finite_difference_grad(
     else:
         u = b * lr if lr is not None else b / (1.0 if scale is None else scale)
 
-    length = _length(layout, given.params, epsilon)
+    length = _length(layout, given.params, given.eps, epsilon)
     size = norm(u)
     h = torch.where(size > 0, length / size, torch.ones_like(size))
     sides = [
@@ -243,11 +243,10 @@ def _check(
         raise ValueError(f"scale must be finite and not zero; got {scale}.")
 
 
-def _length(layout: Layout, params: Sequence[Tensor], epsilon: float | None) -> Tensor:
+def _length(layout: Layout, params: Sequence[Tensor], eps: float, epsilon: float | None) -> Tensor:
     size = norm(layout.flatten(params))
     if epsilon is not None:
         return torch.full_like(size, epsilon)
-    eps = torch.finfo(layout.precision).eps
     # Parameters this close to zero have no scale of their own.
     size = torch.where(size > (eps * layout.n) ** 0.5, size, torch.ones_like(size))
     return _BENT * eps ** (1 / 3) * size

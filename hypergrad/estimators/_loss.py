@@ -57,6 +57,11 @@ class Arguments:
         return cls(P, H)
 
     @property
+    def eps(self) -> float:
+        """The last digit of the coarsest dtype, in which a difference of gradients is rounded."""
+        return max(torch.finfo(v.dtype).eps for v in [*self.params, *self.hparams])
+
+    @property
     def layout(self) -> Layout:
         """How the inner variables lie in a vector."""
         return Layout(self.P, self.params)
@@ -213,11 +218,17 @@ def rounding_share(
     layout: Layout, side: Sequence[Tensor | None], grads: Sequence[Tensor | None], by: Any
 ) -> Tensor:
     """The share of an answer that rounding may be: of a difference with one `side`, times `by`."""
+    least = torch.finfo(layout.precision).eps
 
-    def size(parts: Sequence[Tensor | None]) -> Tensor:
-        sizes = [torch.linalg.vector_norm(p.to(layout.dtype)) for p in parts if p is not None]
+    def size(parts: Sequence[Tensor | None], *, last: bool = False) -> Tensor:
+        sizes = [
+            torch.linalg.vector_norm(p.to(layout.dtype))
+            * (max(least, torch.finfo(p.dtype).eps) if last else 1.0)
+            for p in parts
+            if p is not None
+        ]
         none = torch.zeros(1, dtype=layout.dtype, device=layout.device)
         return norm(torch.stack(sizes) if sizes else none)
 
-    lost = _ROUNDING * torch.finfo(layout.precision).eps * size(side) * by
+    lost = _ROUNDING * size(side, last=True) * by
     return torch.where(lost == 0, lost, lost / size(grads))

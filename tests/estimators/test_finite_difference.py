@@ -259,3 +259,33 @@ def test_each_task_of_a_batch_is_moved_by_its_own_distance():
     torch.testing.assert_close(
         vmap(task)(sizes), torch.stack([task(c) for c in sizes]), rtol=1e-7, atol=1e-12
     )
+
+
+def of_two_dtypes(dtype: torch.dtype) -> tuple[Any, ...]:
+    """w solves (diag(1, 2, 4) + b) w = a, with `b` in a coarser dtype than the rest."""
+    diagonal = torch.tensor([1.0, 2.0, 4.0], dtype=F64)
+    h = {"a": torch.tensor(2.0, dtype=F64), "b": torch.tensor(0.25, dtype=dtype)}
+    solve = lambda h: h["a"] / (diagonal + h["b"])
+    outer = lambda w, h: ((w - 1) ** 2).sum() / 2 + h["a"] * w.sum()
+    inner = lambda w, h: (diagonal * w**2).sum() / 2 - h["a"] * w.sum() + h["b"] * (w @ w) / 2
+    want = grad(lambda h: outer(solve(h), h))({name: leaf.double() for name, leaf in h.items()})
+    inverse = lambda v: v / (diagonal + h["b"])
+    return outer, inner, solve(h), h, want, inverse
+
+
+def test_the_default_distance_suits_the_coarsest_dtype_of_the_hyperparameters() -> None:
+    """A float32 hyperparameter beside float64 parameters was off by five per cent, in silence."""
+    outer, inner, w, h, want, inverse = of_two_dtypes(torch.float32)
+    found = finite_difference_grad(outer, inner, w, h, preconditioner=inverse)
+    assert found["b"].dtype == torch.float32
+    for name, leaf in found.items():
+        torch.testing.assert_close(leaf.double(), want[name], rtol=1e-3, atol=0)
+
+
+def test_a_leaf_of_coarser_dtype_that_is_lost_in_rounding_is_said() -> None:
+    outer, inner, w, h, want, inverse = of_two_dtypes(torch.bfloat16)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="lost in rounding"):
+        finite_difference_grad(outer, inner, w, h, preconditioner=inverse)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="lost in rounding"):
+        found = hypergrad.penalty_grad(outer, inner, w, h, penalty=1e4, lr=0.2, steps=400)
+    assert relative_error(found["b"].double(), want["b"]) > 0.1  # with reason
