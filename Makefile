@@ -15,12 +15,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 SPHINX := $(BIN)/python -m sphinx -W -q
 
-.PHONY: help demo omniglot test docs lint format bench clean
+.PHONY: help demo omniglot reproduce test wheel-test docs lint format bench clean
 # Two pips in one environment get into each other's way.
 .NOTPARALLEL:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.with-examples  ## iMAML on sinusoids: trains, then a table and a picture
 	$(BIN)/python -m examples.imaml.sinusoid $(ARGS)
@@ -28,9 +28,16 @@ demo: $(VENV)/.with-examples  ## iMAML on sinusoids: trains, then a table and a 
 omniglot: $(VENV)/.with-examples  ## iMAML on Omniglot, 5-way 1-shot
 	$(BIN)/python -m examples.imaml.omniglot $(ARGS)
 
+reproduce: $(VENV)/.with-examples  ## the whole comparison, as far as ARGS="--budget SECONDS" goes; writes results/
+	$(BIN)/python -m examples.imaml.reproduce $(ARGS)
+
 # One thread each: as many workers as cores are already at work.
 test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+wheel-test: $(VENV)/.with-dev  ## build wheel and sdist, and test the wheel in an environment of its own
+	PYTHON="$(PYTHON)" BUILD_PYTHON="$(BIN)/python" TORCH="$(TORCH)" \
+		TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" .ci/wheel $(ARGS)
 
 docs: $(VENV)/.with-docs  ## build the documentation and run its snippets
 	$(SPHINX) -b html docs docs/_build/html

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from sphinx.pycode.parser import VariableCommentPicker
+
 import hypergrad
 
 HERE = Path(__file__).parent
@@ -23,8 +25,11 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx-mathjax-offline",  # the formulae without the network
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxcontrib.bibtex",
     "sphinx_copybutton",
     "sphinx_design",
+    "links",  # docs/links.py: no link inside the site leads nowhere
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
@@ -39,14 +44,23 @@ default_role = "literal"
 
 html_theme = "furo"
 html_title = f"hypergrad {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+maximum_signature_line_length = 80
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+# One signature for each function: overloads are for type checkers.
+VariableCommentPicker.is_overload = lambda self, decorators: False
 napoleon_google_docstring = False
+viewcode_line_numbers = True
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "alpha"
+bibtex_reference_style = "author_year"
 # The types in docstrings are for reading ("pytree of tensors"); those in signatures are links.
 napoleon_use_param = False
 napoleon_use_rtype = False
@@ -93,4 +107,5 @@ found = lambda name: importlib.util.find_spec(name) is not None
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
 """

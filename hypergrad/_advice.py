@@ -49,6 +49,9 @@ _CURES = {
 }
 
 
+_TWO_DTYPES = ("same dtype", "expected scalar type", "to have the same data type")
+
+
 @contextmanager
 def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
     """Turn PyTorch's message about a missing second derivative into one with the cure.
@@ -63,24 +66,34 @@ def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
     UnsupportedOperation
         In place of a RuntimeError that is known.
     StructureMismatch
-        In place of one about devices, if the arguments are on several.
+        In place of one about devices or dtypes, if the arguments are of several, and of one that
+        `torch.func.functional_call` raises about its arguments.
     RuntimeError
         That of PyTorch, if it is not.
+    ValueError
+        The same.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         advise(error, trees)
         raise
 
 
-def advise(error: RuntimeError, trees: Sequence[Tree] = ()) -> None:
+def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None:
     """Raise what `advice` raises in place of an error that is known; else return."""
+    if "parameter_and_buffer_dicts" in str(error):
+        raise StructureMismatch(
+            "torch.func.functional_call takes parameters by name: pass "
+            f"dict(module.named_parameters()) as params, not a list of them. ({error})"
+        ) from error
     for part, cure in _CURES.items():
         if part in str(error):
             raise UnsupportedOperation(f"{cure} ({error})") from error
     if "device" in str(error):
         _refuse_two_devices(trees, error)
+    if any(part in str(error) for part in _TWO_DTYPES):
+        _refuse_two_dtypes(trees, error)
 
 
 def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
@@ -95,6 +108,20 @@ def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
                 f"{name} is on {device} but {leaves[0][0]} is on {leaves[0][1]}; move them to one "
                 f"device, or one to the other's inside the loss. ({error})"
             ) from error
+
+
+def _refuse_two_dtypes(trees: Sequence[Tree], error: Exception) -> None:
+    found: dict[str, str] = {}
+    for tree in trees:
+        for i, leaf in enumerate(tree.variables):
+            found.setdefault(str(leaf.dtype), tree.variable_path(i))
+    if found:
+        given = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
+        raise StructureMismatch(
+            f"A loss puts tensors of several dtypes into one operation: {given}, and the data that "
+            "it captures have theirs. Convert them to one, with tensor.to(params.dtype) for the "
+            f"data or module.double(). ({error})"
+        ) from error
 
 
 def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:

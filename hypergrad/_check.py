@@ -79,6 +79,17 @@ class Report:
         The evidence of the implicit hypergradient.
     notes : tuple of str
         What else there is to know.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, outer = lambda w, t: ((w - t) ** 2).sum(), lambda w, t: (w**2).sum()
+    >>> stopped_early = lambda t: 0.9 * t  # the minimiser is t
+    >>> report = hypergrad.check_hypergrad(
+    ...     outer, inner, stopped_early, torch.ones(2, dtype=torch.float64)
+    ... )
+    >>> report.ok, report.blame
+    (False, 'inner problem not solved')
     """
 
     ok: bool

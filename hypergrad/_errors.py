@@ -15,44 +15,157 @@ class HypergradError(Exception):
 
 
 class NotConverged(HypergradError):
-    """The inner problem or the linear system was not solved to its tolerance."""
+    """The inner problem or the linear system was not solved to its tolerance.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, outer = lambda w, t: ((w - t) ** 2).sum(), lambda w, t: (w**2).sum()
+    >>> t = torch.ones(2)  # which is the minimiser
+    >>> hypergrad.implicit_grad(outer, inner, t + 1, t, on_failure="raise")
+    Traceback (most recent call last):
+    hypergrad._errors.NotConverged: params does not solve the inner problem: ...
+    """
 
 
 class IndefiniteHessian(HypergradError):
-    """Negative curvature was met by a solver that needs a positive definite matrix."""
+    """Negative curvature was met by a solver that needs a positive definite matrix.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> signs, one = torch.tensor([1.0, -1.0]), torch.ones(2)
+    >>> saddle = lambda w, t: (signs * (w - t) ** 2).sum()
+    >>> hypergrad.implicit_grad(
+    ...     lambda w, t: (w**2).sum(), saddle, one, one, solver=hypergrad.CG(), on_failure="raise"
+    ... )
+    Traceback (most recent call last):
+    hypergrad._errors.IndefiniteHessian: CG met negative curvature (p.Ap <= 0) ...
+    """
 
 
 class SingularHessian(HypergradError):
-    """The matrix of the linear system is singular and the system has no solution."""
+    """The matrix of the linear system is singular and the system has no solution.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> flat = lambda w, t: (w.sum() - t) ** 2  # a line of minimisers
+    >>> w, t = torch.tensor([2.0, 0.0]), torch.tensor(2.0)
+    >>> hypergrad.implicit_grad(lambda w, t: (w**2).sum(), flat, w, t, on_failure="raise")
+    Traceback (most recent call last):
+    hypergrad._errors.SingularHessian: The matrix is singular and the system has no solution ...
+    """
 
 
 class NotDifferentiable(HypergradError):
-    """The inner solution has a kink, where it has another derivative on each side."""
+    """The inner solution has a kink, where it has another derivative on each side.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> lasso = hypergrad.ProximalGradient(
+    ...     lambda w, t: (w - t) ** 2 / 2, lambda v, step, t: hypergrad.prox.l1(v, step), 0.5
+    ... )
+    >>> zero, one = torch.tensor(0.0), torch.tensor(1.0)  # the minimiser is max(t - 1, 0)
+    >>> hypergrad.implicit_grad(lambda w, t: w, lasso, zero, one, on_failure="raise")
+    Traceback (most recent call last):
+    hypergrad._errors.NotDifferentiable: params sits at a kink of the inner problem, ...
+    """
 
 
 class Diverged(HypergradError):
-    """An iteration moved away from the solution, for example a Neumann series."""
+    """An iteration moved away from the solution, for example a Neumann series.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
+    >>> series = hypergrad.Neumann(step_size=2.0)  # the curvature is 2
+    >>> hypergrad.implicit_grad(
+    ...     lambda w, t: (w**2).sum(), inner, one, one, solver=series, on_failure="raise"
+    ... )
+    Traceback (most recent call last):
+    hypergrad._errors.Diverged: Neumann diverged: its terms grew ...
+    """
 
 
 class NotFinite(HypergradError):
-    """A loss, a gradient, a product or the answer holds NaN or infinity."""
+    """A loss, a gradient, a product or the answer holds NaN or infinity.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
+    >>> hypergrad.implicit_grad(lambda w, t: (w - 2).log().sum(), inner, one, one)
+    Traceback (most recent call last):
+    hypergrad._errors.NotFinite: the outer loss holds NaN or infinity. ...
+    """
 
 
 class NotConnected(HypergradError):
-    """A function does not depend on an argument that it must depend on."""
+    """A function does not depend on an argument that it must depend on.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
+    >>> hypergrad.implicit_grad(lambda w, t: (t**2).sum(), inner, one, one)
+    Traceback (most recent call last):
+    hypergrad._errors.NotConnected: outer does not depend on params, ...
+    """
 
 
 class RankFailed(HypergradError):
-    """Another process has failed, has ended, or has other numbers than this one."""
+    """Another process has failed, has ended, or has other numbers than this one.
+
+    Every process raises it, so that none waits for ever; the message names the process whose own
+    error is the one to look for.
+
+    Examples
+    --------
+    >>> import hypergrad
+    >>> issubclass(hypergrad.RankFailed, hypergrad.HypergradError)
+    True
+    """
 
 
 class StructureMismatch(HypergradError, ValueError):
-    """An argument has another structure, shape, dtype or device than it must have."""
+    """An argument has another structure, shape, dtype or device than it must have.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
+    >>> hypergrad.implicit_grad(lambda w, t: w, inner, one, one)
+    Traceback (most recent call last):
+    hypergrad._errors.StructureMismatch: outer must return a scalar tensor; ...
+    """
 
 
 class UnsupportedOperation(HypergradError):
-    """What was asked for cannot be computed rightly; the message says what to do instead."""
+    """What was asked for cannot be computed rightly; the message says what to do instead.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> root, one = hypergrad.Root(lambda w, t: w - t), torch.ones(2)
+    >>> hypergrad.implicit_grad(lambda w, t: (w**2).sum(), root, one, one, solver=hypergrad.CG())
+    Traceback (most recent call last):
+    hypergrad._errors.UnsupportedOperation: CG needs a symmetric matrix, ...
+    """
 
 
 class ConvergenceWarning(UserWarning):
-    """The answer may be inaccurate; the message says by which figure, and what to try."""
+    """The answer may be inaccurate; the message says by which figure, and what to try.
+
+    Examples
+    --------
+    >>> import warnings, torch, hypergrad
+    >>> inner, outer = lambda w, t: ((w - t) ** 2).sum(), lambda w, t: (w**2).sum()
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     grads = hypergrad.implicit_grad(outer, inner, torch.full((2,), 2.0), torch.ones(2))
+    >>> caught[0].category.__name__
+    'ConvergenceWarning'
+    """

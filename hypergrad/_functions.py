@@ -22,7 +22,7 @@ from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
 from ._replay import ForwardReplay, Replay
-from ._report import OnFailure, judge
+from ._report import OnFailure, judge, warn
 from ._transforms import (
     alive,
     forward_mode_active,
@@ -262,6 +262,10 @@ class ImplicitSolution(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
         for place, part in zip(rule.problem.outer, lin.cross(u, higher), strict=True):
             grads[place] = None if part is None else -part
+        if not ctx.captures:
+            _warn_of_unused(
+                rule, [i for i in rule.problem.outer if ctx.needs_input_grad[2 + i]], grads
+            )
         return None, (-u if ctx.captures else None), *grads
 
     @staticmethod
@@ -281,6 +285,17 @@ class ImplicitSolution(torch.autograd.Function):
             ]
             du = LinearSolve.apply(rule, False, -lin.cross_forward(given, True), *tensors)
             return tuple(lin.layout.split(du))
+
+
+def _warn_of_unused(rule: Rule, wanted: Sequence[int], grads: Sequence[Tensor | None]) -> None:
+    """Warn where nothing that is differentiated plays a part in the inner problem."""
+    if rule.on_failure != "ignore" and wanted and all(grads[i] is None for i in wanted):
+        names = ", ".join(rule.problem.path(i) for i in wanted)
+        warn(
+            f"The inner problem does not depend on {names}: the derivative of its solution is "
+            "zero. If that is not meant, look in it for a .detach() or .item(), or a value that is "
+            "captured in place of the argument."
+        )
 
 
 def higher_order() -> bool:

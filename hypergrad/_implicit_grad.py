@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outer import outer_gradient
+from ._overloads import Hparams, Inner, Options, Outer, Params
 from ._problem import Problem, TakesDerivatives
 from ._randomness import Draw, generators, restore
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
@@ -35,6 +36,50 @@ from .solvers import Solver, choose
 from .solvers._base import mapped_by_caller, norm
 
 
+@overload
+def implicit_grad(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Hparams: ...
+@overload
+def implicit_grad(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[True],
+    return_info: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[Hparams, Any]: ...
+@overload
+def implicit_grad(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Hparams, SolveInfo]: ...
+@overload
+def implicit_grad(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: bool = ...,
+    **options: Unpack[Options],
+) -> Any: ...
 @never_compiled
 def implicit_grad(
     outer: Callable[[Any, Any], Any],
@@ -134,6 +179,50 @@ def implicit_grad(
     return (answer.grads, answer.info.aux) if has_aux else answer.grads
 
 
+@overload
+def implicit_backward(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def implicit_backward(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[True],
+    return_info: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Any]: ...
+@overload
+def implicit_backward(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, SolveInfo]: ...
+@overload
+def implicit_backward(
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: bool = ...,
+    **options: Unpack[Options],
+) -> Any: ...
 @never_compiled
 def implicit_backward(
     outer: Callable[[Any, Any], Any],
@@ -353,14 +442,18 @@ class _Call:
         )
         if self.on_failure != "ignore":
             warn_of_unused(H, "Neither outer nor inner", direct, indirect)
-        solution = layout.split(u)
         sources = [*self.problem.tensors, *sources, *lin.captured]
         with nullcontext() if vmaps is None else vmaps.entered():
+            if self.return_info:
+                solution = layout.split(u)
+                if vmaps is not None:
+                    solution, info = vmaps.wrapped_tree((solution, info))
+                info = dataclasses.replace(info, solution=P.fill(solution))
             if vmaps is not None:
-                leaves, solution, info = vmaps.wrapped_tree((leaves, solution, info))
+                leaves = [vmaps.wrapped(leaf) for leaf in leaves]
             leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
             aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, aux)
-            info = dataclasses.replace(info, solution=P.fill(solution), aux=aux)
+            info = dataclasses.replace(info, aux=aux)
             return _Answer(H.fill(leaves), leaves, info)
 
 

@@ -24,13 +24,21 @@ class Status(IntEnum):
     [True, False]
     """
 
+    #: The residual is within the tolerance.
     CONVERGED = 0
+    #: The iterations ran out. Give it more, a preconditioner, or the last solution as ``x0``.
     MAX_ITERATIONS = 1
+    #: The matrix is not positive definite. Try damping, `MINRES`, or `GaussNewton`.
     NEGATIVE_CURVATURE = 2
+    #: The method can make no further step. Take another one, `GMRES` or `Exact`.
     BREAKDOWN = 3
+    #: Rounding allows no smaller residual. Use float64, where that is too large.
     STAGNATED = 4
+    #: The iteration moves away from the solution. Try a smaller step size, or another method.
     DIVERGED = 5
+    #: The matrix is singular and the system has no solution. Add a regulariser, or damping.
     SINGULAR = 6
+    #: NaN or infinity was met.
     NOT_FINITE = 7
 
     @classmethod
@@ -101,6 +109,8 @@ class SolveInfo:
     >>> x, info = hypergrad.CG().solve(matvec, torch.ones(3))
     >>> print(info)
     CG: CONVERGED after 1 iterations, 2 products; residual 0.0e+00
+    >>> info.success, info.negative_curvature, info.eigenvalues
+    (tensor(True), tensor(False), tensor([2., 2.]))
     """
 
     status: Tensor

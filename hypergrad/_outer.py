@@ -46,7 +46,11 @@ def outer_gradient(
     ------
     NotConnected
         If the loss does not depend on the inner variables.
+    StructureMismatch
+        If the inner or the outer variables hold no tensor that can carry a derivative.
     """
+    for tree in (problem.params, *problem.args):
+        tree.refuse_constant()
     inner, places = problem.inner, list(problem.outer)
     aux = None
 

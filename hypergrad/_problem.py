@@ -101,6 +101,16 @@ class Problem:
         """The tensors that the problem was made from."""
         return [t for tree in (self.params, *self.args) for t in tree.tensors]
 
+    def path(self, place: int) -> str:
+        """The name of the tensor at a position of `tensors`, for messages."""
+        names = [
+            tree.path(i)
+            for tree in (self.params, *self.args)
+            for i, leaf in enumerate(tree.leaves)
+            if isinstance(leaf, Tensor)
+        ]
+        return names[place]
+
     @property
     def inner(self) -> list[int]:
         """Positions of the inner variables among the tensors."""
@@ -236,8 +246,15 @@ class Problem:
 def scalar(what: str, value: Any) -> Tensor:
     """A loss as a 0-d tensor, or an error that says what it is instead."""
     if not isinstance(value, Tensor):
+        cures = {
+            "float": " Leave out .item() and float(), which cut the connection.",
+            "NoneType": " Is a return missing?",
+        }
+        if what == "outer":
+            cures["tuple"] = " Pass has_aux=True where it returns (loss, aux)."
+        kind = type(value).__name__
         raise StructureMismatch(
-            f"{what} must return a scalar tensor; it returned {type(value).__name__}."
+            f"{what} must return a scalar tensor; it returned {kind}.{cures.get(kind, '')}"
         )
     if value.is_complex():
         raise UnsupportedOperation(

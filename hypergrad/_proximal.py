@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ._conditions import Condition, Record, _gradient, _require_all
 from ._degeneracy import directions, reach
-from ._errors import StructureMismatch
+from ._errors import NotConnected, StructureMismatch
 from ._problem import Problem
 from ._replay import ForwardReplay, Replay
+from ._trace import graph
 
 StepSize = float | Tensor | Callable[..., Any]
 
@@ -129,8 +130,24 @@ class GradientStep(Condition):
         for sign in (1, -1):
             moved = [part + sign * a for part, a in zip(v, away, strict=True)]
             there = self.applied(problem, tensors, moved)
+            self._refuse_lost(v, stepped, there)
             found.append(Replay([a - b for a, b in zip(there, stepped, strict=True)], v))
         return found
+
+    def _refuse_lost(
+        self, v: Sequence[Tensor], stepped: Sequence[Tensor], there: Sequence[Tensor]
+    ) -> None:
+        """Raise where P moves with `v` and autograd does not see it."""
+        reached = set().union(*(graph(part)[1] for part in stepped))
+        if any((part.grad_fn, part.output_nr) in reached for part in v):
+            return
+        if not all(torch.equal(a, b) for a, b in zip(there, stepped, strict=True)):
+            raise NotConnected(
+                f"{self.outer_map[0]} moves with v, but autograd does not see how, so that its "
+                "derivative would be lost: a .detach() or .numpy() inside cuts the connection. "
+                "Write it in differentiable operations, or take one of hypergrad.prox or "
+                "hypergrad.projections."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

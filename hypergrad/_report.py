@@ -134,8 +134,8 @@ def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None])
     if unused:
         warn(
             f"{neither} depends on {', '.join(unused)}: the gradient there is zero. If that is not "
-            "meant, look for a .detach(), a copy, or a value that is captured in place of the "
-            "argument."
+            "meant, look for a .detach() or .item(), a copy, or a value that is captured in place "
+            "of the argument."
         )
 
 
@@ -171,11 +171,13 @@ def _diagnose(
     after = f" after {int(iterations)} iterations" if exact else ""
     match Status(int(status)):
         case Status.MAX_ITERATIONS if not _inner_alone(row, inner_tol, solver):
-            return NotConverged, (
-                f"{name} ran out of iterations{after}, at {at}. Raise maxiter (terms "
-                "for Neumann), loosen rtol, add damping, or pass a preconditioner; x0=last_info."
-                "solution starts from the last answer."
+            cure = (
+                "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
+                if hasattr(solver, "terms")
+                else "maxiter, loosen rtol, add damping, or pass a preconditioner; "
+                "x0=last_info.solution starts from the last answer."
             )
+            return NotConverged, (f"{name} ran out of iterations{after}, at {at}. Raise {cure}")
         case Status.NEGATIVE_CURVATURE:
             return IndefiniteHessian, (
                 f"{name} met negative curvature (p.Ap <= 0){after}, at "
@@ -222,7 +224,9 @@ def _diagnose(
         f"params does not solve the inner problem: its relative inner residual is "
         f"{_figure(inner, exact)} and inner_tol is {inner_tol:g}{norm_and_scale}. The implicit "
         "gradient is exact only at a solution; its error is of the order of the condition's norm "
-        f"divided by the lowest curvature.{curvature} Solve the inner problem further, or pass "
+        f"divided by the lowest curvature.{curvature} Solve the inner problem further, and "
+        "with the loss that inner computes: the same data and penalties, outer and inner not "
+        "exchanged, a module called by torch.func.functional_call with the given params. Pass "
         "inner_tol=None where it is truncated on purpose."
     )
 

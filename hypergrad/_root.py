@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ._evidence import of_term, solve_linear
 from ._functions import LinearSolve, Rule
 from ._info import SolveInfo
 from ._linearise import Linearisation
+from ._overloads import Params, RuleOptions
 from ._problem import Problem
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge
@@ -33,6 +34,28 @@ from .solvers import Solver, choose
 from .solvers._base import norm
 
 
+@overload
+def root_vjp(
+    F: Any,
+    params: Any,
+    args: tuple[Any, ...],
+    cotangent: Any,
+    *,
+    argnums: int | Sequence[int] | None = ...,
+    return_info: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> tuple[Any, SolveInfo]: ...
+@overload
+def root_vjp(
+    F: Any,
+    params: Any,
+    args: tuple[Any, ...],
+    cotangent: Any,
+    *,
+    argnums: int | Sequence[int] | None = ...,
+    return_info: bool = ...,
+    **options: Unpack[RuleOptions],
+) -> Any: ...
 @never_compiled
 def root_vjp(
     F: Any,
@@ -88,7 +111,8 @@ def root_vjp(
     (tensor(0.2500),)
     """
     rule, trees = _rule(F, params, args, solver, on_failure)
-    _positions(argnums, len(trees))
+    for position in _positions(argnums, len(trees)):
+        trees[position - 1].refuse_opaque()
     problem = rule.problem
     captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
@@ -110,6 +134,39 @@ def root_vjp(
     return (chosen, info) if return_info else chosen
 
 
+@overload
+def root_jvp(
+    F: Any,
+    params: Params,
+    args: tuple[Any, ...],
+    tangents: Any,
+    *,
+    argnums: int | Sequence[int] | None = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[RuleOptions],
+) -> Params: ...
+@overload
+def root_jvp(
+    F: Any,
+    params: Params,
+    args: tuple[Any, ...],
+    tangents: Any,
+    *,
+    argnums: int | Sequence[int] | None = ...,
+    return_info: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> tuple[Params, SolveInfo]: ...
+@overload
+def root_jvp(
+    F: Any,
+    params: Params,
+    args: tuple[Any, ...],
+    tangents: Any,
+    *,
+    argnums: int | Sequence[int] | None = ...,
+    return_info: bool = ...,
+    **options: Unpack[RuleOptions],
+) -> Any: ...
 @never_compiled
 def root_jvp(
     F: Any,

@@ -66,6 +66,47 @@ class Tree:
         """The name of the variable at a position of `variables`."""
         return self.path(self.where[position])
 
+    def refuse_opaque(self) -> None:
+        """Raise if a leaf looks as if it carried a derivative and does not.
+
+        Raises
+        ------
+        StructureMismatch
+            Naming the leaf.
+        """
+        for index, leaf in enumerate(self.leaves):
+            kind = type(leaf).__name__
+            if kind == "ndarray":
+                raise StructureMismatch(
+                    f"{self.path(index)} is a NumPy array, which carries no derivative; pass "
+                    "torch.as_tensor(...) of it."
+                )
+            if _hides_tensors(leaf):
+                raise StructureMismatch(
+                    f"{self.path(index)} is a {kind}, which torch does not know as a pytree, so "
+                    "that the tensors in it would be constants; pass a dict or a tuple of them."
+                )
+
+    def refuse_constant(self) -> None:
+        """Raise if no leaf can carry a derivative, or one that looks as if it could does not.
+
+        Raises
+        ------
+        StructureMismatch
+            Naming what is there in place of a tensor.
+        """
+        self.refuse_opaque()
+        if not self.where:
+            kinds = {
+                str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+                for leaf in self.leaves
+            }
+            raise StructureMismatch(
+                f"{self.name} holds no floating-point tensor to differentiate with respect to "
+                f"(it holds {', '.join(sorted(kinds)) or 'nothing'}). Pass a number as "
+                "torch.tensor(2.0), integers as tensor.float()."
+            )
+
     def rebuild(self, variables: Sequence[Any]) -> Any:
         """The argument with other variables in it and the constants in their places."""
         leaves = list(self.leaves)
@@ -125,7 +166,8 @@ class Tree:
         leaves, spec = pytree.tree_flatten(value)
         if spec != self.spec:
             raise StructureMismatch(
-                f"{what} must have the structure of {self.name}: expected {self.spec}, got {spec}."
+                f"{what} must have the structure of {self.name}: expected "
+                f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}."
             )
         found = []
         for index in self.where:
@@ -160,9 +202,7 @@ class Layout:
 
     def __init__(self, tree: Tree, variables: Sequence[Tensor], lead: int = 0) -> None:
         if not variables:
-            raise StructureMismatch(
-                f"{tree.name} holds no floating-point tensor to differentiate with respect to."
-            )
+            tree.refuse_constant()
         self.shapes = [v.shape[lead:] for v in variables]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.n = sum(self.sizes)
@@ -209,6 +249,22 @@ class Layout:
         return parts
 
 
+class _Word:
+    """A leaf, in a pytree that is shown in a message."""
+
+    def __init__(self, leaf: Any) -> None:
+        self._word = "tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+    def __repr__(self) -> str:
+        return self._word
+
+
+def _shown(leaves: Sequence[Any], spec: pytree.TreeSpec, most: int = 300) -> str:
+    """A pytree with the kinds of its leaves in their places, such as ``{'w': tensor}``."""
+    text = repr(pytree.tree_unflatten([_Word(leaf) for leaf in leaves], spec))
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def _usable(leaf: Any) -> Any:
     """An inference tensor as a copy that autograd may keep, outside of inference mode."""
     if isinstance(leaf, Tensor) and leaf.is_inference() and not torch.is_inference_mode_enabled():
@@ -218,6 +274,14 @@ def _usable(leaf: Any) -> Any:
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf is a container of tensors that torch takes for one value."""
+    if isinstance(leaf, Tensor):
+        return False
+    held = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
+    return any(isinstance(value, Tensor) for value in held)
 
 
 def _refuse_modules(name: str, value: Any) -> None:

@@ -198,7 +198,10 @@ def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     # By QR, since A A^T would have the square of A's condition number.
     Q, R = torch.linalg.qr(A.mT)
     target = torch.linalg.solve_triangular(R.mT, b[:, None], upper=False)[:, 0]
-    return v - Q @ (Q.mT @ v - target)
+    # Of a row that depends on those before it only rounding is left, which is seldom zero.
+    rounding = A.shape[1] * torch.finfo(A.dtype).eps * torch.linalg.vector_norm(A, dim=1)
+    dependent = (R.detach().diagonal().abs() <= rounding.detach()).any()
+    return v - Q @ (Q.mT @ v - torch.where(dependent, torch.full_like(target, math.nan), target))
 
 
 def _held(v: Tensor, lower: Any, upper: Any) -> Tensor:

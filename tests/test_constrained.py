@@ -448,3 +448,52 @@ def test_kkt_takes_pytrees_of_variables_and_constraints_and_empty_multipliers():
     params = w, torch.zeros(0, dtype=F64), lam
     found = implicit_grad(problem.outer, problem.condition, params, problem.hparams)
     assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+# A prox whose derivative is lost
+
+
+def soft_thresholded(y, lam):
+    return y.sign() * torch.relu(y.abs() - lam)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda v: v.detach(), lambda v: torch.from_numpy(v.detach().numpy().copy())],
+    ids=["detach", "numpy"],
+)
+def test_a_prox_that_autograd_does_not_see_is_an_error(cut):
+    """A = I was taken in silence: of a quadratic with curvature 2 the answer was off by half."""
+    y, lam = torch.tensor([3.0, 0.2, -2.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    f = lambda w, lam: ((w - y) ** 2).sum()
+    outer = lambda w, lam: w @ torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    w = soft_thresholded(y, lam / 2)
+    value = lambda lam: outer(soft_thresholded(y, lam / 2), lam)
+    want = (value(lam + 1e-6) - value(lam - 1e-6)) / 2e-6
+    whole = ProximalGradient(f, prox.l1, 0.3)
+    assert abs(implicit_grad(outer, whole, w, lam) - want) < 1e-8
+    lost = ProximalGradient(f, lambda v, step, lam: prox.l1(cut(v), step, lam), 0.3)
+    for derivative in (
+        lambda: implicit_grad(outer, lost, w, lam),
+        lambda: (
+            hypergrad
+            .custom_argmin(lost)(lambda init, lam: w)(None, lam.clone().requires_grad_())
+            .sum()
+            .backward()
+        ),
+    ):
+        with pytest.raises(hypergrad.NotConnected, match="prox moves with v, but autograd"):
+            derivative()
+
+
+def test_a_prox_that_is_constant_on_a_branch_is_right():
+    y, lam = torch.tensor([0.3, -0.2], dtype=F64), torch.tensor(5.0, dtype=F64)
+
+    def group(v, step, lam):
+        if v.norm() <= step * lam:
+            return torch.zeros_like(v)
+        return (1 - step * lam / v.norm()) * v
+
+    condition = ProximalGradient(lambda w, lam: ((w - y) ** 2).sum() / 2, group, 0.5)
+    zero = torch.zeros(2, dtype=F64)
+    assert implicit_grad(lambda w, lam: w.sum() + 3 * lam, condition, zero, lam) == 3

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 
@@ -27,6 +27,8 @@ from examples.imaml.systems import (
 )
 from examples.imaml.tensorboard_sink import is_installed
 from examples.imaml.training import TrainingFailed
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 SMOKE_META_STEPS, SMOKE_TASKS_PER_STEP, SMOKE_TEST_TASKS = 4, 4, 20
 
@@ -51,6 +53,7 @@ class Settings:
     seed: int
     device: torch.device
     threads: int
+    precision: Precision
     out: Path
     resume: ResumePoint
     force: bool
@@ -133,7 +136,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add = parser.add_argument
     add("--method", choices=METHODS, default="imaml", help="the system that is trained")
     add("--compare", nargs="*", choices=(*METHODS, "all"), metavar="METHOD",
-        help="methods trained after it for the same time; no name: none")  # fmt: skip
+        help="methods trained after it for the same time, counted as in --time-budget; "
+        "no name: none")  # fmt: skip
     for flag, kind, text in (
         ("--inner-steps", whole(1), "steps of adaptation"),
         ("--inner-lr", real(above=0), "rate of gradient descent in the adaptation"),
@@ -162,12 +166,17 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--queries", type=whole(1), help="queries of a task in training (for each class)")
     add("--meta-steps", type=whole(1), help="meta-steps")
     add("--time-budget", type=real(above=0), metavar="SECONDS",
-        help="stop training after so many seconds; then no run is like another")  # fmt: skip
+        help="stop training after so many seconds, validation left out: the processor's own, but "
+        "the clock's on a GPU and with several threads or processes; then no run is like "
+        "another")  # fmt: skip
     add("--validate-every", type=whole(1), metavar="STEPS", help="meta-steps between validations")
     add("--test-tasks", type=whole(2), default=600, help="unseen tasks behind the last table")
     add("--seed", type=whole(0), default=0, help="of initial parameters and training tasks")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--threads", type=whole(1), default=1, help="CPU threads; small networks gain by no more")
+    add("--precision", choices=get_args(Precision), default="float32",
+        help="of the network's layers, by autocast; "
+        "parameters and solvers stay in float32")  # fmt: skip
     add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
     add("--resume", type=_resume_point, metavar="auto|FILE",
         help="go on from the newest good checkpoint in the output folder, or a file")  # fmt: skip

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from examples.imaml.checkpoint import Checkpoint
 from examples.imaml.checkpoint_series import CheckpointSeries
+from examples.imaml.clock import clock_for
 from examples.imaml.command_line import Settings
 from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.meta import MetaLearner
-from examples.imaml.ranks import Ranks, is_first, join
+from examples.imaml.ranks import Ranks, count, is_first, join
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.resume import Keeping, Refused, ResumePoint, find
 from examples.imaml.run_folder import RunFolder
@@ -81,8 +82,13 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     def model(params: Params, x: Tensor) -> Tensor:
         return torch.func.functional_call(network, params, (x,))
 
+    def mixed(params: Params, x: Tensor) -> Tensor:
+        # Under a transform a cast that is kept would outlive the level that it belongs to.
+        with torch.autocast(settings.device.type, torch.bfloat16, cache_enabled=False):
+            return model(params, x).float()
+
     return MetaLearner(
-        model=model,
+        model=mixed if settings.precision == "bfloat16" else model,
         loss=benchmark.loss,
         differentiation=system.differentiation,
         inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
@@ -254,4 +260,5 @@ def _describe(settings: Settings) -> dict[str, object]:
         **dataclasses.asdict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "clock": clock_for(settings.device, settings.threads, count()),
     }

@@ -120,22 +120,44 @@ class InputBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return activations [B, channels, H/2, W/2] for images [B, 1, H, W]."""
-        patches = F.unfold(images, 3, stride=2, padding=1)  # [B, 9, H/2 * W/2]
-        patches = patches.transpose(0, 1).flatten(1)
-        mean = patches.mean(1)
-        centred = patches - mean[:, None]
-        covariance = centred @ centred.T / patches.shape[1]
-        filters = self.filters.flatten(1)
-        variance = ((filters @ covariance) * filters).sum(1)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        bias = self.bias - scale * (filters @ mean)
-        scaled = self.filters * scale[:, None, None, None]
-        return torch.relu(F.conv2d(images, scaled, bias, stride=2, padding=1))
+        with torch.autocast(images.device.type, enabled=False):  # sums of squares
+            patches = F.unfold(images, 3, stride=2, padding=1)  # [B, 9, H/2 * W/2]
+            patches = patches.transpose(0, 1).flatten(1)
+            mean = patches.mean(1)
+            centred = patches - mean[:, None]
+            covariance = centred @ centred.T / patches.shape[1]
+            filters = self.filters.flatten(1)
+            variance = ((filters @ covariance) * filters).sum(1)
+            scale = self.weight * torch.rsqrt(variance + self.eps)
+            bias = self.bias - scale * (filters @ mean)
+            scaled = self.filters * scale[:, None, None, None]
+            return torch.relu(F.conv2d(images, scaled, bias, stride=2, padding=1))
+
+
+class BatchStatistics(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of the call, in the precision of its own parameters.
+
+    Under autocast what comes in is narrower, and the vmapped derivative of a normalisation with
+    parameters of another precision fails (torch 2.13).
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Make scale and shift.
+
+        Parameters
+        ----------
+        channels
+            What is normalised, each by itself.
+        """
+        super().__init__(channels, track_running_stats=False)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Return normalised activations, [B, channels, H, W]."""
+        normalised: Tensor = super().forward(activations.to(self.weight.dtype))
+        return normalised
 
 
 def _block(channels: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-    return nn.Sequential(
-        convolution, nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()
-    )
+    return nn.Sequential(convolution, BatchStatistics(channels), nn.ReLU())

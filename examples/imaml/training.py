@@ -1,7 +1,6 @@
 """The meta-training loop: Adam, progress on the terminal, and what is kept of a run."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from examples.imaml.clock import Clock, clock_for
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.interruption import Interrupted, Interruption
 from examples.imaml.meta import MetaLearner
@@ -34,7 +34,7 @@ class Schedule:
     meta_steps
         At most so many meta-steps.
     time_budget
-        Stop after so many seconds of meta-steps, validation left out. None: never.
+        Stop after so many seconds of meta-steps, validation left out, see `clock_for`. None: never.
     tasks_per_step
         Tasks in a meta-step.
     lr
@@ -73,7 +73,7 @@ class Trained:
     steps
         Meta-steps taken.
     seconds
-        Time spent in them.
+        Time spent in them, see `clock_for`.
     """
 
     params: Params
@@ -146,7 +146,7 @@ def train(
         state.load(keeping.resumed)
         _write_history(folder, state.history)
     ranks.begin(state.seconds)
-    clock = _Clock(state)
+    clock = Clock(state.device, clock_for(state.device, torch.get_num_threads(), ranks.size))
     sign = -1.0 if larger_is_better else 1.0
     seconds = state.seconds  # those of the first process
     done = schedule.progress(state.step, seconds)
@@ -163,14 +163,14 @@ def train(
             )  # fmt: skip
             state.update(gradient, schedule.rate(state.step, done))
             state.means.add(figures)
-            clock.stop()
+            state.seconds += clock.stop()
             state.step += 1
             seconds, stop = ranks.agreed(state.seconds, interruption.requested)
             done = schedule.progress(state.step, seconds)
             display.update(bar, completed=done)
             validates = done >= 1.0 or state.step % schedule.validate_every == 0
             if validates:
-                clock.synchronise()
+                state.seconds += clock.synchronise()
                 value = validate(state.params)
                 state.history.records.append({
                     "step": state.step,
@@ -190,7 +190,7 @@ def train(
                 display.update(bar, figures=f"{figure} {value:.3f} after {state.step} meta-steps")
             due = validates if not (keeping and keeping.every) else state.step % keeping.every == 0
             if keeping and (due or stop or done >= 1.0):
-                clock.synchronise()
+                state.seconds += clock.synchronise()
                 if not state.is_finite():
                     raise TrainingFailed(_not_finite(learner, state.step))
                 if is_first():
@@ -220,26 +220,6 @@ def _not_finite(learner: MetaLearner, step: int) -> str:
 def _write_history(folder: RunFolder, history: History) -> None:
     folder.write_lines("metrics.jsonl", history.records)
     folder.write_lines("timings.jsonl", history.timings)
-
-
-class _Clock:
-    """Counts the seconds spent in meta-steps, the device's own work included."""
-
-    def __init__(self, state: TrainingState) -> None:
-        self._state = state
-        self._began = 0.0
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def stop(self) -> None:
-        self._state.seconds += time.perf_counter() - self._began
-
-    def synchronise(self) -> None:
-        if self._state.device.type == "cuda":
-            self.start()
-            torch.cuda.synchronize(self._state.device)
-            self.stop()
 
 
 def _display(console: Console) -> Progress:

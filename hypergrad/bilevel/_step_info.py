@@ -36,6 +36,19 @@ class StepInfo:
         The tolerance of this step, of a method that has one.
     info : SolveInfo or None
         The evidence of the hypergradient, of a method that solves a linear system.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> loop = hypergrad.Bilevel(
+    ...     lambda w, t: (w**2).sum(), lambda w, t: ((w - t) ** 2).sum() / 2,
+    ...     torch.zeros(2), torch.ones(2),
+    ...     inner_optimizer=lambda v: torch.optim.SGD(v, lr=1.0),
+    ...     outer_optimizer=lambda v: torch.optim.SGD(v, lr=0.1),
+    ... )
+    >>> record = loop.step()
+    >>> record.step, record.inner_steps, record.outer_value, record.info.success
+    (1, 10, tensor(2.), tensor(True))
     """
 
     step: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._captures import refuse_distributed
 from .._errors import NotConverged
+from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure
 from .._trace import detached
 from .._transforms import never_compiled
@@ -62,6 +63,48 @@ class EvolutionInfo:
 pytree.register_dataclass(EvolutionInfo, serialized_type_name="hypergrad.EvolutionInfo")
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    steps: int
+    sigma: float
+    pairs: int
+    generator: torch.Generator | None
+    batching: Literal["vmap", "loop"]
+    chunk_size: int | None
+    on_failure: OnFailure
+
+
+@overload
+def evolution_strategies_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[..., Any] | None,
+    init: Any,
+    hparams: Hparams,
+    *,
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def evolution_strategies_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[..., Any] | None,
+    init: Any,
+    hparams: Hparams,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Hparams, EvolutionInfo]: ...
+@overload
+def evolution_strategies_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[..., Any] | None,
+    init: Any,
+    hparams: Hparams,
+    *,
+    return_info: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def evolution_strategies_grad(
     outer: Callable[[Any, Any], Any],

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from .._conditions import plus
 from .._errors import NotConverged
-from .._info import Status
+from .._info import SolveInfo, Status
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Layout
@@ -28,6 +29,49 @@ _BENT = 1 / 20
 _CURE = "Look at the data and the inner solver."
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    epsilon: float | None
+    scale: float | None
+    lr: float | None
+    preconditioner: Callable[[Any], Any] | None
+    on_failure: OnFailure
+
+
+@overload
+def finite_difference_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def finite_difference_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Hparams, SolveInfo]: ...
+@overload
+def finite_difference_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def finite_difference_grad(
     outer: Callable[[Any, Any], Any],

@@ -115,7 +115,9 @@ class InnerLoop:
 
 def hyperparameters(hparams: Any) -> Tree:
     """`hparams` taken apart."""
-    return own_constants(Tree("hparams", hparams))
+    tree = Tree("hparams", hparams)
+    tree.refuse_constant()
+    return own_constants(tree)
 
 
 def own_constants(tree: Tree) -> Tree:

@@ -51,7 +51,10 @@ class Arguments:
     @classmethod
     def of(cls, params: Any, hparams: Any) -> Arguments:
         """Those of a call, with frozen parameters as constants."""
-        return cls(Tree("params", params, skip_frozen=True), Tree("hparams", hparams))
+        P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
+        P.refuse_constant()
+        H.refuse_constant()
+        return cls(P, H)
 
     @property
     def layout(self) -> Layout:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import StructureMismatch
+from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from .._tree import Tree
@@ -19,6 +20,34 @@ from ._reverse import Reverse
 _CURE = "Look at the step size and the data."
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    on_failure: OnFailure
+
+
+@overload
+def one_step_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[[Any, Hparams], Any],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_params: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def one_step_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[[Any, Hparams], Any],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_params: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def one_step_grad(
     outer: Callable[[Any, Any], Any],

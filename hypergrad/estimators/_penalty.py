@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from .._conditions import plus
 from .._errors import NotConverged
+from .._info import SolveInfo
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._trace import detached
 from .._transforms import never_compiled
@@ -29,6 +31,54 @@ from ._loss import (
 _CURE = "The gradient steps may diverge: make lr smaller, or look at the data."
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    penalty: Required[float]
+    penalised: Any
+    lr: float | None
+    steps: int
+    rtol: float | None
+    inner_tol: float | None
+    on_failure: OnFailure
+
+
+@overload
+def penalty_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_params: Literal[False] = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def penalty_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_params: Literal[False] = ...,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Hparams, SolveInfo]: ...
+@overload
+def penalty_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_params: bool = ...,
+    return_info: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def penalty_grad(
     outer: Callable[[Any, Any], Any],

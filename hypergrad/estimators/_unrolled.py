@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import UnsupportedOperation
+from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from ._answer import hypergradient
@@ -20,6 +21,38 @@ from ._reverse import Reverse
 _CURE = "The steps may diverge: make them smaller, or look at the data."
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    steps: Required[int]
+    truncate: int | None
+    checkpoint: bool
+    mode: Literal["reverse", "forward"]
+    on_failure: OnFailure
+
+
+@overload
+def unrolled_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[..., Any],
+    init: Any,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_params: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def unrolled_grad(
+    outer: Outer[Any, Hparams],
+    step: Callable[..., Any],
+    init: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_params: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def unrolled_grad(
     outer: Callable[[Any, Any], Any],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._conditions import plus
 from .._errors import Diverged
+from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
 from ._answer import Found, hypergradient, judge_figure
@@ -69,6 +70,49 @@ pytree.register_dataclass(
 )
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that do not change what is returned."""
+
+    lr: Required[float]
+    steps: int
+    eta: float
+    multiplier: float | None
+    on_failure: OnFailure
+
+
+@overload
+def value_function_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: Literal[False] = ...,
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Hparams: ...
+@overload
+def value_function_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Hparams, ValueFunctionInfo]: ...
+@overload
+def value_function_grad(
+    outer: Outer[Any, Hparams],
+    inner: Objective[Any, Hparams],
+    params: Any,
+    hparams: Hparams,
+    *,
+    has_aux: bool = ...,
+    return_info: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @never_compiled
 def value_function_grad(
     outer: Callable[[Any, Any], Any],

@@ -33,6 +33,17 @@ class InnerSolver(ABC):
     a task stops: the residual divided by the curvature that the last ten iterations have seen and
     by the norm of the parameters, an estimate of their relative distance to the solution. None is
     what the dtype can reach (1e-8 in float64, 1e-5 in float32).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import inner
+    >>> loss = lambda w, t: ((w - t) ** 2).sum()
+    >>> for solver in (inner.LBFGS(), inner.Nesterov(tol=1e-4)):
+    ...     w, info = solver(loss, torch.zeros(2), torch.ones(2))
+    ...     print(info.method, info.success.item(), torch.allclose(w, torch.ones(2)))
+    LBFGS True True
+    Nesterov True True
     """
 
     maxiter: int

@@ -238,5 +238,11 @@ def _later(taken: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor
 def choose(solver: Solver | None, symmetric: bool) -> Solver:
     """`solver`, or where it is None the default, if it suits the matrix."""
     chosen = Auto() if solver is None else solver
+    if not isinstance(chosen, Solver):
+        name = chosen.__name__ if isinstance(chosen, type) else "CG"
+        raise TypeError(
+            f"solver must be a linear solver such as {name}(), or None; got {chosen!r}. An inner "
+            "solver has no place here: its solution is passed as params."
+        )
     check_symmetry(chosen, symmetric)
     return chosen

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from examples.imaml.episodes import Episodes
 from examples.imaml.experiment import build_learner
@@ -78,6 +79,49 @@ def test_wrong_arguments_exit_with_2_and_one_line(capsys, flags, allowed):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert allowed in message
+
+
+def test_bfloat16_is_what_casting_by_hand_computes():
+    def learner_of(precision):
+        settings = read_command_line(["--smoke", "--channels", "8", "--precision", precision])
+        benchmark = OmniglotBenchmark.build(settings)
+        torch.manual_seed(0)
+        return benchmark, build_learner(settings, "imaml", benchmark)
+
+    benchmark, narrow = learner_of("bfloat16")
+    _, wide = learner_of("float32")
+    torch.manual_seed(0)
+    network = benchmark.build_network()
+    params = {name: leaf.detach() for name, leaf in network.named_parameters()}
+    batch = benchmark.sample(2, torch.Generator().manual_seed(0))
+    x, y = batch.query_x[0], batch.query_y[0]
+
+    def by_hand(params):
+        first = {n.removeprefix("first."): p for n, p in params.items() if n.startswith("first.")}
+        h = torch.func.functional_call(network.first, first, (x,))
+        for k in range(3):
+            weight = params[f"rest.{k}.0.weight"].bfloat16()
+            h = F.conv2d(h.bfloat16(), weight, stride=2, padding=1).float()
+            scale, shift = (params[f"rest.{k}.1.{name}"] for name in ("weight", "bias"))
+            h = torch.relu(F.batch_norm(h, None, None, scale, shift, training=True))
+        head = [params[f"head.{name}"].bfloat16() for name in ("weight", "bias")]
+        return F.linear(h.flatten(1).bfloat16(), *head).float()
+
+    def loss(model):
+        return lambda params: F.cross_entropy(model(params), y)
+
+    found = torch.func.grad_and_value(loss(lambda p: narrow.model(p, x)))(params)
+    expected = torch.func.grad_and_value(loss(by_hand))(params)
+    torch.testing.assert_close(found, expected)
+    in_float32 = torch.func.grad_and_value(loss(lambda p: wide.model(p, x)))(params)
+    assert found[1] != in_float32[1]
+
+    gradient, measures = narrow.meta_gradient(params, batch)
+    reference, _ = wide.meta_gradient(params, batch)
+    assert {leaf.dtype for leaf in gradient.values()} == {torch.float32}
+    one, other = (torch.cat([g.flatten() for g in d.values()]) for d in (gradient, reference))
+    assert F.cosine_similarity(one, other, dim=0) > 0.7
+    assert measures["linear_residual"].max() < 0.2
 
 
 def test_one_query_at_a_time_does_not_depend_on_the_other_queries():

@@ -1,5 +1,6 @@
 """The theory, measured: counts, closed forms, orders of growth, and the two programs."""
 
+import gc
 import itertools
 import json
 import math
@@ -223,6 +224,24 @@ def test_peak_memory_is_that_of_what_is_live_at_once():
         return before.view(10, 100) + torch.zeros(1000).view(10, 100)
 
     assert peak_bytes(function) == 2 * 4000
+
+
+@pytest.mark.parametrize("threshold", [1, 40, 100_000])
+def test_peak_memory_does_not_depend_on_when_garbage_is_collected(threshold):
+    def function():
+        cycle = [torch.zeros(1000)]
+        cycle.append(cycle)
+        del cycle
+        garbage = [[] for _ in range(200)]  # enough to set the collector off at low thresholds
+        return torch.zeros(1000), garbage
+
+    before = gc.get_threshold()
+    gc.set_threshold(threshold)
+    try:
+        assert peak_bytes(function) == 2 * 4000
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("kind", ["full", "implicit"])

@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
 from rich.console import Console
 
 import hypergrad
+from examples.imaml.clock import clock_for
 from examples.imaml.command_line import finish, make_parser, read_settings
 from examples.imaml.episodes import Episodes
 from examples.imaml.inner import GaussNewtonSteps, GradientDescent, ProximalProblem
@@ -231,6 +233,39 @@ def test_the_rate_falls_to_zero_along_a_cosine_by_steps_or_by_time():
     assert schedule.rate(50, 0.5) == pytest.approx(1.0)
     assert schedule.rate(50, 1.0) == pytest.approx(0.0)
     assert schedule.rate(4, 0.0) == pytest.approx(2.0 * 5 / 20)
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "processes", "seconds"),
+    [
+        ("cpu", 1, 1, "processor"),
+        ("cpu", 2, 1, "wall"),
+        ("cpu", 1, 2, "wall"),
+        ("cuda", 1, 1, "wall"),
+    ],
+)
+def test_seconds_are_the_processor_s_where_one_thread_does_all(device, threads, processes, seconds):
+    assert clock_for(torch.device(device), threads, processes) == seconds
+
+
+@pytest.mark.parametrize(("threads", "counted"), [(1, False), (2, True)])
+def test_waiting_counts_by_the_clock_alone(meta, episodes, tmp_path, threads, counted):
+    def sample(tasks):
+        time.sleep(0.2)  # as if another program had the processor
+        return episodes
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        trained = train(
+            learner("fomaml", Exactly()), meta, sample, lambda params: 0.0,
+            Schedule(2, None, TASKS, lr=0.1, validate_every=2), RunFolder(tmp_path),
+            console=Console(quiet=True), figure="error",
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+
+    assert (trained.seconds > 0.4) == counted
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,165 @@
+"""The pictures of the report."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.imaml.reproduce.published import PUBLISHED, SETTINGS
+from examples.imaml.reproduce.records import Record
+from examples.imaml.reproduce.tables import by_seed, longest
+from examples.imaml.systems import METHODS, SYSTEMS, Method
+
+# iMAML in blues, MAML in reds, what takes no second derivatives in greys and greens.
+COLOURS: dict[Method, str] = dict(
+    zip(
+        METHODS,
+        ("tab:blue", "tab:cyan", "tab:purple", "navy", "tab:red", "tab:orange", "tab:brown",
+         "tab:green", "0.4"),
+        strict=True,
+    )
+)  # fmt: skip
+
+
+def draw_sinusoids(tables: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw each system's error on every seed, and the mean.
+
+    Parameters
+    ----------
+    tables
+        Runs by the title of their panel.
+
+    Returns
+    -------
+    Figure
+        A panel a table.
+    """
+    figure = Figure(figsize=(5.2 * len(tables), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axes, (title, records) in zip(panels, tables.items(), strict=True):
+        errors = by_seed(records, "after")
+        shown = [method for method in METHODS if method in errors]
+        for k, method in enumerate(shown):
+            values = list(errors[method].values())
+            axes.plot([k] * len(values), values, "o", color=COLOURS[method], alpha=0.6)
+            axes.plot(k, sum(values) / len(values), "_", color="black", markersize=18)
+        axes.set_xticks(range(len(shown)), shown, rotation=40, ha="right")
+        axes.set_yscale("log")
+        axes.set_title(title)
+        axes.grid(alpha=0.3, axis="y", which="both")
+    panels[0].set_ylabel("mean squared error, unseen sinusoids")
+    return figure
+
+
+def draw_sinusoid_curves(records: Sequence[Record]) -> Figure:
+    """Draw the error on the validation tasks against seconds and against evaluations.
+
+    Parameters
+    ----------
+    records
+        Of one table; finished runs are drawn, a line a seed.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_seconds, by_evaluations = figure.subplots(1, 2, sharey=True)
+    named: set[Method] = set()
+    for record in (r for r in records if r.state == "finished" and r.curve):
+        seconds, steps, values = zip(*record.curve, strict=True)
+        a_step = record.evaluations / record.meta_steps
+        style = {"color": COLOURS[record.method], "alpha": 0.7, "linewidth": 1.2}
+        label = None if record.method in named else record.method
+        by_seconds.plot(seconds, values, label=label, **style)
+        by_evaluations.plot([step * a_step / 1e3 for step in steps], values, **style)
+        named.add(record.method)
+    by_seconds.set_xlabel("seconds of meta-steps")
+    by_evaluations.set_xlabel("thousand evaluations")
+    by_seconds.set_ylabel("error on validation tasks")
+    by_seconds.legend(fontsize="small")
+    for axes in (by_seconds, by_evaluations):
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw the accuracy on the validation tasks against minutes of meta-steps.
+
+    Parameters
+    ----------
+    tables
+        Runs by the title of their panel.
+
+    Returns
+    -------
+    Figure
+        A panel a table.
+    """
+    figure = Figure(figsize=(5.2 * len(tables), 4), layout="constrained")
+    for axes, (title, records) in zip(
+        figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
+    ):
+        for record in records:
+            _curve(axes, record)
+        axes.set_title(title)
+        axes.set_xlabel("minutes of meta-steps, one thread")
+        axes.set_ylabel("accuracy on validation tasks, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def draw_published(records: Sequence[Record]) -> Figure:
+    """Draw ours beside what is published, with 95% intervals, a panel a setting.
+
+    Parameters
+    ----------
+    records
+        All of Omniglot's first pipeline; of each system the longest finished run is drawn.
+
+    Returns
+    -------
+    Figure
+        Settings without a run of ours are left out.
+    """
+    settings = [s for s in SETTINGS if any(longest(records, m, s) for m in METHODS)]
+    figure = Figure(figsize=(1.5 + 5 * len(settings), 4.2), layout="constrained")
+    for axes, setting in zip(
+        figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True
+    ):
+        shown = [m for m in METHODS if longest(records, m, setting) or (m, setting) in PUBLISHED]
+        for k, method in enumerate(shown):
+            ours, published = longest(records, method, setting), PUBLISHED.get((method, setting))
+            if published:
+                axes.errorbar(
+                    k - 0.12, published[0], published[1], fmt="s", color="0.5", capsize=3,
+                    label=None if axes.get_legend_handles_labels()[1] else "published",
+                )  # fmt: skip
+            if ours:
+                mean, width = (100 * v for v in ours.figures["together"])
+                axes.errorbar(k + 0.12, mean, width, fmt="o", color=COLOURS[method], capsize=3)
+                axes.annotate(
+                    f"{ours.seconds / 60:.0f} min", (k + 0.12, mean), xytext=(5, -3),
+                    textcoords="offset points", fontsize="x-small",
+                )  # fmt: skip
+        axes.set_xlim(-0.6, len(shown) - 0.2)
+        axes.set_xticks(range(len(shown)), shown, rotation=40, ha="right")
+        axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
+        axes.set_ylabel("accuracy on test tasks, %")
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _curve(axes: Axes, record: Record) -> None:
+    name = SYSTEMS[record.method].name
+    if record.state != "finished":
+        name += f" ({record.state})"
+    axes.plot(
+        [seconds / 60 for seconds, *_ in record.curve],
+        [100 * value for *_, value in record.curve],
+        marker="." if len(record.curve) < 30 else None, label=name, color=COLOURS[record.method],
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""The declared list of runs, in the order in which they make the tables whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from examples.imaml import sinusoid
+from examples.imaml.evaluations import evaluations_a_task, expected_products
+from examples.imaml.systems import METHODS, SYSTEMS, Method
+
+Program: TypeAlias = Literal["sinusoid", "omniglot", "inner_steps", "adaptation"]
+TRAININGS: frozenset[Program] = frozenset({"sinusoid", "omniglot"})
+"""Those that keep checkpoints; the others measure in one go, and begin anew."""
+MEASUREMENTS: dict[Program, str] = {
+    "inner_steps": "Sinusoids, against the number of inner steps",
+    "adaptation": "Omniglot, against the number of inner steps",
+}
+"""Titles."""
+
+SEEDS = range(5)
+SINUSOID_SECONDS = 20
+SINUSOID_EVALUATIONS = 200_000
+SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
+LONG_MINUTES = 25
+SHORT_MINUTES, FULL_MINUTES = 5, 20
+SETTING_MINUTES, CROPPED_MINUTES = 20, 20
+# MAML and iMAML first, then the others.
+ORDER: tuple[Method, ...] = (
+    "imaml", "maml", "imaml-hf", "imaml-gd", "fomaml", "maml-nesterov", "reptile",
+    "truncated", "imaml-neumann",
+)  # fmt: skip
+ENDLESS = "1000000"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of one program.
+
+    Parameters
+    ----------
+    name
+        Its folder below the output folder, by which ``--only`` finds it.
+    program
+        Which.
+    arguments
+        Its command line, without the folders; "{runs}" stands for that of all runs.
+    seconds
+        About so many of the processor it takes, validation and test included.
+    """
+
+    name: str
+    program: Program
+    arguments: tuple[str, ...]
+    seconds: float
+
+    @property
+    def table(self) -> str:
+        """Name the table that the run belongs to."""
+        return self.name.rpartition("/")[0]
+
+
+def plan() -> list[Planned]:
+    """Return every run, the most wanted first.
+
+    Returns
+    -------
+    list of Planned
+        Each name once.
+    """
+    long = _omniglot("imaml", 5, 1, LONG_MINUTES)
+    return [
+        long,
+        *_sinusoids_at_equal_time(),
+        Planned("inner-steps/sinusoid", "inner_steps", ("--seed", "0"), 120),
+        Planned("inner-steps/omniglot", "adaptation", (f"{{runs}}/{long.name}",), 180),
+        *_sinusoids_at_equal_evaluations(),
+        *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
+        *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),
+        *(
+            _omniglot(method, ways, shots, SETTING_MINUTES)
+            for ways, shots in ((5, 5), (20, 1), (20, 5))
+            for method in ORDER[:2]
+        ),
+        _omniglot("imaml", 5, 1, CROPPED_MINUTES, cropped=True),
+    ]
+
+
+def _sinusoids_at_equal_time() -> Iterator[Planned]:
+    for seed in SEEDS:
+        for method in METHODS:
+            yield Planned(
+                f"sinusoid/equal-time/{method}-seed{seed}",
+                "sinusoid",
+                (
+                    "--method", method, "--seed", str(seed), "--compare",
+                    "--meta-steps", ENDLESS, "--time-budget", str(SINUSOID_SECONDS),
+                    "--validate-every", "50",
+                ),
+                SINUSOID_SECONDS + 10,
+            )  # fmt: skip
+
+
+def _sinusoids_at_equal_evaluations() -> Iterator[Planned]:
+    for seed in SEEDS:
+        for method in METHODS:
+            steps = sinusoid_steps(method, SINUSOID_EVALUATIONS)
+            yield Planned(
+                f"sinusoid/equal-evaluations/{method}-seed{seed}",
+                "sinusoid",
+                (
+                    "--method", method, "--seed", str(seed), "--compare",
+                    "--meta-steps", str(steps), "--validate-every", "50",
+                ),
+                30,
+            )  # fmt: skip
+
+
+def sinusoid_steps(method: Method, evaluations: int) -> int:
+    """Return how many meta-steps of a method take so many evaluations.
+
+    Parameters
+    ----------
+    method
+        Which, by its own recipe.
+    evaluations
+        See `evaluations`.
+
+    Returns
+    -------
+    int
+        Meta-steps, at least one.
+    """
+    recipe, system = sinusoid.RECIPES[method], SYSTEMS[method]
+    a_task = evaluations_a_task(
+        recipe,
+        system,
+        outputs=SINUSOID_SHOTS,
+        truncate=TRUNCATE,
+        products=expected_products(system, SINUSOID_PRODUCTS),
+    )
+    return max(1, round(evaluations / (recipe.tasks_per_step * a_task)))
+
+
+def _omniglot(
+    method: Method, ways: int, shots: int, minutes: int, *, cropped: bool = False
+) -> Planned:
+    # On 5 ways ten queries a class did better than five, on validation tasks at equal time.
+    queries = 10 if ways == 5 else 5
+    pipeline = ("--pipeline", "cropped") if cropped else ()
+    setting = f"{ways}-way-{shots}-shot" + ("-cropped" if cropped else "")
+    return Planned(
+        f"omniglot/{setting}/{minutes}-minutes/{method}",
+        "omniglot",
+        (
+            "--method", method, "--ways", str(ways), "--shots", str(shots), "--compare",
+            "--meta-steps", ENDLESS, "--time-budget", str(60 * minutes),
+            "--queries", str(queries), "--validate-every", "100", *pipeline,
+        ),
+        60 * minutes * 1.15 + 60,
+    )  # fmt: skip

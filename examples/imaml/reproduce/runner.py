@@ -1,0 +1,207 @@
+"""Carries a list of runs out: several at a time, until it is done or the time is over.
+
+A run is a program of its own in a folder of its own. `run.json` beside its files says how it
+ended, so that a later call skips what is finished and goes on with what was broken off.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+from rich.console import Console
+
+from examples.imaml.reproduce.hardware import describe_hardware
+from examples.imaml.reproduce.plan import TRAININGS, Planned
+from examples.imaml.resume import Refused
+from examples.imaml.run_folder import RunFolder
+
+State: TypeAlias = Literal["to do", "broken off", "finished", "failed"]
+
+UNFINISHED: frozenset[State] = frozenset({"to do", "broken off"})
+INTERRUPTED, NOT_TRAINED = 130, 1
+POLL_SECONDS = 0.2
+
+
+def state_of(out: Path, planned: Planned) -> State:
+    """Say how far a run is.
+
+    Parameters
+    ----------
+    out
+        The folder of all runs.
+    planned
+        Which run.
+
+    Returns
+    -------
+    str
+        'to do', 'broken off', 'finished' or 'failed'.
+
+    Raises
+    ------
+    Refused
+        If its folder holds a run with other arguments.
+    """
+    found = read_state(out / planned.name)
+    if not found:
+        return "to do"
+    if tuple(found["arguments"]) != planned.arguments:
+        raise Refused(
+            f"{out / planned.name} holds a run with other arguments "
+            f"({' '.join(found['arguments'])}): remove it, or choose another --out"
+        )
+    state: State = found["state"]
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what `run.json` of a folder says; nothing where there is none."""
+    path = folder / "run.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How runs are carried out.
+
+    Parameters
+    ----------
+    out
+        The folder of all runs.
+    further
+        Arguments that each program is given besides its run's own, by program.
+    jobs
+        How many at a time.
+    budget
+        Seconds of the clock after which those that still run are broken off. None: never.
+    console
+        Where it is said what happens.
+    patience
+        Seconds that a run which is asked to stop has for its checkpoint. Then it is asked again,
+        which stops it at once: the first request is lost on a program that is still being loaded.
+    """
+
+    out: Path
+    further: dict[str, tuple[str, ...]]
+    jobs: int
+    budget: float | None
+    console: Console
+    patience: float = 60.0
+
+    def carry_out(self, runs: Sequence[Planned]) -> None:
+        """Carry out what is not finished, in the order given.
+
+        Parameters
+        ----------
+        runs
+            The list.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            After Ctrl-C, with the running ones broken off at a checkpoint.
+        """
+        waiting = [run for run in runs if state_of(self.out, run) in UNFINISHED]
+        end = time.monotonic() + (self.budget or float("inf"))
+        active: list[_Active] = []
+        try:
+            while waiting or active:
+                active = [one for one in active if not one.ended(self)]
+                if time.monotonic() >= end:
+                    break
+                while waiting and len(active) < self.jobs:
+                    run = waiting.pop(0)
+                    if state_of(self.out, run) in UNFINISHED:  # another call may have been here
+                        active.append(self._start(run))
+                time.sleep(POLL_SECONDS)
+        finally:
+            for one in active:
+                one.process.send_signal(signal.SIGINT)
+            for one in active:
+                one.stop(self)
+        if waiting:
+            self.say(f"the time is over; {len(waiting)} runs were not begun")
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, run: Planned, state: State, message: str = "") -> None:
+        """Write how a run stands."""
+        found = {
+            "name": run.name,
+            "program": run.program,
+            "arguments": list(run.arguments),
+            "state": state,
+            "message": message,
+            "hardware": describe_hardware(),
+        }
+        RunFolder(self.out / run.name).write_json("run.json", found)
+
+    def _start(self, run: Planned) -> "_Active":
+        folder = self.out / run.name
+        began = "going on with" if read_state(folder) else "beginning"
+        self.note(run, "broken off")  # which it is if this process is killed
+        self.say(f"{began} {run.name}")
+        output = (folder / "output.txt").open("a")
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", f"examples.imaml.{run.program}",
+                *(part.format(runs=self.out) for part in run.arguments),
+                *self.further.get(run.program, ()), "--out", str(folder),
+                *(("--resume", "auto") if run.program in TRAININGS else ()),
+            ],
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            preexec_fn=_listen if os.name == "posix" else None,
+        )  # fmt: skip
+        return _Active(run, process, output)
+
+
+def _listen() -> None:
+    """Take interrupts, which a shell lets what it starts in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A run that is under way."""
+
+    run: Planned
+    process: subprocess.Popen[bytes]
+    output: IO[str]
+
+    def ended(self, runner: Runner) -> bool:
+        """Look whether it has ended, and write down how."""
+        status = self.process.poll()
+        if status is None:
+            return False
+        self.output.close()
+        lines = (runner.out / self.run.name / "output.txt").read_text().strip().splitlines()
+        last = lines[-1] if lines else ""
+        state: State = "finished" if status == 0 else "broken off"
+        if status == NOT_TRAINED and "was not finite" in last:
+            state = "failed"  # as it would again; a full disk, say, may be another tomorrow
+        message = "" if status in {0, INTERRUPTED} else last or f"exit status {status}"
+        runner.note(self.run, state, message)
+        runner.say(f"{state}: {self.run.name}" + (f" ({message})" if message else ""))
+        return True
+
+    def stop(self, runner: Runner) -> None:
+        """Wait for it after an interrupt."""
+        for insist in (lambda: self.process.send_signal(signal.SIGINT), self.process.kill):
+            try:
+                self.process.wait(runner.patience)
+                break
+            except subprocess.TimeoutExpired:
+                insist()
+        self.process.wait()
+        self.ended(runner)
