@@ -406,3 +406,26 @@ def test_a_container_among_the_arguments_of_a_root_is_refused():
     one = torch.ones(())
     call = lambda: hypergrad.root_vjp(lambda x, s: x - s.decay, one, (Settings(one),), one)
     raised(StructureMismatch, call, "args[0] is a Settings", "pass a dict or a tuple")
+
+
+@pytest.mark.parametrize("entrance", ["unrolled_grad", "evolution_strategies_grad"])
+def test_an_initial_point_made_from_the_hyperparameters_is_an_error(entrance):
+    """Only the tensor itself was noticed: of a slice or a multiple 0 came back in silence."""
+    h = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    final = lambda w, h: w.sum() + h.prod()
+    halve = lambda w, h: w / 2
+    estimate = getattr(hypergrad, entrance)
+    for leaf, start in ((h, h[:2]), (h, {"w": 2 * h}), (2 * h, None)):
+        start = leaf.exp() if start is None else start
+        of = (lambda w, h: final(w["w"], h)) if isinstance(start, dict) else final
+        raised(
+            NotConnected,
+            lambda of=of, leaf=leaf, start=start: estimate(of, halve, start, leaf, steps=1),
+            "was computed from hparams",
+            "Pass init as a callable",
+            "detach it",
+        )
+    found = hypergrad.unrolled_grad(final, halve, lambda h: 2 * h, h, steps=1)
+    torch.testing.assert_close(found, 1 + h.detach().prod() / h.detach())
+    found = hypergrad.unrolled_grad(final, halve, (2 * h).detach(), h, steps=1)
+    torch.testing.assert_close(found, h.detach().prod() / h.detach())

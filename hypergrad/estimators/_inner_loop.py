@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._advice import advice
 from .._errors import NotConnected
-from .._trace import detached, further_out, trace
+from .._trace import detached, further_out, graph, trace
 from .._tree import Tree
 
 
@@ -153,7 +153,17 @@ def _refuse_shared(init: Any, H: Tree) -> None:
         return
     start = Tree("init", init)
     for i, leaf in enumerate(start.variables):
+        leaves, edges = graph(leaf)
         for j, other in enumerate(H.variables):
+            made_from = any(known is other for known in leaves) or (
+                other.grad_fn is not None and (other.grad_fn, other.output_nr) in edges
+            )
+            if made_from and leaf is not other:
+                raise NotConnected(
+                    f"{start.variable_path(i)} was computed from {H.variable_path(j)}, whose "
+                    "gradient through the initial point would be lost. Pass init as a callable "
+                    "that computes it, init(hparams), or detach it if it is a constant."
+                )
             if leaf is other:
                 raise NotConnected(
                     f"{start.variable_path(i)} and {H.variable_path(j)} are one tensor, whose "
