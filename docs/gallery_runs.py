@@ -51,8 +51,9 @@ FIGURES = {
         (r"search: sin 3x, \|x\|, zero, sign; test error #", 0.08, 0.11),
     ],
     "mixing_texts": [
-        (r"exchanged: \S+, \S+, #", 0.0, 0.05),
-        (r"held-out loss: equal #,", 2.4, 2.7),
+        (r"shares: \S+, \S+, #, #, #, #", 0.0, 0.05),
+        (r"held-out loss: equal #,", 2.65, 2.8),
+        (r"learnt #", 2.5, 2.65),
     ],
 }
 ORDER = list(FIGURES)
