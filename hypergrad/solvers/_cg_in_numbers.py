@@ -18,6 +18,8 @@ from ._iterative import Part
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 
+_TOGETHER = 32  # directions that are kept and added at once
+
 
 def suits(b: Tensor) -> bool:
     """Whether this is one system, on the CPU, whose values the host may look at."""
@@ -34,13 +36,13 @@ def in_numbers(
 ) -> Part:
     """One pass of the iteration; with a `limit` of zero, nothing."""
     target = tol * tol
-    x = torch.zeros_like(r)
+    x = _Sum(r)
     z = r if precondition is None else precondition(r)
     p = z
     rz = _number(r, z)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
-    best, best_rr, steepest = x, rr, 0.0
+    best_rr, steepest = rr, 0.0
     flat = torch.finfo(r.dtype).eps * r.shape[-1]
     curvatures, sizes, betas = [], [], []
     observer = None if condition is None else Observer(condition, r)
@@ -64,29 +66,33 @@ def in_numbers(
                 status = Status.NEGATIVE_CURVATURE
             if not math.isfinite(quotient):
                 status = Status.NOT_FINITE
-            x = torch.full_like(x, math.nan) if status == Status.NOT_FINITE else best
             break
         moves += 1
         alpha = rz / pAp
         if observer is not None:
             observer.along_alone(p, Ap, pAp)
-        x = torch.add(x, p, alpha=alpha)
         r = torch.sub(r, Ap, alpha=alpha)
         z = r if precondition is None else precondition(r)
         rz_new = _number(r, z)
         rr = rz_new if precondition is None else _number(r, r)
-        if rr < best_rr:
-            best, best_rr = x, rr
+        x.add(alpha, p, better=rr < best_rr)
+        best_rr = min(best_rr, rr)
         beta = rz_new / rz if rz else math.nan
         betas.append(beta)
-        if observer is not None:
-            observer.after_step(x, math.sqrt(max(rr, 0.0)), true)
+        if observer is not None and observer.is_due:
+            observer.after_step(x.value(), math.sqrt(max(rr, 0.0)), true)
+        elif observer is not None:
+            observer.after_step(p, 0.0, true)
         if rr <= target:
             status = Status.CONVERGED
             break
         p = torch.add(z, p, alpha=beta)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
+    failed = status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE)
+    found = x.best() if failed else x.value()
+    if status == Status.NOT_FINITE:
+        found = torch.full_like(found, math.nan)
 
     def ritz() -> Tensor:
         known = torch.ones(steps, dtype=torch.bool)
@@ -94,7 +100,7 @@ def in_numbers(
         return ritz_values_of_cg(pAp, size, beta, known)
 
     return Part(
-        x=x,
+        x=found,
         status=torch.tensor(int(status)),
         iterations=torch.tensor(moves),
         steps=steps,
@@ -103,6 +109,38 @@ def in_numbers(
         ritz=ritz if steps else None,
         observer=observer,
     )
+
+
+class _Sum:
+    """A linear combination of directions, added up some dozens at a time."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._sum = self._best = torch.zeros_like(like)
+        self._weights: list[float] = []
+        self._directions: list[Tensor] = []
+        self._at_best = True  # whether all that was added so far is the best
+
+    def add(self, weight: float, direction: Tensor, *, better: bool) -> None:
+        """Add a multiple of a direction; `better`: than every sum before it."""
+        if self._at_best and not better:
+            self._best = self.value()
+        self._at_best = better
+        self._weights.append(weight)
+        self._directions.append(direction)
+        if len(self._weights) == _TOGETHER:
+            self.value()
+
+    def value(self) -> Tensor:
+        """The sum."""
+        if self._weights:
+            weights = self._sum.new_tensor(self._weights)
+            self._sum = torch.addmv(self._sum, torch.stack(self._directions).T, weights)
+            self._weights, self._directions = [], []
+        return self._sum
+
+    def best(self) -> Tensor:
+        """The sum as it was after the last addition that was better than all before."""
+        return self.value() if self._at_best else self._best
 
 
 def _number(a: Tensor, b: Tensor) -> float:
