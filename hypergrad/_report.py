@@ -202,6 +202,9 @@ def _diagnose(
                 "estimated, or use CG() or GMRES()."
             )
         case Status.STAGNATED:
+            if not exact and 0 < residual < math.inf:
+                # Rounding itself, which moves from call to call more than other figures.
+                at = f"relative residual below 1e{math.ceil(math.log10(residual)):d}"
             return NotConverged, (
                 f"{name} stagnated at the rounding floor of the dtype, at {at}. Use float64, "
                 "loosen rtol, or pass a preconditioner."
