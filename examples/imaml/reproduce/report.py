@@ -42,9 +42,11 @@ TITLES = {
 SINUSOID_CAPTION = (
     "Mean squared error on 600 unseen sinusoids after adaptation to 10 points; mean and standard "
     "deviation over the seeds. Two systems are told apart where three seeds or more are there and "
-    "the 95% interval (Student's t) of the differences, seed by seed, leaves zero out. The last "
-    "column is the error on 100 validation tasks at the last validation within the fewest "
-    "evaluations that a run made; the rates have then fallen by different amounts."
+    "the 95% interval (Student's t) of the differences, seed by seed, leaves zero out."
+)
+ON_THE_WAY = (
+    " The last column is the error on 100 validation tasks at the last validation within the "
+    "fewest evaluations that a run made; the rates have then fallen by different amounts."
 )
 PUBLISHED_CAPTION = (
     "Accuracy in %, of ours on all queries of a task together (batch statistics over all of them, "
@@ -85,7 +87,7 @@ def write_report(
         "not_begun": [run.name for run in runs if run.name not in begun],
     }
     folder.write_json("results.json", written)
-    text = [HEAD, *_summary(records, len(runs))]
+    text = [HEAD, *_summary(records, len(measured), len(runs))]
 
     def show(name: str, alt: str, picture: Figure) -> None:
         folder.write(name, save_figure(picture))
@@ -96,7 +98,9 @@ def write_report(
         tables.setdefault(record.table, []).append(record)
     sinusoids = {name: own for name, own in tables.items() if own[0].ways is None}
     for name, own in sinusoids.items():
-        text += _section(name, SINUSOID_CAPTION, sinusoid_table(own), own, results)
+        by_time = name == "sinusoid/equal-time"
+        caption = SINUSOID_CAPTION + ON_THE_WAY * by_time
+        text += _section(name, caption, sinusoid_table(own, on_the_way=by_time), own, results)
     if any(r.figures for own in sinusoids.values() for r in own):
         panels = {_title(name).removeprefix("Sinusoids, "): own for name, own in sinusoids.items()}
         show("sinusoids.png", "Error of each system on each seed", draw_sinusoids(panels))
@@ -137,13 +141,14 @@ def _section(
     ]  # fmt: skip
 
 
-def _summary(records: Sequence[Record], declared: int) -> list[str]:
+def _summary(records: Sequence[Record], measured: int, declared: int) -> list[str]:
     if not records:
         return ["Nothing has run yet."]
     counts = {s: sum(r.state == s for r in records) for s in ("finished", "broken off", "failed")}
     lines = [
-        f"Of {declared} declared runs {counts['finished']} are finished, {counts['broken off']} "
-        f"broken off and {counts['failed']} failed; the others have not begun. "
+        f"Of {declared} declared runs {counts['finished'] + measured} are finished, "
+        f"{counts['broken off']} broken off and {counts['failed']} failed; the others have not "
+        "begun. "
         f"Seeds: {', '.join(map(str, sorted({r.seed for r in records})))}."
     ]
     machines: dict[str, int] = {}

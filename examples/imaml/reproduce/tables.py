@@ -20,13 +20,15 @@ def by_seed(records: Iterable[Record], figure: str) -> dict[Method, dict[int, fl
     return found
 
 
-def sinusoid_table(records: Sequence[Record]) -> list[str]:
+def sinusoid_table(records: Sequence[Record], *, on_the_way: bool) -> list[str]:
     """Compare the systems over the seeds.
 
     Parameters
     ----------
     records
         Of one table.
+    on_the_way
+        With a column of the validation error at the evaluations that all have made.
 
     Returns
     -------
@@ -38,9 +40,10 @@ def sinusoid_table(records: Sequence[Record]) -> list[str]:
     shared = shared_evaluations(records)
     lines = [
         "| method | seeds | meta-steps | evaluations | seconds | error: mean ± sd | by seed "
-        f"| minus `{REFERENCE}`, 95% interval | told apart "
-        f"| on the way, at {shared / 1e3:,.0f} k evaluations |",
-        "| --- |" + " --- |" * 9,
+        f"| minus `{REFERENCE}`, 95% interval | told apart |"
+        + f" on the way, at {shared / 1e3:,.0f} k evaluations |"
+        * on_the_way,
+        "| --- |" + " --- |" * (8 + on_the_way),
     ]
     for method in sorted(errors, key=lambda m: spread(list(errors[m].values())).mean):
         own = [r for r in records if r.method == method and r.state == "finished"]
@@ -50,8 +53,9 @@ def sinusoid_table(records: Sequence[Record]) -> list[str]:
             f"| `{method}` | {one.count} | {_mean(r.meta_steps for r in own):,.0f} "
             f"| {_mean(r.evaluations for r in own) / 1e3:,.0f} k "
             f"| {_mean(r.seconds for r in own):.1f} | {_with_deviation(one)} | {listed} "
-            f"| {_difference(method, paired(errors[method], reference))} "
-            f"| {_with_deviation(spread([r.at_evaluations(shared) for r in own]))} |"
+            f"| {_difference(method, paired(errors[method], reference))} |"
+            + f" {_with_deviation(spread([r.at_evaluations(shared) for r in own]))} |"
+            * on_the_way
         )
     lines += _notes(records)
     return lines
