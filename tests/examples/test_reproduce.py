@@ -124,7 +124,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
-    run = tiny("run", "--meta-steps", "300")
+    run = tiny("run", "--meta-steps", "150")
     checkpoints = runner.out / run.name / "checkpoints"
 
     def interrupt():
@@ -138,7 +138,7 @@ def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
         runner.carry_out([run])
     assert state_of(runner.out, run) == "broken off"
     (record,) = read_records(runner.out, [run])
-    assert 0 < record.meta_steps < 300
+    assert 0 < record.meta_steps < 150
     assert record.figures == {}
 
     runner.carry_out([run])
