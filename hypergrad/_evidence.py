@@ -107,7 +107,7 @@ def solve_linear(
     if estimate:
         further |= {
             "outer_error": dot(found.x, lin.residual),
-            "error_estimate": _error_estimate(found, b, extent, system, solver),
+            "error_estimate": _error_estimate(found, length / strength, extent, system, solver),
             "eigenvalues": found.eigenvalues,
         }
     info = info_of(found, solution=None, success=success, inner_residual=inner, **further)
@@ -115,14 +115,14 @@ def solve_linear(
 
 
 def _error_estimate(
-    found: Solution, b: Tensor, params: Tensor, system: LinearSystem, solver: Solver
+    found: Solution, scale: Tensor, params: Tensor, system: LinearSystem, solver: Solver
 ) -> Tensor:
     """The relative error of ``(dF/dargs)^T u``, from both residuals and the spectrum."""
+    # The scale is ||u|| / ||b||, that of the inverse as the answer shows it.
     # Relative changes of u and of the parameters are taken for relative changes of the product;
     # the margin makes up for those that are larger. See benchmarks/calibration.py.
     if found.inverse is None or found.newton is None or found.largest is None:
         return torch.full_like(found.residual_norm, math.nan)
-    scale = norm(found.x) / norm(b)  # of the inverse, as the answer shows it
     inverse = torch.where(torch.isfinite(found.inverse), found.inverse, scale)
     damping = abs(getattr(solver, "damping", 0.0))
     linear = found.residual_norm * inverse / scale + damping * inverse

@@ -214,17 +214,11 @@ def _versions(tensors: list[Tensor]) -> list[int]:
 
 def _refuse_changed(problem: Problem, tensors: list[Tensor], versions: list[int]) -> None:
     """Raise if a loss has changed one of its arguments in place."""
-    names = [
-        tree.path(i)
-        for tree in (problem.params, *problem.args)
-        for i, leaf in enumerate(tree.leaves)
-        if isinstance(leaf, Tensor)
-    ]
-    for name, before, after in zip(names, versions, _versions(tensors), strict=True):
+    for place, (before, after) in enumerate(zip(versions, _versions(tensors), strict=True)):
         if before != after:
             raise UnsupportedOperation(
-                f"A loss changes {name} in place. Use an operation that returns a new tensor, or "
-                "tensor.clone()."
+                f"A loss changes {problem.path(place)} in place. Use an operation that returns a "
+                "new tensor, or tensor.clone()."
             )
 
 
