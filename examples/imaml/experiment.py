@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from examples.imaml.allocator import keep_freed_memory
 from examples.imaml.checkpoint import Checkpoint
 from examples.imaml.checkpoint_series import CheckpointSeries
 from examples.imaml.clock import clock_for
@@ -133,6 +134,7 @@ def run_experiment(
     TrainingFailed
         If the training of the chosen method fails.
     """
+    keep_freed_memory()
     with join(settings.device) as ranks:
         folder = RunFolder(settings.out)
         if settings.resume is None:
