@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._transforms import any_task
-from ..solvers._base import dot, norm
 from ._base import InnerSolver
 from ._evaluator import Evaluator
+from ._numbers import dot, norm
 from ._progress import Progress, going_on
 
 _PROBES = 4  # power steps for the largest curvature
@@ -97,8 +97,10 @@ class FISTA(InnerSolver):
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         def backward(v: Tensor, step: Any) -> Tensor:
-            given = evaluator.params(v), step, *evaluator.args
-            return evaluator.plain("prox(v, ...)", self.prox, *given)
+            def prox(v: Any, step: Tensor) -> Any:
+                return self.prox(v, step, *evaluator.args)
+
+            return evaluator.plain("prox(v, ...)", prox, v, step[..., 0])
 
         return _accelerated(self, evaluator, x, backward)
 
@@ -107,11 +109,11 @@ def _accelerated(
     solver: Nesterov | FISTA, evaluator: Evaluator, x: Tensor, backward: Backward | None
 ) -> tuple[Tensor, Progress]:
     fixed = solver.step_size is not None
-    y, momentum = x, torch.ones_like(x.sum())
+    y = x
     value, g = evaluator.objective(y)
-    if fixed:
-        step = torch.as_tensor(solver.step_size, dtype=x.dtype, device=x.device)
-        probes = 0
+    momentum = torch.ones_like(value)
+    if solver.step_size is not None:
+        step, probes = evaluator.given(solver.step_size), 0
     else:
         step, probes = _safe_step(evaluator, x, g), _PROBES
     precision = evaluator.layout.precision

@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..solvers._base import at_least, norm
+from ..solvers import _base
 from ._base import InnerSolver
 from ._evaluator import Evaluator
+from ._numbers import norm
 from ._progress import Progress, going_on
 
 _WORSE = 10.0  # a residual so many times the best one empties the history
@@ -56,7 +57,7 @@ class Anderson(InnerSolver):
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         super().__post_init__()
-        at_least("history", self.history, 0)
+        _base.at_least("history", self.history, 0)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"mixing must be above 0 and at most 1; got {self.mixing!r}.")
 
@@ -76,9 +77,9 @@ class Anderson(InnerSolver):
             active = progress.active
             new = x + self.mixing * r
             if steps:
-                weights = _least_squares(torch.stack(changes), r)
-                moved = torch.stack(steps) + self.mixing * torch.stack(changes)
-                new = new - (weights[:, None] * moved).sum(dim=0)
+                rows = torch.stack(changes, dim=-2)
+                moved = torch.stack(steps, dim=-2) + self.mixing * rows
+                new = new - (_least_squares(rows, r)[..., None] * moved).sum(dim=-2)
             new = torch.where(active, new, x)
             new_r = evaluator.mapped(new) - new
             progress.evaluated(active)
@@ -101,11 +102,12 @@ class Anderson(InnerSolver):
 
 def _least_squares(rows: Tensor, r: Tensor) -> Tensor:
     """Weights ``(m,)`` for which the weighted sum of the rows ``(m, n)`` comes closest to r."""
-    length = norm(rows)
-    unit = rows / torch.where(length > 0, length, torch.ones_like(length))[:, None]
-    ridge = 10 * torch.finfo(r.dtype).eps * len(rows)
-    gram = unit @ unit.mT + ridge * torch.eye(len(rows), dtype=r.dtype, device=r.device)
-    target = (unit * r).sum(dim=-1)
+    length = _base.norm(rows)
+    unit = rows / torch.where(length > 0, length, torch.ones_like(length))[..., None]
+    m = rows.shape[-2]
+    ridge = 10 * torch.finfo(r.dtype).eps * m
+    gram = unit @ unit.mT + ridge * torch.eye(m, dtype=r.dtype, device=r.device)
+    target = (unit * r[..., None, :]).sum(dim=-1)
     weights = torch.linalg.solve_ex(gram, target)[0]
     weights = torch.where(length > 0, weights / torch.where(length > 0, length, 1.0), 0.0)
     return torch.where(torch.isfinite(weights), weights, torch.zeros_like(weights))

@@ -1,8 +1,8 @@
 """What the inner solvers share.
 
-A solver works on one flat vector. Under `torch.func.vmap` all its tensors are batched: no branch
-looks at one of them, only at whether any task is still at work, and a task that has stopped is
-frozen.
+A solver works on flat vectors, ``(*tasks, n)`` outside of the caller's vmaps, with numbers
+``(*tasks, 1)``. No branch looks at one task, only at whether any is still at work, and a task that
+has stopped is frozen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._errors import UnsupportedOperation
-from .._trace import being_traced, detached
-from .._transforms import never_compiled, refuse_derivatives
+from .._problem import TakesDerivatives
+from .._trace import being_traced
+from .._transforms import forward_mode_active, never_compiled, refuse_derivatives
 from .._tree import Layout, Tree
+from .._vmaps import Vmaps
 from ..solvers._base import at_least
 from ._evaluator import Evaluator
 from ._info import InnerInfo
@@ -83,19 +85,29 @@ class InnerSolver(ABC):
     def _solve(self, fun: Callable[..., Any], init: Any, args: Any) -> tuple[Any, InnerInfo]:
         tree = Tree("init", init)
         layout = Layout(tree, tree.variables)
-        evaluator = Evaluator(fun, tree, layout, args)
-        start = layout.flatten([detached(v).clone() for v in tree.variables])
-        with torch.no_grad():
-            x, progress = self._run(evaluator, start)
         given = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
-        sources = [t for t in given if isinstance(t, Tensor)]
-        leaves = refuse_derivatives(
-            [leaf.contiguous() for leaf in layout.split(x)],
-            [t for t in sources if t.is_floating_point()] + evaluator.captured,
-            _not_differentiable,
-            plain=being_traced(),
-        )
-        return tree.rebuild(leaves), progress.info(type(self).__name__)
+        sources = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+        vmaps = None if forward_mode_active() else Vmaps.around()
+        if vmaps is not None:
+            evaluator = Evaluator(fun, tree, layout, args, vmaps)
+            try:
+                with vmaps.left():
+                    return self._answer(evaluator, sources)
+            except TakesDerivatives:
+                pass  # it is solved inside of the vmaps
+        return self._answer(Evaluator(fun, tree, layout, args), sources)
+
+    def _answer(self, evaluator: Evaluator, sources: list[Tensor]) -> tuple[Any, InnerInfo]:
+        with torch.no_grad():
+            x, progress = self._run(evaluator, evaluator.start())
+        info = progress.info(type(self).__name__)
+        leaves = [leaf.contiguous() for leaf in evaluator.layout.split(x)]
+        with evaluator.inside():
+            leaves, info = evaluator.wrapped((leaves, info))
+            leaves = refuse_derivatives(
+                leaves, [*sources, *evaluator.captured], _not_differentiable, plain=being_traced()
+            )
+        return evaluator.tree.rebuild(leaves), info
 
     @abstractmethod
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,26 +13,50 @@ from torch.utils import _pytree as pytree
 from .._advice import advice
 from .._captures import refuse_past_arguments
 from .._errors import NotConnected
-from .._problem import scalar
+from .._problem import TakesDerivatives, scalar
 from .._replay import Replay
 from .._trace import detached, further_out, trace
-from .._transforms import alive, carries_derivative
+from .._transforms import WatchForDerivatives, alive, carries_derivative
 from .._tree import Layout, Tree
-from ..solvers._base import norm
+from .._vmaps import Vmaps
+from ._numbers import norm
+
+T = TypeVar("T")
 
 
 class Evaluator:
-    """The caller's function on flat vectors, detached from all that surrounds the call."""
+    """The caller's function on flat vectors, detached from all that surrounds the call.
 
-    def __init__(self, fun: Callable[..., Any], tree: Tree, layout: Layout, args: Any) -> None:
-        self.fun, self.tree, self.layout = fun, tree, layout
+    Outside of the caller's `vmaps` vectors are ``(*tasks, n)`` and numbers ``(*tasks, 1)``; the
+    caller's functions are called inside of them, and close over their batches.
+    """
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        tree: Tree,
+        layout: Layout,
+        args: Any,
+        vmaps: Vmaps | None = None,
+    ) -> None:
+        self.fun, self.tree, self.layout, self.vmaps = fun, tree, layout, vmaps
         self.args = pytree.tree_map(lambda t: detached(t) if isinstance(t, Tensor) else t, args)
         self.captured: list[Tensor] = []
         self._known: set[str] = set()
 
-    def params(self, x: Tensor) -> Any:
-        """A flat vector as the caller's pytree."""
-        return self.tree.rebuild(self.layout.split(x))
+    def start(self) -> Tensor:
+        """Where the iteration starts."""
+        variables = [detached(self._plain(v)).clone() for v in self.tree.variables]
+        return self._flat(variables)
+
+    def given(self, number: float | Tensor) -> Tensor:
+        """A number of the caller's, for each task where it is batched."""
+        like = self.layout
+        if not isinstance(number, Tensor):
+            return torch.full((1,), number, dtype=like.dtype, device=like.device)
+        scalars = number.ndim == 0
+        number = detached(self._plain(number)).to(like.device, like.dtype)
+        return number.unsqueeze(-1) if scalars else number
 
     def objective(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The objective's value and its gradient."""
@@ -54,33 +79,65 @@ class Evaluator:
 
     def value(self, x: Tensor) -> Tensor:
         """The objective's value alone."""
-        return self._scalar(self.params(x)).detach().to(x.dtype)
+        found: Tensor = self._inside(self._scalar, self.layout.split(x))
+        return found.detach().to(x.dtype).unsqueeze(-1)
 
     def mapped(self, x: Tensor) -> Tensor:
         """A map's value."""
-        return self.plain("T(params, ...)", self.fun, self.params(x), *self.args)
+        return self.plain("T(params, ...)", lambda params: self.fun(params, *self.args), x)
 
-    def plain(self, what: str, fun: Callable[..., Any], *given: Any) -> Tensor:
-        """What a function that is not differentiated returned, flat and detached."""
+    def plain(self, what: str, fun: Callable[..., Any], x: Tensor, *given: Tensor) -> Tensor:
+        """What a function of ``(params, *given)`` that is not differentiated returned, flat."""
         first = what not in self._known
-        with torch.set_grad_enabled(first):
-            value = fun(*given)
-        if first:
-            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-            self.captured += [leaf for leaf in leaves if carries_derivative(leaf)]
-            self._known.add(what)
-        return self.layout.flatten(self.tree.match(what, value)).detach()
 
-    def _scalar(self, params: Any) -> Tensor:
-        return scalar("objective", self.fun(params, *self.args))
+        def evaluate(parts: list[Tensor], *given: Tensor) -> list[Tensor]:
+            value = fun(self.tree.rebuild(parts), *given)
+            if first:
+                leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+                self.captured += [leaf for leaf in leaves if carries_derivative(leaf)]
+                self._known.add(what)
+            return self.tree.match(what, value)
+
+        with torch.set_grad_enabled(first):
+            found = self._inside(evaluate, self.layout.split(x), *given)
+        return self._flat([part.detach() for part in found])
+
+    def _scalar(self, parts: Sequence[Tensor]) -> Tensor:
+        return scalar("objective", self.fun(self.tree.rebuild(parts), *self.args))
+
+    def inside(self) -> AbstractContextManager[None]:
+        """The caller's vmaps."""
+        return nullcontext() if self.vmaps is None else self.vmaps.entered()
+
+    def wrapped(self, tree: T) -> T:
+        """A pytree of plain tensors as the caller's vmaps have them."""
+        if self.vmaps is None:
+            return tree
+        found: T = self.vmaps.wrapped_tree(tree)
+        return found
+
+    def _inside(self, fun: Callable[..., Any], *given: Any) -> Any:
+        """Call a function inside of the caller's vmaps."""
+        if self.vmaps is None:
+            return fun(*given)
+        with self.vmaps.entered():
+            return self.vmaps.unwrapped_tree(fun(*self.vmaps.wrapped_tree(given)))
+
+    def _plain(self, tensor: Tensor) -> Tensor:
+        return tensor if self.vmaps is None else self.vmaps.unwrapped(tensor)
+
+    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.layout.flatten(parts, () if self.vmaps is None else self.vmaps.sizes)
 
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
         def evaluate(aliases: list[Tensor]) -> tuple[Tensor, Any, Replay | None]:
-            value = self._scalar(self.tree.rebuild(aliases))
+            value = self._inside(self._watched, aliases)
             self._note([value], aliases)
             found: Any = [None] * len(aliases)
             if value.requires_grad:
-                found = torch.autograd.grad(value, aliases, create_graph=twice, allow_unused=True)
+                found = torch.autograd.grad(
+                    value.sum(), aliases, create_graph=twice, allow_unused=True
+                )
             for position, part in enumerate(found):
                 if part is None:
                     raise NotConnected(
@@ -93,14 +150,24 @@ class Evaluator:
 
         with advice([self.tree]):
             value, found, hessian = trace(evaluate, self.layout.split(x))
-        return alive(value).to(x.dtype), self._flat_gradient(found, x), hessian
+        value = alive(value).to(x.dtype).unsqueeze(-1)
+        return value, self._flat_gradient(found, x), hessian
+
+    def _watched(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.vmaps is None:
+            return self._scalar(parts)
+        watch = WatchForDerivatives()
+        with watch:
+            value = self._scalar(parts)
+        if watch.seen:
+            raise TakesDerivatives
+        return value
 
     def _flat_gradient(self, parts: Any, x: Tensor) -> Tensor:
-        found = [
+        return self._flat([
             torch.zeros_like(like) if part is None else alive(part.detach())
             for part, like in zip(parts, self.layout.split(x), strict=True)
-        ]
-        return self.layout.flatten(found)
+        ])
 
     def _note(self, values: list[Tensor], aliases: list[Tensor]) -> None:
         """At the first evaluation, find what is differentiated around the call."""

@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..solvers._base import dot, norm
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
+from ._numbers import dot, norm
 from ._progress import Progress, going_on
 
 _MEMORY = 10
@@ -53,17 +53,18 @@ class GradientDescent(InnerSolver):
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         length, values = progress.begin(evaluator, x, g), [value]
+        fixed = None if self.step_size is None else evaluator.given(self.step_size)
         for iteration in range(self.maxiter + 1):
             if not going_on(progress, iteration, self.maxiter):
                 break
             active = progress.active
-            if self.step_size is None:
+            if fixed is None:
                 # Not below the last value but below one of the last ten, which these steps need.
                 reference = torch.stack(values).amax(dim=0)
                 step = backtrack(evaluator, progress, x, value, g, -g, length, reference)
                 new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.found
             else:
-                new = torch.where(active, x - self.step_size * g, x)
+                new = torch.where(active, x - fixed * g, x)
                 new_value, new_g = evaluator.objective(new)
                 progress.evaluated(active)
                 stuck = torch.zeros_like(active)

@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..solvers._base import at_least, dot, norm
+from ..solvers._base import at_least
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
+from ._numbers import dot, norm
 from ._progress import Progress, going_on
 
 

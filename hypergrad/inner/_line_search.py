@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._transforms import any_task
-from ..solvers._base import dot, norm
 from ._evaluator import Evaluator
+from ._numbers import dot, norm
 from ._progress import Progress
 
 _DECREASE = 1e-4  # of the value, as a part of what the slope promises

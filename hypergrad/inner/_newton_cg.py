@@ -7,11 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..solvers._base import LinearSystem, at_least, dot, norm
+from ..solvers._base import LinearSystem, at_least
 from ..solvers._cg import CG
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
+from ._numbers import dot, norm
 from ._progress import Progress, going_on
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task
-from ..solvers._base import dot, norm
 from ._evaluator import Evaluator
 from ._info import InnerInfo
+from ._numbers import dot, norm
 
 # What ``tol=None`` means, by the dtype in which the objective is computed.
 _REACHABLE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -150,13 +150,13 @@ class Progress:
         if self.tol is None:
             success = success | ((self.status == Status.STAGNATED) & (self.relative <= _ENOUGH))
         return InnerInfo(
-            status=self.status,
-            success=success,
-            iterations=self.iterations,
-            evaluations=self.evaluations,
-            residual_norm=self.size,
-            inner_residual=self.relative,
-            value=self.value,
+            status=self.status[..., 0],
+            success=success[..., 0],
+            iterations=self.iterations[..., 0],
+            evaluations=self.evaluations[..., 0],
+            residual_norm=self.size[..., 0],
+            inner_residual=self.relative[..., 0],
+            value=self.value[..., 0],
             method=method,
         )
 
