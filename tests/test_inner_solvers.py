@@ -481,3 +481,83 @@ def test_a_projection_makes_fista_projected_gradient_descent():
     x, info = FISTA(project)(lambda x: (x - target).square().sum(), torch.zeros(4, dtype=F64))
     assert info.success
     torch.testing.assert_close(x, projections.simplex(target), rtol=1e-7, atol=1e-9)
+
+
+# Under the caller's vmaps, which a solver leaves to work on plain batches
+
+
+@pytest.mark.parametrize("solver", [*EVERY, Anderson()], ids=lambda s: type(s).__name__)
+def test_nested_vmaps_at_other_places_with_functions_that_close_over_batches(solver):
+    c, d = data(180, 4, 2, dtype=F64), data(181, 5, 3, dtype=F64)
+    init = {"a": torch.zeros(4, dtype=F64), "b": torch.zeros((), dtype=F64)}
+
+    def one(c, d):  # whose answer is c and the mean of d
+        def objective(x, scale):
+            return (scale * (x["a"] - c) ** 2).sum() + 3 * (x["b"] - d.mean()) ** 2
+
+        def gradient_step(x, scale):
+            return {
+                "a": x["a"] - scale / 4 * (x["a"] - c),
+                "b": x["b"] - (x["b"] - d.mean()) / 2,
+            }
+
+        fun = gradient_step if isinstance(solver, Anderson) else objective
+        return solver(fun, init, torch.ones(4, dtype=F64))
+
+    x, info = vmap(lambda c: vmap(lambda d: one(c, d), in_dims=1)(d), in_dims=1)(c)
+    assert info.status.shape == info.value.shape == (2, 3)
+    assert info.success.all()
+    torch.testing.assert_close(x["a"], c.T[:, None].expand(2, 3, 4), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(x["b"], d.mean(0).expand(2, 3), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", [GradientDescent, Nesterov, FISTA], ids=lambda s: s.__name__)
+def test_every_task_may_have_a_step_size_of_its_own(solver):
+    seen = []
+
+    def shrink(v, step, centre):
+        seen.append((v.shape, step.shape))
+        return v / (1 + step)
+
+    def one(step, centre):
+        f = lambda x, centre: ((x - centre) ** 2).sum() / 2
+        options = {"prox": shrink} if solver is FISTA else {}
+        return solver(step_size=step, maxiter=3, **options)(f, torch.zeros(2, dtype=F64), centre)
+
+    steps, centres = torch.tensor([0.1, 0.5, 0.9], dtype=F64), data(182, 3, 2, dtype=F64)
+    x, info = vmap(one)(steps, centres)
+    assert set(seen) <= {((2,), ())}  # of one task
+    for k in range(3):
+        alone, figures = one(steps[k], centres[k])
+        torch.testing.assert_close(x[k], alone, rtol=1e-12, atol=0)
+        torch.testing.assert_close(info.residual_norm[k], figures.residual_norm)
+    assert not torch.allclose(x[0] / centres[0], x[2] / centres[2])
+
+
+@OF_SMOOTH
+def test_an_objective_that_takes_derivatives_itself_is_right_in_a_batch(solver):
+    # Through an affine norm layer, where PyTorch's derivative of a mapped derivative is wrong.
+    weight = torch.tensor([1.0, 0.5, 2.0], dtype=F64)
+
+    def one(c):
+        def height(x):
+            y = torch.nn.functional.layer_norm(x, (3,), weight)
+            return ((x - c) ** 2).sum() / 2 + 0.05 * (y * c).sum()
+
+        def objective(x):
+            return (grad(height)(x) ** 2).sum() / 2 + ((x - c) ** 2).sum() / 2
+
+        return solver(objective, torch.tensor([1.0, 0.0, -1.0], dtype=F64))
+
+    centres = torch.tensor([[1.0, -0.5, 0.3], [0.2, 1.5, -1.0]], dtype=F64)
+    x, info = vmap(one)(centres)
+    assert info.success.all()
+    for k in range(2):
+        torch.testing.assert_close(x[k], one(centres[k])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_callers_tensors_stay_as_they_are_and_are_not_returned():
+    starts = torch.ones(3, 2, dtype=F64)
+    x, _ = vmap(lambda start: GradientDescent()(lambda x: ((x - 1) ** 2).sum(), start))(starts)
+    x.zero_()
+    assert torch.equal(starts, torch.ones(3, 2, dtype=F64))

@@ -69,10 +69,10 @@ class GradientDescent(InnerSolver):
                 progress.evaluated(active)
                 stuck = torch.zeros_like(active)
             s, y = new - x, new_g - g
-            progress.update(new, s, y, norm(new_g), new_value, stuck=stuck)
-            curved = dot(s, y) > 0
-            length = torch.where(curved, dot(s, s) / dot(s, y), 2 * length)
-            sound = active & torch.isfinite(norm(new_g)) & torch.isfinite(new_value)
+            size, along = norm(new_g), dot(s, y)
+            progress.update(new, s, y, size, new_value, stuck=stuck)
+            length = torch.where(along > 0, dot(s, s) / along, 2 * length)
+            sound = active & torch.isfinite(size) & torch.isfinite(new_value)
             x, g = torch.where(sound, new, x), torch.where(sound, new_g, g)
             value = torch.where(sound, new_value, value)
             values = [*values, value][-_MEMORY:]

@@ -109,18 +109,18 @@ class Progress:
         stuck, floored = no if stuck is None else stuck, no if floored is None else floored
         eps = torch.finfo(self.precision).eps
         length = norm(x).clamp(min=(torch.finfo(x.dtype).eps * max(x.shape[-1], 1)) ** 0.5)
-        squared = dot(step, step)
+        distance = norm(step)
         along = dot(step, change)
-        seen = torch.where(along > 0, along / squared, norm(change) / norm(step))
+        seen = torch.where(along > 0, along / distance**2, norm(change) / distance)
         # Too short a step shows no curvature, only rounding.
-        seen = torch.where(norm(step) > 8 * eps * length, seen, torch.full_like(seen, math.inf))
+        seen = torch.where(distance > 8 * eps * length, seen, torch.full_like(seen, math.inf))
         self._curvature = [*self._curvature[1 - _WINDOW :], seen]
         assert self.lowest is not None
         lowest = torch.stack(self._curvature).amin(dim=0)
         lowest = torch.where(torch.isfinite(lowest), lowest, self.lowest)
         self.lowest = torch.where(self.active, lowest, self.lowest)
         relative = torch.where(size == 0, torch.zeros_like(size), size / (lowest * length))
-        stuck = stuck | ~(norm(step) > eps / 4 * length)
+        stuck = stuck | ~(distance > eps / 4 * length)
 
         noise = 4 * eps * self.best_value.abs()
         better = (size < self.best) | (value < self.best_value - noise)

@@ -1,0 +1,18 @@
+"""A task's numbers, as vectors of one entry that go with its vectors of n: ``(*tasks, 1)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..solvers import _base
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each task's vectors."""
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+def norm(v: Tensor) -> Tensor:
+    """The Euclidean norm of each task's vector."""
+    return _base.norm(v).unsqueeze(-1)
