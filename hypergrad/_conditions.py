@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._advice import refuse_once_differentiable
 from ._errors import NotConnected
 from ._problem import Problem
-from ._replay import ForwardReplay, Parts, Replay
+from ._replay import ForwardReplay, Parts, Replay, gradient_of
 from ._trace import graph
 from ._transforms import transforms_active
 
@@ -364,11 +363,9 @@ def _record_equation(
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    if not value.requires_grad or not inputs:
-        return [None] * len(inputs)
-    if not transforms_active():
+    if value.requires_grad and inputs and not transforms_active():
         refuse_once_differentiable(value, inputs)
-    return list(torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True))
+    return list(gradient_of(value, inputs, create_graph=True))
 
 
 def _require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:

@@ -112,10 +112,15 @@ class Linearisation:
         product = self.record.transposed if transpose else self.record.product
         assert product is not None
         layout, dims = self.layout, len(self.lead) + 1
+        bare = None
+        if dims == 1 and layout.is_flat and isinstance(product, Replay):
+            bare = product.bare()
 
         def form(v: Tensor) -> Tensor:
             if v.ndim > dims:
                 return self._apply(product, v, False)
+            if bare is not None:
+                return bare(v)
             return layout.flatten(product(layout.split(v), False), v.shape[:-1])
 
         return form

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._advice import advice
 from ._captures import refuse_past_arguments
 from ._errors import NotConnected
 from ._problem import Problem, scalar, without_aux
+from ._replay import gradient_of
 from ._trace import further_out, trace
 
 
@@ -65,10 +65,8 @@ def outer_gradient(
             given[place] = alias
         value = problem.outputs(loss, given)
         refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
-        found: list[Tensor | None] = [None] * len(aliases)
-        if value.requires_grad:
-            total = value.sum() if value.ndim else value
-            found = list(torch.autograd.grad(total, aliases, allow_unused=True))
+        total = value.sum() if value.ndim else value
+        found = list(gradient_of(total, aliases, create_graph=False))
         return value, found, further_out(value, aliases)
 
     with advice([problem.params, *problem.args]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.autograd import Variable
 from ._advice import advise
 
 Parts = Sequence[Tensor | None]
+Product = Callable[[Tensor], Tensor]
 
 
 class Replay:
@@ -20,6 +21,25 @@ class Replay:
         self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
         self._outputs = tuple(o for o in outputs if o is not None and o.requires_grad)
         self._inputs = tuple(inputs)
+
+    def bare(self) -> Product | None:
+        """The product of one output and one input with nothing around it; None: not to be had."""
+        if len(self._outputs) != 1 or len(self._inputs) != 1 or _wrapped(self._outputs):
+            return None
+        outputs, inputs = self._outputs, self._inputs
+        run = Variable._execution_engine.run_backward
+
+        def form(cotangent: Tensor) -> Tensor:
+            try:
+                (found,) = run(
+                    outputs, (cotangent,), True, False, inputs, True, accumulate_grad=False
+                )
+            except RuntimeError as error:
+                advise(error)
+                raise
+            return torch.zeros_like(cotangent) if found is None else found
+
+        return form
 
     def __call__(self, cotangents: Parts, create_graph: bool = False) -> Parts:
         """One product; None where an input is not reached."""
@@ -59,22 +79,36 @@ class ForwardReplay:
         return found
 
 
+def gradient_of(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> Parts:
+    """The gradient of a scalar; None where an input is not reached."""
+    if not value.requires_grad or not inputs:
+        return [None] * len(inputs)
+    one = (torch.ones_like(value),)
+    return _pulled((value,), one, tuple(inputs), create_graph, keep=create_graph)
+
+
 def _pulled(
     outputs: tuple[Tensor, ...],
     cotangents: tuple[Tensor, ...],
     inputs: tuple[Tensor, ...],
     create_graph: bool,
+    *,
+    keep: bool = True,
 ) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad`, or what it calls, where nobody is listening in."""
-    # On the CPU the checks and wrappers of torch.autograd.grad cost a tenth of a small product.
-    # On a GPU they prepare the threads of the devices, and a mode has to see the call.
-    listened = torch._C._is_torch_function_mode_enabled()
-    if listened or create_graph or outputs[0].device.type != "cpu":
+    """`torch.autograd.grad`, or what it calls."""
+    if _wrapped(outputs):
         return torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph,
+            outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,
         )  # fmt: skip
     found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
-        outputs, cotangents, True, False, inputs, True, accumulate_grad=False
+        outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False
     )
     return found
+
+
+def _wrapped(outputs: tuple[Tensor, ...]) -> bool:
+    """Whether the checks and wrappers of torch.autograd.grad do more than cost time."""
+    # They take as long as a small product. On a GPU they prepare the threads of the devices, and
+    # a mode has to see the call.
+    return torch._C._is_torch_function_mode_enabled() or outputs[0].device.type != "cpu"

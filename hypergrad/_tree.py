@@ -133,14 +133,12 @@ class Tree:
 
     def fill(self, variables: Sequence[Tensor]) -> Any:
         """A derivative shaped like the argument: zeros where a tensor carries none."""
-        leaves = [
-            torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in self.leaves
-        ]
+        leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
+        for index in set(range(len(leaves))).difference(self.where):
+            if isinstance(leaf := leaves[index], Tensor):
+                leaves[index] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
         return pytree.tree_unflatten(leaves, self.spec)
 
     def match(self, what: str, value: Any) -> list[Tensor]:
@@ -198,6 +196,7 @@ class Layout:
     Vectors have shape ``(*lead, n)``, where ``lead`` are task dimensions that the variables
     have in front of their own shape. The vector's `dtype` is the widest of the variables', and
     never narrower than float32; `precision` is the narrowest, to which products are rounded.
+    `is_flat` says that there is one part and that it is the vector.
     """
 
     def __init__(self, tree: Tree, variables: Sequence[Tensor], lead: int = 0) -> None:
@@ -219,12 +218,12 @@ class Layout:
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
         one = len(variables) == 1 and len(self.shapes[0]) == 1
-        self._is_flat = one and self.dtypes[0] == self.dtype  # the one part is the vector
+        self.is_flat = one and self.dtypes[0] == self.dtype
         self._uniform = all(dtype == self.dtype for dtype in self.dtypes)
 
     def flatten(self, parts: Sequence[Tensor | None], lead: Sequence[int] = ()) -> Tensor:
         """One vector ``(*lead, n)`` from the parts; None stands for zeros."""
-        if self._is_flat and parts[0] is not None:
+        if self.is_flat and parts[0] is not None:
             return parts[0]
         dims = len(lead) + 1
         flat = []
@@ -238,7 +237,7 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector, each in its variable's shape and dtype."""
-        if self._is_flat:
+        if self.is_flat:
             return [vector]
         lead = vector.shape[:-1]
         pieces = (vector,) if len(self.sizes) == 1 else torch.split(vector, self.sizes, dim=-1)

@@ -14,7 +14,7 @@ from .._advice import advice
 from .._captures import refuse_past_arguments
 from .._errors import NotConnected
 from .._problem import TakesDerivatives, scalar
-from .._replay import Replay
+from .._replay import Replay, gradient_of
 from .._trace import detached, further_out, trace
 from .._transforms import WatchForDerivatives, alive, carries_derivative
 from .._tree import Layout, Tree
@@ -133,11 +133,8 @@ class Evaluator:
         def evaluate(aliases: list[Tensor]) -> tuple[Tensor, Any, Replay | None]:
             value = self._inside(self._watched, aliases)
             self._note([value], aliases)
-            found: Any = [None] * len(aliases)
-            if value.requires_grad:
-                found = torch.autograd.grad(
-                    value.sum(), aliases, create_graph=twice, allow_unused=True
-                )
+            total = value.sum() if value.ndim else value
+            found = gradient_of(total, aliases, create_graph=twice)
             for position, part in enumerate(found):
                 if part is None:
                     raise NotConnected(
