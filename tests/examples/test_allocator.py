@@ -11,13 +11,13 @@ import resource, sys, torch
 from examples.imaml.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-pages = 0
-for _ in range(6):
+pages = []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    several = [torch.ones(1_000_000) for _ in range(10)]
+    several = [torch.ones(9_000_000) for _ in range(3)]
     del several
-    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(pages)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(pages))
 """
 
 

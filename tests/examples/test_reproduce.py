@@ -13,6 +13,7 @@ from scipy import stats
 
 from examples.imaml.evaluations import evaluations_a_task, expected_products
 from examples.imaml.reproduce import __main__ as reproduce
+from examples.imaml.reproduce.earlier import read_earlier, together
 from examples.imaml.reproduce.plan import (
     SINUSOID_EVALUATIONS,
     SINUSOID_PRODUCTS,
@@ -22,7 +23,7 @@ from examples.imaml.reproduce.plan import (
     plan,
     sinusoid_steps,
 )
-from examples.imaml.reproduce.records import Record, read_records
+from examples.imaml.reproduce.records import Measured, Record, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, read_state, state_of
 from examples.imaml.reproduce.spread import paired, spread
@@ -166,7 +167,7 @@ def test_a_training_that_fails_is_a_result_and_is_not_tried_again(runner, tmp_pa
     runner.carry_out([run])
 
     assert (runner.out / run.name / "output.txt").read_bytes() == before
-    write_report(read_records(runner.out, [run]), [run], tmp_path / "results")
+    write_report(read_records(runner.out, [run]), [], [run], tmp_path / "results")
     assert (
         "no figure; maml: a meta-gradient was not finite"
         in (tmp_path / "results" / "README.md").read_text()
@@ -221,7 +222,7 @@ def record(method, seed, error, table="sinusoid/equal-time", **changed):
 
 
 def report(tmp_path, records):
-    write_report(records, plan(), tmp_path)
+    write_report(records, [], plan(), tmp_path)
     return (tmp_path / "README.md").read_text()
 
 
@@ -305,6 +306,38 @@ def test_what_people_say_is_put_below_the_table(tmp_path):
     (tmp_path / "comments" / "sinusoid-equal-time.md").write_text("Found by hand.\n")
 
     assert "Found by hand." in report(tmp_path, [record("imaml", 0, 0.1)])
+
+
+def test_a_report_keeps_what_an_earlier_one_says_on_runs_that_are_not_here(tmp_path):
+    curve = tmp_path / "elsewhere" / "inner_steps.png"
+    curve.parent.mkdir()
+    curve.write_bytes(b"a picture")
+    steps = Measured("inner-steps/sinusoid", "Steps", "| a | table |", curve, [{"steps": 1}], {})
+    earlier = [
+        record("imaml", 0, 0.1),
+        record("maml", 0, 0.2),
+        record("imaml", 1, 0.3, state="broken off", figures={}),
+        record("imaml", 9, 0.4),  # declared no more
+    ]
+    results = tmp_path / "results"
+    write_report(earlier, [steps], plan(), results)
+    curve.unlink()
+    here = [
+        record("maml", 0, 0.2, state="broken off", figures={}),
+        record("imaml", 1, 0.5),
+        record("imaml", 2, 0.6),
+    ]
+    records, measured = read_earlier(results)
+    records, measured = together(here, records, plan()), together([], measured, plan())
+
+    assert [(r.name[-11:], r.state, r.figures.get("after", (0,))[0]) for r in records] == [
+        ("imaml-seed0", "finished", 0.1), ("/maml-seed0", "finished", 0.2),
+        ("imaml-seed1", "finished", 0.5), ("imaml-seed2", "finished", 0.6),
+    ]  # fmt: skip
+    assert records[0] == earlier[0]
+    write_report(records, measured, plan(), results)
+    assert "| a | table |" in (results / "README.md").read_text()
+    assert (results / "inner_steps.png").read_bytes() == b"a picture"
 
 
 def test_nothing_has_run(tmp_path):

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from examples.imaml.command_line import OneLineParser, finish, real, whole
 from examples.imaml.omniglot_data import DATA_DIR_VARIABLE, find_data_dir
+from examples.imaml.reproduce.earlier import read_earlier, together
 from examples.imaml.reproduce.plan import Planned, Program, plan
-from examples.imaml.reproduce.records import read_measured, read_records
+from examples.imaml.reproduce.records import Measured, Record, read_measured, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
 
@@ -85,10 +86,19 @@ def main(arguments: list[str] | None = None) -> None:
                 runs = [run for run in runs if run.program not in NEED_OMNIGLOT]
             runner.carry_out(runs)
     finally:
-        every = plan()
-        records, measured = read_records(given.out, every), read_measured(given.out, every)
-        write_report(records, every, given.results, measured)
+        write_report(*_found(given), given.results)
     runner.say(f"Report: {given.results / 'README.md'}")
+
+
+def _found(given: argparse.Namespace) -> tuple[list[Record], list[Measured], list[Planned]]:
+    """Everything that has run: here or, as an earlier report has it, elsewhere."""
+    every = plan()
+    records, measured = read_records(given.out, every), read_measured(given.out, every)
+    if not given.smoke:
+        earlier_records, earlier_measured = read_earlier(given.results)
+        records = together(records, earlier_records, every)
+        measured = together(measured, earlier_measured, every)
+    return records, measured, every
 
 
 if __name__ == "__main__":

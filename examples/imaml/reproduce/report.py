@@ -61,10 +61,7 @@ OMNIGLOT_CAPTION = (
 
 
 def write_report(
-    records: Sequence[Record],
-    runs: Sequence[Planned],
-    results: Path,
-    measured: Sequence[Measured] = (),
+    records: Sequence[Record], measured: Sequence[Measured], runs: Sequence[Planned], results: Path
 ) -> None:
     """Write `README.md`, `results.json` and the pictures.
 
@@ -72,18 +69,27 @@ def write_report(
     ----------
     records
         The trainings, in the order of the tables.
+    measured
+        What other programs have measured.
     runs
         All that are declared.
     results
         Where the report goes.
-    measured
-        What other programs have measured.
     """
     folder = RunFolder(results)
     begun = {r.name for r in records} | {m.name for m in measured}
     written = {
         "runs": [dataclasses.asdict(record) for record in records],
-        "measured": {m.name: {"hardware": m.hardware, "records": m.records} for m in measured},
+        "measured": {
+            m.name: {
+                "title": m.title,
+                "table": m.table,
+                "picture": m.picture.name,
+                "records": m.records,
+                "hardware": m.hardware,
+            }
+            for m in measured
+        },
         "not_begun": [run.name for run in runs if run.name not in begun],
     }
     folder.write_json("results.json", written)
@@ -126,7 +132,8 @@ def write_report(
         show("published.png", "Accuracy here and as published", draw_published(resized))
     for one in measured:
         text += ["", f"## {one.title}", "", one.table.strip(), *_comment(results, one.name)]
-        folder.write_bytes(one.picture.name, one.picture.read_bytes())
+        if one.picture.parent != results:
+            folder.write_bytes(one.picture.name, one.picture.read_bytes())
         text += ["", f"![{one.title}]({one.picture.name})"]
     content = "\n".join(text) + "\n"
     folder.write("README.md", lambda path: path.write_text(content))
