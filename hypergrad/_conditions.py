@@ -365,7 +365,7 @@ def _record_equation(
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     if value.requires_grad and inputs and not transforms_active():
         refuse_once_differentiable(value, inputs)
-    return list(gradient_of(value, inputs, create_graph=True))
+    return gradient_of(value, inputs, create_graph=True)
 
 
 def _require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:

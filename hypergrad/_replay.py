@@ -79,12 +79,14 @@ class ForwardReplay:
         return found
 
 
-def gradient_of(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> Parts:
+def gradient_of(
+    value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
+) -> list[Tensor | None]:
     """The gradient of a scalar; None where an input is not reached."""
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
     one = (torch.ones_like(value),)
-    return _pulled((value,), one, tuple(inputs), create_graph, keep=create_graph)
+    return list(_pulled((value,), one, tuple(inputs), create_graph, keep=create_graph))
 
 
 def _pulled(

@@ -19,7 +19,7 @@ from .._linearise import Linearisation
 from .._outer import outer_gradient
 from .._problem import Problem
 from .._randomness import Draw
-from .._replay import Replay
+from .._replay import Replay, gradient_of
 from .._report import OnFailure
 from .._trace import detached, trace
 from ..solvers._base import norm
@@ -160,10 +160,7 @@ class Levels:
             values = problem.condition.probe(problem, given)
             value = torch.stack(values).sum() if len(values) > 1 else values[0]
             self._check("inner", values, aliases)
-            found: list[Tensor | None] = [None] * len(aliases)
-            if value.requires_grad:
-                found = list(torch.autograd.grad(value, aliases, allow_unused=True))
-            return value.detach(), found
+            return value.detach(), gradient_of(value, aliases, create_graph=False)
 
         with advice([self.params, self.hparams]):
             value, found = trace(evaluate, [tensors[i] for i in places], guarded=True)

@@ -14,6 +14,7 @@ from .._captures import refuse_distributed, refuse_past_arguments
 from .._errors import NotConnected, UnsupportedOperation
 from .._problem import scalar, without_aux
 from .._randomness import Draw
+from .._replay import gradient_of
 from .._trace import detached, further_out, trace
 from .._transforms import is_wrapped
 from .._tree import Layout, Tree
@@ -136,9 +137,7 @@ class Loss:
             returned, aux = without_aux(self._name, returned, self._has_aux, "loss")
             value = scalar(self._name, returned)
             refuse_past_arguments(self._name, [value], aliases, [P, H])
-            found: Parts = [None] * len(aliases)
-            if value.requires_grad and aliases:
-                found = list(torch.autograd.grad(value, aliases, allow_unused=True))
+            found = gradient_of(value, aliases, create_graph=False)
             return Slopes(
                 value.detach(),
                 found[: len(p)] if by_params else [None] * len(p),
