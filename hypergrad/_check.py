@@ -241,7 +241,7 @@ class _Check:
         self.useless = max(_USELESS.get(self.precision, 0.5), self.rtol)
         self.least = _LEAST.get(self.precision, 0.1)
         self.lines = directions(case.tree)
-        self.lengths = torch.tensor([line.length for line in self.lines], dtype=torch.float64)
+        self.lengths = _numbers([line.length for line in self.lines])
         self.notes: list[str] = []
 
     def report(self) -> Report:
@@ -258,9 +258,9 @@ class _Check:
         if found is not None:
             return self.ended(*found, info)
 
-        implicit = torch.tensor([line.dot(gradient) for line in self.lines], dtype=torch.float64)
+        implicit = _numbers([line.dot(gradient) for line in self.lines])
         terms = case.terms(self.lines, case.adjoint(info))
-        self.terms = torch.tensor(terms, dtype=torch.float64) * self.lengths
+        self.terms = _numbers(terms) * self.lengths
         least = torch.maximum(
             _CANCELLED * self.terms, self.least * (implicit * self.lengths).abs().max()
         )
@@ -268,7 +268,7 @@ class _Check:
             self.difference(line, float(size) / line.length)
             for line, size in zip(self.lines, least, strict=True)
         ]
-        differences, errors = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
+        differences, errors = _numbers(pairs).unbind(dim=1)
         unrolled, unrolled_error = self.unrolled(differences, errors)
         relative_error, tolerance, worst, own = self.compare(implicit, differences, errors)
         useless = not own <= self.useless
@@ -346,7 +346,7 @@ class _Check:
         return *answer, own
 
     def agrees(self, gradient: Sequence[Tensor], differences: Tensor, errors: Tensor) -> bool:
-        found = torch.tensor([line.dot(gradient) for line in self.lines], dtype=torch.float64)
+        found = _numbers([line.dot(gradient) for line in self.lines])
         error, tolerance, _, _ = self.compare(found, differences, errors)
         return error <= tolerance
 
@@ -355,7 +355,7 @@ class _Check:
         if gradient is None:
             self.notes.append(f"unrolled differentiation was skipped: {why}.")
             return None, math.nan
-        found = torch.tensor([line.dot(gradient) for line in self.lines], dtype=torch.float64)
+        found = _numbers([line.dot(gradient) for line in self.lines])
         return found, self.compare(found, differences, errors)[0]
 
     def remark(
@@ -393,7 +393,7 @@ class _Check:
             self.notes.append("the condition is declared symmetric, and A is not quite.")
 
     def ended(self, blame: str, reason: str, info: SolveInfo | None = None) -> Report:
-        none = torch.empty(0, dtype=torch.float64)
+        none = _numbers([])
         return Report(
             ok=False,
             blame=blame,
@@ -409,3 +409,8 @@ class _Check:
             info=info,
             notes=tuple(self.notes),
         )
+
+
+def _numbers(values: Any) -> Tensor:
+    """Numbers of the host's as a tensor, whatever the default device is."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

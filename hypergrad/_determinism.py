@@ -34,7 +34,7 @@ def not_deterministic(case: Case) -> str | None:
             loss = case.outer(pytree.tree_map(keep, case.solution), case.given(case.at))
         return scalar("outer", loss).detach()
 
-    apart = _spread(case, outer, torch.zeros(()))
+    apart = _spread(case, outer, torch.zeros((), device="cpu"))
     if apart is not None:
         return (
             f"outer gave values that differ by {apart:.1e}, relatively, at the same params and "

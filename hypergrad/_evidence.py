@@ -163,12 +163,12 @@ def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
     """Whether all entries of all tensors are finite, for each task: bool, shaped like `lead`."""
     rows = [_rows(t, lead) for t in tensors if t is not None and t.numel()]
     if not rows:
-        return torch.ones(tuple(lead), dtype=torch.bool)
+        return torch.ones(tuple(lead), dtype=torch.bool, device="cpu")
     device = rows[0].device
     # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
     plain = device.type == "cpu" and not any(is_wrapped(r) for r in rows)
     if plain and all(math.isfinite(torch.linalg.vector_norm(r).item()) for r in rows):
-        return torch.ones(tuple(lead), dtype=torch.bool)
+        return torch.ones(tuple(lead), dtype=torch.bool, device=device)
     largest = [
         torch.linalg.vector_norm(r, math.inf, dim=-1).to(device, torch.float64) for r in rows
     ]

@@ -18,13 +18,13 @@ from ._evidence import finite, needs_product, of_sum, solve_linear
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outer import outer_gradient
-from ._problem import Problem, TakesDerivatives
-from ._randomness import Draw, generators, restore
+from ._problem import Problem
+from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
 from ._trace import being_traced, detached
-from ._transforms import forward_mode_active, is_wrapped, refuse_derivatives
+from ._transforms import is_wrapped, refuse_derivatives
 from ._tree import Tree
-from ._vmaps import Vmaps
+from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
 from .solvers._base import mapped_by_caller, norm
 
@@ -75,16 +75,7 @@ def hypergradient(
         return_info=return_info,
     )
     refuse_distributed(condition.functions(), outer)
-    vmaps = None if forward_mode_active() or mapped_by_caller(call.solver) else Vmaps.around()
-    if vmaps is None:
-        return call.answer()
-    random = generators()
-    try:
-        with vmaps.left():
-            return call.answer(vmaps)
-    except TakesDerivatives:
-        restore(random)
-    return call.answer()
+    return call.answer(None) if mapped_by_caller(call.solver) else outside_of_vmaps(call.answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +94,7 @@ class _Call:
     on_failure: OnFailure
     return_info: bool
 
-    def answer(self, vmaps: Vmaps | None = None) -> Hypergradient:
+    def answer(self, vmaps: Vmaps | None) -> Hypergradient:
         problem = self.problem if vmaps is None else self.problem.outside(vmaps)
         P, H = problem.params, problem.args[0]
         layout = problem.layout()

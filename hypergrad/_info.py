@@ -136,7 +136,7 @@ class SolveInfo:
         tasks = [
             f"task {list(index) if len(index) > 1 else index[0]}: {self._describe(index)}"
             for index in torch
-            .cartesian_prod(*(torch.arange(n) for n in self.status.shape))
+            .cartesian_prod(*(torch.arange(n, device="cpu") for n in self.status.shape))
             .reshape(-1, self.status.ndim)
             .tolist()
         ]

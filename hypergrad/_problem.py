@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from ._vmaps import Vmaps
 
 
-class TakesDerivatives(Exception):
-    """A mapped function takes derivatives itself: a derivative of them would be wrong."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TaskAxis:
     """A batch dimension that a surrounding vmap has put in front of a problem's tensors.
@@ -192,20 +188,19 @@ class Problem:
         if not self.own_axes:
             with Guard():
                 return one(first, list(tensors))
-        watch = WatchForDerivatives()
 
-        def watched(first: Any, tensors: Sequence[Tensor]) -> Any:
-            with watch, Guard():
+        def guarded(first: Any, tensors: Sequence[Tensor]) -> Any:
+            with Guard():
                 return one(first, tensors)
 
         if self.vmaps is not None:
-            vmaps = self.vmaps
-            with vmaps.entered():
-                given = vmaps.wrapped_tree(first), [vmaps.wrapped(t) for t in tensors]
-                found = watched(*given)
-            if watch.seen:
-                raise TakesDerivatives
-            return vmaps.unwrapped_tree(found)
+            return self.vmaps.inside(guarded, first, list(tensors))
+        watch = WatchForDerivatives()
+
+        def watched(first: Any, tensors: Sequence[Tensor]) -> Any:
+            with watch:
+                return guarded(first, tensors)
+
         mapped = watched
         for axis in reversed(self.own_axes):
             in_dims = (None if first is None else 0, list(axis.in_dims))

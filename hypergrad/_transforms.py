@@ -184,11 +184,19 @@ def outside_transforms() -> AbstractContextManager[None]:
     return _at_level(0)
 
 
-class WatchForDerivatives(TorchFunctionMode):
-    """Notices whether a function that is being called takes derivatives itself.
+# What asks autograd itself: for a derivative, or whether one will be taken.
+_ASKS_AUTOGRAD = (
+    torch.autograd.grad,
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.register_hook,
+)
 
-    `seen` is set when an operation runs in a transform that is entered inside it, or
-    `torch.autograd.grad` is called.
+
+class WatchForDerivatives(TorchFunctionMode):
+    """Notices whether a function that is being called has to do with derivatives itself.
+
+    `seen` is set when an operation runs in a transform that is entered inside it, when
+    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad.
     """
 
     def __init__(self) -> None:
@@ -206,7 +214,7 @@ class WatchForDerivatives(TorchFunctionMode):
     ) -> Any:
         """Pass every operation on."""
         level = _functorch.maybe_current_level() or 0
-        self.seen = self.seen or level > self._level or func is torch.autograd.grad
+        self.seen = self.seen or level > self._level or func in _ASKS_AUTOGRAD
         return func(*args, **(kwargs or {}))
 
 

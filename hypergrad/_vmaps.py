@@ -7,15 +7,61 @@ batched, and enters them again for the user's functions, which close over batche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch import pyfunctorch
 from torch.utils import _pytree as pytree
+
+from ._randomness import generators, restore
+from ._transforms import WatchForDerivatives, forward_mode_active
+
+T = TypeVar("T")
+
+# What PyTorch says where something that a function has recorded runs outside of the vmaps.
+_ESCAPED = "escaped from inside a function being vmapped"
+
+
+class StaysInside(Exception):
+    """A user's function cannot be called from outside of the vmaps, or not rightly."""
+
+
+def outside_of_vmaps(call: Callable[[Vmaps | None], T]) -> T:
+    """Call a function with the caller's vmaps left, or inside of them where that cannot be.
+
+    Parameters
+    ----------
+    call : callable
+        Given the vmaps that have been left, or None where there are none, or they are not left.
+
+    Returns
+    -------
+    answer
+        What the function returned.
+
+    Raises
+    ------
+    RuntimeError
+        Whatever the function raises.
+    """
+    vmaps = None if forward_mode_active() else Vmaps.around()
+    if vmaps is None:
+        return call(None)
+    random = generators()
+    try:
+        with vmaps.left():
+            return call(vmaps)
+    except StaysInside:
+        pass
+    except RuntimeError as error:
+        if _ESCAPED not in str(error):
+            raise
+    restore(random)
+    return call(None)
 
 
 class Vmaps:
@@ -53,6 +99,42 @@ class Vmaps:
     def entered(self) -> AbstractContextManager[None]:
         """Inside of them again."""
         return pyfunctorch.temporarily_restore_interpreter_stack(self._stack)
+
+    def inside(self, fun: Callable[..., T], *given: Any, differentiated: bool = True) -> T:
+        """Call a user's function inside of them: plain pytrees go in, and come out.
+
+        Parameters
+        ----------
+        fun : callable
+            The function.
+        *given
+            Its arguments.
+        differentiated : bool
+            Whether a derivative of what it returns is going to be taken.
+
+        Returns
+        -------
+        answer : pytree
+            What it returned.
+
+        Raises
+        ------
+        StaysInside
+            If a derivative of what it returns, taken outside, would be wrong, or if it fails: all
+            of it is to be done inside, where its own error then shows.
+        """
+        watch = WatchForDerivatives()
+        try:
+            with self.entered():
+                wrapped = self.wrapped_tree(given)
+                with watch:
+                    found = fun(*wrapped)
+                answer: T = self.unwrapped_tree(found)
+        except Exception as error:
+            raise StaysInside from error
+        if differentiated and watch.seen:
+            raise StaysInside
+        return answer
 
     def unwrapped(self, tensor: Tensor) -> Tensor:
         """The plain tensor, a dimension for every vmap in front."""

@@ -8,7 +8,7 @@ from torch.autograd import functional
 from torch.func import grad, vmap
 
 import hypergrad
-from hypergrad import GMRES, custom_argmin, custom_root, implicit_grad
+from hypergrad import CG, GMRES, MINRES, Exact, custom_argmin, custom_root, implicit_grad
 from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf, reference, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
@@ -136,3 +136,13 @@ def test_export_is_an_error_with_advice(strict):
 
     with pytest.raises(Exception, match=r"torch\.export cannot record"):  # strict wraps it
         torch.export.export(Module(), (LAM,), strict=strict)
+
+
+@pytest.mark.parametrize("solver", [CG(), MINRES(), GMRES(), Exact(), None], ids=str)
+def test_the_default_device_plays_no_part(solver):
+    c, lam = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
+    inner = lambda w, lam: ((w - c) ** 2).sum() / 2 + (lam * w**2).sum() / 2
+    expected = -c / (1 + lam) ** 2
+    with torch.device("meta"):
+        found = implicit_grad(lambda w, lam: w.sum(), inner, c / (1 + lam), lam, solver=solver)
+    torch.testing.assert_close(found, expected)

@@ -561,3 +561,116 @@ def test_the_callers_tensors_stay_as_they_are_and_are_not_returned():
     x, _ = vmap(lambda start: GradientDescent()(lambda x: ((x - 1) ** 2).sum(), start))(starts)
     x.zero_()
     assert torch.equal(starts, torch.ones(3, 2, dtype=F64))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+@pytest.mark.parametrize(
+    "step", [0.1, torch.tensor(0.1), np.float32(0.1)], ids=["float", "0-d", "np"]
+)
+def test_a_prox_is_given_the_step_that_the_caller_gave(step, batched):
+    y = data(183, 3, 2, dtype=F64)
+    seen = []
+
+    def soft(v, step, lam):
+        seen.append(float(step))
+        return prox.l1(v, step, lam)
+
+    solver = FISTA(soft, step_size=step)
+    one = lambda y: solver(lambda w, lam: ((w - y) ** 2).sum() / 2, torch.zeros_like(y), 0.2)[0]
+    found = vmap(one)(y) if batched else torch.stack([one(row) for row in y])
+    torch.testing.assert_close(found, prox.l1(y, 1.0, 0.2), rtol=1e-6, atol=1e-7)
+    assert seen == pytest.approx([0.1] * len(seen))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+def test_every_unknown_may_have_a_step_of_its_own(batched):
+    steep, y = torch.tensor([1.0, 10.0], dtype=F64), torch.tensor([[3.0, 2.0]], dtype=F64)
+    steps = 0.5 / steep
+    options = {"step_size": steps, "tol": 1e-10}
+    f = lambda w, y: (steep * (w - y) ** 2).sum() / 2
+
+    def one(y):
+        lasso, _ = FISTA(lambda v, s, y: prox.l1(v, s, 1.0), **options)(f, torch.zeros_like(y), y)
+        plain = [s(**options)(f, torch.zeros_like(y), y)[0] for s in (GradientDescent, Nesterov)]
+        return lasso, *plain
+
+    lasso, *plain = vmap(one)(y) if batched else (part[None] for part in one(y[0]))
+    torch.testing.assert_close(lasso, y - 1 / steep, rtol=1e-8, atol=0)
+    for found in plain:
+        torch.testing.assert_close(found, y, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("solver", [GradientDescent, Nesterov], ids=lambda s: s.__name__)
+def test_a_step_of_another_shape_is_refused(solver, shape):
+    with pytest.raises(ValueError, match=r"step_size must be a number, or a tensor of shape .*got"):
+        solver(step_size=torch.full(shape, 0.1))(lambda x: (x**2).sum(), torch.ones(2))
+
+
+def _masked_by_a_hook(x, c):
+    if x.requires_grad:
+        x.register_hook(lambda g: g * torch.tensor([1.0, 0.0], dtype=F64))
+    return ((x - c) ** 2).sum()
+
+
+def _other_where_it_is_differentiated(x, c):
+    return ((x - c) ** 2).sum() + ((x**2).sum() if x.requires_grad else 0.0)
+
+
+def _of_its_own_gradient(x, c):
+    height = ((x - c) ** 2).sum() / 2 + (x**4).sum() / 4
+    return (torch.autograd.grad(height, x, create_graph=True)[0] ** 2).sum() / 2
+
+
+def _of_a_tangent(x, c):
+    with torch.autograd.forward_ad.dual_level():
+        y = torch.autograd.forward_ad.make_dual(x, c) ** 2
+        return torch.autograd.forward_ad.unpack_dual(y).tangent.sum() ** 2 + ((x - c) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [_masked_by_a_hook, _other_where_it_is_differentiated, _of_its_own_gradient, _of_a_tangent],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("solver", [GradientDescent(), LBFGS()], ids=lambda s: type(s).__name__)
+def test_an_objective_that_asks_autograd_is_the_same_in_a_batch(solver, objective):
+    c = torch.tensor([[0.5, -1.0], [1.5, 0.3], [-0.2, 0.9]], dtype=F64)
+    one = lambda c: solver(objective, torch.full((2,), 0.1, dtype=F64), c)[0]
+    torch.testing.assert_close(
+        vmap(one)(c), torch.stack([one(row) for row in c]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_error_of_the_objective_comes_out_of_a_batch_as_it_is():
+    def objective(x, c):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        vmap(lambda c: LBFGS()(objective, torch.zeros(2), c)[0])(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+def test_a_function_that_changes_its_arguments_in_place_is_refused(batched):
+    call = (lambda one, t: vmap(one)(t[None])) if batched else (lambda one, t: one(t))
+    init = torch.zeros(2, dtype=F64)
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"T\(params, \.\.\.\) changes one"):
+        call(lambda c: Anderson()(lambda x: x.mul_(0.5).add_(1.0), init + c)[0], init)
+    with pytest.raises(hypergrad.UnsupportedOperation, match="The objective changes one"):
+        call(lambda c: LBFGS()(lambda x, c: (x - c.add_(1)).square().sum(), init, c)[0], init + 1)
+    with pytest.raises(hypergrad.UnsupportedOperation, match="in place"):
+        call(lambda c: LBFGS()(lambda x: x.add_(1).square().sum(), init + c)[0], init)
+    assert not init.any()
+
+
+@OF_EVERY
+def test_the_default_device_plays_no_part(solver):
+    centre = torch.ones(3, dtype=F64)
+    with torch.device("meta"):
+        x, info = solver(bowl_of_three, torch.zeros(3, dtype=F64, device="cpu"), centre)
+    assert info.success
+    torch.testing.assert_close(x, centre, rtol=1e-5, atol=1e-6)
+
+
+def bowl_of_three(x, centre):
+    return ((x - centre) ** 2).sum() / 2

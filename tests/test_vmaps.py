@@ -228,3 +228,32 @@ def test_a_preconditioner_may_close_over_the_tasks_data():
     w = scale / (scale + lam)
     torch.testing.assert_close(found, -(t * w / (scale + lam)).sum(-1))
     assert iterations.tolist() == [1, 1, 1]
+
+
+def test_a_loss_that_asks_whether_it_is_differentiated_is_the_same_in_a_batch():
+    def inner(w, lam):
+        return ((w - lam) ** 2).sum() + ((w**2).sum() if w.requires_grad else 0.0)
+
+    def one(lam):
+        return implicit_grad(lambda w, lam: w.sum(), inner, lam / 2, lam)
+
+    torch.testing.assert_close(vmap(one)(drawn(3, 2)), torch.full((3, 2), 0.5, dtype=D))
+
+
+def test_a_loss_that_calls_autograd_is_the_same_in_a_batch():
+    def inner(w, lam):  # its solution is lam / 2
+        height = (w**2).sum() / 2 - (w * lam).sum() / 2
+        return (torch.autograd.grad(height, w, create_graph=True)[0] ** 2).sum()
+
+    def one(lam):
+        return implicit_grad(lambda w, lam: w.sum(), inner, lam / 2, lam)
+
+    torch.testing.assert_close(vmap(one)(drawn(3, 2)), torch.full((3, 2), 0.5, dtype=D))
+
+
+def test_an_error_of_a_loss_comes_out_of_a_batch_as_it_is():
+    def outer(w, lam):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        vmap(lambda c: implicit_grad(outer, inner(c), c, c.sum()))(drawn(3, 2))

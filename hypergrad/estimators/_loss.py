@@ -147,7 +147,7 @@ class Loss:
             )
 
         with self._draw.evaluation(), advice([P, H]):
-            slopes = trace(evaluate, wanted or [torch.zeros(())])
+            slopes = trace(evaluate, wanted or [torch.zeros((), device="cpu")])
         if versions != [_version(t) for t in before]:
             raise UnsupportedOperation(
                 f"{self._name} changes one of its arguments in place. Use an operation that "

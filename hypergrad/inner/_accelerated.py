@@ -97,10 +97,14 @@ class FISTA(InnerSolver):
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         def backward(v: Tensor, step: Any) -> Tensor:
-            def prox(v: Any, step: Tensor) -> Any:
-                return self.prox(v, step, *evaluator.args)
+            def prox(v: Any, *found: Tensor) -> Any:
+                own = self.step_size  # as the caller gave it
+                if own is not None:
+                    found = (torch.as_tensor(own, dtype=x.dtype, device=x.device).detach(),)
+                return self.prox(v, *found, *evaluator.args)
 
-            return evaluator.plain("prox(v, ...)", prox, v, step[..., 0])
+            found = () if self.step_size is not None else (step[..., 0],)
+            return evaluator.plain("prox(v, ...)", prox, v, *found)
 
         return _accelerated(self, evaluator, x, backward)
 
@@ -113,7 +117,7 @@ def _accelerated(
     value, g = evaluator.objective(y)
     momentum = torch.ones_like(value)
     if solver.step_size is not None:
-        step, probes = evaluator.given(solver.step_size), 0
+        step, probes = evaluator.step_size(solver.step_size), 0
     else:
         step, probes = _safe_step(evaluator, x, g), _PROBES
     precision = evaluator.layout.precision

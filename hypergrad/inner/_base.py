@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._errors import UnsupportedOperation
-from .._problem import TakesDerivatives
-from .._trace import being_traced
-from .._transforms import forward_mode_active, never_compiled, refuse_derivatives
+from .._trace import being_traced, detached
+from .._transforms import never_compiled, refuse_derivatives
 from .._tree import Layout, Tree
-from .._vmaps import Vmaps
+from .._vmaps import Vmaps, outside_of_vmaps
 from ..solvers._base import at_least
 from ._evaluator import Evaluator
 from ._info import InnerInfo
@@ -87,27 +87,24 @@ class InnerSolver(ABC):
         layout = Layout(tree, tree.variables)
         given = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
         sources = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
-        vmaps = None if forward_mode_active() else Vmaps.around()
-        if vmaps is not None:
-            evaluator = Evaluator(fun, tree, layout, args, vmaps)
-            try:
-                with vmaps.left():
-                    return self._answer(evaluator, sources)
-            except TakesDerivatives:
-                pass  # it is solved inside of the vmaps
-        return self._answer(Evaluator(fun, tree, layout, args), sources)
+        args = pytree.tree_map_only(Tensor, detached, args)
 
-    def _answer(self, evaluator: Evaluator, sources: list[Tensor]) -> tuple[Any, InnerInfo]:
-        with torch.no_grad():
-            x, progress = self._run(evaluator, evaluator.start())
-        info = progress.info(type(self).__name__)
-        leaves = [leaf.contiguous() for leaf in evaluator.layout.split(x)]
-        with evaluator.inside():
-            leaves, info = evaluator.wrapped((leaves, info))
-            leaves = refuse_derivatives(
-                leaves, [*sources, *evaluator.captured], _not_differentiable, plain=being_traced()
-            )
-        return evaluator.tree.rebuild(leaves), info
+        def answer(vmaps: Vmaps | None) -> tuple[Any, InnerInfo]:
+            evaluator = Evaluator(fun, tree, layout, args, vmaps)
+            with torch.no_grad():
+                x, progress = self._run(evaluator, evaluator.start())
+            info = progress.info(type(self).__name__)
+            leaves = [leaf.contiguous() for leaf in layout.split(x)]
+            with nullcontext() if vmaps is None else vmaps.entered():
+                if vmaps is not None:
+                    leaves, info = vmaps.wrapped_tree((leaves, info))
+                known = [*sources, *evaluator.captured]
+                leaves = refuse_derivatives(
+                    leaves, known, _not_differentiable, plain=being_traced()
+                )
+            return tree.rebuild(leaves), info
+
+        return outside_of_vmaps(answer)
 
     @abstractmethod
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +11,16 @@ from torch.utils import _pytree as pytree
 
 from .._advice import advice
 from .._captures import refuse_past_arguments
-from .._errors import NotConnected
-from .._problem import TakesDerivatives, scalar
+from .._errors import NotConnected, UnsupportedOperation
+from .._problem import scalar
 from .._replay import Replay, gradient_of
 from .._trace import detached, further_out, trace
-from .._transforms import WatchForDerivatives, alive, carries_derivative
+from .._transforms import alive, carries_derivative, layers
 from .._tree import Layout, Tree
 from .._vmaps import Vmaps
 from ._numbers import norm
 
-T = TypeVar("T")
+_OBJECTIVE = "The objective"
 
 
 class Evaluator:
@@ -36,12 +35,12 @@ class Evaluator:
         fun: Callable[..., Any],
         tree: Tree,
         layout: Layout,
-        args: Any,
-        vmaps: Vmaps | None = None,
+        args: tuple[Any, ...],
+        vmaps: Vmaps | None,
     ) -> None:
-        self.fun, self.tree, self.layout, self.vmaps = fun, tree, layout, vmaps
-        self.args = pytree.tree_map(lambda t: detached(t) if isinstance(t, Tensor) else t, args)
+        self.fun, self.tree, self.layout, self.args, self.vmaps = fun, tree, layout, args, vmaps
         self.captured: list[Tensor] = []
+        self._held = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         self._known: set[str] = set()
 
     def start(self) -> Tensor:
@@ -49,14 +48,18 @@ class Evaluator:
         variables = [detached(self._plain(v)).clone() for v in self.tree.variables]
         return self._flat(variables)
 
-    def given(self, number: float | Tensor) -> Tensor:
-        """A number of the caller's, for each task where it is batched."""
-        like = self.layout
-        if not isinstance(number, Tensor):
-            return torch.full((1,), number, dtype=like.dtype, device=like.device)
-        scalars = number.ndim == 0
-        number = detached(self._plain(number)).to(like.device, like.dtype)
-        return number.unsqueeze(-1) if scalars else number
+    def step_size(self, given: float | Tensor) -> Tensor:
+        """The caller's step, for each task where it is batched: one number, or n of them."""
+        n = self.layout.n
+        number = torch.as_tensor(given, device=self.layout.device)
+        if number.shape not in ((), (1,), (n,)):
+            raise ValueError(
+                f"step_size must be a number, or a tensor of shape () or ({n},), a step for every "
+                f"unknown; got shape {tuple(number.shape)}."
+            )
+        number = detached(self._plain(number)).to(self.layout.dtype)
+        single = number.ndim == (0 if self.vmaps is None else len(self.vmaps.sizes))
+        return number.unsqueeze(-1) if single else number
 
     def objective(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The objective's value and its gradient."""
@@ -79,7 +82,7 @@ class Evaluator:
 
     def value(self, x: Tensor) -> Tensor:
         """The objective's value alone."""
-        found: Tensor = self._inside(self._scalar, self.layout.split(x))
+        found: Tensor = self._called(_OBJECTIVE, self._scalar, self.layout.split(x))
         return found.detach().to(x.dtype).unsqueeze(-1)
 
     def mapped(self, x: Tensor) -> Tensor:
@@ -95,33 +98,37 @@ class Evaluator:
             if first:
                 leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
                 self.captured += [leaf for leaf in leaves if carries_derivative(leaf)]
-                self._known.add(what)
             return self.tree.match(what, value)
 
         with torch.set_grad_enabled(first):
-            found = self._inside(evaluate, self.layout.split(x), *given)
+            found = self._called(what, evaluate, self.layout.split(x), *given)
         return self._flat([part.detach() for part in found])
 
     def _scalar(self, parts: Sequence[Tensor]) -> Tensor:
         return scalar("objective", self.fun(self.tree.rebuild(parts), *self.args))
 
-    def inside(self) -> AbstractContextManager[None]:
-        """The caller's vmaps."""
-        return nullcontext() if self.vmaps is None else self.vmaps.entered()
-
-    def wrapped(self, tree: T) -> T:
-        """A pytree of plain tensors as the caller's vmaps have them."""
+    def _called(
+        self,
+        what: str,
+        fun: Callable[..., Any],
+        parts: Sequence[Tensor],
+        *given: Tensor,
+        differentiated: bool = False,
+    ) -> Any:
+        """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
+        held = [] if what in self._known else [*self._held, *parts]
+        versions = [_version(t) for t in held]
         if self.vmaps is None:
-            return tree
-        found: T = self.vmaps.wrapped_tree(tree)
+            found = fun(parts, *given)
+        else:
+            found = self.vmaps.inside(fun, parts, *given, differentiated=differentiated)
+        if versions != [_version(t) for t in held]:
+            raise UnsupportedOperation(
+                f"{what} changes one of its arguments in place. Use an operation that returns a "
+                "new tensor, or tensor.clone()."
+            )
+        self._known.add(what)
         return found
-
-    def _inside(self, fun: Callable[..., Any], *given: Any) -> Any:
-        """Call a function inside of the caller's vmaps."""
-        if self.vmaps is None:
-            return fun(*given)
-        with self.vmaps.entered():
-            return self.vmaps.unwrapped_tree(fun(*self.vmaps.wrapped_tree(given)))
 
     def _plain(self, tensor: Tensor) -> Tensor:
         return tensor if self.vmaps is None else self.vmaps.unwrapped(tensor)
@@ -131,8 +138,11 @@ class Evaluator:
 
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
         def evaluate(aliases: list[Tensor]) -> tuple[Tensor, Any, Replay | None]:
-            value = self._inside(self._watched, aliases)
-            self._note([value], aliases)
+            first = _OBJECTIVE not in self._known
+            value = self._called(_OBJECTIVE, self._scalar, aliases, differentiated=True)
+            if first:  # find what is differentiated around the call
+                refuse_past_arguments("The inner solver's function", [value], aliases, [self.tree])
+                self.captured += further_out(value, aliases)
             total = value.sum() if value.ndim else value
             found = gradient_of(total, aliases, create_graph=twice)
             for position, part in enumerate(found):
@@ -150,25 +160,14 @@ class Evaluator:
         value = alive(value).to(x.dtype).unsqueeze(-1)
         return value, self._flat_gradient(found, x), hessian
 
-    def _watched(self, parts: Sequence[Tensor]) -> Tensor:
-        if self.vmaps is None:
-            return self._scalar(parts)
-        watch = WatchForDerivatives()
-        with watch:
-            value = self._scalar(parts)
-        if watch.seen:
-            raise TakesDerivatives
-        return value
-
     def _flat_gradient(self, parts: Any, x: Tensor) -> Tensor:
         return self._flat([
             torch.zeros_like(like) if part is None else alive(part.detach())
             for part, like in zip(parts, self.layout.split(x), strict=True)
         ])
 
-    def _note(self, values: list[Tensor], aliases: list[Tensor]) -> None:
-        """At the first evaluation, find what is differentiated around the call."""
-        if "objective" not in self._known:
-            refuse_past_arguments("The inner solver's function", values, aliases, [self.tree])
-            self.captured += [t for value in values for t in further_out(value, aliases)]
-            self._known.add("objective")
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor's memory has been changed."""
+    own = layers(tensor)[-1]
+    return 0 if own.is_inference() else own._version

@@ -23,8 +23,8 @@ class GradientDescent(InnerSolver):
     Parameters
     ----------
     step_size : float or Tensor, optional
-        The length of the steps. None: that of Barzilai and Borwein, shortened until the objective
-        is below the largest of its last ten values.
+        The length of the steps, or of shape (n,) one for every unknown. None: that of Barzilai and
+        Borwein, shortened until the objective is below the largest of its last ten values.
     maxiter : int
         Most iterations.
     tol : float, optional
@@ -53,7 +53,7 @@ class GradientDescent(InnerSolver):
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         length, values = progress.begin(evaluator, x, g), [value]
-        fixed = None if self.step_size is None else evaluator.given(self.step_size)
+        fixed = None if self.step_size is None else evaluator.step_size(self.step_size)
         for iteration in range(self.maxiter + 1):
             if not going_on(progress, iteration, self.maxiter):
                 break

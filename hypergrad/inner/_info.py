@@ -24,7 +24,8 @@ class InnerInfo:
         bool: converged or, with ``tol=None``, stagnated at a relative residual of at most 1e-3.
     iterations, evaluations : Tensor
         int64: the iterations, and the evaluations of the objective (with or without its
-        gradient) or of the map. Products with a Hessian count as one each.
+        gradient) or of the map. Products with a Hessian count as one each. In a batch an evaluation
+        that one task needs counts for all that are still at work.
     residual_norm : Tensor
         The norm of the gradient, or of ``params - T(params)``; of the step of `FISTA`.
     inner_residual : Tensor

@@ -82,10 +82,11 @@ class CG(Iterative):
         if part.observer is not None:
             inverse, newton = part.observer.inverse(part.x), part.observer.newton(part.x)
         met = status == Status.CONVERGED
+        allowed = self.rtol is None and self.maxiter is not None
         return Solution(
             x=part.x * scale,
-            status=torch.tensor(int(status)),
-            success=torch.tensor(met or (self.rtol is None and self.maxiter is not None)),
+            status=torch.tensor(int(status), device="cpu"),
+            success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
             matvecs=matvec.count,
             residual_norm=size,

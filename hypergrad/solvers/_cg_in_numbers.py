@@ -46,7 +46,7 @@ def in_numbers(
     flat = torch.finfo(r.dtype).eps * r.shape[-1]
     curvatures, sizes, betas = [], [], []
     observer = None if condition is None else Observer(condition, r)
-    true = torch.tensor(True)
+    true = torch.tensor(True, device="cpu")
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     steps = moves = 0
     while steps < limit:
@@ -95,16 +95,16 @@ def in_numbers(
         found = torch.full_like(found, math.nan)
 
     def ritz() -> Tensor:
-        known = torch.ones(steps, dtype=torch.bool)
+        known = torch.ones(steps, dtype=torch.bool, device="cpu")
         pAp, size, beta = (r.new_tensor(kept) for kept in (curvatures, sizes, betas))
         return ritz_values_of_cg(pAp, size, beta, known)
 
     return Part(
         x=found,
-        status=torch.tensor(int(status)),
-        iterations=torch.tensor(moves),
+        status=torch.tensor(int(status), device="cpu"),
+        iterations=torch.tensor(moves, device="cpu"),
         steps=steps,
-        negative=torch.tensor(status == Status.NEGATIVE_CURVATURE),
+        negative=torch.tensor(status == Status.NEGATIVE_CURVATURE, device="cpu"),
         largest=r.new_tensor(steepest),
         ritz=ritz if steps else None,
         observer=observer,

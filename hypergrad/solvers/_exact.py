@@ -177,7 +177,9 @@ def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Ten
     diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
     # Judged by the pivots alone a matrix may look regular; a huge answer gives it away.
     regular = diagonal.amin(dim=-1) > 10 * A.shape[-1] * eps * diagonal.amax(dim=-1)
-    safe = torch.where(regular[..., None, None], factors, torch.eye(A.shape[-1]).to(A))
+    safe = torch.where(
+        regular[..., None, None], factors, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    )
 
     def solved(columns: Tensor) -> Tensor:
         return torch.linalg.lu_solve(safe, pivots, columns)
