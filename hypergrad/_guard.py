@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from ._errors import UnsupportedOperation
 
-_NORMS = (functional.batch_norm, functional.instance_norm)
+_NORMS = frozenset({functional.batch_norm, functional.instance_norm})
+_WATCHED = frozenset({torch.Tensor.add_, *_NORMS})
 _RUNNING = (
     "A loss runs a batch-norm layer in train mode with running statistics, which would be changed "
     "by evaluating it. Call module.eval(), or build the layer with track_running_stats=False "
@@ -32,15 +33,20 @@ class Guard(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass every other operation on."""
+        """Pass every other operation on, with as little in between as may be."""
         kwargs = kwargs or {}
-        if func is torch.Tensor.add_ and _is_counter(args[0]):
-            return self._counted(func, args, kwargs)
-        if func in _NORMS and _updates_statistics(func, args, kwargs):
+        if func in _WATCHED:
+            if func in _NORMS:
+                self._refuse_updates(func, args, kwargs)
+            elif _is_counter(args[0]):
+                return self._counted(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _refuse_updates(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if _updates_statistics(func, args, kwargs):
             for counter in self._counters:
                 counter.sub_(1)
             raise UnsupportedOperation(_RUNNING)
-        return func(*args, **kwargs)
 
     def _counted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         try:

@@ -185,11 +185,11 @@ def outside_transforms() -> AbstractContextManager[None]:
 
 
 # What asks autograd itself: for a derivative, or whether one will be taken.
-_ASKS_AUTOGRAD = (
+_ASKS_AUTOGRAD = frozenset({
     torch.autograd.grad,
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.register_hook,
-)
+})
 
 
 class WatchForDerivatives(TorchFunctionMode):
