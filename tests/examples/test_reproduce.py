@@ -1,5 +1,6 @@
 """The reproduction: a list of runs that is carried out, broken off and gone on with; the report."""
 
+import io
 import json
 import math
 import os
@@ -148,6 +149,23 @@ def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
     whole.carry_out([run])
     first, second = ((r.out / run.name / "metrics.jsonl").read_bytes() for r in (runner, whole))
     assert first == second
+
+
+def test_two_calls_on_one_folder_are_never_at_one_run(tmp_path):
+    run = tiny("run", "--meta-steps", "60")
+    consoles = [Console(record=True, file=io.StringIO(), width=200) for _ in range(2)]
+    runners = [Runner(tmp_path, {}, 1, None, console) for console in consoles]
+    first = threading.Thread(target=runners[0].carry_out, args=([run],))
+    first.start()
+    while not (tmp_path / run.name / "run.json").exists():
+        time.sleep(0.01)
+    runners[1].carry_out([run])
+    first.join()
+
+    assert state_of(tmp_path, run) == "finished"
+    runners[1].carry_out([run])  # which is done, and the lock is open
+    said = consoles[1].export_text().splitlines()
+    assert said == [f"another call is at {run.name}"]
 
 
 def test_when_the_time_is_over_nothing_new_begins(tmp_path):

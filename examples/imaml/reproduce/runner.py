@@ -22,6 +22,11 @@ from examples.imaml.reproduce.plan import TRAININGS, Planned
 from examples.imaml.resume import Refused
 from examples.imaml.run_folder import RunFolder
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 State: TypeAlias = Literal["to do", "broken off", "finished", "failed"]
 
 UNFINISHED: frozenset[State] = frozenset({"to do", "broken off"})
@@ -120,7 +125,7 @@ class Runner:
                 while waiting and len(active) < self.jobs:
                     run = waiting.pop(0)
                     if state_of(self.out, run) in UNFINISHED:  # another call may have been here
-                        active.append(self._start(run))
+                        active += self._start(run)
                 time.sleep(POLL_SECONDS)
         finally:
             for one in active:
@@ -146,8 +151,15 @@ class Runner:
         }
         RunFolder(self.out / run.name).write_json("run.json", found)
 
-    def _start(self, run: Planned) -> "_Active":
+    def _start(self, run: Planned) -> "list[_Active]":
+        """Begin a run, or go on with it; nothing where another call is at it."""
         folder = self.out / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+        if not _taken(lock):
+            lock.close()
+            self.say(f"another call is at {run.name}")
+            return []
         began = "going on with" if read_state(folder) else "beginning"
         self.note(run, "broken off")  # which it is if this process is killed
         self.say(f"{began} {run.name}")
@@ -162,8 +174,20 @@ class Runner:
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
             preexec_fn=_listen if os.name == "posix" else None,
+            pass_fds=[lock.fileno()] if os.name == "posix" else (),
         )  # fmt: skip
-        return _Active(run, process, output)
+        return [_Active(run, process, output, lock)]
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Lock a file for this process and those that it starts, if no other one has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _listen() -> None:
@@ -178,6 +202,7 @@ class _Active:
     run: Planned
     process: subprocess.Popen[bytes]
     output: IO[str]
+    lock: IO[str]
 
     def ended(self, runner: Runner) -> bool:
         """Look whether it has ended, and write down how."""
@@ -192,6 +217,7 @@ class _Active:
             state = "failed"  # as it would again; a full disk, say, may be another tomorrow
         message = "" if status in {0, INTERRUPTED} else last or f"exit status {status}"
         runner.note(self.run, state, message)
+        self.lock.close()
         runner.say(f"{state}: {self.run.name}" + (f" ({message})" if message else ""))
         return True
 
