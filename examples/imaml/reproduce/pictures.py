@@ -145,12 +145,12 @@ def draw_published(records: Sequence[Record]) -> Figure:
                     f"{ours.seconds / 60:.0f} min", (k + 0.12, mean), xytext=(5, -3),
                     textcoords="offset points", fontsize="x-small",
                 )  # fmt: skip
-        axes.set_xlim(-0.6, len(shown) - 0.2)
+        axes.set_xlim(-0.6, len(shown))
         axes.set_xticks(range(len(shown)), shown, rotation=40, ha="right")
         axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
         axes.set_ylabel("accuracy on test tasks, %")
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower left")
     return figure
 
 
