@@ -1,4 +1,4 @@
-"""Which seconds count: the processor's own, where one thread of it does all the work."""
+"""Which seconds count: the processor's own, where one thread of it does a process's work."""
 
 import time
 from typing import Literal, TypeAlias
@@ -8,25 +8,25 @@ import torch
 ClockName: TypeAlias = Literal["processor", "wall"]
 
 
-def clock_for(device: torch.device, threads: int, processes: int) -> ClockName:
+def clock_for(device: torch.device, threads: int) -> ClockName:
     """Choose the seconds that budgets are counted in.
 
     On a CPU with one thread they are the processor's: other programs on the machine then do not
-    decide how far a training gets. Threads that wait for each other burn processor time, and a GPU
+    decide how far a training gets. Of several processes the first one's count; while it waits for
+    the others it burns none. Threads that wait for each other do burn processor time, and a GPU
     burns none, so that there it is the clock on the wall.
 
     Parameters
     ----------
-    device, threads, processes
-        What a training runs on.
+    device, threads
+        What a process runs on.
 
     Returns
     -------
     str
         'processor' or 'wall'.
     """
-    alone = device.type == "cpu" and threads == 1 and processes == 1
-    return "processor" if alone else "wall"
+    return "processor" if device.type == "cpu" and threads == 1 else "wall"
 
 
 class Clock:

@@ -167,8 +167,7 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--meta-steps", type=whole(1), help="meta-steps")
     add("--time-budget", type=real(above=0), metavar="SECONDS",
         help="stop training after so many seconds, validation left out: the processor's own, but "
-        "the clock's on a GPU and with several threads or processes; then no run is like "
-        "another")  # fmt: skip
+        "the clock's on a GPU and with several threads; then no run is like another")  # fmt: skip
     add("--validate-every", type=whole(1), metavar="STEPS", help="meta-steps between validations")
     add("--test-tasks", type=whole(2), default=600, help="unseen tasks behind the last table")
     add("--seed", type=whole(0), default=0, help="of initial parameters and training tasks")

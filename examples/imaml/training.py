@@ -146,7 +146,7 @@ def train(
         state.load(keeping.resumed)
         _write_history(folder, state.history)
     ranks.begin(state.seconds)
-    clock = Clock(state.device, clock_for(state.device, torch.get_num_threads(), ranks.size))
+    clock = Clock(state.device, clock_for(state.device, torch.get_num_threads()))
     sign = -1.0 if larger_is_better else 1.0
     seconds = state.seconds  # those of the first process
     done = schedule.progress(state.step, seconds)

@@ -47,7 +47,7 @@ def read_command_line(
     add = parser.add_argument
     add("--budget", type=real(above=0), metavar="SECONDS",
         help="after so many seconds of the clock runs are broken off at a checkpoint")  # fmt: skip
-    add("--jobs", type=whole(1), default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    add("--jobs", type=whole(1), default=os.cpu_count() or 1, help="processes at a time")
     add("--only", default="*", metavar="PATTERN", help="runs whose names match, with * and ?")
     add("--list", action="store_true", help="show the runs and how they stand, and end")
     add("--report", action="store_true", help="write the report alone")

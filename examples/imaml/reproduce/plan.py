@@ -22,6 +22,7 @@ SINUSOID_SECONDS = 20
 SINUSOID_EVALUATIONS = 200_000
 SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
 LONG_MINUTES = 25
+LONGEST_MINUTES, LONGEST_PROCESSES = 120, 2
 SHORT_MINUTES, FULL_MINUTES = 5, 20
 SETTING_MINUTES, CROPPED_MINUTES = 20, 20
 # MAML and iMAML first, then the others.
@@ -46,12 +47,15 @@ class Planned:
         Its command line, without the folders; "{runs}" stands for that of all runs.
     seconds
         About so many of the processor it takes, validation and test included.
+    processes
+        How many share its meta-steps.
     """
 
     name: str
     program: Program
     arguments: tuple[str, ...]
     seconds: float
+    processes: int = 1
 
     @property
     def table(self) -> str:
@@ -76,6 +80,7 @@ def plan() -> list[Planned]:
         *_sinusoids_at_equal_evaluations(),
         *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),
+        _omniglot("imaml", 5, 1, LONGEST_MINUTES, processes=LONGEST_PROCESSES, validate_every=400),
         *(
             _omniglot(method, ways, shots, SETTING_MINUTES)
             for ways, shots in ((5, 5), (20, 1), (20, 5))
@@ -142,19 +147,28 @@ def sinusoid_steps(method: Method, evaluations: int) -> int:
 
 
 def _omniglot(
-    method: Method, ways: int, shots: int, minutes: int, *, cropped: bool = False
+    method: Method,
+    ways: int,
+    shots: int,
+    minutes: int,
+    *,
+    cropped: bool = False,
+    processes: int = 1,
+    validate_every: int = 100,
 ) -> Planned:
     # On 5 ways ten queries a class did better than five, on validation tasks at equal time.
     queries = 10 if ways == 5 else 5
     pipeline = ("--pipeline", "cropped") if cropped else ()
     setting = f"{ways}-way-{shots}-shot" + ("-cropped" if cropped else "")
+    length = f"{minutes}-minutes" + (f"-on-{processes}-cores" if processes > 1 else "")
     return Planned(
-        f"omniglot/{setting}/{minutes}-minutes/{method}",
+        f"omniglot/{setting}/{length}/{method}",
         "omniglot",
         (
             "--method", method, "--ways", str(ways), "--shots", str(shots), "--compare",
             "--meta-steps", ENDLESS, "--time-budget", str(60 * minutes),
-            "--queries", str(queries), "--validate-every", "100", *pipeline,
+            "--queries", str(queries), "--validate-every", str(validate_every), *pipeline,
         ),
         60 * minutes * 1.15 + 60,
+        processes,
     )  # fmt: skip

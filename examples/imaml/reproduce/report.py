@@ -164,7 +164,7 @@ def _summary(records: Sequence[Record], measured: int, declared: int) -> list[st
         devices = ", ".join([f"{h['processor']}, {h['cores']} cores", *h["gpus"]])
         key = (
             f"{devices}; {h['system']}, Python {h['python']}, torch {v['torch']}, hypergrad "
-            f"{v['hypergrad']}; one thread a run; seconds of the {r.clock}"
+            f"{v['hypergrad']}; one thread a process; seconds of the {r.clock}"
         )
         machines[key] = machines.get(key, 0) + 1
     return [*lines, "", *(f"- {count} runs: {machine}" for machine, count in machines.items())]
@@ -174,7 +174,9 @@ def _title(table: str) -> str:
     if table in TITLES:
         return TITLES[table]
     _, setting, length = table.split("/")
-    return f"Omniglot, {setting}, {length.replace('-', ' ')} each"
+    minutes, *cores = length.split("-on-")
+    shared = f" on {cores[0].replace('-', ' ')}" if cores else " each"
+    return f"Omniglot, {setting}, {minutes.replace('-', ' ')}{shared}"
 
 
 def _comment(results: Path, table: str) -> list[str]:

@@ -84,7 +84,7 @@ class Runner:
     further
         Arguments that each program is given besides its run's own, by program.
     jobs
-        How many at a time.
+        How many processes at a time; a run that wants more is carried out alone.
     budget
         Seconds of the clock after which those that still run are broken off. None: never.
     console
@@ -122,7 +122,7 @@ class Runner:
                 active = [one for one in active if not one.ended(self)]
                 if time.monotonic() >= end:
                     break
-                while waiting and len(active) < self.jobs:
+                while waiting and self._has_room(active, waiting[0]):
                     run = waiting.pop(0)
                     if state_of(self.out, run) in UNFINISHED:  # another call may have been here
                         active += self._start(run)
@@ -151,6 +151,10 @@ class Runner:
         }
         RunFolder(self.out / run.name).write_json("run.json", found)
 
+    def _has_room(self, active: "Sequence[_Active]", run: Planned) -> bool:
+        busy = sum(one.run.processes for one in active)
+        return not active or busy + run.processes <= self.jobs
+
     def _start(self, run: Planned) -> "list[_Active]":
         """Begin a run, or go on with it; nothing where another call is at it."""
         folder = self.out / run.name
@@ -166,7 +170,7 @@ class Runner:
         output = (folder / "output.txt").open("a")
         process = subprocess.Popen(
             [
-                sys.executable, "-m", f"examples.imaml.{run.program}",
+                sys.executable, *_torchrun(run.processes), "-m", f"examples.imaml.{run.program}",
                 *(part.format(runs=self.out) for part in run.arguments),
                 *self.further.get(run.program, ()), "--out", str(folder),
                 *(("--resume", "auto") if run.program in TRAININGS else ()),
@@ -177,6 +181,13 @@ class Runner:
             pass_fds=[lock.fileno()] if os.name == "posix" else (),
         )  # fmt: skip
         return [_Active(run, process, output, lock)]
+
+
+def _torchrun(processes: int) -> tuple[str, ...]:
+    """What comes before "-m" in the command line of a program with so many processes."""
+    if processes == 1:
+        return ()
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
 
 
 def _taken(lock: IO[str]) -> bool:
