@@ -14,6 +14,15 @@ from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import graph
 from ._tree import Tree
 
+
+def changed_in_place(who: str, what: str = "one of its arguments") -> UnsupportedOperation:
+    """Say that a function of the caller's has overwritten what it was given."""
+    return UnsupportedOperation(
+        f"{who} changes {what} in place. Use an operation that returns a new tensor, or "
+        "tensor.clone()."
+    )
+
+
 _COMPILED = "aot_autograd does not currently support double backward"
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
@@ -38,10 +47,7 @@ _CURES = {
         "Write it with setup_context and generate_vmap_rule = True, or call hypergrad outside of "
         "the transform."
     ),
-    "is being used in an in-place operation": (
-        "A loss changes one of its arguments in place. Use an operation that returns a new tensor, "
-        "or tensor.clone()."
-    ),
+    "is being used in an in-place operation": str(changed_in_place("A loss")),
     "once_differentiable": (
         "A loss calls a torch.autograd.Function whose backward is marked once_differentiable, so "
         "its second derivative is lost. Write the backward in differentiable operations."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._advice import changed_in_place
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import UnsupportedOperation
@@ -21,8 +22,8 @@ from ._outer import outer_gradient
 from ._problem import Problem
 from ._randomness import Draw
 from ._report import OnFailure, check_on_failure, judge, warn_of_unused
-from ._trace import being_traced, detached
-from ._transforms import is_wrapped, refuse_derivatives
+from ._trace import being_traced, detached, versions
+from ._transforms import refuse_derivatives
 from ._tree import Tree
 from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
@@ -107,7 +108,7 @@ class _Call:
         tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
         start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
         looks = self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0
-        versions = _versions(tensors)
+        before = versions(tensors)
         value, aux, cotangent, direct, sources = outer_gradient(
             self.outer, problem, tensors, self.has_aux
         )
@@ -115,7 +116,7 @@ class _Call:
         lin = Linearisation(problem, tensors, Draw(), forward=forward)
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
-        _refuse_changed(problem, tensors, versions)
+        _refuse_changed(problem, tensors, before)
         b = layout.flatten(cotangent, lead)
         u, info, found = solve_linear(
             lin,
@@ -199,18 +200,11 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     return (direct - indirect).detach()
 
 
-def _versions(tensors: list[Tensor]) -> list[int]:
-    return [0 if is_wrapped(t) else t._version for t in tensors]
-
-
-def _refuse_changed(problem: Problem, tensors: list[Tensor], versions: list[int]) -> None:
+def _refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
     """Raise if a loss has changed one of its arguments in place."""
-    for place, (before, after) in enumerate(zip(versions, _versions(tensors), strict=True)):
-        if before != after:
-            raise UnsupportedOperation(
-                f"A loss changes {problem.path(place)} in place. Use an operation that returns a "
-                "new tensor, or tensor.clone()."
-            )
+    for place, (then, now) in enumerate(zip(before, versions(tensors), strict=True)):
+        if then != now:
+            raise changed_in_place("A loss", problem.path(place))
 
 
 def _not_differentiable() -> Exception:

@@ -65,8 +65,7 @@ def outer_gradient(
             given[place] = alias
         value = problem.outputs(loss, given)
         refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
-        total = value.sum() if value.ndim else value
-        found = gradient_of(total, aliases, create_graph=False)
+        found = gradient_of(value, aliases, create_graph=False)
         return value, found, further_out(value, aliases)
 
     with advice([problem.params, *problem.args]):

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
-from ._trace import detached
+from ._trace import detached, versions
 from ._transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
 
 
@@ -115,10 +115,10 @@ class _Call:
                 else self._mapped(mapped, axis)
             )
         given = [t.clone() if i < self.of_init else t for i, t in enumerate(tensors)]
-        versions = [t._version for t in given[self.of_init :]]
+        before = versions(given[self.of_init :])
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             found = mapped(given)
-        if versions != [t._version for t in given[self.of_init :]]:
+        if before != versions(given[self.of_init :]):
             raise UnsupportedOperation(
                 "The inner solver changed one of its arguments in place; only the initial guess "
                 "may be overwritten. Work on a copy: tensor.clone()."

@@ -82,7 +82,7 @@ class ForwardReplay:
 def gradient_of(
     value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
 ) -> list[Tensor | None]:
-    """The gradient of a scalar; None where an input is not reached."""
+    """The gradient of a scalar, or of the sum of a tensor; None where an input is not reached."""
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
     one = (torch.ones_like(value),)

@@ -93,6 +93,12 @@ def detached(variable: Tensor) -> Tensor:
     return variable.detach()
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often the memory of each tensor has been changed in place."""
+    plain = [layers(tensor)[-1] for tensor in tensors]
+    return [0 if tensor.is_inference() else tensor._version for tensor in plain]
+
+
 def further_out(output: Tensor, aliases: Sequence[Tensor]) -> list[Tensor]:
     """What a traced output depends on that is differentiated around the trace (call it there)."""
     own, *further = layers(output)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import advice
+from .._advice import advice, changed_in_place
 from .._captures import refuse_distributed, refuse_past_arguments
-from .._errors import NotConnected, UnsupportedOperation
+from .._errors import NotConnected
 from .._problem import scalar, without_aux
 from .._randomness import Draw
 from .._replay import gradient_of
-from .._trace import detached, further_out, trace
-from .._transforms import is_wrapped
+from .._trace import detached, further_out, trace, versions
 from .._tree import Layout, Tree
 from ..solvers._base import norm
 from ._inner_loop import own_constants
@@ -127,8 +126,8 @@ class Loss:
         wanted = [*(p if by_params else []), *(h if by_hparams else [])]
         free = [i for tree in (P, H) for i in map(id, tree.variables)]
         constants = [t for tree in (P, H) for t in tree.tensors if id(t) not in free]
-        before = [*constants, *([] if by_params else p), *([] if by_hparams else h)]
-        versions = [_version(t) for t in before]
+        held = [*constants, *([] if by_params else p), *([] if by_hparams else h)]
+        before = versions(held)
 
         def evaluate(aliases: list[Tensor]) -> Slopes:
             of_params = aliases[: len(p)] if by_params else p
@@ -148,16 +147,9 @@ class Loss:
 
         with self._draw.evaluation(), advice([P, H]):
             slopes = trace(evaluate, wanted or [torch.zeros((), device="cpu")])
-        if versions != [_version(t) for t in before]:
-            raise UnsupportedOperation(
-                f"{self._name} changes one of its arguments in place. Use an operation that "
-                "returns a new tensor, or tensor.clone()."
-            )
+        if before != versions(held):
+            raise changed_in_place(self._name)
         return slopes
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if is_wrapped(tensor) or tensor.is_inference() else tensor._version
 
 
 def require_params(slopes: Slopes) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._advice import advice
+from .._advice import advice, changed_in_place
 from .._captures import refuse_past_arguments
-from .._errors import NotConnected, UnsupportedOperation
+from .._errors import NotConnected
 from .._problem import scalar
 from .._replay import Replay, gradient_of
-from .._trace import detached, further_out, trace
-from .._transforms import alive, carries_derivative, layers
+from .._trace import detached, further_out, trace, versions
+from .._transforms import alive, carries_derivative
 from .._tree import Layout, Tree
 from .._vmaps import Vmaps
 from ._numbers import norm
@@ -117,16 +117,13 @@ class Evaluator:
     ) -> Any:
         """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
         held = [] if what in self._known else [*self._held, *parts]
-        versions = [_version(t) for t in held]
+        before = versions(held)
         if self.vmaps is None:
             found = fun(parts, *given)
         else:
             found = self.vmaps.inside(fun, parts, *given, differentiated=differentiated)
-        if versions != [_version(t) for t in held]:
-            raise UnsupportedOperation(
-                f"{what} changes one of its arguments in place. Use an operation that returns a "
-                "new tensor, or tensor.clone()."
-            )
+        if before != versions(held):
+            raise changed_in_place(what)
         self._known.add(what)
         return found
 
@@ -143,8 +140,7 @@ class Evaluator:
             if first:  # find what is differentiated around the call
                 refuse_past_arguments("The inner solver's function", [value], aliases, [self.tree])
                 self.captured += further_out(value, aliases)
-            total = value.sum() if value.ndim else value
-            found = gradient_of(total, aliases, create_graph=twice)
+            found = gradient_of(value, aliases, create_graph=twice)
             for position, part in enumerate(found):
                 if part is None:
                     raise NotConnected(
@@ -165,9 +161,3 @@ class Evaluator:
             torch.zeros_like(like) if part is None else alive(part.detach())
             for part, like in zip(parts, self.layout.split(x), strict=True)
         ])
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor's memory has been changed."""
-    own = layers(tensor)[-1]
-    return 0 if own.is_inference() else own._version

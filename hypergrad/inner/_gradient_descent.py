@@ -69,9 +69,11 @@ class GradientDescent(InnerSolver):
                 progress.evaluated(active)
                 stuck = torch.zeros_like(active)
             s, y = new - x, new_g - g
-            size, along = norm(new_g), dot(s, y)
+            size = norm(new_g)
             progress.update(new, s, y, size, new_value, stuck=stuck)
-            length = torch.where(along > 0, dot(s, s) / along, 2 * length)
+            if fixed is None:
+                along = dot(s, y)
+                length = torch.where(along > 0, dot(s, s) / along, 2 * length)
             sound = active & torch.isfinite(size) & torch.isfinite(new_value)
             x, g = torch.where(sound, new, x), torch.where(sound, new_g, g)
             value = torch.where(sound, new_value, value)
