@@ -17,7 +17,7 @@ from examples.imaml.command_line import Settings
 from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.meta import MetaLearner
-from examples.imaml.ranks import Ranks, is_first, join
+from examples.imaml.ranks import Ranks, count, is_first, join
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.resume import Keeping, Refused, ResumePoint, find
 from examples.imaml.run_folder import RunFolder
@@ -262,5 +262,6 @@ def _describe(settings: Settings) -> dict[str, object]:
         **dataclasses.asdict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "processes": count(),
         "clock": clock_for(settings.device, settings.threads),
     }

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -48,8 +49,8 @@ def runner(tmp_path):
     return Runner(tmp_path / "runs", {}, jobs=1, budget=None, console=Console(quiet=True))
 
 
-def tiny(name, *further):
-    return Planned(f"sinusoid/equal-time/{name}", "sinusoid", (*TINY, *further), 1)
+def tiny(name, *further, processes=1):
+    return Planned(f"sinusoid/equal-time/{name}", "sinusoid", (*TINY, *further), 1, processes)
 
 
 # The list
@@ -125,8 +126,9 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
-    run = tiny("run", "--meta-steps", "150")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path, processes):
+    run = tiny("run", "--meta-steps", "150", processes=processes)
     checkpoints = runner.out / run.name / "checkpoints"
 
     def interrupt():
@@ -149,6 +151,7 @@ def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path):
     whole.carry_out([run])
     first, second = ((r.out / run.name / "metrics.jsonl").read_bytes() for r in (runner, whole))
     assert first == second
+    assert json.loads((runner.out / run.name / "config.json").read_text())["processes"] == processes
 
 
 def test_two_calls_on_one_folder_are_never_at_one_run(tmp_path):
@@ -175,6 +178,15 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path):
     runner.carry_out(runs)
 
     assert [state_of(tmp_path, run) for run in runs] == ["broken off", "broken off", "to do"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_has_room_for_its_processes_or_is_carried_out_alone(tmp_path, jobs):
+    runs = [tiny(f"run{k}", "--meta-steps", "100000", processes=k) for k in (2, 1)]
+    runner = Runner(tmp_path, {}, jobs, budget=0.5, console=Console(quiet=True), patience=5.0)
+    runner.carry_out(runs)
+
+    assert [state_of(tmp_path, run) for run in runs] == ["broken off", "to do"]
 
 
 def test_a_training_that_fails_is_a_result_and_is_not_tried_again(runner, tmp_path):
@@ -307,14 +319,17 @@ def test_what_is_broken_off_says_after_how_long_and_takes_no_part_in_means(tmp_p
 
 
 def test_accuracies_stand_beside_the_published_ones(tmp_path):
-    text = report(tmp_path, [
-        record(
-            "maml", 0, 0.0, table="omniglot/5-way-1-shot/20-minutes", ways=5, shots=1,
-            seconds=1200.0, curve=[(600.0, 50, 0.5), (1200.0, 100, 0.93)],
-            figures={"together": (0.94, 0.004), "one at a time": (0.92, 0.005)},
-        )
-    ])  # fmt: skip
+    maml = record(
+        "maml", 0, 0.0, table="omniglot/5-way-1-shot/20-minutes", ways=5, shots=1,
+        seconds=1200.0, curve=[(600.0, 50, 0.5), (1200.0, 100, 0.93)],
+        figures={"together": (0.94, 0.004), "one at a time": (0.92, 0.005)},
+    )  # fmt: skip
+    long = replace(maml, table="omniglot/5-way-1-shot/40-minutes-on-2-cores", seconds=2400.0)
+    text = report(tmp_path, [maml, replace(long, method="imaml", processes=2)])
 
+    assert "## Omniglot, 5-way-1-shot, 20 minutes each" in text
+    assert "## Omniglot, 5-way-1-shot, 40 minutes on 2 cores" in text
+    assert "| iMAML, Gauss-Newton, here | 94.00 ± 0.40 (40 min on 2 cores) | - | - | - |" in text
     assert "20.0 | 93.0 | 94.00 ± 0.40 | 92.00 ± 0.50 | 98.7 ± 0.4 |" in text
     assert "| MAML, GD, here | 94.00 ± 0.40 (20 min) | - | - | - |" in text
 

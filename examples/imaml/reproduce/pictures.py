@@ -105,7 +105,7 @@ def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
         for record in records:
             _curve(axes, record)
         axes.set_title(title)
-        axes.set_xlabel("minutes of meta-steps, one thread")
+        axes.set_xlabel("minutes of meta-steps, one thread a process")
         axes.set_ylabel("accuracy on validation tasks, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -142,7 +142,7 @@ def draw_published(records: Sequence[Record]) -> Figure:
                 mean, width = (100 * v for v in ours.figures["together"])
                 axes.errorbar(k + 0.12, mean, width, fmt="o", color=COLOURS[method], capsize=3)
                 axes.annotate(
-                    f"{ours.seconds / 60:.0f} min", (k + 0.12, mean), xytext=(5, -3),
+                    ours.length, (k + 0.12, mean), xytext=(5, -3),
                     textcoords="offset points", fontsize="x-small",
                 )  # fmt: skip
         axes.set_xlim(-0.6, len(shown))

@@ -39,8 +39,8 @@ class Record:
         Seconds, meta-steps and the figure on the validation tasks.
     products, negative_curvature, linear_residual
         Means over the last meta-steps, where there is a linear solve.
-    versions, hardware
-        What computed it.
+    versions, hardware, processes
+        What computed it; processes that shared its meta-steps.
     """
 
     name: str
@@ -64,6 +64,13 @@ class Record:
     linear_residual: float | None
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+
+    @property
+    def length(self) -> str:
+        """How long it has trained."""
+        cores = f" on {self.processes} cores" if self.processes > 1 else ""
+        return f"{self.seconds / 60:.0f} min{cores}"
 
     @property
     def title(self) -> str:
@@ -201,6 +208,7 @@ def _read(folder: Path, run: Planned) -> Record | None:
         linear_residual=last.get("linear_residual"),
         versions=config["versions"],
         hardware=state["hardware"],
+        processes=run.processes,
     )
 
 

@@ -150,9 +150,7 @@ def published_table(records: Sequence[Record]) -> list[str]:
             lines.append(f"| {SYSTEMS[method].name}, published | {' | '.join(cells)} |")
         ours = [longest(records, method, setting) for setting in SETTINGS]
         if any(ours):
-            cells = [
-                f"{_accuracy(r, 'together')} ({r.seconds / 60:.0f} min)" if r else "-" for r in ours
-            ]
+            cells = [f"{_accuracy(r, 'together')} ({r.length})" if r else "-" for r in ours]
             lines.append(f"| {SYSTEMS[method].name}, here | {' | '.join(cells)} |")
     return lines
 
