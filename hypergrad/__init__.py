@@ -5,6 +5,8 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import inner as inner
 from . import projections as projections
 from . import prox as prox
@@ -31,18 +33,6 @@ from ._info import SolveInfo, Status
 from ._kkt import KKT
 from ._proximal import ProjectedGradient, ProximalGradient
 from ._root import root_jvp, root_vjp
-from .bilevel import (
-    F2SA,
-    HOAG,
-    MASOBA,
-    SABA,
-    SOBA,
-    Alternating,
-    AmIGO,
-    Bilevel,
-    StepInfo,
-    StocBiO,
-)
 from .estimators import (
     EvolutionInfo,
     ValueFunctionInfo,
@@ -66,6 +56,20 @@ from .solvers import (
     NormalCG,
     Nystrom,
 )
+
+if TYPE_CHECKING:
+    from .bilevel import (
+        F2SA,
+        HOAG,
+        MASOBA,
+        SABA,
+        SOBA,
+        Alternating,
+        AmIGO,
+        Bilevel,
+        StepInfo,
+        StocBiO,
+    )
 
 __version__ = "0.1.0"
 
@@ -131,3 +135,17 @@ __all__ = [
     "unrolled_grad",
     "value_function_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the bi-level methods, a sixth of all there is, when one is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import bilevel
+
+    found = globals()[name] = getattr(bilevel, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

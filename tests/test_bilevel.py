@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -834,3 +836,21 @@ def test_two_methods_on_one_problem_do_not_disturb_each_other():
     for _, bilevel in itertools.product(range(10), together):
         bilevel.step()
     assert together[0].hparams.equal(alone.hparams)
+
+
+# The import
+
+
+def test_the_methods_are_imported_when_one_is_asked_for():
+    program = (
+        "import sys, hypergrad\n"
+        "assert not any(name.startswith('hypergrad.bilevel') for name in sys.modules)\n"
+        "assert set(hypergrad.__all__) <= set(dir(hypergrad))\n"
+        "from hypergrad import *\n"
+        "assert Bilevel is hypergrad.Bilevel is hypergrad.bilevel.Bilevel\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+    with pytest.raises(AttributeError, match="'hypergrad' has no attribute 'Bilevle'"):
+        hypergrad.Bilevle  # noqa: B018
