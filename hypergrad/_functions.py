@@ -22,7 +22,7 @@ from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
 from ._replay import ForwardReplay, Replay
-from ._report import OnFailure, judge, warn
+from ._report import OnFailure, judge, may_look, warn
 from ._transforms import (
     alive,
     forward_mode_active,
@@ -87,6 +87,7 @@ class Rule:
             params.detach(),
             transpose=transpose,
             inner_tol=self.inner_tol,
+            looks=may_look(self.solver, self.on_failure),
             estimate=self.callback is not None,
         )
 

@@ -21,7 +21,7 @@ from ._linearise import Linearisation
 from ._outer import outer_gradient
 from ._problem import Problem
 from ._randomness import Draw
-from ._report import OnFailure, check_on_failure, judge, warn_of_unused
+from ._report import OnFailure, check_on_failure, judge, may_look, warn_of_unused
 from ._trace import being_traced, detached, versions
 from ._transforms import refuse_derivatives
 from ._tree import Tree
@@ -107,7 +107,6 @@ class _Call:
         # Autograd stops a loss that changes a float argument in place; the others are copies.
         tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
         start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
-        looks = self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0
         before = versions(tensors)
         value, aux, cotangent, direct, sources = outer_gradient(
             self.outer, problem, tensors, self.has_aux
@@ -126,7 +125,7 @@ class _Call:
             transpose=True,
             inner_tol=self.inner_tol,
             x0=start,
-            looks=looks,
+            looks=may_look(self.solver, self.on_failure),
             estimate=self.return_info,
         )
         indirect = lin.cross(u)

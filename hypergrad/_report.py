@@ -41,6 +41,11 @@ def check_on_failure(on_failure: str) -> None:
         raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}.")
 
 
+def may_look(solver: Solver, on_failure: OnFailure) -> bool:
+    """Whether the host may read values while a system is solved; a GPU is waited for each time."""
+    return on_failure != "ignore" or getattr(solver, "rtol", None) != 0
+
+
 def judge(
     info: SolveInfo,
     found: Solution,

@@ -20,7 +20,7 @@ from ._linearise import Linearisation
 from ._overloads import Params, RuleOptions
 from ._problem import Problem
 from ._randomness import Draw
-from ._report import OnFailure, check_on_failure, judge
+from ._report import OnFailure, check_on_failure, judge, may_look
 from ._trace import detached
 from ._transforms import (
     carries_derivative,
@@ -330,7 +330,14 @@ def _solved(
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     params = lin.layout.flatten([tensors[i] for i in problem.inner])
     u, info, found = solve_linear(
-        lin, rule.solver, b, params, transpose=transpose, inner_tol=None, estimate=True
+        lin,
+        rule.solver,
+        b,
+        params,
+        transpose=transpose,
+        inner_tol=None,
+        looks=may_look(rule.solver, rule.on_failure),
+        estimate=True,
     )
     info = dataclasses.replace(
         info,

@@ -1,6 +1,8 @@
-"""Compiled functions, export, inference tensors, hooks and autograd.functional around a solve."""
+"""Compiled functions, export, inference tensors, hooks, other devices, autograd.functional."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +10,22 @@ from torch.autograd import functional
 from torch.func import grad, vmap
 
 import hypergrad
-from hypergrad import CG, GMRES, MINRES, Exact, custom_argmin, custom_root, implicit_grad
+from hypergrad import (
+    CG,
+    GMRES,
+    LSMR,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    Exact,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    custom_argmin,
+    custom_root,
+    implicit_grad,
+)
+from tests.hosts import host_is_not_asked
 from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf, reference, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
@@ -146,3 +163,89 @@ def test_the_default_device_plays_no_part(solver):
     with torch.device("meta"):
         found = implicit_grad(lambda w, lam: w.sum(), inner, c / (1 + lam), lam, solver=solver)
     torch.testing.assert_close(found, expected)
+
+
+# A GPU is not waited for
+
+UNSEEN = [
+    CG(maxiter=40, rtol=0.0),
+    CG(maxiter=40, rtol=0.0, damping=1e-9, preconditioner=Nystrom(rank=2)),
+    MINRES(maxiter=40, rtol=0.0),
+    GMRES(maxiter=40, rtol=0.0),
+    BiCGSTAB(maxiter=40, rtol=0.0),
+    NormalCG(maxiter=40, rtol=0.0),
+    LSMR(maxiter=40, rtol=0.0),
+    Neumann(terms=3000, rtol=0.0),
+    Auto(maxiter=40, rtol=0.0),
+    Auto(maxiter=40, rtol=0.0, dense_below=0),
+]
+
+
+def ridge(w, h, x):
+    return ((x @ w).square().sum() + (h.exp() * w**2).sum()) / 2
+
+
+def entrances(solver):
+    settings = {"solver": solver, "on_failure": "ignore", "inner_tol": None}
+
+    def hypergradient(w, h, x):
+        outer = lambda w, h: (w - h).square().sum()
+        return implicit_grad(outer, lambda w, h: ridge(w, h, x), w, h, **settings)
+
+    def evidence(w, h, x):
+        outer = lambda w, h: (w - h).square().sum()
+        inner = lambda w, h: ridge(w, h, x)
+        return implicit_grad(outer, inner, w, h, return_info=True, **settings)[0]
+
+    def decorated(w, h, x):
+        fit = custom_argmin(ridge, **settings)(lambda init, h, x: init)
+        return grad(lambda h: (fit(w, h, x) - h).square().sum())(h)
+
+    return [hypergradient, evidence, decorated]
+
+
+@pytest.mark.parametrize("solver", UNSEEN, ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_without_a_tolerance_and_unjudged_nothing_is_read_from_the_device(
+    solver, batched, monkeypatch
+):
+    # Tensors of the meta device have no values: whoever reads one, as a GPU is waited for, fails.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # has none there
+    tasks = (4,) if batched else ()
+    given = [torch.empty(*tasks, *shape, device="meta") for shape in [(7,), (7,), (10, 7)]]
+    for entrance in entrances(solver):
+        with host_is_not_asked():
+            found = (vmap(entrance) if batched else entrance)(*given)
+        assert found.shape == given[0].shape
+
+
+@pytest.mark.parametrize("solver", UNSEEN, ids=str)
+def test_without_a_tolerance_and_unjudged_the_answer_is_the_same(solver):
+    generator = torch.Generator().manual_seed(0)
+    w, h, x = (
+        torch.randn(4, *shape, dtype=torch.float64, generator=generator)
+        for shape in [(7,), (7,), (10, 7)]
+    )
+    for entrance, judged in zip(entrances(solver), entrances(Exact()), strict=True):
+        torch.testing.assert_close(
+            vmap(entrance)(w, h, x), vmap(judged)(w, h, x), rtol=1e-6, atol=0
+        )
+
+
+def test_a_singular_task_is_said_also_where_nobody_looks():
+    diagonal = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+
+    def task(d):
+        return implicit_grad(
+            lambda w, h: w.sum(),
+            lambda w, h: (d * w**2).sum() / 2 - (h * w).sum(),
+            torch.zeros(3, dtype=torch.float64),
+            torch.zeros(3, dtype=torch.float64),
+            solver=Auto(rtol=0.0),
+            on_failure="ignore",
+            return_info=True,
+        )
+
+    found, info = vmap(task)(diagonal)
+    assert info.success.tolist() == [False, True]
+    torch.testing.assert_close(found[1], 1 / diagonal[1])

@@ -12,6 +12,7 @@ import torch
 from examples.imaml.checkpoint import CheckpointError
 from examples.imaml.inner import Curvature
 from examples.imaml.ranks import count, is_first, own_device
+from examples.imaml.recorded import NotRecordable
 from examples.imaml.resume import Refused, ResumePoint
 from examples.imaml.run_folder import WriteFailed
 from examples.imaml.systems import (
@@ -54,6 +55,7 @@ class Settings:
     device: torch.device
     threads: int
     precision: Precision
+    cuda_graphs: bool
     out: Path
     resume: ResumePoint
     force: bool
@@ -176,6 +178,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--precision", choices=get_args(Precision), default="float32",
         help="of the network's layers, by autocast; "
         "parameters and solvers stay in float32")  # fmt: skip
+    add("--cuda-graphs", action="store_true",
+        help="on a GPU: launch the kernels of a meta-step as one, checked at first")  # fmt: skip
     add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
     add("--resume", type=_resume_point, metavar="auto|FILE",
         help="go on from the newest good checkpoint in the output folder, or a file")  # fmt: skip
@@ -229,6 +233,8 @@ def read_settings(
         parser.error("--device cuda: torch sees no GPU here; cpu and auto are possible")
     if given["device"] == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if given["cuda_graphs"] and given["device"] != "cuda":
+        parser.error("--cuda-graphs: they are for a GPU, and this is a run on the CPU")
     if given["device"] == "cuda" and count() > torch.cuda.device_count():
         parser.error(
             f"--device cuda: {count()} processes, at most {torch.cuda.device_count()}, a GPU each"
@@ -271,7 +277,9 @@ def finish(program: Callable[[], None], expected: tuple[type[Exception], ...] = 
         Errors whose message is all that a user needs, beside those of training and files.
     """
     known: tuple[type[Exception], ...]
-    known = (TrainingFailed, CheckpointError, WriteFailed, Refused, *expected)
+    known = (
+        TrainingFailed, CheckpointError, WriteFailed, Refused, NotRecordable, *expected
+    )  # fmt: skip
     try:
         program()
     except KeyboardInterrupt as error:

@@ -18,6 +18,7 @@ from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.meta import MetaLearner
 from examples.imaml.ranks import Ranks, count, is_first, join
+from examples.imaml.recorded import RecordedMetaGradient
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.resume import Keeping, Refused, ResumePoint, find
 from examples.imaml.run_folder import RunFolder
@@ -95,7 +96,11 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
         inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
         lam=recipe.lam,
         linear_solver=build_linear_solver(
-            system.linear_solver, settings.cg_steps, settings.damping, recipe.lam
+            system.linear_solver,
+            settings.cg_steps,
+            settings.damping,
+            recipe.lam,
+            looks=settings.device.type == "cpu",
         ),
         curvature=system.curvature,
         truncate=settings.truncate,
@@ -243,6 +248,9 @@ def _train_one(
             ),
             ranks=ranks,
             sink=sink,
+            compute=RecordedMetaGradient(learner.meta_gradient, learner.method)
+            if settings.cuda_graphs
+            else None,
         )
     finally:
         if sink:

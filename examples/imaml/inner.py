@@ -260,7 +260,8 @@ def line_search(
     objective: Callable[[Tensor], Tensor], position: Tensor, direction: Tensor
 ) -> Tensor:
     """Go along `direction` by the best of `STEP_SIZES`, zero among them."""
-    sizes = torch.tensor(STEP_SIZES, dtype=position.dtype, device=position.device)
+    # Filled on the device: a copy of numbers from the host would wait for a GPU.
+    sizes = torch.cat([position.new_full((1,), size) for size in STEP_SIZES])
     values = vmap(lambda size: objective(position + size * direction))(sizes)
     best = torch.nan_to_num(values, nan=torch.inf).argmin()
     return position + sizes[best] * direction

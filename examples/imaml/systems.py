@@ -132,7 +132,9 @@ def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9)
     return build[recipe.inner_solver]()
 
 
-def build_linear_solver(name: LinearSolverName, steps: int, damping: float, lam: float) -> Solver:
+def build_linear_solver(
+    name: LinearSolverName, steps: int, damping: float, lam: float, *, looks: bool = True
+) -> Solver:
     """Make the linear solver of an implicit gradient.
 
     Parameters
@@ -146,16 +148,19 @@ def build_linear_solver(name: LinearSolverName, steps: int, damping: float, lam:
     lam
         Strength of the proximal term; 'identity' takes lam I for the matrix, which is
         first-order MAML.
+    looks
+        Whether the host may read a residual, to stop early; a GPU would be waited for each time.
 
     Returns
     -------
     Solver
         The solver.
     """
+    rtol = None if looks else 0.0
     build: dict[LinearSolverName, Callable[[], Solver]] = {
-        "cg": lambda: hypergrad.CG(maxiter=steps, damping=damping),
-        "minres": lambda: hypergrad.MINRES(maxiter=steps, damping=damping),
-        "neumann": lambda: hypergrad.Neumann(terms=steps, damping=damping),
+        "cg": lambda: hypergrad.CG(maxiter=steps, rtol=rtol, damping=damping),
+        "minres": lambda: hypergrad.MINRES(maxiter=steps, rtol=rtol, damping=damping),
+        "neumann": lambda: hypergrad.Neumann(terms=steps, rtol=rtol, damping=damping),
         "identity": lambda: hypergrad.Identity(scale=lam),
     }
     return build[name]()

@@ -14,6 +14,7 @@ from examples.imaml.episodes import Episodes, Params
 from examples.imaml.interruption import Interrupted, Interruption
 from examples.imaml.meta import MetaLearner
 from examples.imaml.ranks import Ranks, is_first
+from examples.imaml.recorded import MetaGradient
 from examples.imaml.resume import Keeping
 from examples.imaml.run_folder import RunFolder
 from examples.imaml.training_state import History, TrainingState
@@ -96,6 +97,7 @@ def train(
     keeping: Keeping | None = None,
     ranks: Ranks | None = None,
     sink: Callable[[Mapping[str, float]], None] | None = None,
+    compute: MetaGradient | None = None,
 ) -> Trained:
     """Meta-train, and keep `metrics.jsonl` and `timings.jsonl` up to date in `folder`.
 
@@ -127,6 +129,8 @@ def train(
         The processes that share each meta-step. None: this one alone.
     sink
         Is given each record too.
+    compute
+        The learner's meta-gradient in another form. None: as it is.
 
     Returns
     -------
@@ -140,7 +144,7 @@ def train(
     Interrupted
         After Ctrl-C, with the checkpoint written.
     """
-    ranks = ranks or Ranks()
+    ranks, compute = ranks or Ranks(), compute or learner.meta_gradient
     state = TrainingState(start, keeping.generator if keeping else None)
     if keeping and keeping.resumed:
         state.load(keeping.resumed)
@@ -156,7 +160,7 @@ def train(
         while done < 1.0:
             clock.start()
             episodes = ranks.share(sample(schedule.tasks_per_step))
-            gradient, measures = learner.meta_gradient(state.params, episodes)
+            gradient, measures = compute(state.params, episodes)
             gradient, figures = ranks.average(
                 gradient, _average(measures), schedule.tasks_per_step,
                 state.seconds, interruption.requested,

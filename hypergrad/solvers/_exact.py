@@ -57,7 +57,7 @@ class Exact(Solver):
         n = b.shape[-1]
         scale = norm(b)
         present = (scale > 0) & torch.isfinite(scale)
-        if not any_task(present):
+        if system.looks and not any_task(present):
             return _without_system(b, scale)
         tasks = math.prod(b.shape[:-1])
         refuse_if_too_large(n, tasks // system.shared, b)
@@ -72,7 +72,7 @@ class Exact(Solver):
         precision = system.layout.precision
         good_enough = max(tolerance(None, precision), 10 * n * torch.finfo(b.dtype).eps)
         sound = torch.isfinite(A).flatten(-2).all(dim=-1) & torch.isfinite(scale)
-        if any_task(sound & ~regular):
+        if system.looks and any_task(sound & ~regular):
             finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
             fallback = _of_minimum_norm(torch.where(finite_A, A, 0.0), unit_b)
             # Of minimum norm where that solves the system, else whatever comes closest.

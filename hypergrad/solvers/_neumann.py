@@ -75,14 +75,16 @@ class Neumann(Solver):
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
         b = system.b / unit
         tol = 0.0 if self.rtol is None else self.rtol
+        looks = system.looks or bool(self.rtol)
+        some = not looks or any_task(present)
         estimated = self.step_size is None and not system.contraction
-        if estimated and any_task(present):
+        if estimated and some:
             step = _estimated_step(matvec, b)
         else:
             step = torch.full_like(b[..., :1], self.step_size or 1.0)
         x, residual = torch.zeros_like(b), b
         size = norm(b)
-        if system.x0 is not None and any_task(present):
+        if system.x0 is not None and some:
             x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             residual = b - matvec(x)
             size = norm(residual)
@@ -92,7 +94,7 @@ class Neumann(Solver):
         diverged = torch.zeros_like(present)
         iterations = torch.zeros_like(present, dtype=torch.int64)
         for _ in range(self.terms):
-            if (system.looks or self.rtol) and not any_task(active):
+            if looks and not any_task(active):
                 break
             gain = torch.where(active[..., None], step * residual, torch.zeros_like(residual))
             x = x + gain
@@ -109,7 +111,7 @@ class Neumann(Solver):
             grown = active & ~(size <= _GROWTH * best_size)
             diverged = diverged | grown
             active = active & ~grown & (size > tol)
-        final = b - matvec(best) if any_task(present) else b
+        final = b - matvec(best) if some else b
         size = torch.where(present, norm(final), torch.zeros_like(scale))
         growing = active & (size < norm(residual)) & (best_size >= 1)
         diverged = diverged | growing
@@ -122,7 +124,7 @@ class Neumann(Solver):
             enough = size <= (_FAR if self.terms == _TERMS else math.inf)
             success = success | ((status == Status.MAX_ITERATIONS) & enough)
         x = torch.where(sound[..., None], best * unit, torch.full_like(best, math.nan))
-        if any_task(diverged):
+        if looks and any_task(diverged):
             highest = torch.where(diverged, largest_eigenvalue(matvec, residual), math.nan)
         low = torch.full_like(highest, math.nan)
         return Solution(
