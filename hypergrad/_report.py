@@ -202,10 +202,13 @@ def _diagnose(
                 if math.isfinite(high) and high > 0
                 else ""
             )
-            return Diverged, (
-                f"{name} diverged: its terms grew ({at}).{bound} Leave step_size=None to have it "
-                "estimated, or use CG() or GMRES()."
-            )
+            cure = "Leave step_size=None to have it estimated, or use CG() or GMRES()."
+            if getattr(solver, "step_size", None) is None:
+                cure = (
+                    "So they do with any step where the matrix has an eigenvalue whose real part "
+                    "is not positive. Use MINRES() where it is symmetric, GMRES(), or damping."
+                )
+            return Diverged, f"{name} diverged: its terms grew ({at}).{bound} {cure}"
         case Status.STAGNATED:
             if not exact and 0 < residual < math.inf:
                 # Rounding itself, which moves from call to call more than other figures.

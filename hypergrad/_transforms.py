@@ -1,6 +1,6 @@
 """What the library needs to know of the function transforms (torch.func) that surround a call.
 
-This is the only file that touches functorch's private names.
+Only this file and `_vmaps.py` touch functorch's private names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -192,11 +193,16 @@ _ASKS_AUTOGRAD = frozenset({
 })
 
 
+_OPERATORS = frozenset({torch._ops.OpOverload, torch._ops.OpOverloadPacket})
+
+
 class WatchForDerivatives(TorchFunctionMode):
     """Notices whether a function that is being called has to do with derivatives itself.
 
     `seen` is set when an operation runs in a transform that is entered inside it, when
-    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad.
+    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad; and by a
+    custom function or operator with a batching rule of its own: a vmap puts the rule in its place,
+    so that whoever differentiates from outside of the vmap never gets to its derivative.
     """
 
     def __init__(self) -> None:
@@ -214,7 +220,13 @@ class WatchForDerivatives(TorchFunctionMode):
     ) -> Any:
         """Pass every operation on."""
         level = _functorch.maybe_current_level() or 0
-        self.seen = self.seen or level > self._level or func in _ASKS_AUTOGRAD
+        self.seen = (
+            self.seen
+            or level > self._level
+            or func in _ASKS_AUTOGRAD
+            or (func is custom_function_call and not args[0].generate_vmap_rule)
+            or (type(func) in _OPERATORS and not str(func).startswith("aten"))
+        )
         return func(*args, **(kwargs or {}))
 
 

@@ -674,3 +674,40 @@ def test_the_default_device_plays_no_part(solver):
 
 def bowl_of_three(x, centre):
     return ((x - centre) ** 2).sum() / 2
+
+
+# Objectives that are steep over the distance at which a curvature is measured
+
+
+@OF_SMOOTH
+@pytest.mark.parametrize("scale", [1.0, 1e3, 5e4, 1e6])
+def test_a_large_feature_does_not_end_the_iteration_at_its_start(solver, scale):
+    # exp(a w) - 0.3 a w, as of counts: the minimum is at a w = log 0.3.
+    def loss(w, a):
+        return (torch.exp(a * w) - 0.3 * a * w).sum()
+
+    w, info = solver(loss, torch.zeros(1), torch.tensor(scale))
+    assert info.success
+    assert abs(scale * w.item() - math.log(0.3)) < 5e-3
+
+
+@OF_SMOOTH
+def test_steep_and_flat_tasks_share_a_batch(solver):
+    scales = torch.tensor([1.0, 100.0, 5e4])
+
+    def loss(w, a):
+        return (torch.exp(a * w) - 0.3 * a * w).sum()
+
+    w, info = vmap(lambda a: solver(loss, torch.zeros(1), a))(scales)
+    assert info.success.all()
+    torch.testing.assert_close(scales * w[:, 0], torch.full((3,), math.log(0.3)), rtol=0, atol=5e-3)
+
+
+@OF_SMOOTH
+def test_where_nothing_is_steep_a_curvature_costs_one_gradient(solver):
+    # Also beside a large constant, whose rounding hides how the value changes.
+    def evaluations(offset):
+        loss = lambda w: ((w - 1) ** 2).sum() + 1e-2 * w.square().sum() + offset
+        return solver(loss, torch.full((3,), 1.5, dtype=F64))[1].evaluations
+
+    assert evaluations(1e4) == evaluations(0.0) < 25

@@ -966,3 +966,42 @@ def test_root_vjp_evaluates_the_condition_as_often_as_it_must(given):
     with torch.no_grad():
         hypergrad.root_vjp(F, x, (a,), torch.ones(3, dtype=F64))
     assert calls == (3 if given == "tensors" else 4)
+
+
+# The Neumann series of a matrix for which there is none
+
+
+@pytest.mark.parametrize("terms", [5, 19, 21, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_budget_of_neumann_does_not_hide_an_indefinite_matrix(terms, dtype):
+    # The first steps bring the residual below one, and ever shorter ones leave it there.
+    A = torch.diag(torch.tensor([-1.0, 2.0], dtype=dtype))
+    _, info = Neumann(terms=terms).solve(lambda v: A @ v, torch.tensor([1.0, 3.0], dtype=dtype))
+
+    assert info.status == Status.DIVERGED
+    assert not info.success
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_neumann_tells_an_indefinite_matrix_from_a_slow_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = 3 + seed % 5
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=generator))[0]
+    d = torch.rand(n, dtype=F64, generator=generator) + 1e-4
+    b = torch.randn(n, dtype=F64, generator=generator)
+    for dtype in (F64, torch.float32):
+        for lowest, status in ((d[0], Status.MAX_ITERATIONS), (-d[0], Status.DIVERGED)):
+            A = ((Q * torch.cat([lowest[None], d[1:]])) @ Q.T).to(dtype)
+            _, info = Neumann(terms=400).solve(lambda v, A=A: A @ v, b.to(dtype))
+            assert info.status == status
+
+
+def test_the_error_of_a_neumann_series_without_a_step_names_the_matrix_and_no_step():
+    A = torch.diag(torch.tensor([-1.0, 2.0], dtype=F64))
+    inner = lambda w, h: w @ A @ w / 2 - h * w.sum()
+    with pytest.raises(hypergrad.Diverged, match="with any step where the matrix") as error:
+        hypergrad.implicit_grad(
+            lambda w, h: w.sum(), inner, torch.tensor([-1.0, 0.5], dtype=F64),
+            torch.tensor(1.0, dtype=F64), solver=Neumann(terms=50), on_failure="raise",
+        )  # fmt: skip
+    assert "is safe" not in str(error.value)

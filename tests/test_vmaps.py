@@ -15,7 +15,18 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from hypergrad import CG, GMRES, MINRES, ConvergenceWarning, Exact, Root, implicit_grad
+from hypergrad import (
+    CG,
+    GMRES,
+    MINRES,
+    ConvergenceWarning,
+    Exact,
+    Root,
+    UnsupportedOperation,
+    custom_argmin,
+    implicit_grad,
+)
+from hypergrad.inner import LBFGS, GradientDescent, NewtonCG
 
 D = torch.float64
 
@@ -257,3 +268,100 @@ def test_an_error_of_a_loss_comes_out_of_a_batch_as_it_is():
 
     with pytest.raises(KeyError, match="mine"):
         vmap(lambda c: implicit_grad(outer, inner(c), c, c.sum()))(drawn(3, 2))
+
+
+# Custom functions with a batching rule of their own, which a vmap puts in the place of them
+
+
+class Softplus(torch.autograd.Function):
+    """Its batching rule has no derivative, and needs none: a vmap of its gradient is right."""
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.sigmoid(ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        with torch.no_grad():
+            return Softplus.forward(x), in_dims[0]
+
+
+@torch.library.custom_op("hypergrad_tests::softplus", mutates_args=())
+def softplus_operator(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(x)
+
+
+softplus_operator.register_autograd(
+    lambda ctx, g: g * torch.sigmoid(ctx.saved_tensors[0]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+softplus_operator.register_vmap(
+    lambda info, in_dims, x: (torch.nn.functional.softplus(x.detach()), in_dims[0])
+)
+
+CENTRES = torch.tensor([[0.3, -0.7], [1.2, 2.2]], dtype=D)
+
+
+def objective(softplus):
+    return lambda w, h, c: h * ((w - c) ** 2).sum() / 2 + softplus(w).sum()
+
+
+def truth(h=1.0):
+    """The solutions and their derivative: h (w - c) + sigmoid(w) = 0."""
+    w = CENTRES.clone()
+    for _ in range(50):
+        s = torch.sigmoid(w)
+        w = w - (h * (w - CENTRES) + s) / (h + s * (1 - s))
+    s = torch.sigmoid(w)
+    return w, -(w - CENTRES) / (h + s * (1 - s))
+
+
+@pytest.mark.parametrize("solver", [GradientDescent(), NewtonCG(), LBFGS()], ids=repr)
+def test_an_inner_solver_keeps_the_derivative_of_a_custom_function(solver):
+    inner = objective(Softplus.apply)
+    one, start = torch.tensor(1.0, dtype=D), torch.zeros(2, dtype=D)
+    w, info = vmap(lambda c: solver(inner, start, one, c))(CENTRES)
+
+    assert info.success.all()
+    torch.testing.assert_close(w, truth()[0])
+
+
+@pytest.mark.parametrize("batching", ["vmap", "loop"])
+@pytest.mark.filterwarnings("error")
+def test_a_hypergradient_keeps_the_derivative_of_a_custom_function(batching):
+    inner, one = objective(Softplus.apply), torch.tensor(1.0, dtype=D)
+    solutions, slopes = truth()
+    expected = (2 * solutions * slopes).sum(-1)
+
+    @custom_argmin(inner, batching=batching)
+    def fit(init, h, c):
+        return LBFGS()(inner, init, h, c)[0]
+
+    loss = lambda h, c: (fit(torch.zeros(2, dtype=D), h, c) ** 2).sum()
+    torch.testing.assert_close(vmap(grad(loss), in_dims=(None, 0))(one, CENTRES), expected)
+    torch.testing.assert_close(
+        grad(lambda h: vmap(loss, in_dims=(None, 0))(h, CENTRES).sum())(one), expected.sum()
+    )
+
+    def by_hand(w, c):
+        inner_of_task = lambda w, h: inner(w, h, c)
+        return implicit_grad(lambda w, h: (w**2).sum(), inner_of_task, w, one)
+
+    torch.testing.assert_close(vmap(by_hand)(solutions, CENTRES), expected)
+
+
+def test_a_custom_operator_is_right_or_an_error_with_the_cure():
+    inner, one = objective(softplus_operator), torch.tensor(1.0, dtype=D)
+    solve = lambda c: LBFGS()(inner, torch.zeros(2, dtype=D), one, c)
+    torch.testing.assert_close(torch.stack([solve(c)[0] for c in CENTRES]), truth()[0])
+    # PyTorch has no derivative of it inside of a transform.
+    with pytest.raises(UnsupportedOperation, match="setup_context"):
+        vmap(solve)(CENTRES)

@@ -119,7 +119,7 @@ def _accelerated(
     if solver.step_size is not None:
         step, probes = evaluator.step_size(solver.step_size), 0
     else:
-        step, probes = _safe_step(evaluator, x, g), _PROBES
+        step, probes = _safe_step(evaluator, x, value, g)
     precision = evaluator.layout.precision
     z, z_value, step, used = _forward_backward(evaluator, backward, y, value, g, step, fixed, None)
     residual = step * g if backward is None else y - z
@@ -159,18 +159,15 @@ def _accelerated(
     return best, progress
 
 
-def _safe_step(evaluator: Evaluator, x: Tensor, g: Tensor) -> Tensor:
-    """One over the largest curvature, as a few power steps on differences of gradients see it."""
-    eps = torch.finfo(evaluator.layout.precision).eps
-    reach = eps**0.5 * norm(x).clamp(min=1.0)
-    v, seen = g, torch.zeros_like(norm(g))
+def _safe_step(evaluator: Evaluator, x: Tensor, value: Tensor, g: Tensor) -> tuple[Tensor, int]:
+    """One over the largest curvature, as a few power steps see it; gradients that it took."""
+    v, seen, probes = g, torch.zeros_like(norm(g)), 0
     for _ in range(_PROBES):
-        size = norm(v)
-        unit = v / torch.where(size > 0, size, torch.ones_like(size))
-        v = (evaluator.objective(x + reach * unit)[1] - g) / reach
+        v, used = evaluator.curved(x, value, g, v)
+        probes += used
         seen = torch.fmax(seen, norm(v))
     usable = (seen > 0) & torch.isfinite(seen)
-    return torch.where(usable, 1 / torch.where(usable, seen, torch.ones_like(seen)), 1.0)
+    return torch.where(usable, 1 / torch.where(usable, seen, torch.ones_like(seen)), 1.0), probes
 
 
 def _forward_backward(

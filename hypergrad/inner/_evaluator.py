@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,16 @@ from .._errors import NotConnected
 from .._problem import scalar
 from .._replay import Replay, gradient_of
 from .._trace import detached, further_out, trace, versions
-from .._transforms import alive, carries_derivative
+from .._transforms import alive, any_task, carries_derivative
 from .._tree import Layout, Tree
 from .._vmaps import Vmaps
-from ._numbers import norm
+from ._numbers import dot, norm
 
 _OBJECTIVE = "The objective"
+_REACHES, _SHORTER = (
+    7,
+    16.0,
+)  # how often a difference of gradients is tried, and by how much shorter
 
 
 class Evaluator:
@@ -73,12 +78,45 @@ class Evaluator:
         replay = hessian
         return value, gradient, lambda v: self._flat_gradient(replay(self.layout.split(v)), v)
 
-    def curvature(self, x: Tensor, g: Tensor) -> Tensor:
-        """``||H v|| / ||v||`` for v along the gradient, by a difference of gradients."""
-        reach = torch.finfo(self.layout.precision).eps ** 0.5 * norm(x).clamp(min=1.0)
-        size = norm(g)
-        along = g / torch.where(size > 0, size, torch.ones_like(size))
-        return norm(self.objective(x + reach * along)[1] - g) / reach
+    def curved(self, x: Tensor, value: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, int]:
+        """The Hessian along `v`, by a difference of gradients.
+
+        An objective may be so steep that the difference reaches too far: its value there is then
+        not what the slopes at both ends say. The reach is shortened until it is.
+
+        Parameters
+        ----------
+        x, value, g : Tensor
+            Where, and the objective's value and gradient there.
+        v : Tensor
+            The direction.
+
+        Returns
+        -------
+        product : Tensor
+            ``H v / ||v||``.
+        used : int
+            How many gradients it took: one, where nothing is steep.
+        """
+        eps = torch.finfo(self.layout.precision).eps
+        size = norm(v)
+        unit = v / torch.where(size > 0, size, torch.ones_like(size))
+        reach = eps**0.5 * norm(x).clamp(min=1.0)
+        slope = dot(g, unit)
+        found, open_ = torch.full_like(x, math.nan), torch.ones_like(value, dtype=torch.bool)
+        for used in range(1, _REACHES + 1):
+            end_value, end = self.objective(x + reach * unit)
+            product, bend = (end - g) / reach, reach / 2 * dot(end - g, unit)
+            missed = (end_value - value - reach * slope - bend).abs()
+            noise = 10 * eps * (value.abs() + end_value.abs())
+            sound = missed <= torch.maximum(bend.abs() / 2, (reach * slope).abs()) + noise
+            # Where no reach is sound the first one stands.
+            found = torch.where(open_ & (sound if used > 1 else open_), product, found)
+            open_ = open_ & ~sound & torch.isfinite(value)
+            if not any_task(open_):
+                break
+            reach = reach / _SHORTER
+        return found, used
 
     def value(self, x: Tensor) -> Tensor:
         """The objective's value alone."""

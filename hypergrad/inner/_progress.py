@@ -67,8 +67,9 @@ class Progress:
         """Look at the curvature along the gradient once; what a first step is to be as long as."""
         if not any_task(self.active):
             return torch.ones_like(self.size)
-        seen = evaluator.curvature(x, g)
-        self.evaluated(self.active)
+        product, used = evaluator.curved(x, self.value, g, g)
+        self.evaluated(self.active, used)
+        seen = norm(product)
         usable = torch.isfinite(seen) & (seen > 0)
         assert self.lowest is not None
         self.lowest = torch.where(usable, seen, self.lowest)

@@ -17,6 +17,7 @@ _FAR = 0.1  # a residual above it is none that a caller who named no budget has 
 _POWER_STEPS = 8
 _SAFETY = 1.5  # a power iteration sees the largest eigenvalue from below
 _GROWTH = 10.0  # a residual that has grown by this much is not a transient
+_HALVINGS = 5  # so often no estimate of a largest eigenvalue is too low: no step is short enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Neumann(Solver):
     step_size : float, optional
         Must be below 2 / (largest eigenvalue). None: 1 where A = I - dT/dparams comes from a
         fixed point; else estimated by eight power iterations, which cost as many products, and
-        halved whenever the residual grows all the same.
+        halved whenever the residual grows all the same. Where it grows again and again, as with an
+        indefinite matrix, the series has diverged.
     rtol : float, optional
         Stop when ``||r|| <= rtol ||b||``.
     damping : float
@@ -92,6 +94,9 @@ class Neumann(Solver):
         highest = torch.full_like(scale, math.nan)
         active = present & (size > tol)
         diverged = torch.zeros_like(present)
+        halvings = torch.zeros_like(present, dtype=torch.int64)
+        too_many = min(_HALVINGS, max(3, self.terms // 2))
+        noise = 16 * torch.finfo(system.layout.precision).eps
         iterations = torch.zeros_like(present, dtype=torch.int64)
         for _ in range(self.terms):
             if looks and not any_task(active):
@@ -102,13 +107,15 @@ class Neumann(Solver):
             size_new = norm(residual)
             ratio = size_new / size
             if estimated:
-                step = torch.where((active & (ratio > 1))[..., None], step / 2, step)
+                longer = active & (ratio > 1 + noise)
+                step = torch.where(longer[..., None], step / 2, step)
+                halvings = halvings + longer
             size = torch.where(active, size_new, size)
             better = active & (size < best_size)
             best = torch.where(better[..., None], x, best)
             best_size = torch.where(better, size, best_size)
             iterations = iterations + active
-            grown = active & ~(size <= _GROWTH * best_size)
+            grown = active & (~(size <= _GROWTH * best_size) | (halvings >= too_many))
             diverged = diverged | grown
             active = active & ~grown & (size > tol)
         final = b - matvec(best) if some else b
@@ -124,8 +131,9 @@ class Neumann(Solver):
             enough = size <= (_FAR if self.terms == _TERMS else math.inf)
             success = success | ((status == Status.MAX_ITERATIONS) & enough)
         x = torch.where(sound[..., None], best * unit, torch.full_like(best, math.nan))
-        if looks and any_task(diverged):
-            highest = torch.where(diverged, largest_eigenvalue(matvec, residual), math.nan)
+        too_long = diverged & (halvings < too_many)
+        if looks and any_task(too_long):
+            highest = torch.where(too_long, largest_eigenvalue(matvec, residual), math.nan)
         low = torch.full_like(highest, math.nan)
         return Solution(
             x=x,

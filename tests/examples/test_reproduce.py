@@ -141,6 +141,7 @@ def test_what_is_broken_off_is_gone_on_with_to_the_same_end(runner, tmp_path, pr
     with pytest.raises(KeyboardInterrupt):
         runner.carry_out([run])
     assert state_of(runner.out, run) == "broken off"
+    assert read_state(runner.out / run.name)["message"] == ""
     (record,) = read_records(runner.out, [run])
     assert 0 < record.meta_steps < 150
     assert record.figures == {}

@@ -215,8 +215,8 @@ class _Active:
     output: IO[str]
     lock: IO[str]
 
-    def ended(self, runner: Runner) -> bool:
-        """Look whether it has ended, and write down how."""
+    def ended(self, runner: Runner, *, asked: bool = False) -> bool:
+        """Look whether it has ended, because it was asked to or not, and write down how."""
         status = self.process.poll()
         if status is None:
             return False
@@ -226,7 +226,8 @@ class _Active:
         state: State = "finished" if status == 0 else "broken off"
         if status == NOT_TRAINED and "was not finite" in last:
             state = "failed"  # as it would again; a full disk, say, may be another tomorrow
-        message = "" if status in {0, INTERRUPTED} else last or f"exit status {status}"
+        as_wanted = status in {0, INTERRUPTED} or (asked and state == "broken off")
+        message = "" if as_wanted else last or f"exit status {status}"
         runner.note(self.run, state, message)
         self.lock.close()
         runner.say(f"{state}: {self.run.name}" + (f" ({message})" if message else ""))
@@ -241,4 +242,4 @@ class _Active:
             except subprocess.TimeoutExpired:
                 insist()
         self.process.wait()
-        self.ended(runner)
+        self.ended(runner, asked=True)
