@@ -31,6 +31,8 @@ from examples.imaml.training import TrainingFailed
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
+LARGEST = torch.finfo(torch.float32).max
+MOST_THREADS, MOST_SIZE = 1024, 10_000  # beyond every machine, and every task
 SMOKE_META_STEPS, SMOKE_TASKS_PER_STEP, SMOKE_TEST_TASKS = 4, 4, 20
 
 
@@ -76,14 +78,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Make the type of a flag that takes whole numbers from `least` on."""
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Make the type of a flag that takes whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(
                 f"must be a whole number of at least {least}, not {text!r}"
             )
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
         return int(text)
 
     return parse
@@ -99,7 +103,7 @@ def real(*, above: float | None = None, least: float | None = None) -> Callable[
         except ValueError:
             value = float("nan")
         low = value > above if above is not None else value >= (least or 0.0)
-        if not (low and value < float("inf")):
+        if not (low and value <= LARGEST):
             raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text!r}")
         return value
 
@@ -145,7 +149,7 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
         ("--inner-lr", real(above=0), "rate of gradient descent in the adaptation"),
         ("--lam", real(above=0), "strength of the proximal term"),
         ("--lr", real(above=0), "Adam's rate at the start, which falls to zero along a cosine"),
-        ("--tasks-per-step", whole(1), "tasks in a meta-step"),
+        ("--tasks-per-step", whole(1, MOST_SIZE), "tasks in a meta-step"),
     ):
         add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the method's own)")
     for flag, names, text in (
@@ -164,17 +168,35 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--cg-steps", type=whole(1), help="steps of CG, or terms of the Neumann series, at most")
     add("--damping", type=real(least=0), default=0.0, help="added to A")
     add("--clip", type=real(above=0), default=10.0, help="norm of a task's meta-gradient, at most")
-    add("--shots", type=whole(1), help="examples a task gives to adapt to (for each class)")
-    add("--queries", type=whole(1), help="queries of a task in training (for each class)")
+    add(
+        "--shots",
+        type=whole(1, MOST_SIZE),
+        help="examples a task gives to adapt to (for each class)",
+    )
+    add(
+        "--queries", type=whole(1, MOST_SIZE), help="queries of a task in training (for each class)"
+    )
     add("--meta-steps", type=whole(1), help="meta-steps")
     add("--time-budget", type=real(above=0), metavar="SECONDS",
         help="stop training after so many seconds, validation left out: the processor's own, but "
         "the clock's on a GPU and with several threads; then no run is like another")  # fmt: skip
     add("--validate-every", type=whole(1), metavar="STEPS", help="meta-steps between validations")
-    add("--test-tasks", type=whole(2), default=600, help="unseen tasks behind the last table")
-    add("--seed", type=whole(0), default=0, help="of initial parameters and training tasks")
+    add(
+        "--test-tasks", type=whole(2, 10**6), default=600, help="unseen tasks behind the last table"
+    )
+    add(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        help="of initial parameters and training tasks",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--threads", type=whole(1), default=1, help="CPU threads; small networks gain by no more")
+    add(
+        "--threads",
+        type=whole(1, MOST_THREADS),
+        default=1,
+        help="CPU threads; small networks gain by no more",
+    )
     add("--precision", choices=get_args(Precision), default="float32",
         help="of the network's layers, by autocast; "
         "parameters and solvers stay in float32")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -142,10 +143,12 @@ def run_experiment(
     keep_freed_memory()
     with join(settings.device) as ranks:
         folder = RunFolder(settings.out)
+        if not _goes_on(settings):
+            _refuse_to_replace(settings)
         if settings.resume is None:
-            _begin_anew(settings)
+            _clear(settings)
         resumed = _find_checkpoint(settings, settings.method, benchmark, ranks, console)
-        folder.write_json("config.json", _describe(settings))
+        folder.write_json("config.json", _describe(settings, ended=False))
         outcomes: dict[Method, Outcome] = {}
         learners: dict[Method, MetaLearner] = {}
         schedule = settings.meta_steps, settings.time_budget
@@ -166,6 +169,7 @@ def run_experiment(
             folder.write_json("results.json", summarise(outcomes))
             if not settings.smoke:
                 schedule = 10**9, outcomes[settings.method].trained.seconds
+        folder.write_json("config.json", _describe(settings, ended=True))
     return outcomes, learners
 
 
@@ -173,22 +177,46 @@ def _folder_of(settings: Settings, method: Method) -> Path:
     return settings.out if method == settings.method else settings.out / method
 
 
-def _begin_anew(settings: Settings) -> None:
-    """Remove the checkpoints of the run before, if it ended or nobody is to miss it."""
-    if not is_first():
+def _all_series(settings: Settings) -> list[CheckpointSeries]:
+    methods = (settings.method, *settings.compare)
+    return [CheckpointSeries(_folder_of(settings, method)) for method in methods]
+
+
+def _goes_on(settings: Settings) -> bool:
+    """Whether a training goes on from a checkpoint of the output folder itself."""
+    if settings.resume is None or settings.resume == "auto":
+        return settings.resume == "auto"
+    own = {one.path.resolve() for one in _all_series(settings)}
+    return settings.resume.resolve().parent in own
+
+
+def _refuse_to_replace(settings: Settings) -> None:
+    """Refuse to write over a run that did not end, unless that is what is asked for."""
+    if not is_first() or settings.force or _has_ended(settings.out):
         return
-    series = [
-        CheckpointSeries(_folder_of(settings, m)) for m in (settings.method, *settings.compare)
-    ]
-    ended = settings.out / "results.json"
-    if any(one.find() for one in series) and not (ended.exists() or settings.force):
+    if any(one.find() for one in _all_series(settings)):
         raise Refused(
             f"{settings.out} holds the checkpoints of a run that did not end: "
             "--resume auto goes on with it, --force begins anew in its place"
         )
-    for one in series:
-        one.clear()
-    ended.unlink(missing_ok=True)
+
+
+def _has_ended(out: Path) -> bool:
+    """Whether all methods of the run in a folder were trained and tested."""
+    try:
+        said = json.loads((out / "config.json").read_text()).get("ended")
+    except (OSError, ValueError, AttributeError):
+        said = None
+    # Before that was said, a run had one result at its end.
+    return bool(said) if said is not None else (out / "results.json").exists()
+
+
+def _clear(settings: Settings) -> None:
+    """Remove what the run before has left."""
+    if is_first():
+        for one in _all_series(settings):
+            one.clear()
+        (settings.out / "results.json").unlink(missing_ok=True)
 
 
 def _find_checkpoint(
@@ -265,11 +293,12 @@ def _saved(params: Params) -> bytes:
     return buffer.getvalue()
 
 
-def _describe(settings: Settings) -> dict[str, object]:
+def _describe(settings: Settings, *, ended: bool) -> dict[str, object]:
     return {
         **dataclasses.asdict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "processes": count(),
         "clock": clock_for(settings.device, settings.threads),
+        "ended": ended,
     }

@@ -1,4 +1,4 @@
-"""Ctrl-C asks a training to stop after its meta-step, where its state is whole."""
+"""Ctrl-C, or SIGTERM, asks a training to stop after its meta-step, where its state is whole."""
 
 import signal
 import threading
@@ -11,21 +11,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """While it is entered, the first Ctrl-C only sets `requested`; the second stops at once."""
+    """While it is entered, the first request only sets `requested`; the second stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
         # Python lets the main thread alone say what a signal does.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

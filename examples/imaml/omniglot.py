@@ -16,7 +16,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from examples.imaml.command_line import Settings, finish, make_parser, read_settings, whole
+from examples.imaml.command_line import (
+    MOST_SIZE,
+    Settings,
+    finish,
+    make_parser,
+    read_settings,
+    whole,
+)
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.experiment import run_experiment
 from examples.imaml.meta import MetaLearner
@@ -258,7 +265,9 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
         help="pictures of 28 x 28 with rotations as further classes, or crops of 80 x 80 out of "
         "105 x 105, at random to train and central to test",
     )  # fmt: skip
-    parser.add_argument("--channels", type=whole(1), default=64, help="filters in each convolution")
+    parser.add_argument(
+        "--channels", type=whole(1, MOST_SIZE), default=64, help="filters in each convolution"
+    )
     parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
     pipeline = parser.parse_known_args(arguments)[0].pipeline
     recipes = CROPPED_RECIPES if pipeline == "cropped" else RECIPES

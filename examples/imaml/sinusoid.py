@@ -119,6 +119,7 @@ def draw(
         The picture.
     """
     params = outcomes[learner.method].trained.params
+    tasks = min(tasks, len(benchmark.held_out.query_x))
     shown = Episodes(*(part[:tasks].cpu() for part in benchmark.held_out))
     first = Episodes(*(part[:tasks] for part in benchmark.held_out))
     before = vmap(learner.model, in_dims=(None, 0))(params, first.query_x).cpu()

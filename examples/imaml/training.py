@@ -204,6 +204,8 @@ def train(
                     f"interrupted after {state.step} meta-steps"
                     + ("; --resume auto goes on from there" if keeping else "")
                 )
+        if interruption.requested:  # during the last validation
+            raise Interrupted(f"interrupted at the end of the training, {state.step} meta-steps")
     return Trained(state.best_params, state.history, state.step, seconds)
 
 

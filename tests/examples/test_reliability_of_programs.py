@@ -578,7 +578,50 @@ def test_row_39_a_run_that_did_not_end_is_not_overwritten(tmp_path, capsys, inte
     assert run(tmp_path) == 0
 
 
+def test_row_39_a_run_that_stopped_in_a_later_method_did_not_end(tmp_path, capsys, interrupt):
+    interrupt(10)  # six meta-steps of the first method, three of the second
+    assert run(tmp_path, "fomaml") == 130
+    assert (tmp_path / "results.json").exists()
+
+    assert run(tmp_path, "fomaml") == 2
+    assert "did not end" in capsys.readouterr().err
+    assert run(tmp_path, "fomaml", "--resume", "auto") == 0
+    assert run(tmp_path, "fomaml") == 0
+
+
+def test_row_39_a_file_of_another_run_does_not_replace_one_that_did_not_end(
+    tmp_path, capsys, interrupt
+):
+    assert run(tmp_path / "other") == 0
+    interrupt(4)
+    assert run(tmp_path / "own") == 130
+    kept = files(tmp_path / "own")
+    file = ("--resume", str(CheckpointSeries(tmp_path / "other").find()[0]))
+
+    assert run(tmp_path / "own", *file) == 2
+    assert "did not end" in capsys.readouterr().err
+    assert files(tmp_path / "own") == kept
+    assert run(tmp_path / "new", *file) == 0
+    assert run(tmp_path / "own", *file, "--force") == 0
+
+
 # 40: Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_row_40_a_request_during_the_last_validation_counts(tmp_path, monkeypatch, number):
+    validate, seen = sinusoid.SinusoidBenchmark.validate, []
+
+    def last(self, *given):
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+        return validate(self, *given)
+
+    monkeypatch.setattr(sinusoid.SinusoidBenchmark, "validate", last)
+    assert run(tmp_path, "fomaml") == 130
+    assert files(tmp_path)[0] == "step-000000006.checkpoint"
+    assert not (tmp_path / "fomaml").exists()
 
 
 def test_row_40_ctrl_c_saves_a_checkpoint_and_exits_with_130(tmp_path):
@@ -690,6 +733,11 @@ def test_row_41_two_processes_at_once_and_one_killed(tmp_path):
         (sinusoid, ["--device", "tpu"], "'auto', 'cpu', 'cuda'"),
         (sinusoid, ["--shots", "0"], "a whole number of at least 1"),
         (sinusoid, ["--seed", "-1"], "a whole number of at least 0"),
+        (sinusoid, ["--seed", str(2**64)], "must be at most 9223372036854775807"),
+        (sinusoid, ["--threads", "2147483648"], "must be at most 1024"),
+        (sinusoid, ["--shots", "99999999999999"], "must be at most 10000"),
+        (sinusoid, ["--lr", "1e300"], "must be a finite number above 0"),
+        (omniglot, ["--channels", "99999999999999"], "must be at most 10000"),
         (sinusoid, ["--checkpoint-every", "0"], "a whole number of at least 1"),
         (sinusoid, ["--resume", "nothing.checkpoint"], "must be auto or a checkpoint's file"),
         (sinusoid, ["--resume"], "expected one argument"),

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -205,6 +207,98 @@ def test_a_training_that_fails_is_a_result_and_is_not_tried_again(runner, tmp_pa
     )
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_fails_is_told_from_one_that_is_broken_off(runner, processes):
+    run = tiny("run", "--smoke", "--inner-lr", "1e30", processes=processes)
+    runner.carry_out([run])
+
+    assert state_of(runner.out, run) == "failed"
+    assert read_state(runner.out / run.name)["message"].startswith("maml: a meta-gradient was not")
+    assert runner.troubled == [run.name]
+
+
+def run_of_seconds(tmp_path, *flags):
+    only = ["--only", "sinusoid/equal-time/fomaml-seed0", "--jobs", "1"]
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    reproduce.main([*only, *folders, *flags])
+
+
+def test_runs_of_seconds_are_never_taken_for_real_ones(tmp_path):
+    run_of_seconds(tmp_path, "--smoke")
+
+    assert "no figure on this page means anything" in (tmp_path / "results/README.md").read_text()
+    with pytest.raises(Refused, match="with other arguments"):
+        run_of_seconds(tmp_path, "--list")
+    with pytest.raises(Refused, match=r"runs of seconds \(--smoke\): choose another --results"):
+        run_of_seconds(tmp_path, "--report")
+    written = (tmp_path / "results" / "results.json").read_bytes()
+    with pytest.raises(Refused, match="with other arguments"):
+        reproduce.main(["--report", "--out", str(tmp_path / "runs"),
+                        "--results", str(tmp_path / "others")])  # fmt: skip
+    assert (tmp_path / "results" / "results.json").read_bytes() == written
+
+
+def test_a_report_of_real_runs_is_not_replaced_by_one_of_seconds(tmp_path):
+    report(tmp_path / "results", [record("imaml", 0, 0.1)])
+    written = (tmp_path / "results" / "results.json").read_bytes()
+
+    with pytest.raises(Refused, match="is the report of real runs"):
+        run_of_seconds(tmp_path, "--smoke")
+    assert (tmp_path / "results" / "results.json").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"runs": [{"na', '{"runs": [{"colour": "red"}]}', '{"runs": [3]}', "[]"]
+)
+def test_an_earlier_report_that_cannot_be_read_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "results.json"
+    path.write_text(content)
+
+    with pytest.raises(Refused, match="cannot be read"):
+        run_of_seconds(tmp_path, "--report")
+    assert path.read_text() == content
+
+
+def test_an_earlier_record_without_its_hardware_is_shown(tmp_path):
+    text = report(tmp_path, [record("imaml", 0, 0.1, hardware={}, versions={})])
+
+    assert "unknown, unknown cores; unknown, Python unknown, torch unknown" in text
+
+
+def test_what_ends_badly_is_said_in_the_end(tmp_path):
+    blocked = tmp_path / "runs" / "sinusoid/equal-time/fomaml-seed0"
+    blocked.mkdir(parents=True)
+    (blocked / "checkpoints").write_text("a file where a folder should be")
+
+    with pytest.raises(
+        reproduce.RunsFailed, match="1 runs ended badly: sinusoid/equal-time/fomaml"
+    ):
+        run_of_seconds(tmp_path, "--smoke")
+
+
+def test_sigterm_breaks_runs_off_at_a_checkpoint(tmp_path):
+    program = subprocess.Popen(
+        [sys.executable, "-m", "examples.imaml.reproduce", "--only",
+         "sinusoid/equal-time/maml-seed0", "--jobs", "1", "--out", str(tmp_path / "runs"),
+         "--results", str(tmp_path / "results")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "sinusoid/equal-time/maml-seed0"
+    try:
+        end = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/*")) and time.monotonic() < end:
+            time.sleep(0.05)
+        program.send_signal(signal.SIGTERM)
+        said, _ = program.communicate(timeout=60)
+    finally:
+        program.kill()
+
+    assert program.returncode == 130
+    assert "broken off: sinusoid/equal-time/maml-seed0\n" in said
+    assert (tmp_path / "results" / "README.md").exists()
+
+
 def test_a_folder_with_other_arguments_is_refused(runner):
     runner.note(tiny("run"), "finished")
 
@@ -253,6 +347,7 @@ def record(method, seed, error, table="sinusoid/equal-time", **changed):
 
 
 def report(tmp_path, records):
+    tmp_path.mkdir(exist_ok=True)
     write_report(records, [], plan(), tmp_path)
     return (tmp_path / "README.md").read_text()
 

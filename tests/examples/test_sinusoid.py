@@ -35,6 +35,12 @@ def test_smoke_run_ends_with_table_picture_and_files(smoke, capsys):
     assert sum(leaf.numel() for leaf in parameters.values()) == 1761
 
 
+def test_two_test_tasks_are_enough_for_the_picture(tmp_path):
+    main(["--smoke", "--compare", "--test-tasks", "2", "--out", str(tmp_path)])
+
+    assert (tmp_path / "sinusoid.png").exists()
+
+
 def test_implicit_solve_takes_at_least_five_products(smoke):
     folder = smoke("--compare")
 

@@ -5,10 +5,15 @@ has run so far as Markdown, JSON and pictures. A later call goes on where this o
 """
 
 import argparse
+import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
@@ -19,6 +24,7 @@ from examples.imaml.reproduce.plan import Planned, Program, plan
 from examples.imaml.reproduce.records import Measured, Record, read_measured, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
+from examples.imaml.resume import Refused
 
 NEED_OMNIGLOT: tuple[Program, ...] = ("omniglot", "adaptation")
 
@@ -51,17 +57,23 @@ def read_command_line(
     add("--only", default="*", metavar="PATTERN", help="runs whose names match, with * and ?")
     add("--list", action="store_true", help="show the runs and how they stand, and end")
     add("--report", action="store_true", help="write the report alone")
-    add("--out", type=Path, default=Path("runs", "reproduce"), help="folder of the runs")
-    add("--results", type=Path, default=Path("results"), help="folder of the report")
+    add("--out", type=Path, help="folder of the runs (default: runs/reproduce, or -smoke)")
+    add("--results", type=Path,
+        help="folder of the report (default: results; with --smoke beside the runs)")  # fmt: skip
     add("--data-dir", type=Path, help=f"Omniglot's archives (default: {DATA_DIR_VARIABLE})")
     add("--smoke", action="store_true", help="each run takes seconds, to see that all works")
     given = parser.parse_args(arguments)
-    runs = [run for run in plan() if fnmatch(run.name, given.only)]
+    folder = Path("runs", "reproduce-smoke" if given.smoke else "reproduce")
+    given.out = given.out or folder
+    given.results = given.results or (folder / "results" if given.smoke else Path("results"))
+    runs = [run for run in _declared(given) if fnmatch(run.name, given.only)]
     if not runs:
         parser.error(f"--only {given.only}: no run has such a name; --list shows them")
     for flag, path in (("--out", given.out), ("--results", given.results)):
         if path.exists() and not path.is_dir():
             parser.error(f"{flag} {path}: a file is there; the name of a folder is needed")
+    if given.data_dir and not any(given.data_dir.glob("images_background*")):
+        parser.error(f"--data-dir {given.data_dir}: no images_background there, of Omniglot")
     return given, runs
 
 
@@ -70,36 +82,70 @@ def main(arguments: list[str] | None = None) -> None:
     given, runs = read_command_line(arguments)
     console = Console()
     further: dict[str, tuple[str, ...]] = {}
-    if given.smoke:
-        further = dict.fromkeys(get_args(Program), ("--smoke",))
-    elif given.data_dir:
+    if given.data_dir and not given.smoke:
         further = dict.fromkeys(NEED_OMNIGLOT, ("--data-dir", str(given.data_dir)))
     runner = Runner(given.out, further, given.jobs, given.budget, console)
     if given.list:
         for run in runs:
             runner.say(f"{state_of(given.out, run):>10}  {run.name}  about {run.seconds:.0f} s")
         return
+    earlier = _read_earlier(given)
     try:
-        if not given.report:
-            if not (given.smoke or find_data_dir(given.data_dir)):
-                runner.say(f"no folder for Omniglot (--data-dir, {DATA_DIR_VARIABLE}): left out")
-                runs = [run for run in runs if run.program not in NEED_OMNIGLOT]
-            runner.carry_out(runs)
+        with _ended_like_ctrl_c():
+            if not given.report:
+                if not (given.smoke or find_data_dir(given.data_dir)):
+                    runner.say(
+                        f"no folder for Omniglot (--data-dir, {DATA_DIR_VARIABLE}): left out"
+                    )
+                    runs = [run for run in runs if run.program not in NEED_OMNIGLOT]
+                runner.carry_out(runs)
     finally:
-        write_report(*_found(given), given.results)
+        declared = _declared(given)
+        records, measured = read_records(given.out, declared), read_measured(given.out, declared)
+        records, measured = (
+            together(records, earlier[0], declared),
+            together(measured, earlier[1], declared),
+        )
+        write_report(records, measured, declared, given.results, smoke=given.smoke)
     runner.say(f"Report: {given.results / 'README.md'}")
+    if runner.troubled:
+        raise RunsFailed(f"{len(runner.troubled)} runs ended badly: {', '.join(runner.troubled)}")
 
 
-def _found(given: argparse.Namespace) -> tuple[list[Record], list[Measured], list[Planned]]:
-    """Everything that has run: here or, as an earlier report has it, elsewhere."""
-    every = plan()
-    records, measured = read_records(given.out, every), read_measured(given.out, every)
+class RunsFailed(RuntimeError):
+    """A run ended badly, by its own fault or the machine's."""
+
+
+def _declared(given: argparse.Namespace) -> list[Planned]:
     if not given.smoke:
-        earlier_records, earlier_measured = read_earlier(given.results)
-        records = together(records, earlier_records, every)
-        measured = together(measured, earlier_measured, every)
-    return records, measured, every
+        return plan()
+    return [replace(run, arguments=(*run.arguments, "--smoke")) for run in plan()]
+
+
+def _read_earlier(given: argparse.Namespace) -> tuple[list[Record], list[Measured]]:
+    """What an earlier report says, of real runs or of those of seconds."""
+    path = given.results / "results.json"
+    earlier = read_earlier(given.results)
+    if path.is_file() and json.loads(path.read_text()).get("smoke", False) != given.smoke:
+        kind = "real runs" if given.smoke else "runs of seconds (--smoke)"
+        raise Refused(f"{path} is the report of {kind}: choose another --results")
+    return earlier
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, and a terminal that is closed, end the runs at a checkpoint as Ctrl-C does."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            if number := getattr(signal, name, None):
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    finish(main)
+    finish(main, expected=(RunsFailed,))

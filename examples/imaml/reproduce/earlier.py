@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from examples.imaml.reproduce.plan import Planned
 from examples.imaml.reproduce.records import Measured, Record
+from examples.imaml.resume import Refused
 
 Entry = TypeVar("Entry", Record, Measured)
 
@@ -25,15 +26,28 @@ def read_earlier(results: Path) -> tuple[list[Record], list[Measured]]:
         The trainings.
     measured : list of Measured
         What other programs have measured; without its picture it is left out.
+
+    Raises
+    ------
+    Refused
+        If the file is damaged, or of another version: it would be written over.
     """
     path = results / "results.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    records = [_record(one) for one in found.get("runs", [])]
-    measured = [
-        Measured(name=name, **{**one, "picture": results / one["picture"]})
-        for name, one in found.get("measured", {}).items()
-        if (results / one["picture"]).is_file()
-    ]
+    if not path.is_file():
+        return [], []
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        records = [_record(one) for one in found.get("runs", [])]
+        measured = [
+            Measured(name=name, **{**one, "picture": results / one["picture"]})
+            for name, one in found.get("measured", {}).items()
+            if (results / one["picture"]).is_file()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(
+            f"{path} cannot be read ({error!r}), and the report would be written over it: "
+            "move it away, or choose another --results"
+        ) from error
     return records, measured
 
 

@@ -1,6 +1,7 @@
 """The report on what has run so far: Markdown, JSON and pictures."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ below a table are written by hand, about the figures in it. The systems, and how
 counted, are described in `examples/README.md`; `results.json` has every figure, with curves.
 """
 
+SMOKE = "**Runs of seconds, by `--smoke`: no figure on this page means anything.**\n"
+
 TITLES = {
     "sinusoid/equal-time": "Sinusoids, at equal time",
     "sinusoid/equal-evaluations": "Sinusoids, at equal gradient evaluations",
@@ -61,7 +64,12 @@ OMNIGLOT_CAPTION = (
 
 
 def write_report(
-    records: Sequence[Record], measured: Sequence[Measured], runs: Sequence[Planned], results: Path
+    records: Sequence[Record],
+    measured: Sequence[Measured],
+    runs: Sequence[Planned],
+    results: Path,
+    *,
+    smoke: bool = False,
 ) -> None:
     """Write `README.md`, `results.json` and the pictures.
 
@@ -75,6 +83,8 @@ def write_report(
         All that are declared.
     results
         Where the report goes.
+    smoke
+        Whether the runs were of seconds, and their figures mean nothing.
     """
     folder = RunFolder(results)
     begun = {r.name for r in records} | {m.name for m in measured}
@@ -90,10 +100,11 @@ def write_report(
             }
             for m in measured
         },
+        "smoke": smoke,
         "not_begun": [run.name for run in runs if run.name not in begun],
     }
     folder.write_json("results.json", written)
-    text = [HEAD, *_summary(records, len(measured), len(runs))]
+    text = [HEAD, *([SMOKE] if smoke else []), *_summary(records, len(measured), len(runs))]
 
     def show(name: str, alt: str, picture: Figure) -> None:
         folder.write(name, save_figure(picture))
@@ -160,8 +171,8 @@ def _summary(records: Sequence[Record], measured: int, declared: int) -> list[st
     ]
     machines: dict[str, int] = {}
     for r in records:
-        h, v = r.hardware, r.versions
-        devices = ", ".join([f"{h['processor']}, {h['cores']} cores", *h["gpus"]])
+        h, v = (defaultdict(lambda: "unknown", one) for one in (r.hardware, r.versions))
+        devices = ", ".join([f"{h['processor']}, {h['cores']} cores", *h.get("gpus", [])])
         key = (
             f"{devices}; {h['system']}, Python {h['python']}, torch {v['torch']}, hypergrad "
             f"{v['hypergrad']}; one thread a process; seconds of the {r.clock}"

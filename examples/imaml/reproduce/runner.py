@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -57,13 +57,32 @@ def state_of(out: Path, planned: Planned) -> State:
     found = read_state(out / planned.name)
     if not found:
         return "to do"
-    if tuple(found["arguments"]) != planned.arguments:
-        raise Refused(
-            f"{out / planned.name} holds a run with other arguments "
-            f"({' '.join(found['arguments'])}): remove it, or choose another --out"
-        )
+    refuse_other_arguments(out / planned.name, planned)
     state: State = found["state"]
     return state
+
+
+def refuse_other_arguments(folder: Path, planned: Planned) -> None:
+    """Refuse a folder that holds another run than its name says.
+
+    Parameters
+    ----------
+    folder
+        Of the run, which has begun.
+    planned
+        What it should be.
+
+    Raises
+    ------
+    Refused
+        If it has other arguments.
+    """
+    arguments = read_state(folder)["arguments"]
+    if tuple(arguments) != planned.arguments:
+        raise Refused(
+            f"{folder} holds a run with other arguments "
+            f"({' '.join(arguments)}): remove it, or choose another --out"
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -100,6 +119,8 @@ class Runner:
     budget: float | None
     console: Console
     patience: float = 60.0
+    troubled: list[str] = field(default_factory=list)
+    """The runs that ended badly, by their own fault or the machine's."""
 
     def carry_out(self, runs: Sequence[Planned]) -> None:
         """Carry out what is not finished, in the order given.
@@ -168,6 +189,7 @@ class Runner:
         self.note(run, "broken off")  # which it is if this process is killed
         self.say(f"{began} {run.name}")
         output = (folder / "output.txt").open("a")
+        output.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [
                 sys.executable, *_torchrun(run.processes), "-m", f"examples.imaml.{run.program}",
@@ -180,7 +202,7 @@ class Runner:
             preexec_fn=_listen if os.name == "posix" else None,
             pass_fds=[lock.fileno()] if os.name == "posix" else (),
         )  # fmt: skip
-        return [_Active(run, process, output, lock)]
+        return [_Active(run, process, output, output.tell(), lock)]
 
 
 def _torchrun(processes: int) -> tuple[str, ...]:
@@ -213,6 +235,7 @@ class _Active:
     run: Planned
     process: subprocess.Popen[bytes]
     output: IO[str]
+    begins: int
     lock: IO[str]
 
     def ended(self, runner: Runner, *, asked: bool = False) -> bool:
@@ -221,14 +244,20 @@ class _Active:
         if status is None:
             return False
         self.output.close()
-        lines = (runner.out / self.run.name / "output.txt").read_text().strip().splitlines()
-        last = lines[-1] if lines else ""
+        written = (runner.out / self.run.name / "output.txt").read_bytes()[self.begins :]
+        lines = written.decode(errors="replace").strip().splitlines()
+        # torchrun has a status and a last line of its own.
+        failures = [line for line in lines if "was not finite" in line]
+        stopped = any(line.startswith("interrupted") for line in lines)
         state: State = "finished" if status == 0 else "broken off"
-        if status == NOT_TRAINED and "was not finite" in last:
+        if status == NOT_TRAINED and failures:
             state = "failed"  # as it would again; a full disk, say, may be another tomorrow
-        as_wanted = status in {0, INTERRUPTED} or (asked and state == "broken off")
-        message = "" if as_wanted else last or f"exit status {status}"
+        said = [*failures[:1], *lines[-1:], f"exit status {status}"][0]
+        as_wanted = status in {0, INTERRUPTED} or (state == "broken off" and (asked or stopped))
+        message = "" if as_wanted else said
         runner.note(self.run, state, message)
+        if message:
+            runner.troubled.append(self.run.name)
         self.lock.close()
         runner.say(f"{state}: {self.run.name}" + (f" ({message})" if message else ""))
         return True
