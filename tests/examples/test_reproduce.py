@@ -183,6 +183,18 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path):
     assert [state_of(tmp_path, run) for run in runs] == ["broken off", "broken off", "to do"]
 
 
+def test_a_run_waits_for_the_one_whose_files_it_reads(tmp_path):
+    first, free = (tiny(name, "--meta-steps", "40") for name in ("first", "free"))
+    second = replace(tiny("second", "--meta-steps", "2"), after=first.name)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    Runner(tmp_path, {}, jobs=2, budget=None, console=console).carry_out([first, second, free])
+
+    said = [line.rpartition("/")[2] for line in console.export_text().splitlines()]
+    assert said[:2] == ["first", "free"]  # begun
+    assert said.index("second") > 1
+    assert [state_of(tmp_path, run) for run in (first, second, free)] == ["finished"] * 3
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_has_room_for_its_processes_or_is_carried_out_alone(tmp_path, jobs):
     runs = [tiny(f"run{k}", "--meta-steps", "100000", processes=k) for k in (2, 1)]

@@ -49,6 +49,8 @@ class Planned:
         About so many of the processor it takes, validation and test included.
     processes
         How many share its meta-steps.
+    after
+        The run whose files it reads, and waits for.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Planned:
     arguments: tuple[str, ...]
     seconds: float
     processes: int = 1
+    after: str | None = None
 
     @property
     def table(self) -> str:
@@ -76,7 +79,9 @@ def plan() -> list[Planned]:
         long,
         *_sinusoids_at_equal_time(),
         Planned("inner-steps/sinusoid", "inner_steps", ("--seed", "0"), 120),
-        Planned("inner-steps/omniglot", "adaptation", (f"{{runs}}/{long.name}",), 180),
+        Planned(
+            "inner-steps/omniglot", "adaptation", (f"{{runs}}/{long.name}",), 180, after=long.name
+        ),
         *_sinusoids_at_equal_evaluations(),
         *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),

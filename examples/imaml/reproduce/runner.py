@@ -143,8 +143,8 @@ class Runner:
                 active = [one for one in active if not one.ended(self)]
                 if time.monotonic() >= end:
                     break
-                while waiting and self._has_room(active, waiting[0]):
-                    run = waiting.pop(0)
+                while (run := _ready(active, waiting)) and self._has_room(active, run):
+                    waiting.remove(run)
                     if state_of(self.out, run) in UNFINISHED:  # another call may have been here
                         active += self._start(run)
                 time.sleep(POLL_SECONDS)
@@ -203,6 +203,12 @@ class Runner:
             pass_fds=[lock.fileno()] if os.name == "posix" else (),
         )  # fmt: skip
         return [_Active(run, process, output, output.tell(), lock)]
+
+
+def _ready(active: "Sequence[_Active]", waiting: Sequence[Planned]) -> Planned | None:
+    """The first run that does not wait for another one's files."""
+    open_runs = {one.run.name for one in active} | {run.name for run in waiting}
+    return next((run for run in waiting if run.after not in open_runs), None)
 
 
 def _torchrun(processes: int) -> tuple[str, ...]:
