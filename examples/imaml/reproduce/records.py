@@ -130,7 +130,7 @@ def read_measured(out: Path, runs: Sequence[Planned]) -> list[Measured]:
         folder = out / run.name
         state = read_state(folder)
         if run.program not in TRAININGS and state.get("state") == "finished":
-            refuse_other_arguments(folder, run)
+            refuse_other_arguments(folder, state, run)
             found.append(
                 Measured(
                     run.name,
@@ -167,7 +167,7 @@ def _read(folder: Path, run: Planned) -> Record | None:
     state, config = read_state(folder), _read_json(folder / "config.json")
     if not state or not config:
         return None
-    refuse_other_arguments(folder, run)
+    refuse_other_arguments(folder, state, run)
     method: Method = config["method"]
     recipe, system = Recipe(**config["recipes"][method]), System(**config["systems"][method])
     metrics, timings = (_read_lines(folder / f"{name}.jsonl") for name in ("metrics", "timings"))

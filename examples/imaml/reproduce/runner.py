@@ -57,18 +57,20 @@ def state_of(out: Path, planned: Planned) -> State:
     found = read_state(out / planned.name)
     if not found:
         return "to do"
-    refuse_other_arguments(out / planned.name, planned)
+    refuse_other_arguments(out / planned.name, found, planned)
     state: State = found["state"]
     return state
 
 
-def refuse_other_arguments(folder: Path, planned: Planned) -> None:
+def refuse_other_arguments(folder: Path, found: dict[str, Any], planned: Planned) -> None:
     """Refuse a folder that holds another run than its name says.
 
     Parameters
     ----------
     folder
-        Of the run, which has begun.
+        Of the run, for the message.
+    found
+        What its `run.json` says.
     planned
         What it should be.
 
@@ -77,11 +79,10 @@ def refuse_other_arguments(folder: Path, planned: Planned) -> None:
     Refused
         If it has other arguments.
     """
-    arguments = read_state(folder)["arguments"]
-    if tuple(arguments) != planned.arguments:
+    if tuple(found["arguments"]) != planned.arguments:
         raise Refused(
             f"{folder} holds a run with other arguments "
-            f"({' '.join(arguments)}): remove it, or choose another --out"
+            f"({' '.join(found['arguments'])}): remove it, or choose another --out"
         )
 
 
