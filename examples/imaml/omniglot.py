@@ -47,7 +47,8 @@ from examples.imaml.run_folder import RunFolder
 from examples.imaml.systems import Method, Recipe
 
 VALIDATION_SEED, TEST_SEED = 20151212, 20151213
-VALIDATION_TASKS, TEST_QUERIES = 200, 15
+VALIDATION_TASKS = 200
+QUERIES_A_CLASS, QUERIES_A_TASK = 15, 100  # at most, in validation and test
 TASKS_AT_ONCE = 20
 
 # How these were found: examples/README.md. The published recipe of iMAML (16 steps at 0.1, lambda
@@ -178,7 +179,9 @@ class OmniglotBenchmark:
 
     def _batches(self, images: Tensor, tasks: int, seed: int) -> Iterator[Episodes]:
         generator = torch.Generator(self.device).manual_seed(seed)
-        queries = min(TEST_QUERIES, images.shape[1] - self.shots)
+        queries = min(
+            QUERIES_A_CLASS, max(1, QUERIES_A_TASK // self.ways), images.shape[1] - self.shots
+        )
         crop = centre_crops if self.cropped else None
         for start in range(0, tasks, TASKS_AT_ONCE):
             count = min(TASKS_AT_ONCE, tasks - start)

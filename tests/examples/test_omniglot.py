@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from examples.imaml.episodes import Episodes
+from examples.imaml import meta
 from examples.imaml.experiment import build_learner
 from examples.imaml.omniglot import OmniglotBenchmark, main, read_command_line
 from examples.imaml.omniglot_archive import OmniglotError
+from examples.imaml.omniglot_data import Split
 
 
 @pytest.fixture(autouse=True)
@@ -124,16 +125,29 @@ def test_bfloat16_is_what_casting_by_hand_computes():
     assert measures["linear_residual"].max() < 0.2
 
 
-def test_one_query_at_a_time_does_not_depend_on_the_other_queries():
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_one_query_at_a_time_has_the_support_set_beside_it_and_nothing_else(monkeypatch, at_once):
+    monkeypatch.setattr(meta, "PICTURES_AT_ONCE", at_once)
     settings = read_command_line(["--smoke", "--ways", "2", "--test-tasks", "2"])
     benchmark = OmniglotBenchmark.build(settings)
     learner = build_learner(settings, "imaml", benchmark)
     params = {name: leaf.detach() for name, leaf in benchmark.build_network().named_parameters()}
     batch = benchmark.sample(2, torch.Generator().manual_seed(0))
-    first = Episodes(batch.support_x, batch.support_y, batch.query_x[:, :1], batch.query_y[:, :1])
 
     every = learner.predict_one_at_a_time(params, batch)
-    alone = learner.predict_one_at_a_time(params, first)
 
-    torch.testing.assert_close(every[:, :1], alone, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(every, learner.predict(params, batch))
+    assert every.shape == (2, batch.query_x.shape[1], 2)
+    for i, outputs in enumerate(every):
+        support = batch.support_x[i]
+        adapted = learner.adapt(params, support, batch.support_y[i])
+        for query, found in zip(batch.query_x[i], outputs, strict=True):
+            expected = learner.model(adapted, torch.cat([support, query[None]]))[-1]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(every, learner.predict(params, batch), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("ways", "queries"), [(5, 15), (20, 5)])
+def test_a_test_task_has_at_most_a_hundred_queries(ways, queries):
+    characters = Split(*[torch.zeros(ways, 20, 28, 28, dtype=torch.uint8)] * 3)
+    benchmark = OmniglotBenchmark(characters, ways, 1, 1, 1, torch.device("cpu"))
+    assert benchmark.first_test_task().query_x.shape[1] == ways * queries

@@ -1,6 +1,7 @@
 """The pictures of the report."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,26 +52,32 @@ def draw_sinusoids(tables: Mapping[str, Sequence[Record]]) -> Figure:
     return figure
 
 
-def draw_sinusoid_curves(records: Sequence[Record]) -> Figure:
+def draw_sinusoid_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
     """Draw the error on the validation tasks against seconds and against evaluations.
 
     Parameters
     ----------
-    records
-        Of one table; finished runs are drawn, a line a seed.
+    tables
+        Runs by the title of their panels; finished ones are drawn, a line a seed.
 
     Returns
     -------
     Figure
-        Two panels.
+        Two panels a table.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_seconds, by_evaluations = figure.subplots(1, 2, sharey=True)
+    figure, panels = _panels(2 * len(tables), columns=2, width=5.5)
+    for row, (title, records) in enumerate(tables.items()):
+        _sinusoid_curves(panels[2 * row : 2 * row + 2], title, records)
+    return figure
+
+
+def _sinusoid_curves(panels: Sequence[Axes], title: str, records: Sequence[Record]) -> None:
+    by_seconds, by_evaluations = panels
     named: set[Method] = set()
     for record in (r for r in records if r.state == "finished" and r.curve):
         seconds, steps, values = zip(*record.curve, strict=True)
         a_step = record.evaluations / record.meta_steps
-        style = {"color": COLOURS[record.method], "alpha": 0.7, "linewidth": 1.2}
+        style: dict[str, Any] = {"color": COLOURS[record.method], "alpha": 0.7, "linewidth": 1.2}
         label = None if record.method in named else record.method
         by_seconds.plot(seconds, values, label=label, **style)
         by_evaluations.plot([step * a_step / 1e3 for step in steps], values, **style)
@@ -79,10 +86,10 @@ def draw_sinusoid_curves(records: Sequence[Record]) -> Figure:
     by_evaluations.set_xlabel("thousand evaluations")
     by_seconds.set_ylabel("error on validation tasks")
     by_seconds.legend(fontsize="small")
-    for axes in (by_seconds, by_evaluations):
+    for axes in panels:
+        axes.set_title(title)
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
-    return figure
 
 
 def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
@@ -98,10 +105,8 @@ def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
     Figure
         A panel a table.
     """
-    figure = Figure(figsize=(5.2 * len(tables), 4), layout="constrained")
-    for axes, (title, records) in zip(
-        figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
-    ):
+    figure, panels = _panels(len(tables))
+    for axes, (title, records) in zip(panels, tables.items(), strict=True):
         for record in records:
             _curve(axes, record)
         axes.set_title(title)
@@ -126,10 +131,8 @@ def draw_published(records: Sequence[Record]) -> Figure:
         Settings without a run of ours are left out.
     """
     settings = [s for s in SETTINGS if any(longest(records, m, s) for m in METHODS)]
-    figure = Figure(figsize=(1.5 + 5 * len(settings), 4.2), layout="constrained")
-    for axes, setting in zip(
-        figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True
-    ):
+    figure, panels = _panels(len(settings), columns=2, width=6.5)
+    for axes, setting in zip(panels, settings, strict=True):
         shown = [m for m in METHODS if longest(records, m, setting) or (m, setting) in PUBLISHED]
         for k, method in enumerate(shown):
             ours, published = longest(records, method, setting), PUBLISHED.get((method, setting))
@@ -152,6 +155,14 @@ def draw_published(records: Sequence[Record]) -> Figure:
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize="small", loc="lower left")
     return figure
+
+
+def _panels(count: int, columns: int = 3, width: float = 5.2) -> tuple[Figure, list[Axes]]:
+    """Make so many panels, a row as full as can be before the next."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, 4 * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
 
 
 def _curve(axes: Axes, record: Record) -> None:

@@ -1,6 +1,6 @@
 """The declared list of runs, in the order in which they make the tables whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -18,8 +18,10 @@ MEASUREMENTS: dict[Program, str] = {
 """Titles."""
 
 SEEDS = range(5)
-SINUSOID_SECONDS = 20
+SINUSOID_SECONDS, LONGER_SINUSOID_SECONDS = 20, 60
 SINUSOID_EVALUATIONS = 200_000
+LONGER_SINUSOIDS: tuple[Method, ...] = ("imaml", "imaml-hf", "maml", "maml-nesterov", "fomaml")
+"""Those that 20 seconds did not tell apart from `imaml`."""
 SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
 LONG_MINUTES = 25
 LONGEST_MINUTES, LONGEST_PROCESSES = 100, 2  # two hours by the clock, validation included
@@ -77,36 +79,43 @@ def plan() -> list[Planned]:
     long = _omniglot("imaml", 5, 1, LONG_MINUTES)
     return [
         long,
-        *_sinusoids_at_equal_time(),
+        *_sinusoids_at_equal_time("equal-time", METHODS, SINUSOID_SECONDS),
         Planned("inner-steps/sinusoid", "inner_steps", ("--seed", "0"), 120),
         Planned(
             "inner-steps/omniglot", "adaptation", (f"{{runs}}/{long.name}",), 180, after=long.name
         ),
         *_sinusoids_at_equal_evaluations(),
+        *_sinusoids_at_equal_time(
+            f"equal-time-{LONGER_SINUSOID_SECONDS}-seconds",
+            LONGER_SINUSOIDS,
+            LONGER_SINUSOID_SECONDS,
+        ),
         *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),
         _omniglot("imaml", 5, 1, LONGEST_MINUTES, processes=LONGEST_PROCESSES, validate_every=400),
         *(
-            _omniglot(method, ways, shots, SETTING_MINUTES)
-            for ways, shots in ((5, 5), (20, 1), (20, 5))
+            _omniglot(method, ways, shots, SETTING_MINUTES, validate_every=validate_every)
+            for ways, shots, validate_every in ((5, 5, 100), (20, 1, 100), (20, 5, 50))
             for method in ORDER[:2]
         ),
         _omniglot("imaml", 5, 1, CROPPED_MINUTES, cropped=True),
     ]
 
 
-def _sinusoids_at_equal_time() -> Iterator[Planned]:
+def _sinusoids_at_equal_time(
+    table: str, methods: Sequence[Method], seconds: int
+) -> Iterator[Planned]:
     for seed in SEEDS:
-        for method in METHODS:
+        for method in methods:
             yield Planned(
-                f"sinusoid/equal-time/{method}-seed{seed}",
+                f"sinusoid/{table}/{method}-seed{seed}",
                 "sinusoid",
                 (
                     "--method", method, "--seed", str(seed), "--compare",
-                    "--meta-steps", ENDLESS, "--time-budget", str(SINUSOID_SECONDS),
+                    "--meta-steps", ENDLESS, "--time-budget", str(seconds),
                     "--validate-every", "50",
                 ),
-                SINUSOID_SECONDS + 10,
+                seconds + 10,
             )  # fmt: skip
 
 

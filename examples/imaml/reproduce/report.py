@@ -39,7 +39,8 @@ counted, are described in `examples/README.md`; `results.json` has every figure,
 SMOKE = "**Runs of seconds, by `--smoke`: no figure on this page means anything.**\n"
 
 TITLES = {
-    "sinusoid/equal-time": "Sinusoids, at equal time",
+    "sinusoid/equal-time": "Sinusoids, at equal time, 20 seconds each",
+    "sinusoid/equal-time-60-seconds": "Sinusoids, at equal time, 60 seconds each",
     "sinusoid/equal-evaluations": "Sinusoids, at equal gradient evaluations",
 }
 SINUSOID_CAPTION = (
@@ -114,17 +115,18 @@ def write_report(
     for record in records:
         tables.setdefault(record.table, []).append(record)
     sinusoids = {name: own for name, own in tables.items() if own[0].ways is None}
+    by_time = {name for name in sinusoids if name.startswith("sinusoid/equal-time")}
     for name, own in sinusoids.items():
-        by_time = name == "sinusoid/equal-time"
-        caption = SINUSOID_CAPTION + ON_THE_WAY * by_time
-        text += _section(name, caption, sinusoid_table(own, on_the_way=by_time), own, results)
+        caption = SINUSOID_CAPTION + ON_THE_WAY * (name in by_time)
+        table = sinusoid_table(own, on_the_way=name in by_time)
+        text += _section(name, caption, table, own, results)
     if any(r.figures for own in sinusoids.values() for r in own):
         panels = {_title(name).removeprefix("Sinusoids, "): own for name, own in sinusoids.items()}
         show("sinusoids.png", "Error of each system on each seed", draw_sinusoids(panels))
-        first = next(iter(sinusoids.values()))
+        curves = {t: own for t, own in panels.items() if own[0].table in by_time}
         show(
             "sinusoid_curves.png", "Error against seconds and evaluations",
-            draw_sinusoid_curves(first),
+            draw_sinusoid_curves(curves or panels),
         )  # fmt: skip
     characters = {name: own for name, own in tables.items() if own[0].ways}
     for name, own in characters.items():
