@@ -184,8 +184,10 @@ def _all_series(settings: Settings) -> list[CheckpointSeries]:
 
 def _goes_on(settings: Settings) -> bool:
     """Whether a training goes on from a checkpoint of the output folder itself."""
-    if settings.resume is None or settings.resume == "auto":
-        return settings.resume == "auto"
+    if settings.resume is None:
+        return False
+    if settings.resume == "auto":
+        return True
     own = {one.path.resolve() for one in _all_series(settings)}
     return settings.resume.resolve().parent in own
 

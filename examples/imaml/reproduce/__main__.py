@@ -5,7 +5,6 @@ has run so far as Markdown, JSON and pictures. A later call goes on where this o
 """
 
 import argparse
-import json
 import os
 import signal
 import threading
@@ -21,10 +20,9 @@ from examples.imaml.command_line import OneLineParser, finish, real, whole
 from examples.imaml.omniglot_data import DATA_DIR_VARIABLE, find_data_dir
 from examples.imaml.reproduce.earlier import read_earlier, together
 from examples.imaml.reproduce.plan import Planned, Program, plan
-from examples.imaml.reproduce.records import Measured, Record, read_measured, read_records
+from examples.imaml.reproduce.records import read_measured, read_records
 from examples.imaml.reproduce.report import write_report
 from examples.imaml.reproduce.runner import Runner, state_of
-from examples.imaml.resume import Refused
 
 NEED_OMNIGLOT: tuple[Program, ...] = ("omniglot", "adaptation")
 
@@ -89,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         for run in runs:
             runner.say(f"{state_of(given.out, run):>10}  {run.name}  about {run.seconds:.0f} s")
         return
-    earlier = _read_earlier(given)
+    earlier = read_earlier(given.results, smoke=given.smoke)
     try:
         with _ended_like_ctrl_c():
             if not given.report:
@@ -120,16 +118,6 @@ def _declared(given: argparse.Namespace) -> list[Planned]:
     if not given.smoke:
         return plan()
     return [replace(run, arguments=(*run.arguments, "--smoke")) for run in plan()]
-
-
-def _read_earlier(given: argparse.Namespace) -> tuple[list[Record], list[Measured]]:
-    """What an earlier report says, of real runs or of those of seconds."""
-    path = given.results / "results.json"
-    earlier = read_earlier(given.results)
-    if path.is_file() and json.loads(path.read_text()).get("smoke", False) != given.smoke:
-        kind = "real runs" if given.smoke else "runs of seconds (--smoke)"
-        raise Refused(f"{path} is the report of {kind}: choose another --results")
-    return earlier
 
 
 @contextmanager

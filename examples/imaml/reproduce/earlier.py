@@ -12,13 +12,15 @@ from examples.imaml.resume import Refused
 Entry = TypeVar("Entry", Record, Measured)
 
 
-def read_earlier(results: Path) -> tuple[list[Record], list[Measured]]:
+def read_earlier(results: Path, *, smoke: bool = False) -> tuple[list[Record], list[Measured]]:
     """Read `results.json` of a report.
 
     Parameters
     ----------
     results
         Its folder.
+    smoke
+        Whether the runs of now are of seconds.
 
     Returns
     -------
@@ -30,7 +32,8 @@ def read_earlier(results: Path) -> tuple[list[Record], list[Measured]]:
     Raises
     ------
     Refused
-        If the file is damaged, or of another version: it would be written over.
+        If the file is damaged, of another version, or the report of runs of the other kind: it
+        would be written over.
     """
     path = results / "results.json"
     if not path.is_file():
@@ -48,6 +51,9 @@ def read_earlier(results: Path) -> tuple[list[Record], list[Measured]]:
             f"{path} cannot be read ({error!r}), and the report would be written over it: "
             "move it away, or choose another --results"
         ) from error
+    if found.get("smoke", False) != smoke:
+        kind = "real runs" if smoke else "runs of seconds (--smoke)"
+        raise Refused(f"{path} is the report of {kind}: choose another --results")
     return records, measured
 
 
