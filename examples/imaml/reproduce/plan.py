@@ -171,7 +171,7 @@ def _omniglot(
     validate_every: int = 100,
 ) -> Planned:
     # On 5 ways ten queries a class did better than five, on validation tasks at equal time.
-    queries = 10 if ways == 5 else 5
+    queries = 10 if ways == 5 and not cropped else 5
     pipeline = ("--pipeline", "cropped") if cropped else ()
     setting = f"{ways}-way-{shots}-shot" + ("-cropped" if cropped else "")
     length = f"{minutes}-minutes" + (f"-on-{processes}-cores" if processes > 1 else "")
