@@ -88,7 +88,7 @@ def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
     v : Tensor
         What is projected; every vector along `dim` by itself.
     radius : float or Tensor
-        One number, greater than 0.
+        One number, not negative.
     dim : int
         The dimension.
 
@@ -120,7 +120,8 @@ def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
     # The excess rises along the support and falls after it: its maximum is the threshold.
     positive = v.detach() > excess.amax(dim=-1, keepdim=True)
     share = torch.where(positive, v, torch.zeros_like(v)).sum(dim=-1, keepdim=True)
-    excess = (share - radius) / positive.sum(dim=-1, keepdim=True)
+    # None is positive at radius 0 alone.
+    excess = (share - radius) / positive.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.relu(v - excess).movedim(-1, dim)
 
 

@@ -174,6 +174,18 @@ def test_ties_on_the_simplex_are_treated_alike():
     assert torch.equal(jacrev(projections.simplex)(v), torch.zeros(3, 3, dtype=F64))
 
 
+def test_the_simplex_of_radius_zero_is_the_origin():
+    v = torch.tensor([0.5, 0.5, -3.0], dtype=F64)
+    zero = torch.zeros(3, dtype=F64)
+    assert torch.equal(projections.simplex(v, 0.0), zero)
+    assert torch.equal(projections.simplex(v, torch.tensor(0.0, dtype=F64)), zero)
+    assert torch.equal(
+        jacrev(lambda v: projections.simplex(v, 0.0))(v), torch.zeros(3, 3, dtype=F64)
+    )
+    assert projections.simplex(v, 1e-300).sum() == pytest.approx(1e-300, rel=1e-12)
+    assert projections.simplex(v.log(), 0.0).isnan().any()
+
+
 def test_the_simplex_along_another_dimension():
     v = data(84, 4, 3, dtype=F64)
     columns = torch.stack([projections.simplex(c, 2.0) for c in v.T], dim=1)
