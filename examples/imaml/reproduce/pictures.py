@@ -139,7 +139,7 @@ def draw_published(records: Sequence[Record]) -> Figure:
             if published:
                 axes.errorbar(
                     k - 0.12, published[0], published[1], fmt="s", color="0.5", capsize=3,
-                    label=None if axes.get_legend_handles_labels()[1] else "published",
+                    label="published",
                 )  # fmt: skip
             if ours:
                 mean, width = (100 * v for v in ours.figures["together"])
@@ -153,7 +153,9 @@ def draw_published(records: Sequence[Record]) -> Figure:
         axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
         axes.set_ylabel("accuracy on test tasks, %")
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize="small", loc="lower left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles[:1], labels[:1], fontsize="small", loc="outside upper right")
     return figure
 
 
