@@ -13,6 +13,7 @@ from examples.imaml.inner import Curvature, FirstOrderSteps, InnerSolver, Proxim
 from examples.imaml.systems import Differentiation, Method
 from hypergrad.solvers import Solver
 
+INPUTS_AT_ONCE = 1_200_000  # numbers; pictures of 80 x 80 took four times as long, 20 tasks at once
 PICTURES_AT_ONCE = 100  # more leave the processor's cache: 20-way 5-shot took eight times as long
 
 
@@ -94,7 +95,8 @@ class MetaLearner:
         def one_task(task: Episodes) -> Tensor:
             return self.model(self.adapt(meta, task.support_x, task.support_y), task.query_x)
 
-        return vmap(one_task)(episodes)
+        at_once = max(1, INPUTS_AT_ONCE // episodes.query_x[0].numel())
+        return vmap(one_task, chunk_size=at_once)(episodes)
 
     def predict_one_at_a_time(self, meta: Params, episodes: Episodes) -> Tensor:
         """Adapt to each task, and evaluate each query in a batch of the support set and itself.
