@@ -142,7 +142,7 @@ def test_one_query_at_a_time_has_the_support_set_beside_it_and_nothing_else(monk
         adapted = learner.adapt(params, support, batch.support_y[i])
         for query, found in zip(batch.query_x[i], outputs, strict=True):
             expected = learner.model(adapted, torch.cat([support, query[None]]))[-1]
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(every, learner.predict(params, batch), rtol=1e-2, atol=1e-2)
 
 
