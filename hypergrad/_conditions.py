@@ -34,6 +34,8 @@ class Record:
         ``u -> A^T u``.
     product : callable, optional
         ``v -> A v``; None where it was not asked for.
+    hessian : callable, optional
+        The product with the true Hessian, where `transposed` takes another matrix.
     sides : list of callable
         Of a condition with kinks: ``u -> (D' - D)^T u``, where D is the derivative that was taken
         of the map with the kinks and D' the one a little to a side.
@@ -45,6 +47,7 @@ class Record:
     residual: list[Tensor | None]
     transposed: Product
     product: Product | None
+    hessian: Product | None = None
     sides: Sequence[Product] = ()
     dependent: Callable[[], Tensor] | None = None
 
@@ -59,6 +62,8 @@ class Condition(ABC):
     twice: ClassVar[bool] = True
     #: Whether A = I - J for a map that is meant to contract.
     contraction: ClassVar[bool] = False
+    #: Whether the solution is meant to be a minimum, where no curvature is negative.
+    minimum: ClassVar[bool] = False
     #: What makes a point a kink, for messages.
     kink: ClassVar[str] = ""
 
@@ -108,6 +113,7 @@ class Minimum(Condition):
 
     f: Callable[..., Any]
     symmetric: ClassVar[bool] = True
+    minimum: ClassVar[bool] = True
 
     def functions(self) -> list[Callable[..., Any]]:
         """The objective."""
@@ -227,7 +233,7 @@ class GaussNewton(Condition):
                 found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]
             return found
 
-        return Record(values, gradient, product, product)
+        return Record(values, gradient, product, product, hessian=Replay(gradient, params))
 
 
 @dataclasses.dataclass(frozen=True)

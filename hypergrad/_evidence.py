@@ -1,9 +1,11 @@
-"""The linear solve of a linearised problem, and the figures that say how good it is."""
+"""The linear solve of a linearised problem: its answer, the evidence for it, and the judgement."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,64 +14,189 @@ from ._conditions import Condition
 from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
+from ._randomness import Draw
 from ._replay import Parts
-from ._transforms import is_wrapped
+from ._report import Cause, OnFailure, judge
+from ._second_look import SecondLook, is_noise
+from ._transforms import any_task, is_wrapped
 from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
+from .solvers._factorisation import signs
+from .solvers._identity import Identity
 
-# What an estimate is multiplied by, and up to where, from benchmarks/calibration.py. Above
-# `_HARDLY` it says that little is known, at `_NO_DIGIT` that nothing is.
+# What an estimate is multiplied by, and up to where, from benchmarks/calibration.py and
+# benchmarks/networks.py. Above `_HARDLY` it says that little is known, at `_NO_DIGIT` that nothing
+# is.
 _MARGIN = 9.0
 _HARDLY = 0.9
 _NO_DIGIT = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
 _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
+# Above this relative inner residual the answer is looked at once more, a Newton step further on.
+_LOOK_AGAIN = 1e-6
+# An answer that moves by more than so many times inner_tol on that step is that of an unsolved
+# problem, however small the inner residual; one that moves by less is good enough.
+_MOVES = 30.0
+# Above this relative inner residual params may have run away, where inner_tol is None.
+_AWAY = 0.5
+_BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
-def solve_linear(
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the caller has chosen about a linear solve.
+
+    Attributes
+    ----------
+    solver : Solver
+        The method.
+    inner_tol : float or None
+        Above this relative inner residual the inner problem counts as unsolved.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do about a failure.
+    figures : bool
+        Whether all figures are wanted, those that nothing is judged by too.
+    """
+
+    solver: Solver
+    inner_tol: float | None
+    on_failure: OnFailure
+    figures: bool
+
+    @property
+    def judged(self) -> bool:
+        """Whether evidence is wanted at all."""
+        return self.figures or self.on_failure != "ignore"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the host may read values while a system is solved; a GPU is waited for."""
+        return self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0
+
+
+class Use:
+    """What a solution of the linear system is used for: here, for nothing but itself.
+
+    A hypergradient takes it further, to the cross derivative and the outer loss.
+
+    Parameters
+    ----------
+    lin : Linearisation
+        Where the system comes from.
+    """
+
+    def __init__(self, lin: Linearisation) -> None:
+        self.lin = lin
+
+    def leaves(self, u: Tensor) -> list[Tensor]:
+        """What is computed from `u`."""
+        return []
+
+    def share(self) -> Tensor | float:
+        """The part of `leaves` that depends on `u`, relative to the whole."""
+        return 1.0
+
+    def second_look(self, step: Tensor, found: Solution) -> SecondLook | None:
+        """The same at ``params - step``; None: there is no more to it."""
+        return None
+
+    def falls_by(self, step: Tensor) -> Tensor | None:
+        """By how much the outer loss falls on the way to ``params - step``; None: there is none."""
+        return None
+
+    def negligible(self, step: Tensor) -> Tensor:
+        """Whether a step is nothing at the length on which the outer loss bends."""
+        return torch.zeros_like(step[..., 0], dtype=torch.bool)
+
+    def moves_off(self, null: Tensor) -> Tensor:
+        """Whether the condition has no solution a little further on, by a null vector of A^T.
+
+        So it is where the cross derivative does not vanish along it: then the hyperparameters move
+        the condition in a direction that the inner variables cannot follow.
+
+        Parameters
+        ----------
+        null : Tensor
+            ``(*tasks, n)``.
+
+        Returns
+        -------
+        moves : Tensor
+            bool, for each task.
+        """
+        lead = self.lin.lead
+        # Against a vector in general position that is as large.
+        other = signs(null) * norm(null)[..., None] / null.shape[-1] ** 0.5
+        none = torch.zeros_like(null[..., 0])
+        size, scale = (
+            sum((_size(part, lead) for part in self.lin.cross(v) if part is not None), none)
+            for v in (null, other)
+        )
+        return size > torch.finfo(self.lin.layout.precision).eps ** 0.5 * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A solution, what was made of it, and the evidence.
+
+    Attributes
+    ----------
+    u : Tensor
+        The solution, flat.
+    leaves : list of Tensor
+        What its `Use` has made of it.
+    info : SolveInfo
+        The evidence, without `solution`, `outer_value` and `aux`.
+    """
+
+    u: Tensor
+    leaves: list[Tensor]
+    info: SolveInfo
+
+
+def solved(
     lin: Linearisation,
-    solver: Solver,
+    choices: Choices,
     b: Tensor,
-    params: Tensor,
+    tensors: Sequence[Tensor],
     *,
     transpose: bool,
-    inner_tol: float | None,
+    draw: Draw,
+    use: Use,
+    places: Callable[[Answer], Iterable[tuple[str, Tensor]]],
     x0: Tensor | None = None,
-    looks: bool = True,
-    estimate: bool = False,
-) -> tuple[Tensor, SolveInfo, Solution]:
-    """Solve ``A u = b``, or with the transpose of A, and collect the evidence.
+) -> Answer:
+    """Solve ``A u = b``, or with the transpose of A; measure; warn or raise where that is due.
+
+    This is the one place where a linear system of an implicit derivative is solved and judged.
 
     Parameters
     ----------
     lin : Linearisation
         Where A comes from.
-    solver : Solver
-        The method.
+    choices : Choices
+        The caller's.
     b : Tensor
         Right-hand sides ``(*tasks, n)``, with a further axis in front where several share A.
-    params : Tensor
-        The flat inner variables ``(*tasks, n)``, the scale of the inner residual.
+    tensors : sequence of Tensor
+        Those of the problem, at which it was linearised.
     transpose : bool
         Whether the transpose of A is meant.
-    inner_tol : float or None
-        Above this relative inner residual the answer is no success.
+    draw : Draw
+        The random numbers of the linearisation.
+    use : Use
+        What the solution is for.
+    places : callable
+        For an answer, where to look for the first number that is not finite.
     x0 : Tensor, optional
         Where the iteration starts.
-    looks : bool
-        Whether the host may look at values on the way.
-    estimate : bool
-        Whether all figures are wanted, those of the error and the spectrum too.
 
     Returns
     -------
-    u : Tensor
-        The answer, like `b`.
-    info : SolveInfo
-        Its evidence, without `solution`, `outer_value` and `aux`.
-    found : Solution
-        What the solver said.
+    answer : Answer
+        The solution and its evidence.
     """
-    condition = lin.problem.condition
+    solver, condition = choices.solver, lin.problem.condition
+    symmetric = condition.symmetric
     system = LinearSystem(
         matvec=lin.operator(transpose),
         b=b,
@@ -77,81 +204,264 @@ def solve_linear(
         tree=lin.problem.params,
         x0=x0,
         rmatvec=None if lin.record.product is None else lin.operator(not transpose),
-        symmetric=condition.symmetric,
+        symmetric=symmetric,
         dense=lambda: lin.dense(transpose),
-        looks=looks,
+        looks=choices.looks,
         contraction=condition.contraction,
-        # The Newton step belongs to A itself.
-        condition=lin.residual if estimate and (transpose or condition.symmetric) else None,
+        condition=lin.residual if choices.judged else None,
+        transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         found = solver.run(system)
-    size, length, strength = norm(lin.residual), norm(found.x), norm(b)
-    # Parameters this close to zero are zero: what is left of them is rounding.
-    least = (torch.finfo(params.dtype).eps * lin.layout.n) ** 0.5
-    extent = norm(params).clamp(min=least)
-    inner = size * length / (strength * extent)
-    inner = torch.where(size == 0, torch.zeros_like(inner), inner)
-    success = found.success
-    if inner_tol is not None:
-        # Without a right-hand side there is no curvature to judge by; NaN is no success.
-        success = success & ((inner <= inner_tol) | (strength == 0))
-    success = success & torch.isfinite(length)
-    further = {}
-    jump = degeneracy(lin, found.x, b, transpose=transpose)
-    if jump is not None:
-        success = success & ~(jump > DEGENERATE)
-        further["degeneracy"] = jump
-    if estimate:
-        further |= {
-            "outer_error": dot(found.x, lin.residual),
-            "error_estimate": _error_estimate(found, length / strength, extent, system, solver),
-            "eigenvalues": found.eigenvalues,
-        }
-    info = info_of(found, solution=None, success=success, inner_residual=inner, **further)
-    return found.x, info, found
+        evidence = _Evidence(lin, choices, system, found, tensors, use, transpose, draw)
+        leaves = use.leaves(found.x)
+        info = evidence.gathered()
+    answer = Answer(found.x, leaves, info)
+    sound = finite(info.status.shape, found.x, *leaves)
+    sound = sound & finite(lin.lead, lin.residual, evidence.params)
+    judge(
+        info,
+        found,
+        solver,
+        inner_tol=choices.inner_tol,
+        on_failure=choices.on_failure,
+        cause=evidence.cause,
+        condition=norm(lin.residual),
+        params=norm(evidence.params),
+        sound=sound,
+        places=lambda: places(answer),
+        kink=condition.kink,
+    )
+    return answer
 
 
-def _error_estimate(
-    found: Solution, scale: Tensor, params: Tensor, system: LinearSystem, solver: Solver
-) -> Tensor:
-    """The relative error of ``(dF/dargs)^T u``, from both residuals and the spectrum."""
-    # The scale is ||u|| / ||b||, that of the inverse as the answer shows it.
-    # Relative changes of u and of the parameters are taken for relative changes of the product;
-    # the margin makes up for those that are larger. See benchmarks/calibration.py.
-    if found.inverse is None or found.newton is None or found.largest is None:
-        return torch.full_like(found.residual_norm, math.nan)
-    inverse = torch.where(torch.isfinite(found.inverse), found.inverse, scale)
-    damping = abs(getattr(solver, "damping", 0.0))
-    linear = found.residual_norm * inverse / scale + damping * inverse
-    inner = found.newton / params
-    eps = torch.finfo(system.layout.precision).eps
-    rounding = eps * found.largest * torch.maximum(inverse, scale)
-    total = _MARGIN * (linear + inner + rounding)
-    lost = torch.zeros_like(found.success)
-    for status in _LOST:
-        lost = lost | (found.status == status)
-    return torch.where(lost, total.clamp(min=1), total)
+class _Evidence:
+    """What is known about a solution, gathered in the order in which it is needed."""
+
+    def __init__(
+        self,
+        lin: Linearisation,
+        choices: Choices,
+        system: LinearSystem,
+        found: Solution,
+        tensors: Sequence[Tensor],
+        use: Use,
+        transpose: bool,
+        draw: Draw,
+    ) -> None:
+        self.draw = draw
+        self.lin, self.choices, self.system, self.found = lin, choices, system, found
+        self.tensors, self.use, self.transpose = tensors, use, transpose
+        self.params = lin.layout.flatten([tensors[i] for i in lin.problem.inner], lin.lead)
+        self.length, self.strength = norm(found.x), norm(system.b)
+        self.extent = self.length.new_full((), math.nan)
+        self.matvecs = found.matvecs
+        self.status = found.status
+        self.success = found.success & torch.isfinite(self.length)
+        self.negative = found.negative_curvature
+        self.cause = torch.zeros_like(found.status)
+        self.degeneracy: Tensor | None = None
+
+    def gathered(self) -> SolveInfo:
+        """All of it, as far as it is wanted."""
+        if not self.choices.judged:
+            return info_of(self.found, solution=None, success=self.success)
+        outer_error = dot(self.found.x, self.lin.residual)
+        self._judge_curvature()
+        self._judge_rank()
+        residual, step = self._newton()
+        inner = self._judge_inner(residual, step, outer_error)
+        approximation = self._judge_approximation()
+        self._judge_degeneracy()
+        figures: dict[str, Any] = {}
+        if self.choices.figures:
+            figures = {
+                "outer_error": outer_error,
+                "error_estimate": self._estimate(inner, approximation),
+                "eigenvalues": self.found.eigenvalues,
+            }
+        if self.degeneracy is not None:
+            figures["degeneracy"] = self.degeneracy
+        found = dataclasses.replace(
+            self.found,
+            status=self.status,
+            matvecs=self.matvecs,
+            negative_curvature=self.negative,
+        )
+        return info_of(
+            found,
+            solution=None,
+            success=self.success,
+            inner_residual=residual,
+            **figures,
+        )
+
+    def _fail(self, which: Tensor, cause: Cause) -> None:
+        """Take an answer for wrong, for a first cause."""
+        self.cause = torch.where(which & self.success, int(cause), self.cause)
+        self.success = self.success & ~which
+
+    def _judge_curvature(self) -> None:
+        """Negative curvature: said of a minimum, whatever method has met it."""
+        found, condition = self.found, self.lin.problem.condition
+        if not condition.minimum:
+            return
+        # b . A^-1 b is negative, by more than the residual can be to blame for.
+        eps = torch.finfo(self.system.layout.precision).eps
+        doubt = self.length * self.strength * (found.residual_norm.nan_to_num(math.inf) + 100 * eps)
+        self.negative = self.negative | (dot(found.x, self.system.b) < -doubt)
+        self._fail(self.negative, Cause.CURVATURE)
+        solved = (self.status == Status.CONVERGED) | (self.status == Status.STAGNATED)
+        self.status = torch.where(
+            self.negative & solved, int(Status.NEGATIVE_CURVATURE), self.status
+        )
+
+    def _judge_rank(self) -> None:
+        """Whether the derivative is determined, where the matrix lacks rank."""
+        null = self.found.null
+        if null is None:
+            return
+        lacking = null.any(dim=-1).expand_as(self.status)
+        if self.transpose:
+            moves = self.use.moves_off(null)
+            lacking = lacking & moves
+        self._fail(lacking, Cause.RANK)
+        self.status = torch.where(
+            lacking & (self.status == Status.CONVERGED), int(Status.SINGULAR), self.status
+        )
+
+    def _newton(self) -> tuple[Tensor, Tensor]:
+        """The relative length of the inner Newton step, and the step."""
+        F, found = self.lin.residual, self.found
+        size = norm(F)
+        metric = found.metric
+        weighted = self.params if metric is None else self.params * metric
+        self.extent = norm(weighted)
+        step = found.newton
+        if step is None:
+            step = F / self._curvature(F, size)[..., None]
+        # A step that the method could not make, since nothing was asked of it.
+        blank = (size == 0)[..., None]
+        step = torch.where(blank, torch.zeros_like(step), step)
+        length = norm(step if metric is None else step * metric)
+        extent = self.extent
+        residual = torch.where(length == 0, torch.zeros_like(length), length / extent)
+        return residual.expand_as(self.status), step
+
+    def _curvature(self, F: Tensor, size: Tensor) -> Tensor:
+        """The lowest curvature along b and along F, which costs a product."""
+        along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
+        if isinstance(self.choices.solver, Identity) or size.shape != self.length.shape:
+            return along_b
+        image = self.system.matvec(F)
+        self.matvecs = self.matvecs + 1
+        doubt = 1e-3 * size * norm(image)
+        along_F = dot(F, image)
+        if self.lin.problem.condition.minimum:
+            negative = along_F < -doubt
+            self.negative = self.negative | negative
+            self._fail(negative, Cause.CURVATURE)
+        along_F = along_F.abs() / torch.where(size > 0, size.square(), 1.0)
+        along_b = torch.where(along_b > 0, along_b, math.inf)
+        return torch.minimum(along_b, torch.where(along_F > 0, along_F, math.inf))
+
+    def _judge_inner(self, residual: Tensor, step: Tensor, outer_error: Tensor) -> Tensor:
+        """The relative error that the unsolved inner problem leaves, as far as it is known."""
+        tol, looks = self.choices.inner_tol, self.choices.looks
+        some = self.strength > 0  # without a right-hand side nothing depends on the solution
+        estimate = _MARGIN * residual
+        if tol is None:
+            self._judge_runaway(some & ~(residual <= _AWAY), step, outer_error)
+            return estimate
+        wanted = some & ~(residual <= min(_LOOK_AGAIN, tol))
+        if not self.choices.figures:
+            wanted = wanted & self.success
+        look = self.use.second_look(step, self.found) if looks and any_task(wanted) else None
+        if look is None:
+            unsolved = some & ~(residual <= tol)
+            if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
+                noise = is_noise(self.lin, self.tensors, step, self.draw)
+                unsolved = unsolved & ~noise
+                estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
+            self._fail(unsolved, Cause.INNER)
+            return estimate
+        left = look.left.nan_to_num(1.0)
+        change = look.change.nan_to_num(math.inf) / (1 - left.clamp(max=0.95))
+        change = torch.where((left > 1) & (residual > 1e-2), change.clamp(min=1.0), change)
+        unsolved = wanted & ~(change <= _MOVES * tol)
+        if any_task(unsolved & self.success):
+            nothing = unsolved & self.use.negligible(step)
+            change = torch.where(nothing, torch.zeros_like(change), change)
+            unsolved = unsolved & ~nothing
+        self._fail(unsolved, Cause.INNER)
+        self._fail(some & ~wanted & ~(residual <= tol), Cause.INNER)
+        return torch.where(wanted, change, estimate)
+
+    def _judge_runaway(self, far: Tensor, step: Tensor, outer_error: Tensor) -> None:
+        """Params far out, from which a Newton step leads back, and not where its slope says."""
+        if not self.choices.looks or step.ndim != self.params.ndim:
+            return
+        back = self.params - step
+        back = back if self.found.metric is None else back * self.found.metric
+        far = far & ~(norm(back) > _BACK * self.extent)
+        if not any_task(far & self.success):
+            return
+        fall = self.use.falls_by(step)
+        if fall is not None:
+            believed = (fall - outer_error).abs() <= outer_error.abs()
+            self._fail(far & ~believed, Cause.AWAY)
+
+    def _judge_approximation(self) -> Tensor:
+        """The relative error of `u` that a curvature in place of the Hessian makes."""
+        hessian, found = self.lin.record.hessian, self.found
+        if hessian is None:
+            return torch.zeros_like(self.length)
+        left = self.system.b - self.lin.replayed(hessian, found.x)
+        self.matvecs = self.matvecs + 1
+        if found.further is not None:
+            lost = norm(found.further(left)) / self.length
+        else:
+            lost = norm(left) / self.strength
+        lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
+        tol = self.choices.inner_tol
+        if tol is not None:
+            self._fail(~(lost * self.use.share() <= _MOVES * tol), Cause.APPROXIMATION)
+        return lost
+
+    def _judge_degeneracy(self) -> None:
+        """A kink, or constraints that are dependent."""
+        jump = degeneracy(self.lin, self.found.x, self.system.b, transpose=self.transpose)
+        if jump is not None:
+            self._fail(jump > DEGENERATE, Cause.KINK)
+            self.degeneracy = jump
+
+    def _estimate(self, inner: Tensor, approximation: Tensor) -> Tensor:
+        """The relative error of the answer; NaN where the method does not know."""
+        linear = self.found.linear_error
+        if linear is None:
+            return torch.full_like(self.length, math.nan)
+        linear = torch.where(self.strength > 0, linear, torch.zeros_like(linear))
+        total = (_MARGIN * (linear + approximation)) * self.use.share() + inner
+        lost = torch.zeros_like(self.success)
+        for status in _LOST:
+            lost = lost | (self.status == status)
+        total = torch.where(lost, total.clamp(min=1), total)
+        # Where the answer is hardly known, neither is its true size.
+        return torch.where(total > _HARDLY, total.clamp(min=1), total).clamp(max=_NO_DIGIT)
 
 
-def of_sum(estimate: Tensor, part: Parts, whole: Parts) -> Tensor:
-    """The relative error of a sum of terms, one of which has a known one and the rest none."""
-
-    def size(terms: Parts) -> Tensor:
-        sizes = [norm(_rows(t, estimate.shape)).to(estimate) for t in terms if t is not None]
-        return norm(torch.stack(sizes, dim=-1)) if sizes else torch.zeros_like(estimate)
-
-    share = size(part) / size(whole)
-    total = estimate * torch.where(torch.isnan(share), 1.0, share)
-    # Where the term is hardly known, its true size and so its share are not known either.
-    return torch.where(estimate > _HARDLY, total.clamp(min=1), total).clamp(max=_NO_DIGIT)
+def size_of(terms: Parts, lead: Sequence[int], like: Tensor) -> Tensor:
+    """The norm of all entries of some tensors, for each task."""
+    sizes = [norm(_rows(t, lead)).to(like) for t in terms if t is not None]
+    return norm(torch.stack(sizes, dim=-1)) if sizes else torch.zeros_like(like)
 
 
-def of_term(estimate: Tensor) -> Tensor:
-    """The relative error of the implicit term by itself, for each task."""
-    return torch.where(estimate > _HARDLY, estimate.clamp(min=1), estimate).clamp(max=_NO_DIGIT)
+def _size(part: Tensor, lead: Sequence[int]) -> Tensor:
+    """The norm of a derivative for each task; of all of it where the tasks share a tensor."""
+    own = part.shape[: len(lead)] == torch.Size(lead)
+    return norm(_rows(part, lead)) if own else norm(part.reshape(-1)).expand(tuple(lead))
 
 
 def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:

@@ -9,20 +9,20 @@ plain tensors with task dimensions in front.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._errors import UnsupportedOperation
-from ._evidence import needs_product, of_term, solve_linear
+from ._evidence import Answer, Choices, Use, needs_product, solved
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._problem import Problem, TaskAxis
 from ._randomness import Draw
 from ._replay import ForwardReplay, Replay
-from ._report import OnFailure, judge, may_look, warn
+from ._report import OnFailure, warn
 from ._transforms import (
     alive,
     forward_mode_active,
@@ -32,7 +32,6 @@ from ._transforms import (
     transforms_active,
 )
 from .solvers import Solver
-from .solvers._base import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,11 @@ class Rule:
         """Whether a solve needs products with A itself, and they are to be recorded."""
         return needs_product(self.solver, self.problem.condition, transpose=transpose)
 
+    @property
+    def figures(self) -> bool:
+        """Whether somebody wants to see all figures."""
+        return self.callback is not None
+
     def under(self, axis: TaskAxis) -> Rule:
         """The rule under one more vmap."""
         return dataclasses.replace(self, problem=self.problem.with_axis(axis))
@@ -79,47 +83,27 @@ class Rule:
         sizes = arranged.shape[:shared]
         if shared > 1:
             arranged = arranged.flatten(0, shared - 1)
-        params = lin.layout.flatten([tensors[i] for i in self.problem.inner], lin.lead)
-        u, info, found = solve_linear(
-            lin,
-            self.solver,
-            arranged,
-            params.detach(),
-            transpose=transpose,
-            inner_tol=self.inner_tol,
-            looks=may_look(self.solver, self.on_failure),
-            estimate=self.callback is not None,
-        )
 
-        sound = torch.isfinite(u).all(dim=-1) & torch.isfinite(lin.residual).all(dim=-1)
-        sound = sound & torch.isfinite(params).all(dim=-1)
-
-        def places() -> Any:
+        def places(answer: Answer) -> Iterable[tuple[str, Tensor]]:
             yield "the right-hand side (the incoming derivative)", arranged
-            yield "the inner solution", params
+            for place in self.problem.inner:
+                yield "the inner solution", tensors[place]
             yield "the inner condition", lin.residual
-            yield "the solution of the linear system", u
+            yield "the solution of the linear system", answer.u
 
-        judge(
-            info,
-            found,
-            self.solver,
-            inner_tol=self.inner_tol,
-            on_failure=self.on_failure,
-            condition=norm(lin.residual),
-            sound=sound,
+        answer = solved(
+            lin,
+            Choices(self.solver, self.inner_tol, self.on_failure, self.figures),
+            arranged,
+            [t.detach() for t in tensors],
+            transpose=transpose,
+            draw=self.draw,
+            use=Use(lin),
             places=places,
-            kink=self.problem.condition.kink,
         )
+        u, fill = answer.u, self.problem.params.fill
         if self.callback is not None:
-            fill = self.problem.params.fill
-            self.callback(
-                dataclasses.replace(
-                    info,
-                    error_estimate=of_term(info.error_estimate),
-                    solution=fill(lin.layout.split(u)),
-                )
-            )
+            self.callback(dataclasses.replace(answer.info, solution=fill(lin.layout.split(u))))
         if shared > 1:
             u = u.unflatten(0, sizes)
         inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +16,24 @@ from ._advice import changed_in_place
 from ._captures import refuse_distributed, refuse_past_arguments
 from ._conditions import Minimum, as_condition
 from ._errors import UnsupportedOperation
-from ._evidence import finite, needs_product, of_sum, solve_linear
+from ._evidence import Answer, Choices, Use, needs_product, size_of, solved
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outer import outer_gradient
 from ._problem import Problem
 from ._randomness import Draw
-from ._report import OnFailure, check_on_failure, judge, may_look, warn_of_unused
+from ._replay import Parts
+from ._report import OnFailure, check_on_failure, warn_of_unused
+from ._second_look import SecondLook, shifted
 from ._trace import being_traced, detached, versions
 from ._transforms import refuse_derivatives
 from ._tree import Tree
 from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
-from .solvers._base import mapped_by_caller, norm
+from .solvers._base import Solution, mapped_by_caller, norm
+
+_BENDS = 0.1  # the relative change of a slope that is a bend
+_CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
 
 
 @dataclasses.dataclass
@@ -68,15 +74,14 @@ def hypergradient(
     call = _Call(
         outer=outer,
         problem=Problem.of(condition, P, [H]),
-        solver=choose(solver, condition.symmetric),
+        choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
         x0=None if x0 is None else P.match("x0", x0),
         has_aux=has_aux,
-        inner_tol=inner_tol,
-        on_failure=on_failure,
-        return_info=return_info,
     )
     refuse_distributed(condition.functions(), outer)
-    return call.answer(None) if mapped_by_caller(call.solver) else outside_of_vmaps(call.answer)
+    if mapped_by_caller(call.choices.solver):
+        return call.answer(None)
+    return outside_of_vmaps(call.answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +93,16 @@ class _Call:
 
     outer: Callable[[Any, Any], Any]
     problem: Problem
-    solver: Solver
+    choices: Choices
     x0: list[Tensor] | None
     has_aux: bool
-    inner_tol: float | None
-    on_failure: OnFailure
-    return_info: bool
 
     def answer(self, vmaps: Vmaps | None) -> Hypergradient:
         problem = self.problem if vmaps is None else self.problem.outside(vmaps)
         P, H = problem.params, problem.args[0]
         layout = problem.layout()
         lead = () if vmaps is None else vmaps.sizes
+        choices = self.choices
 
         def plain(tensor: Tensor) -> Tensor:
             return detached(tensor if vmaps is None else vmaps.unwrapped(tensor))
@@ -108,84 +111,202 @@ class _Call:
         tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
         start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
         before = versions(tensors)
-        value, aux, cotangent, direct, sources = outer_gradient(
-            self.outer, problem, tensors, self.has_aux
-        )
-        forward = needs_product(self.solver, problem.condition, transpose=True)
-        lin = Linearisation(problem, tensors, Draw(), forward=forward)
+        of_outer, of_inner = Draw(), Draw()
+        at = _at(self.outer, problem, tensors, self.has_aux, of_outer)
+        forward = needs_product(choices.solver, problem.condition, transpose=True)
+        lin = Linearisation(problem, tensors, of_inner, forward=forward)
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
-        b = layout.flatten(cotangent, lead)
-        u, info, found = solve_linear(
+        use = _Hypergradient(self.outer, self.has_aux, lin, tensors, at, of_outer, of_inner)
+        answer = solved(
             lin,
-            self.solver,
-            b,
-            layout.flatten([tensors[i] for i in problem.inner], lead),
+            choices,
+            layout.flatten(at.cotangent, lead),
+            tensors,
             transpose=True,
-            inner_tol=self.inner_tol,
+            draw=of_inner,
+            use=use,
+            places=use.places,
             x0=start,
-            looks=may_look(self.solver, self.on_failure),
-            estimate=self.return_info,
         )
-        indirect = lin.cross(u)
-        outer_variables = [tensors[i] for i in problem.outer]
-        leaves = [
-            _difference(d, c, h) for d, c, h in zip(direct, indirect, outer_variables, strict=True)
-        ]
-        estimate = info.error_estimate
-        if self.return_info:
-            estimate = of_sum(estimate, indirect, leaves)
-        info = dataclasses.replace(info, error_estimate=estimate, outer_value=value)
-
-        def places() -> Any:
-            for position, place in enumerate(problem.inner):
-                yield P.variable_path(position), tensors[place]
-            for position, place in enumerate(problem.outer):
-                yield H.variable_path(position), tensors[place]
-            yield "the outer loss", value
-            for i, part in enumerate(cotangent):
-                if part is not None:
-                    yield f"the gradient of the outer loss by {P.variable_path(i)}", part
-            for i, part in enumerate(direct):
-                if part is not None:
-                    yield f"the gradient of the outer loss by {H.variable_path(i)}", part
-            for i, part in enumerate(layout.split(lin.residual)):
-                yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
-            for i, part in enumerate(layout.split(lin.transposed(torch.ones_like(b)))):
-                yield f"the product with the inner Hessian at {P.variable_path(i)}", part
-            for i, part in enumerate(layout.split(u)):
-                yield f"the solution of the linear system at {P.variable_path(i)}", part
-            for i, part in enumerate(indirect):
-                if part is not None:
-                    yield f"the cross derivative by {H.variable_path(i)}", part
-
-        judge(
-            info,
-            found,
-            self.solver,
-            inner_tol=self.inner_tol,
-            on_failure=self.on_failure,
-            condition=norm(lin.residual),
-            sound=finite(lead, value, lin.residual, u, *leaves),
-            places=places,
-            kink=problem.condition.kink,
-        )
-        if self.on_failure != "ignore":
-            warn_of_unused(H, "Neither outer nor inner", direct, indirect)
-        sources = [*self.problem.tensors, *sources, *lin.captured]
+        info = dataclasses.replace(answer.info, outer_value=at.value)
+        if choices.on_failure != "ignore":
+            warn_of_unused(H, "Neither outer nor inner", at.direct, use.indirect)
+        sources = [*self.problem.tensors, *at.captured, *lin.captured]
+        leaves = answer.leaves
         with nullcontext() if vmaps is None else vmaps.entered():
-            if self.return_info:
-                solution = layout.split(u)
+            if choices.figures:
+                solution = layout.split(answer.u)
                 if vmaps is not None:
                     solution, info = vmaps.wrapped_tree((solution, info))
                 info = dataclasses.replace(info, solution=P.fill(solution))
             if vmaps is not None:
                 leaves = [vmaps.wrapped(leaf) for leaf in leaves]
             leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
-            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, aux)
+            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, at.aux)
             info = dataclasses.replace(info, aux=aux)
             return Hypergradient(H.fill(leaves), leaves, info)
+
+
+class _Hypergradient(Use):
+    """The direct term minus the cross derivative times the solution.
+
+    Parameters
+    ----------
+    outer, has_aux
+        The outer loss.
+    lin : Linearisation
+        The inner problem at `tensors`.
+    tensors : list of Tensor
+        Those of the problem.
+    at : OuterSlopes
+        The outer loss there.
+    of_outer, of_inner : Draw
+        The random numbers that all evaluations of a loss see.
+    """
+
+    def __init__(
+        self,
+        outer: Callable[[Any, Any], Any],
+        has_aux: bool,
+        lin: Linearisation,
+        tensors: list[Tensor],
+        at: OuterSlopes,
+        of_outer: Draw,
+        of_inner: Draw,
+    ) -> None:
+        super().__init__(lin)
+        self._outer, self._has_aux, self._tensors = outer, has_aux, tensors
+        self._at, self._of_outer, self._of_inner = at, of_outer, of_inner
+        self.indirect: Parts = []
+        self._leaves: list[Tensor] = []
+
+    def leaves(self, u: Tensor) -> list[Tensor]:
+        """The hypergradient."""
+        self.indirect = self.lin.cross(u)
+        self._leaves = self._differences(self._at.direct, self.indirect)
+        return self._leaves
+
+    def share(self) -> Tensor:
+        """The size of the implicit term over that of the whole."""
+        share = self._size(self.indirect) / self._size(self._leaves)
+        return torch.where(torch.isnan(share), torch.ones_like(share), share)
+
+    def second_look(self, step: Tensor, found: Solution) -> SecondLook:
+        """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
+        lin, at, lead = self.lin, self._at, self.lin.lead
+        unknown = torch.full_like(at.value, math.inf)
+        outer = self._outer_at(step)
+        if outer is None:
+            return SecondLook(unknown, unknown)
+        try:
+            inner = Linearisation(lin.problem, shifted(lin, self._tensors, step), self._of_inner)
+        except Exception:  # the loss does not like what it gets there
+            return SecondLook(unknown, unknown)
+        u = found.x
+        product = inner.record.hessian or inner.record.transposed
+        left = lin.layout.flatten(outer.cotangent, lead) - inner.replayed(product, u)
+        missing = lin.cross(found.further(left) if found.further else left * 0)
+        there_leaves = self._differences(outer.direct, inner.cross(u))
+        moved = [a - b for a, b in zip(there_leaves, self._leaves, strict=True)]
+        whole = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
+        size = self._size(self._leaves) + _CANCELLED * (
+            self._size(at.direct) + self._size(self.indirect)
+        )
+        return SecondLook(
+            change=self._size(whole) / size, left=norm(inner.residual) / norm(lin.residual)
+        )
+
+    def falls_by(self, step: Tensor) -> Tensor:
+        """By how much the outer loss falls on the way to ``params - step``."""
+        there = self._outer_at(step)
+        return self._at.value - (there.value if there else math.nan)
+
+    def negligible(self, step: Tensor) -> Tensor:
+        """Whether a step is nothing at the length on which the outer loss bends.
+
+        So it is where the slope of the loss is nearly the same, but not quite, on a step that is
+        longer by as much as a rounding is shorter than one, squared.
+
+        Parameters
+        ----------
+        step : Tensor
+            ``(*tasks, n)``.
+
+        Returns
+        -------
+        nothing : Tensor
+            bool, for each task.
+        """
+        layout, lead = self.lin.layout, self.lin.lead
+        eps = torch.finfo(layout.precision).eps
+        there = self._outer_at(step / eps**0.5)
+        if there is None:
+            return super().negligible(step)
+        here = layout.flatten(self._at.cotangent, lead)
+        bend = norm(layout.flatten(there.cotangent, lead) - here) / norm(here)
+        return (bend > 100 * eps) & (bend < _BENDS)
+
+    def _outer_at(self, step: Tensor) -> OuterSlopes | None:
+        """The outer loss at ``params - step``; None where it fails."""
+        there = shifted(self.lin, self._tensors, step)
+        try:
+            return _at(self._outer, self.lin.problem, there, self._has_aux, self._of_outer)
+        except Exception:  # the loss does not like what it gets there
+            return None
+
+    def places(self, answer: Answer) -> Iterable[tuple[str, Tensor]]:
+        """Everything that went into an answer, by name, in the order of its making."""
+        lin, at, problem, layout = self.lin, self._at, self.lin.problem, self.lin.layout
+        P, H = problem.params, problem.args[0]
+        for position, place in enumerate(problem.inner):
+            yield P.variable_path(position), self._tensors[place]
+        for position, place in enumerate(problem.outer):
+            yield H.variable_path(position), self._tensors[place]
+        yield "the outer loss", at.value
+        for tree, parts in ((P, at.cotangent), (H, at.direct)):
+            for i, part in enumerate(parts):
+                if part is not None:
+                    yield f"the gradient of the outer loss by {tree.variable_path(i)}", part
+        for i, part in enumerate(layout.split(lin.residual)):
+            yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
+        ones = torch.ones_like(answer.u)
+        for i, part in enumerate(layout.split(lin.transposed(ones))):
+            yield f"the product with the inner Hessian at {P.variable_path(i)}", part
+        for i, part in enumerate(layout.split(answer.u)):
+            yield f"the solution of the linear system at {P.variable_path(i)}", part
+        for i, part in enumerate(self.indirect):
+            if part is not None:
+                yield f"the cross derivative by {H.variable_path(i)}", part
+
+    def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:
+        like = [self._tensors[i] for i in self.lin.problem.outer]
+        return [_difference(d, c, h) for d, c, h in zip(direct, indirect, like, strict=True)]
+
+    def _size(self, terms: Parts) -> Tensor:
+        return size_of(terms, self.lin.lead, self.lin.residual[..., 0])
+
+
+def _at(
+    outer: Callable[[Any, Any], Any],
+    problem: Problem,
+    tensors: list[Tensor],
+    has_aux: bool,
+    draw: Draw,
+) -> OuterSlopes:
+    with draw.evaluation():
+        return OuterSlopes(*outer_gradient(outer, problem, tensors, has_aux))
+
+
+class OuterSlopes(NamedTuple):
+    """What `outer_gradient` returns."""
+
+    value: Tensor
+    aux: Any
+    cotangent: list[Tensor | None]
+    direct: list[Tensor | None]
+    captured: list[Tensor]
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:

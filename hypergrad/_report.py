@@ -6,13 +6,13 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._degeneracy import DEGENERATE
 from ._errors import (
     ConvergenceWarning,
     Diverged,
@@ -41,9 +41,16 @@ def check_on_failure(on_failure: str) -> None:
         raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}.")
 
 
-def may_look(solver: Solver, on_failure: OnFailure) -> bool:
-    """Whether the host may read values while a system is solved; a GPU is waited for each time."""
-    return on_failure != "ignore" or getattr(solver, "rtol", None) != 0
+class Cause(IntEnum):
+    """Why an answer is no success, where that is not the end of the linear solve itself."""
+
+    SOLVE = 0
+    CURVATURE = 1
+    RANK = 2
+    INNER = 3
+    AWAY = 4
+    APPROXIMATION = 5
+    KINK = 6
 
 
 def judge(
@@ -53,7 +60,9 @@ def judge(
     *,
     inner_tol: float | None,
     on_failure: OnFailure,
+    cause: Tensor,
     condition: Tensor,
+    params: Tensor,
     sound: Tensor,
     places: Places,
     kink: str = "",
@@ -61,7 +70,8 @@ def judge(
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
     Reads one packed tensor from the device where all is well, nothing with
-    ``on_failure="ignore"``.
+    ``on_failure="ignore"``. The text of a warning is the same at every call, so that Python's
+    filters can show it once; the figures are in the info, and in the text of an error.
 
     Parameters
     ----------
@@ -75,8 +85,10 @@ def judge(
         The relative inner residual above which the inner problem counts as unsolved.
     on_failure : str
         What to do about a failure.
-    condition : Tensor
-        The norm of the inner condition, for each task.
+    cause : Tensor
+        A `Cause` for each task.
+    condition, params : Tensor
+        The norms of the inner condition and of the inner variables, for each task.
     sound : Tensor
         bool, for each task: all numbers of the answer are finite.
     places : callable
@@ -96,29 +108,56 @@ def judge(
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
     if all(good):
         return
-    figures = (
-        sound,
-        info.success,
-        info.status,
-        info.iterations,
-        info.residual_norm,
-        info.inner_residual,
-        *found.eigenvalues.unbind(dim=-1),
-        condition.expand_as(info.status),
-        info.degeneracy,
-    )
-    rows = all_tasks(torch.stack([f.to(torch.float64) for f in figures], dim=-1)).tolist()
-    bad = [row for row in rows if not row[0]]
+    figures = {
+        "sound": sound,
+        "success": info.success,
+        "status": info.status,
+        "cause": cause,
+        "iterations": info.iterations,
+        "residual": info.residual_norm,
+        "inner": info.inner_residual,
+        "low": found.eigenvalues[..., 0],
+        "high": found.eigenvalues[..., 1],
+        "condition": condition.expand_as(info.status),
+        "params": params.expand_as(info.status),
+        "degeneracy": info.degeneracy,
+    }
+    packed = torch.stack([f.to(torch.float64) for f in figures.values()], dim=-1)
+    rows = [_Row(*row) for row in all_tasks(packed).tolist()]
+    bad = [row for row in rows if not row.sound]
     if bad:
-        raise NotFinite(_count(len(bad), len(rows), exact=True) + _not_finite(places))
-    failed = [row for row in rows if not row[1]]
-    worst = max(failed, key=_severity)
+        raise NotFinite(counted(len(bad), len(rows), exact=True) + _not_finite(places))
+    failed = [row for row in rows if not row.success]
+    worst = max(failed, key=_Row.severity)
     exact = on_failure == "raise"
-    error, text = _diagnose(worst, info.method, solver, inner_tol, kink, exact=exact)
-    text = _count(len(failed), len(rows), exact=exact) + text
-    if on_failure == "raise":
+    name = info.method if exact else type(solver).__name__
+    error, text = _diagnose(worst, name, solver, inner_tol, kink, exact=exact)
+    text = counted(len(failed), len(rows), exact=exact) + text
+    if exact:
         raise error(text)
     warn(text)
+
+
+class _Row(NamedTuple):
+    """The figures of one task, as numbers."""
+
+    sound: float
+    success: float
+    status: float
+    cause: float
+    iterations: float
+    residual: float
+    inner: float
+    low: float
+    high: float
+    condition: float
+    params: float
+    degeneracy: float
+
+    def severity(self) -> tuple[bool, float]:
+        """Failures of the linear solve first, then by the size of the figure."""
+        figure = self.residual if math.isfinite(self.residual) else self.inner
+        return self.status != Status.CONVERGED, figure
 
 
 def warn(text: str) -> None:
@@ -148,22 +187,15 @@ def _internal(filename: str) -> bool:
     return filename.startswith(_HERE) or f"{Path('torch')}/" in filename.replace("\\", "/")
 
 
-def _severity(row: Sequence[float]) -> tuple[bool, float]:
-    """Failures of the linear solve first, then by the size of the figure."""
-    status, residual, inner = row[2], row[4], row[5]
-    return status != Status.CONVERGED, residual if math.isfinite(residual) else inner
-
-
-def _count(failed: int, tasks: int, *, exact: bool) -> str:
-    """How many tasks failed; in a warning exact up to three, since it moves from step to step."""
+def counted(failed: int, tasks: int, *, exact: bool) -> str:
+    """How many tasks failed: in an error exactly, in a warning in words that do not move."""
     if tasks == 1:
         return ""
-    few = exact or failed <= 3
-    return f"{failed if few else 'more than 3'} of {tasks} tasks: "
+    return f"{failed} of {tasks} tasks: " if exact else f"Some of {tasks} tasks: "
 
 
 def _diagnose(
-    row: Sequence[float],
+    row: _Row,
     name: str,
     solver: Solver,
     inner_tol: float | None,
@@ -171,35 +203,56 @@ def _diagnose(
     *,
     exact: bool,
 ) -> tuple[type[HypergradError], str]:
-    _, _, status, iterations, residual, inner, low, high, condition, degeneracy = row
-    at = f"relative residual {_figure(residual, exact)}"
-    after = f" after {int(iterations)} iterations" if exact else ""
-    match Status(int(status)):
-        case Status.MAX_ITERATIONS if not _inner_alone(row, inner_tol, solver):
+    """The error and its text; `exact`: with the figures."""
+    at = f" (relative residual {row.residual:.3g})" if exact else ""
+    after = f" after {int(row.iterations)} iterations" if exact else ""
+    match Cause(int(row.cause)):
+        case Cause.CURVATURE:
+            return IndefiniteHessian, _indefinite(name, after, at)
+        case Cause.RANK:
+            return SingularHessian, (
+                "The matrix is singular, so that the derivative of the solution is not determined: "
+                f"the solution is one of several, or the conditions contradict each other a little "
+                f"further on ({name}{', rank lost' if exact else ''}). Where a quantity is "
+                "conserved, put its equation into the condition in place of one that says the same "
+                "as others; else add damping=..., or a regulariser to the inner problem."
+            )
+        case Cause.INNER:
+            return NotConverged, _unsolved(row, inner_tol, exact)
+        case Cause.AWAY:
+            return NotConverged, _away(row, exact)
+        case Cause.APPROXIMATION:
+            return NotConverged, (
+                "The curvature that GaussNewton leaves out of the Hessian changes the answer: the "
+                "residuals at params are large, or the model bends"
+                + (f" (params has norm {row.params:.3g})" if exact else "")
+                + ". Use Minimum, whose curvature is the whole Hessian, or inner_tol=None where "
+                "the approximation is meant."
+            )
+        case Cause.KINK:
+            return _degenerate(row.degeneracy, kink, exact)
+    match Status(int(row.status)):
+        case Status.MAX_ITERATIONS:
             cure = (
                 "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
                 if hasattr(solver, "terms")
                 else "maxiter, loosen rtol, add damping, or pass a preconditioner; "
                 "x0=last_info.solution starts from the last answer."
             )
-            return NotConverged, (f"{name} ran out of iterations{after}, at {at}. Raise {cure}")
+            return NotConverged, f"{name} ran out of iterations{after}{at}. Raise {cure}"
         case Status.NEGATIVE_CURVATURE:
-            return IndefiniteHessian, (
-                f"{name} met negative curvature (p.Ap <= 0){after}, at "
-                f"{at}: the matrix is not positive definite, so params is no minimum of the inner "
-                "problem or the iterate is far from one. Add damping, use MINRES() or "
-                "Exact(), or a GaussNewton condition, whose curvature cannot be negative."
-            )
+            return IndefiniteHessian, _indefinite(name, after, at)
         case Status.SINGULAR:
             return SingularHessian, (
-                f"The matrix is singular and the system has no solution ({name}, {at}). Add "
-                "damping=..., or a regulariser to the inner problem."
+                f"The matrix is singular and the system has no solution ({name}"
+                + (f", relative residual {row.residual:.3g}" if exact else "")
+                + "). Add damping=..., or a regulariser to the inner problem."
             )
         case Status.DIVERGED:
             bound = (
-                f" The largest eigenvalue is {_figure(high, exact)}: a step_size of "
-                f"{_figure(1 / (1.5 * high), exact)} is safe."
-                if math.isfinite(high) and high > 0
+                f" The largest eigenvalue is {row.high:.3g}: a step_size of "
+                f"{1 / (1.5 * row.high):.3g} is safe."
+                if exact and math.isfinite(row.high) and row.high > 0
                 else ""
             )
             cure = "Leave step_size=None to have it estimated, or use CG() or GMRES()."
@@ -208,37 +261,58 @@ def _diagnose(
                     "So they do with any step where the matrix has an eigenvalue whose real part "
                     "is not positive. Use MINRES() where it is symmetric, GMRES(), or damping."
                 )
-            return Diverged, f"{name} diverged: its terms grew ({at}).{bound} {cure}"
+            return Diverged, f"{name} diverged: its terms grew{at}.{bound} {cure}"
         case Status.STAGNATED:
-            if not exact and 0 < residual < math.inf:
-                # Rounding itself, which moves from call to call more than other figures.
-                at = f"relative residual below 1e{math.ceil(math.log10(residual)):d}"
             return NotConverged, (
-                f"{name} stagnated at the rounding floor of the dtype, at {at}. Use float64, "
+                f"{name} stagnated at the rounding floor of the dtype{at}. Use float64, "
                 "loosen rtol, or pass a preconditioner."
             )
-        case Status.BREAKDOWN:
-            return NotConverged, (f"{name} broke down{after}, at {at}. Use GMRES() or Exact().")
-    if degeneracy > DEGENERATE and not (inner_tol is not None and inner > inner_tol):
-        return _degenerate(degeneracy, kink, exact)
-    curvature = (
-        f" The lowest curvature seen is {_figure(low, exact)}." if math.isfinite(low) else ""
+    return NotConverged, f"{name} broke down{after}{at}. Use GMRES() or Exact()."
+
+
+def _indefinite(name: str, after: str, at: str) -> str:
+    return (
+        f"{name} met negative curvature (p.Ap <= 0){after}{at}: the matrix is not positive "
+        "definite, so params is no minimum of the inner problem (a saddle, or a point far from a "
+        "solution). Solve the inner problem further; add damping, or use a GaussNewton condition, "
+        "whose curvature cannot be negative. Where params is not meant to be a minimum, say "
+        "Root(..., symmetric=True), which MINRES() and Exact() solve."
     )
-    # In a warning one rounded figure is enough: each more would show it again in a loop.
-    norm_and_scale = (
-        f" (the norm of the condition is {condition:.3g}; its scale, curvature times params, is "
-        f"{condition / inner:.3g})"
+
+
+def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
+    figures, curvature = "", ""
+    if exact:
+        figures = (
+            f": its relative inner residual is {row.inner:.3g} and inner_tol is {inner_tol:g} (the "
+            f"norm of the condition is {row.condition:.3g}; its scale, curvature times params, is "
+            f"{row.condition / row.inner:.3g}; the norm of params is {row.params:.3g})"
+        )
+        if math.isfinite(row.low):
+            curvature = f" The lowest curvature seen is {row.low:.3g}."
+    return (
+        f"params does not solve the inner problem{figures}. The implicit gradient is exact only at "
+        "a solution; its error is of the order of the condition's norm divided by the lowest "
+        f"curvature.{curvature} Give the inner solver more steps, or a smaller step size (learning "
+        "rate) where the norm of params grows; and check that it minimises the loss that inner "
+        "computes: the same data and penalties (weight decay that the optimiser adds by itself is "
+        "no part of inner), outer and inner not exchanged, a module called by "
+        "torch.func.functional_call with the given params. Pass inner_tol=None where it is "
+        "truncated on purpose."
+    )
+
+
+def _away(row: _Row, exact: bool) -> str:
+    figures = (
+        f" (the norm of params is {row.params:.3g}, the relative inner residual {row.inner:.3g})"
         if exact
         else ""
     )
-    return NotConverged, (
-        f"params does not solve the inner problem: its relative inner residual is "
-        f"{_figure(inner, exact)} and inner_tol is {inner_tol:g}{norm_and_scale}. The implicit "
-        "gradient is exact only at a solution; its error is of the order of the condition's norm "
-        f"divided by the lowest curvature.{curvature} Solve the inner problem further, and "
-        "with the loss that inner computes: the same data and penalties, outer and inner not "
-        "exchanged, a module called by torch.func.functional_call with the given params. Pass "
-        "inner_tol=None where it is truncated on purpose."
+    return (
+        f"The inner solver has run away{figures}: from params a Newton step of the inner problem "
+        "does not change the outer loss as its slope says, so that no implicit gradient there can "
+        "be believed. Take a smaller step size (learning rate) in the inner solver, and look at "
+        "the norm of params."
     )
 
 
@@ -250,25 +324,13 @@ def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradErro
             "derivative, unless the constraints stay consistent as the hyperparameters move. "
             "Leave out the constraints that say the same as others."
         )
+    part = f"a part of {jump:.3g}" if exact else "a part"
     return NotDifferentiable, (
         f"params sits at a kink of the inner problem, where the solution has another derivative on "
-        f"each side: {kink}. The answer is that of one side, and of the linear system a part of "
-        f"{_figure(jump, exact)} is different on the other (info.degeneracy). Move the "
-        "hyperparameters a little, or pass on_failure='ignore' where either side will do."
+        f"each side: {kink}. The answer is that of one side, and of the linear system {part} is "
+        "different on the other (info.degeneracy). Move the hyperparameters a little, or pass "
+        "on_failure='ignore' where either side will do."
     )
-
-
-def _inner_alone(row: Sequence[float], inner_tol: float | None, solver: Solver) -> bool:
-    """Whether a linear solve that used up its budget is no failure by itself."""
-    unsolved = inner_tol is not None and row[5] > inner_tol
-    return (unsolved or row[9] > DEGENERATE) and getattr(solver, "rtol", None) is None
-
-
-def _figure(value: float, exact: bool) -> str:
-    """A figure, rounded to a power of ten so that a loop warns once."""
-    if exact or not math.isfinite(value) or value == 0:
-        return f"{value:.3g}"
-    return f"about 1e{round(math.log10(abs(value))):d}" if value > 0 else f"{value:.0e}"
 
 
 def _not_finite(places: Places) -> str:

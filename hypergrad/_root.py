@@ -13,14 +13,13 @@ from torch.utils import _pytree as pytree
 from ._captures import captured_by, carries_something, names_of_captured
 from ._conditions import Root, as_condition
 from ._errors import StructureMismatch, UnsupportedOperation
-from ._evidence import of_term, solve_linear
 from ._functions import LinearSolve, Rule
 from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._overloads import Params, RuleOptions
 from ._problem import Problem
 from ._randomness import Draw
-from ._report import OnFailure, check_on_failure, judge, may_look
+from ._report import OnFailure, check_on_failure
 from ._trace import detached
 from ._transforms import (
     carries_derivative,
@@ -31,7 +30,6 @@ from ._transforms import (
 )
 from ._tree import Tree
 from .solvers import Solver, choose
-from .solvers._base import norm
 
 
 @overload
@@ -328,31 +326,7 @@ def _solved(
         )
     tensors = [detached(t) for t in problem.tensors]
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
-    params = lin.layout.flatten([tensors[i] for i in problem.inner])
-    u, info, found = solve_linear(
-        lin,
-        rule.solver,
-        b,
-        params,
-        transpose=transpose,
-        inner_tol=None,
-        looks=may_look(rule.solver, rule.on_failure),
-        estimate=True,
-    )
-    info = dataclasses.replace(
-        info,
-        error_estimate=of_term(info.error_estimate),
-        solution=problem.params.fill(lin.layout.split(u)),
-    )
-    judge(
-        info,
-        found,
-        rule.solver,
-        inner_tol=None,
-        on_failure=rule.on_failure,
-        condition=norm(lin.residual),
-        sound=torch.isfinite(u).all(),
-        places=lambda: [("the right-hand side", b), ("the condition", lin.residual), ("u", u)],
-        kink=problem.condition.kink,
-    )
-    return lin, u, info
+    infos: list[SolveInfo] = []
+    rule = dataclasses.replace(rule, callback=infos.append)
+    u = rule.solve(lin, tensors, b, transpose)
+    return lin, u, infos[0]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
 from .._evidence import finite
 from .._info import SolveInfo, Status
-from .._report import OnFailure, _count, _figure, warn
+from .._report import OnFailure, counted, warn
 from .._trace import being_traced
 from .._transforms import all_tasks, refuse_derivatives
 from .._tree import Tree
@@ -191,7 +191,8 @@ def judge_figure(
         return
     exact = on_failure == "raise"
     worst = max(failed, key=lambda value: math.inf if math.isnan(value) else value)
-    message = _count(len(failed), len(rows), exact=exact) + text(_figure(worst, exact))
+    shown = f"{worst:.3g}" if exact else f"more than {limit:.3g}"
+    message = counted(len(failed), len(rows), exact=exact) + text(shown)
     if on_failure == "raise":
         raise error(message)
     warn(message)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._info import Status
-from .._transforms import any_task
+from .._transforms import any_task, every_task
 from ._base import (
     LinearSystem,
     Solution,
@@ -222,17 +222,31 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         negative_curvature=before.negative_curvature | after.negative_curvature,
         method=before.method,
         spectrum=spectrum,
-        inverse=_later(taken, before.inverse, after.inverse),
+        null=_later(taken, before.null, after.null, missing=0.0),
+        linear_error=_later(taken, before.linear_error, after.linear_error),
         newton=_later(taken, before.newton, after.newton),
-        largest=_later(taken, before.largest, after.largest),
+        metric=_later(taken, before.metric, after.metric, missing=1.0),
+        further=_further(taken, before, after),
     )
 
 
-def _later(taken: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor | None:
-    if before is None and after is None:
+def _later(
+    taken: Tensor, before: Tensor | None, after: Tensor | None, missing: float = math.nan
+) -> Tensor | None:
+    """A figure, or a vector, of whichever answer each task has."""
+    known = before if after is None else after
+    if known is None:
         return None
-    nan = torch.full(taken.shape, math.nan, device=taken.device)
-    return torch.where(taken, nan if after is None else after, nan if before is None else before)
+    absent = torch.full_like(known, missing)
+    taken = taken if known.ndim == taken.ndim else taken[..., None]
+    return torch.where(
+        taken, absent if after is None else after, absent if before is None else before
+    )
+
+
+def _further(taken: Tensor, before: Solution, after: Solution) -> Callable[[Tensor], Tensor] | None:
+    """The inverse of the later answer, where every task has that."""
+    return after.further if every_task(taken) else None
 
 
 def choose(solver: Solver | None, symmetric: bool) -> Solver:

@@ -53,7 +53,9 @@ class LinearSystem:
     contraction : bool
         Whether A = I - J with J the derivative of a map that is meant to contract.
     condition : Tensor, optional
-        The inner condition F at the parameters, where the Newton step ``A^-1 F`` is of interest.
+        The inner condition F at the parameters, where the inner Newton step is of interest.
+    transposed : bool
+        Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int
         How many right-hand sides, along the first axis of `b`, have one matrix in common.
     """
@@ -69,6 +71,7 @@ class LinearSystem:
     looks: bool = True
     contraction: bool = False
     condition: Tensor | None = None
+    transposed: bool = False
     shared: int = 1
 
 
@@ -76,8 +79,8 @@ class LinearSystem:
 class Solution:
     """A flat answer and its evidence; every figure has the tasks' shape.
 
-    What costs something is a function, called by who wants to know. `inverse`, `newton` and
-    `largest` are there where the system came with a condition F, and the method knows them.
+    What costs something is a function, called by who wants to know. `linear_error` and what
+    follows it are there where the system came with a condition F, and the method knows them.
 
     Attributes
     ----------
@@ -85,12 +88,18 @@ class Solution:
         The lowest and the highest Ritz value, ``(*tasks, 2)``.
     condition_number : callable, optional
         That of A as far as the method has seen it: a lower bound.
-    inverse : Tensor, optional
-        ``||A^-1 v|| / ||v||`` for a v like the residual.
+    null : Tensor, optional
+        A vector ``(*tasks, n)`` in the null space of A, in general position; zero for the tasks
+        of full rank. None: none was seen.
+    linear_error : Tensor, optional
+        The relative error of `x`, from the residual, the rounding and the inverse that was seen.
     newton : Tensor, optional
-        The length of ``A^-1 F``.
-    largest : Tensor, optional
-        The largest ``||A v|| / ||v||`` that was met.
+        ``A^-1 F``, the way from the solution to the parameters, ``(*tasks, n)``.
+    metric : Tensor, optional
+        What entries of the inner variables are multiplied by before a length is taken of them,
+        ``(*tasks, n)``; None: one.
+    further : callable, optional
+        ``v -> A^-1 v`` for further right-hand sides.
     """
 
     x: Tensor
@@ -103,9 +112,11 @@ class Solution:
     method: str
     spectrum: Callable[[], Tensor] | None = None
     condition_number: Callable[[], Tensor] | None = None
-    inverse: Tensor | None = None
+    null: Tensor | None = None
+    linear_error: Tensor | None = None
     newton: Tensor | None = None
-    largest: Tensor | None = None
+    metric: Tensor | None = None
+    further: Callable[[Tensor], Tensor] | None = None
 
     @functools.cached_property
     def eigenvalues(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task, every_task, transforms_active
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
-from ._cg_in_numbers import in_numbers, suits
+from ._cg_in_numbers import FLAT, in_numbers, suits
 from ._iterative import Iterative, Part
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
@@ -93,9 +93,8 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
-            inverse=inverse,
+            linear_error=self._linear_error(part.x, size, inverse, part.largest, precision),
             newton=newton,
-            largest=None if inverse is None else part.largest,
         )
 
     def _iterate(
@@ -124,7 +123,7 @@ class CG(Iterative):
         rr = rz if precondition is None else dot(r, r)
         best, best_rr = x, rr
         steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
-        flat = torch.finfo(r.dtype).eps * r.shape[-1]
+        flat = FLAT * torch.finfo(r.dtype).eps
         pp = dot(p, p)
         stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
         bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not

@@ -18,7 +18,10 @@ from ._iterative import Part
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 
-_TOGETHER = 32  # directions that are kept and added at once
+#: Curvature below so many roundings of the largest is none.
+FLAT = 10
+_TOGETHER = 32  # short directions that are kept and added at once
+_SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fill the memory
 
 
 def suits(b: Tensor) -> bool:
@@ -43,7 +46,7 @@ def in_numbers(
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = torch.finfo(r.dtype).eps * r.shape[-1]
+    flat = FLAT * torch.finfo(r.dtype).eps
     curvatures, sizes, betas = [], [], []
     observer = None if condition is None else Observer(condition, r)
     true = torch.tensor(True, device="cpu")
@@ -119,6 +122,7 @@ class _Sum:
         self._weights: list[float] = []
         self._directions: list[Tensor] = []
         self._at_best = True  # whether all that was added so far is the best
+        self._together = _TOGETHER if like.numel() <= _SHORT else 1
 
     def add(self, weight: float, direction: Tensor, *, better: bool) -> None:
         """Add a multiple of a direction; `better`: than every sum before it."""
@@ -127,12 +131,15 @@ class _Sum:
         self._at_best = better
         self._weights.append(weight)
         self._directions.append(direction)
-        if len(self._weights) == _TOGETHER:
+        if len(self._weights) == self._together:
             self.value()
 
     def value(self) -> Tensor:
         """The sum."""
-        if self._weights:
+        if len(self._weights) == 1:
+            self._sum = torch.add(self._sum, self._directions[0], alpha=self._weights[0])
+            self._weights, self._directions = [], []
+        elif self._weights:
             weights = self._sum.new_tensor(self._weights)
             self._sum = torch.addmv(self._sum, torch.stack(self._directions).T, weights)
             self._weights, self._directions = [], []

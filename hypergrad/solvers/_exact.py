@@ -14,6 +14,7 @@ from .._errors import UnsupportedOperation
 from .._info import Status
 from .._transforms import any_task, is_wrapped
 from ._base import LinearSystem, Solution, Solver, finite, norm, tolerance
+from ._factorisation import Factorisation, signs, times, without_noise
 
 _SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothing
 
@@ -22,9 +23,12 @@ _SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothin
 class Exact(Solver):
     """The matrix formed by n products, and one factorisation; for small systems.
 
-    A regular matrix is factorised by LU. Where the factors say that it is singular to the
-    precision of the dtype, a singular value decomposition gives the answer of minimum norm, and
-    the status is ``SINGULAR`` if that answer does not solve the system.
+    Rows and columns are scaled to one size first, so that no verdict depends on the units of a
+    variable. A symmetric positive definite matrix is factorised by Cholesky, any other by LU.
+    Where the factors say that it is singular to the precision of the dtype, a singular value
+    decomposition gives the answer of minimum norm, and the status is ``SINGULAR`` if that answer
+    does not solve the system. A matrix that is known to be symmetric and has a negative eigenvalue
+    is solved, and ``info.negative_curvature`` says so.
 
     Parameters
     ----------
@@ -62,37 +66,35 @@ class Exact(Solver):
         tasks = math.prod(b.shape[:-1])
         refuse_if_too_large(n, tasks // system.shared, b)
         assert system.dense is not None
-        A = system.dense()
+        symmetric = system.symmetric is True
+        A = without_noise(system.dense(), system.matvec, symmetric=symmetric, looks=system.looks)
         if self.damping:
             A = A + self.damping * torch.eye(n, dtype=A.dtype, device=A.device)
         A = _batched_like(A, b, system.condition)
+        finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)
+        safe_A = torch.where(finite_A[..., None, None], A, torch.zeros_like(A))
         unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        unit_b = b / unit
-        x, regular, solve_transposed = _by_lu(A, unit_b)
-        precision = system.layout.precision
-        good_enough = max(tolerance(None, precision), 10 * n * torch.finfo(b.dtype).eps)
-        sound = torch.isfinite(A).flatten(-2).all(dim=-1) & torch.isfinite(scale)
-        if system.looks and any_task(sound & ~regular):
-            finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
-            fallback = _of_minimum_norm(torch.where(finite_A, A, 0.0), unit_b)
-            # Of minimum norm where that solves the system, else whatever comes closest.
-            missed = norm(unit_b - _times(A, fallback))
-            other = norm(unit_b - _times(A, x))
-            worse = (missed > good_enough) & (other < missed)
-            x = torch.where((regular | worse)[..., None], x, fallback)
-        size = norm(unit_b - _times(A, x))
-        solved = size <= good_enough
+        unit_b = torch.where(present[..., None], b / unit, torch.zeros_like(b))
+        factors = Factorisation(safe_A, symmetric=symmetric, looks=system.looks)
+        x = factors.solve(unit_b)
+        residual = unit_b - times(safe_A, x)
+        # In the units of the equilibrated matrix, so that it is the same in all units.
+        missed, given, length = (
+            torch.linalg.vector_norm(v, dim=-1)
+            for v in (factors.rows * residual, factors.rows * unit_b, x / factors.columns)
+        )
+        sound = finite_A & torch.isfinite(scale)
+        tol, eps = tolerance(None, system.layout.precision), torch.finfo(b.dtype).eps
         # As close as the dtype can come to the answer of a matrix that is nearly singular.
-        largest = A.abs().flatten(-2).amax(dim=-1)
-        floor = 10 * n * torch.finfo(A.dtype).eps * largest * norm(x)
-        near = regular & (size <= floor.clamp(max=30 * tolerance(None, precision)))
+        near = factors.regular & (missed <= (100 * eps * length).minimum(30 * tol * given))
         status = torch.where(near, int(Status.STAGNATED), int(Status.SINGULAR))
-        status = torch.where(solved, int(Status.CONVERGED), status)
+        status = torch.where(missed <= tol * given, int(Status.CONVERGED), status)
         status = torch.where(sound, status, int(Status.NOT_FINITE))
         x = torch.where(sound[..., None], x * unit, torch.full_like(x, math.nan))
         absent = scale == 0
         status = torch.where(absent, int(Status.CONVERGED), status)
-        inverse, newton, extent = _accuracy(system.condition, A, x, regular, solve_transposed)
+        size = norm(residual)
+        known = _Accuracy.of(system, factors, A, x) if system.condition is not None else _Accuracy()
         return Solution(
             x=torch.where(absent[..., None], torch.zeros_like(x), x),
             status=status,
@@ -100,13 +102,46 @@ class Exact(Solver):
             iterations=torch.zeros_like(status),
             matvecs=n,
             residual_norm=torch.where(absent, torch.zeros_like(size), size),
-            negative_curvature=torch.zeros_like(absent),
+            negative_curvature=factors.negative.expand_as(absent),
             method="Exact",
-            spectrum=lambda: _extreme_eigenvalues(A, sound, known=system.symmetric is True),
-            inverse=inverse,
-            newton=newton,
-            largest=extent,
+            spectrum=lambda: _extreme_eigenvalues(A, sound, known=symmetric),
+            null=factors.null(),
+            linear_error=known.linear_error,
+            newton=known.newton,
+            metric=known.metric,
+            further=known.further,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Accuracy:
+    """What the factors say beside the answer; the names are those of a `Solution`."""
+
+    linear_error: Tensor | None = None
+    newton: Tensor | None = None
+    metric: Tensor | None = None
+    further: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, system: LinearSystem, factors: Factorisation, A: Tensor, x: Tensor) -> _Accuracy:
+        """Three more solves with the factors."""
+        eps = torch.finfo(system.layout.precision).eps
+        residual = system.b - times(A, x)
+        terms = times(A.abs(), x.abs()) + system.b.abs()
+        # The error that is left, and that of an answer to entries that are rounded themselves.
+        left = factors.further(residual)
+        rounding = factors.further(eps * signs(terms) * terms)
+        size = torch.linalg.vector_norm(x / factors.columns, dim=-1)
+        error = sum(torch.linalg.vector_norm(e / factors.columns, dim=-1) for e in (left, rounding))
+        error = torch.where(size > 0, error / size, torch.zeros_like(size))
+        symmetric = system.symmetric is True
+        assert system.condition is not None
+        if system.transposed and not symmetric:
+            newton = factors.further(system.condition, transposed=True)
+            metric = 1 / factors.rows
+        else:
+            newton, metric = factors.further(system.condition), 1 / factors.columns
+        return cls(linear_error=error, newton=newton, metric=metric, further=factors.further)
 
 
 def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
@@ -118,29 +153,6 @@ def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
     values = torch.linalg.eigvalsh(torch.where(finite, A, torch.zeros_like(A)))
     return torch.where(
         sound[..., None], torch.stack([values[..., 0], values[..., -1]], dim=-1), nan
-    )
-
-
-def _accuracy(
-    condition: Tensor | None,
-    A: Tensor,
-    x: Tensor,
-    regular: Tensor,
-    solve_transposed: Callable[[Tensor], Tensor],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The last figures of a `Solution`, for a system whose transpose the condition belongs to."""
-    if condition is None:
-        return None, None, None
-    size, nan = norm(x), torch.full_like(x[..., 0], math.nan)
-    direction = x / torch.where(size > 0, size, torch.ones_like(size))[..., None]
-    # One step of inverse iteration, from an answer in which the lowest modes are large.
-    inverse = norm(solve_transposed(direction))
-    newton = norm(solve_transposed(condition.expand_as(x)))
-    extent = torch.linalg.matrix_norm(A).expand_as(size)
-    return (
-        torch.where(regular, inverse, nan),
-        torch.where(regular, newton, nan),
-        torch.where(regular, extent, nan),
     )
 
 
@@ -167,52 +179,6 @@ def _batched_like(A: Tensor, *vectors: Tensor | None) -> Tensor:
         if v is not None and is_wrapped(v):
             A = A + torch.zeros_like(v)[..., None]
     return A
-
-
-def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """A solution by LU with one step of refinement, whether A is regular, and A^-T."""
-    # Right-hand sides that share a matrix are columns of one system, not copies of the matrix.
-    eps = torch.finfo(A.dtype).eps
-    factors, pivots, _ = torch.linalg.lu_factor_ex(A)
-    diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
-    # Judged by the pivots alone a matrix may look regular; a huge answer gives it away.
-    regular = diagonal.amin(dim=-1) > 10 * A.shape[-1] * eps * diagonal.amax(dim=-1)
-    safe = torch.where(
-        regular[..., None, None], factors, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    )
-
-    def solved(columns: Tensor) -> Tensor:
-        return torch.linalg.lu_solve(safe, pivots, columns)
-
-    x = _by_columns(A, solved, b)
-    x = x + _by_columns(A, solved, b - _times(A, x))
-    largest = A.abs().flatten(-2).amax(dim=-1)
-
-    def solve_transposed(v: Tensor) -> Tensor:
-        return _by_columns(
-            A, lambda columns: torch.linalg.lu_solve(safe, pivots, columns, adjoint=True), v
-        )
-
-    return x, regular & (norm(x) * largest * 10 * eps < 1), solve_transposed
-
-
-def _by_columns(A: Tensor, apply: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-    """A linear function of columns ``(*tasks, n, k)``, of vectors that may share A."""
-    if v.ndim < A.ndim:
-        return apply(v[..., None])[..., 0]
-    return apply(v.movedim(0, -1)).movedim(-1, 0)
-
-
-def _times(A: Tensor, v: Tensor) -> Tensor:
-    return _by_columns(A, A.__matmul__, v)
-
-
-def _of_minimum_norm(A: Tensor, b: Tensor) -> Tensor:
-    """The least-squares solution of minimum norm."""
-    U, S, Vh = torch.linalg.svd(A)
-    cut = A.shape[-1] * torch.finfo(A.dtype).eps * S.amax(dim=-1, keepdim=True)
-    inverse = torch.where(cut < S, 1 / S.clamp(min=torch.finfo(S.dtype).tiny), 0.0)
-    return _by_columns(A, lambda columns: Vh.mT @ (inverse[..., None] * (U.mT @ columns)), b)
 
 
 def refuse_if_too_large(n: int, tasks: int, b: Tensor) -> None:

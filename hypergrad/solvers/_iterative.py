@@ -203,10 +203,26 @@ class Iterative(Solver):
             method=type(self).__name__,
             spectrum=ritz,
             condition_number=condition_number,
-            inverse=inverse,
+            linear_error=self._linear_error(x / unit, size, inverse, largest, precision),
             newton=newton,
-            largest=largest,
         )
+
+    def _linear_error(
+        self,
+        x: Tensor,
+        size: Tensor,
+        inverse: Tensor | None,
+        largest: Tensor | None,
+        precision: torch.dtype,
+    ) -> Tensor | None:
+        """The relative error of an answer to a right-hand side of norm one, as an observer saw."""
+        if inverse is None or largest is None:
+            return None
+        length = norm(x)
+        inverse = torch.where(torch.isfinite(inverse), inverse, length)
+        eps = torch.finfo(precision).eps
+        rounding = eps * largest * torch.maximum(inverse, length)
+        return size * inverse / length + abs(self.damping) * inverse + rounding
 
     def _as_expected(
         self, active: Tensor, part: Part, size: Tensor, tol: Tensor, limit: int

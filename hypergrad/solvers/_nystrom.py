@@ -13,6 +13,7 @@ from .._transforms import any_task, outside_transforms
 from ._base import Counted, LinearSystem, Product, Solution, Solver, at_least, norm, tolerance
 
 _SEED = 0x5EED
+_ZERO = 30  # values below so many roundings of the largest are zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,12 @@ def _approximation(matvec: Counted, b: Tensor, rank: int) -> tuple[Tensor, Tenso
     sketch = torch.where(torch.isfinite(sketch), sketch, torch.zeros_like(sketch))
     core = test.T @ sketch
     spectrum, basis = torch.linalg.eigh((core + core.mT) / 2)
-    floor = n * torch.finfo(b.dtype).eps * spectrum.abs().amax(dim=-1, keepdim=True)
+    floor = _ZERO * torch.finfo(b.dtype).eps * spectrum.abs().amax(dim=-1, keepdim=True)
     usable = spectrum > floor
     weight = torch.where(usable, spectrum, torch.ones_like(spectrum)).rsqrt() * usable
     vectors, singular, _ = torch.linalg.svd(sketch @ (basis * weight[..., None, :]), False)
     values = singular.square()
-    kept = values > n * torch.finfo(b.dtype).eps * values.amax(dim=-1, keepdim=True)
+    kept = values > _ZERO * torch.finfo(b.dtype).eps * values.amax(dim=-1, keepdim=True)
     return vectors, torch.where(kept, values, torch.zeros_like(values))
 
 

@@ -82,5 +82,6 @@ class Observer:
         return norm(x - older_x) / older_size
 
     def newton(self, x: Tensor) -> Tensor:
-        """The length of ``A^-1 F``: of what was projected, and of what was left over."""
-        return norm(self.step) + self.inverse(x) * norm(self.left)
+        """``A^-1 F``: what was projected, and what was left over times the inverse seen."""
+        inverse = torch.where(self.left.any(dim=-1), self.inverse(x), torch.zeros_like(x[..., 0]))
+        return self.step + inverse[..., None] * self.left
