@@ -313,10 +313,6 @@ class _Evidence:
         doubt = self.length * self.strength * (found.residual_norm.nan_to_num(math.inf) + 100 * eps)
         self.negative = self.negative | (dot(found.x, self.system.b) < -doubt)
         self._fail(self.negative, Cause.CURVATURE)
-        solved = (self.status == Status.CONVERGED) | (self.status == Status.STAGNATED)
-        self.status = torch.where(
-            self.negative & solved, int(Status.NEGATIVE_CURVATURE), self.status
-        )
 
     def _judge_rank(self) -> None:
         """Whether the derivative is determined, where the matrix lacks rank."""

@@ -188,10 +188,11 @@ def _internal(filename: str) -> bool:
 
 
 def counted(failed: int, tasks: int, *, exact: bool) -> str:
-    """How many tasks failed: in an error exactly, in a warning in words that do not move."""
+    """How many tasks failed; in a warning exactly up to three, since it moves from step to step."""
     if tasks == 1:
         return ""
-    return f"{failed} of {tasks} tasks: " if exact else f"Some of {tasks} tasks: "
+    few = exact or failed <= 3
+    return f"{failed if few else 'more than 3'} of {tasks} tasks: "
 
 
 def _diagnose(
@@ -204,7 +205,7 @@ def _diagnose(
     exact: bool,
 ) -> tuple[type[HypergradError], str]:
     """The error and its text; `exact`: with the figures."""
-    at = f" (relative residual {row.residual:.3g})" if exact else ""
+    at = f", at relative residual {row.residual:.3g}" if exact else ""
     after = f" after {int(row.iterations)} iterations" if exact else ""
     match Cause(int(row.cause)):
         case Cause.CURVATURE:
@@ -281,7 +282,10 @@ def _indefinite(name: str, after: str, at: str) -> str:
 
 
 def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
-    figures, curvature = "", ""
+    figures, curvature = (
+        f": its relative inner residual is above what inner_tol={inner_tol:g} allows",
+        "",
+    )
     if exact:
         figures = (
             f": its relative inner residual is {row.inner:.3g} and inner_tol is {inner_tol:g} (the "

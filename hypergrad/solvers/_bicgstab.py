@@ -12,7 +12,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Counted, Product, dot
-from ._iterative import PRICE, Iterative, Part
+from ._iterative import PRICE, Iterative, Part, curves_down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,14 @@ class BiCGSTAB(Iterative):
         modest, least = x, size  # the answer where there is no solution
         largest = zero
         unknown, broken, singular, ended = (torch.zeros_like(active) for _ in range(4))
+        negative = torch.zeros_like(active)
         iterations = torch.zeros_like(active, dtype=torch.int64)
         steps = 0
         while steps < limit and (not looks or any_task(active)):
             steps += 1
             p_hat = p if precondition is None else precondition(p)
             v = matvec(p_hat)
+            negative = negative | (active & curves_down(p_hat, v))
             v_size, p_size = (torch.linalg.vector_norm(w, dim=-1) for w in (v, p_hat))
             across = dot(shadow, v)
             sound = across.abs() > flat * shadow_size * v_size  # false for NaN too
@@ -129,6 +131,6 @@ class BiCGSTAB(Iterative):
             status=status,
             iterations=iterations,
             steps=steps,
-            negative=torch.zeros_like(active),
+            negative=negative,
             largest=largest,
         )

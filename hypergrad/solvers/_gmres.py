@@ -12,7 +12,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Product, at_least
-from ._iterative import Iterative, Part
+from ._iterative import Iterative, Part, curves_down
 from ._ritz import condition_of_factors
 
 
@@ -70,6 +70,7 @@ class GMRES(Iterative):
         steps = 0
         size = torch.linalg.vector_norm(r, dim=-1)
         largest, singular = torch.zeros_like(size), torch.zeros_like(active)
+        negative = torch.zeros_like(active)
         triangles = []
         while steps < limit and (not looks or any_task(active)):
             cycle = _Cycle(r, active)
@@ -82,6 +83,7 @@ class GMRES(Iterative):
             triangles.append(cycle.triangle())
             step = y if precondition is None else precondition(y)
             largest = torch.maximum(largest, cycle.largest)
+            negative = negative | cycle.negative
             # A step this long is made of rounding errors: the matrix does not see it.
             long = torch.linalg.vector_norm(step, dim=-1)
             empty = 10 * torch.finfo(r.dtype).eps * largest * long > size
@@ -104,7 +106,7 @@ class GMRES(Iterative):
             status=torch.where(unknown, int(Status.NOT_FINITE), status),
             iterations=iterations,
             steps=steps,
-            negative=torch.zeros_like(active),
+            negative=negative,
             largest=largest,
             condition_number=partial(condition_of_factors, triangles) if triangles else None,
         )
@@ -126,7 +128,7 @@ class _Cycle:
         self.targets: list[Tensor] = []  # the rotated right-hand side
         self.last = self.residual
         self.active = active
-        self.singular = torch.zeros_like(active)
+        self.singular = self.negative = torch.zeros_like(active)
         self.iterations = torch.zeros_like(active, dtype=torch.int64)
         self.largest = torch.zeros_like(self.residual)
 
@@ -134,7 +136,9 @@ class _Cycle:
         """One more basis vector, orthogonalised twice."""
         eps = torch.finfo(self.residual.dtype).eps
         v = self.basis[-1]
-        w = matvec(v if precondition is None else precondition(v))
+        v = v if precondition is None else precondition(v)
+        w = matvec(v)
+        self.negative = self.negative | (self.active & curves_down(v, w))
         before = torch.linalg.vector_norm(w, dim=-1)
         self.largest = torch.maximum(self.largest, before)
         basis = torch.stack(self.basis, dim=-2)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Where a singular system has no solution, residuals can be bought with answers of any length:
 # the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
 PRICE = 1e-4
+#: Curvature that is so many roundings of the largest below zero is negative.
+NEGATIVE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +291,13 @@ class Part:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
+
+
+def curves_down(v: Tensor, image: Tensor) -> Tensor:
+    """Whether ``v . A v`` is negative by more than rounding, for each task."""
+    least = NEGATIVE * torch.finfo(v.dtype).eps
+    size = torch.linalg.vector_norm(v, dim=-1) * torch.linalg.vector_norm(image, dim=-1)
+    return torch.linalg.vecdot(v, image) < -least * size
 
 
 def batched_preconditioner(

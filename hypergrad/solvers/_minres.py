@@ -13,7 +13,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Counted, Product, dot
-from ._iterative import PRICE, Iterative, Part
+from ._iterative import NEGATIVE, PRICE, Iterative, Part
 from ._observer import Observer
 from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 
@@ -149,6 +149,11 @@ class MINRES(Iterative):
             phi_bar = torch.where(moving, phi_next, phi_bar)
             iterations = iterations + moving
             active = moving & (size > tol)
+        ritz = partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None
+        negative = torch.zeros_like(active)
+        if ritz is not None:
+            lowest, highest = ritz().unbind(dim=-1)
+            negative = lowest < -NEGATIVE * torch.finfo(r.dtype).eps * highest.abs()
         status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
         status = torch.where(singular, int(Status.SINGULAR), status)
         status = torch.where(broken, int(Status.BREAKDOWN), status)
@@ -159,9 +164,9 @@ class MINRES(Iterative):
             status=status,
             iterations=iterations,
             steps=steps,
-            negative=torch.zeros_like(active),
+            negative=negative,
             largest=largest,
-            ritz=partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None,
+            ritz=ritz,
             observer=observer,
             condition_number=(
                 lambda: condition_of_factors([lanczos_factor(diagonal, beside, known)])

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._info import Status
 from .._transforms import any_task
 from ._base import Counted, LinearSystem, Solution, Solver, at_least, finite, norm
+from ._iterative import curves_down
 
 _TERMS = 20
 _FAR = 0.1  # a residual above it is none that a caller who named no budget has in mind
@@ -93,7 +94,7 @@ class Neumann(Solver):
         best, best_size = x, size
         highest = torch.full_like(scale, math.nan)
         active = present & (size > tol)
-        diverged = torch.zeros_like(present)
+        diverged = negative = torch.zeros_like(present)
         halvings = torch.zeros_like(present, dtype=torch.int64)
         too_many = min(_HALVINGS, max(3, self.terms // 2))
         noise = 16 * torch.finfo(system.layout.precision).eps
@@ -103,7 +104,9 @@ class Neumann(Solver):
                 break
             gain = torch.where(active[..., None], step * residual, torch.zeros_like(residual))
             x = x + gain
-            residual = residual - matvec(gain)
+            image = matvec(gain)
+            residual = residual - image
+            negative = negative | (active & curves_down(gain, image))
             size_new = norm(residual)
             ratio = size_new / size
             if estimated:
@@ -142,7 +145,7 @@ class Neumann(Solver):
             iterations=iterations,
             matvecs=matvec.count,
             residual_norm=torch.where(sound, size, torch.full_like(size, math.nan)),
-            negative_curvature=torch.zeros_like(present),
+            negative_curvature=negative,
             method="Neumann",
             spectrum=lambda: torch.stack([low, highest], dim=-1),
         )
