@@ -141,8 +141,7 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
     UnsupportedOperation
         If there is one.
     """
-    _, edges = graph(value)
-    custom: set[Any] = {node for node, _ in edges if isinstance(node, BackwardCFunction)}
+    custom: set[Any] = {node for node in graph(value).nodes if isinstance(node, BackwardCFunction)}
     if not custom:
         return
     # Inside a backward pass torch.compile's own refusal of a second derivative is not raised.
@@ -152,8 +151,8 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
     one = torch.ones_like(value).requires_grad_()
     found = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
     for gradient in found:
-        reached = graph(gradient)[1] if gradient is not None else set()
-        if any(node.name() == "torch::autograd::Error" for node, _ in reached):
+        reached = graph(gradient).nodes if gradient is not None else set()
+        if any(node.name() == "torch::autograd::Error" for node in reached):
             raise UnsupportedOperation(_CURES["once_differentiable"])
 
 

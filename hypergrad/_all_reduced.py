@@ -216,7 +216,7 @@ def _connected(parts: Sequence[Tensor], variables: Sequence[Tensor]) -> list[boo
     """Which of the variables this process's values depend on."""
     edges: set[tuple[Any, int]] = set()
     for part in parts:
-        edges |= graph(part)[1]
+        edges |= graph(part).edges
     return [(v.grad_fn, v.output_nr) in edges for v in variables]
 
 

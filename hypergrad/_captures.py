@@ -11,53 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._advice import advice
-from ._errors import NotConnected, UnsupportedOperation
+from ._errors import UnsupportedOperation
 from ._randomness import unnoticed
-from ._trace import detached, graph, trace
+from ._recording import Recording, record
+from ._trace import detached, graph
 from ._transforms import (
     carries_derivative,
     first_slice,
     forward_mode_active,
     has_tangent,
     is_batched,
-    is_wrapped,
     layers,
     transforms_active,
 )
-from ._tree import Tree
 
 if TYPE_CHECKING:
     from ._problem import Problem
-
-
-def refuse_past_arguments(
-    what: str, outputs: Sequence[Tensor], aliases: Sequence[Tensor], trees: Sequence[Tree]
-) -> None:
-    """Raise if a function reached a caller's tensor and not the argument made from it.
-
-    Raises
-    ------
-    NotConnected
-        Naming the leaf.
-    """
-    own = {id(alias) for alias in aliases}
-    leaves: set[tuple[Any, ...]] = set()
-    edges: set[tuple[Any, int]] = set()
-    for output in outputs:
-        found, reached = graph(output)
-        leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
-        edges |= reached
-    leaves.discard(())
-    for tree in trees:
-        for position, variable in enumerate(tree.variables):
-            if _memory(variable) in leaves or (variable.grad_fn, variable.output_nr) in edges:
-                raise NotConnected(
-                    f"{what} reaches {tree.variable_path(position)} past its arguments (a module "
-                    "called directly, or a captured tensor), so that its derivative would be lost. "
-                    "Call a module as torch.func.functional_call(module, params, args), and use "
-                    "the arguments that the function is given."
-                )
 
 
 def captured_by(problem: Problem) -> list[Tensor]:
@@ -76,15 +45,13 @@ def captured_by(problem: Problem) -> list[Tensor]:
     plain = [first_slice(t) if transformed else detached(t) for t in problem.tensors]
     places = [*problem.inner, *problem.outer]
 
-    def past_arguments(aliases: list[Tensor]) -> list[Tensor]:
-        given = list(plain)
-        for place, alias in zip(places, aliases, strict=True):
-            given[place] = alias
-        values = problem.condition.probe(problem, given)
-        return [value for value in values if _reaches_past(value, aliases)]
+    def past_arguments(recording: Recording) -> list[Tensor]:
+        values = problem.condition.probe(problem, recording.placed(plain, places))
+        recording.returned(values)
+        return [value for value in values if _reaches_past(value, recording.aliases)]
 
-    with unnoticed(), advice([problem.params, *problem.args]):
-        return trace(past_arguments, [plain[i] for i in places], guarded=True)
+    with unnoticed():
+        return record(past_arguments, [plain[i] for i in places], problem.trees)
 
 
 def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
@@ -95,14 +62,7 @@ def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
     if further:
         return False
     known = {id(alias) for alias in aliases}
-    return has_tangent(own) or any(id(leaf) not in known for leaf in graph(own)[0])
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What identifies a plain tensor's memory; nothing for wrapped and empty ones."""
-    if is_wrapped(tensor) or tensor.numel() == 0:
-        return ()
-    return tensor.data_ptr(), tensor.shape, tensor.dtype
+    return has_tangent(own) or any(id(leaf) not in known for leaf in graph(own).leaves)
 
 
 def carries_something(tensor: Tensor) -> bool:

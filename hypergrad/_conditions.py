@@ -353,9 +353,9 @@ def _record_equation(
     leaves: set[int] = set()
     edges: set[tuple[Any, int]] = set()
     for value in values:
-        found, reached = graph(value)
-        leaves |= {id(leaf) for leaf in found}
-        edges |= reached
+        reached = graph(value)
+        leaves |= {id(leaf) for leaf in reached.leaves}
+        edges |= reached.edges
     reached_params = [
         p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in params
     ]

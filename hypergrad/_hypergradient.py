@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._advice import changed_in_place
-from ._captures import refuse_distributed, refuse_past_arguments
+from ._captures import refuse_distributed
 from ._conditions import Minimum, as_condition
 from ._errors import UnsupportedOperation
 from ._evidence import Answer, Choices, Use, needs_product, size_of, solved
@@ -22,6 +22,7 @@ from ._linearise import Linearisation
 from ._outer import outer_gradient
 from ._problem import Problem
 from ._randomness import Draw
+from ._recording import refuse_past_arguments
 from ._replay import Parts
 from ._report import OnFailure, check_on_failure, warn_of_unused
 from ._second_look import SecondLook, shifted

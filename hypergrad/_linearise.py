@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._advice import advice
 from ._conditions import Product
 from ._errors import UnsupportedOperation
 from ._problem import Problem
 from ._randomness import Draw
+from ._recording import Recording, record
 from ._replay import ForwardReplay, Parts, Replay
-from ._trace import further_out, graph, trace
+from ._trace import graph
 from .solvers._base import dense_by_products
 
 _FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
@@ -60,19 +60,18 @@ class Linearisation:
         self.problem = problem if tasks is None else problem.with_own_axes()
         self.layout = problem.layout()
         self.extra: Any = None
-        inner, outer = problem.inner, list(problem.outer)
+        inner = problem.inner
+        places = [*inner, *problem.outer]
         seeded = forward or cross_forward or inside is not None or not problem.condition.twice
         if tasks is None:
             self.lead = tensors[inner[0]].shape[: len(problem.own_axes)]
         else:
             self.lead = torch.Size(tasks)
 
-        def evaluate(aliases: list[Tensor]) -> None:
+        def evaluate(recording: Recording) -> None:
+            self.aliases = aliases = recording.aliases
             seed = aliases.pop() if seeded else None
-            self.aliases = aliases
-            given = list(tensors)
-            for place, alias in zip([*inner, *outer], aliases, strict=True):
-                given[place] = alias
+            given = recording.placed(tensors, places)
             if tasks is not None:
                 for place in inner:
                     given[place] = problem.one_for_each(given[place], tasks)
@@ -81,7 +80,8 @@ class Linearisation:
                 self.problem, given, params, seed, forward=forward
             )
             self._cross = Replay(self.record.residual, args)
-            self.captured = [t for value in self.record.values for t in further_out(value, aliases)]
+            recording.returned(self.record.values)
+            self.captured = recording.captured()
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)
@@ -91,11 +91,11 @@ class Linearisation:
                 assert seed is not None
                 self.extra = inside(self, seed)
 
-        variables = [tensors[i] for i in [*inner, *outer]]
+        variables = [tensors[i] for i in places]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        with draw.evaluation(), advice([problem.params, *problem.args]):
-            trace(evaluate, variables, guarded=True)
+        with draw.evaluation():
+            record(evaluate, variables, problem.trees)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -171,7 +171,7 @@ def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:
         If the condition was computed through such a layer.
     """
     for part in residual:
-        for node, _ in graph(part)[1] if part is not None else ():
+        for node in graph(part).nodes if part is not None else ():
             fused = node.name().startswith(_FUSED_NORMS)
             if fused and getattr(node, "_saved_training", True):
                 raise UnsupportedOperation(

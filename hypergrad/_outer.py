@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ._advice import advice
-from ._captures import refuse_past_arguments
 from ._errors import NotConnected
 from ._problem import Problem, scalar, without_aux
+from ._recording import Recording, record
 from ._replay import gradient_of
-from ._trace import further_out, trace
 
 
 def outer_gradient(
@@ -49,9 +47,10 @@ def outer_gradient(
     StructureMismatch
         If the inner or the outer variables hold no tensor that can carry a derivative.
     """
-    for tree in (problem.params, *problem.args):
+    for tree in problem.trees:
         tree.refuse_constant()
-    inner, places = problem.inner, list(problem.outer)
+    inner = problem.inner
+    places = [*inner, *problem.outer]
     aux = None
 
     def loss(params: Any, hparams: Any) -> Tensor:
@@ -59,19 +58,14 @@ def outer_gradient(
         value, aux = without_aux("outer", outer(params, hparams), has_aux, "loss")
         return scalar("outer", value)
 
-    def evaluate(aliases: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-        given = list(tensors)
-        for place, alias in zip([*inner, *places], aliases, strict=True):
-            given[place] = alias
-        value = problem.outputs(loss, given)
-        refuse_past_arguments("outer", [value], aliases, [problem.params, *problem.args])
-        found = gradient_of(value, aliases, create_graph=False)
-        return value, found, further_out(value, aliases)
+    def evaluate(recording: Recording) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        value = problem.outputs(loss, recording.placed(tensors, places))
+        recording.returned([value])
+        recording.refuse_past_arguments("outer")
+        found = gradient_of(value, recording.aliases, create_graph=False)
+        return value, found, recording.captured()
 
-    with advice([problem.params, *problem.args]):
-        value, found, captured = trace(
-            evaluate, [tensors[i] for i in [*inner, *places]], guarded=True
-        )
+    value, found, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
     cotangent, direct = found[: len(inner)], found[len(inner) :]
     if all(part is None for part in cotangent):
         raise NotConnected(

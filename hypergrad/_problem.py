@@ -93,6 +93,11 @@ class Problem:
         return dataclasses.replace(self, outer=outer)
 
     @property
+    def trees(self) -> tuple[Tree, ...]:
+        """`params` and the arguments that follow."""
+        return (self.params, *self.args)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensors that the problem was made from."""
         return [t for tree in (self.params, *self.args) for t in tree.tensors]
@@ -211,7 +216,7 @@ class Problem:
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
         if not (watch.seen and some):
             return found
-        with draw.evaluation(), Guard():
+        with draw.evaluation():
             return self._looped(one, first, tensors)
 
     def _looped(
@@ -220,7 +225,8 @@ class Problem:
         """The same task by task, for functions that take derivatives themselves."""
         # A derivative of a mapped derivative is wrong in PyTorch 2.13 through affine norm layers.
         if not self.own_axes:
-            return one(first, list(tensors))
+            with Guard():
+                return one(first, list(tensors))
         axis, *rest = self.own_axes
         inside = dataclasses.replace(self, axes=tuple(rest))
         size = next(t.shape[0] for t, d in zip(tensors, axis.in_dims, strict=True) if d == 0)

@@ -138,7 +138,7 @@ class GradientStep(Condition):
         self, v: Sequence[Tensor], stepped: Sequence[Tensor], there: Sequence[Tensor]
     ) -> None:
         """Raise where P moves with `v` and autograd does not see it."""
-        reached = set().union(*(graph(part)[1] for part in stepped))
+        reached = set().union(*(graph(part).edges for part in stepped))
         if any((part.grad_fn, part.output_nr) in reached for part in v):
             return
         if not all(torch.equal(a, b) for a, b in zip(there, stepped, strict=True)):

@@ -8,14 +8,12 @@ replays the recorded graph, with a choice of inputs, as often as is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._guard import Guard
 from ._transforms import (
     carries_derivative,
     has_tangent,
@@ -30,9 +28,33 @@ T = TypeVar("T")
 _depth: ContextVar[int] = ContextVar("hypergrad_trace_depth", default=0)
 
 
-def trace(
-    fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor], *, guarded: bool = False
-) -> T:
+class Graph(NamedTuple):
+    """What an output was computed through.
+
+    Attributes
+    ----------
+    leaves : list of Tensor
+        The tensors at its ends.
+    edges : set
+        Each as ``(t.grad_fn, t.output_nr)``.
+    """
+
+    leaves: list[Tensor]
+    edges: set[tuple[Any, int]]
+
+    @property
+    def nodes(self) -> set[Any]:
+        """The functions on the way."""
+        return {node for node, _ in self.edges}
+
+
+# The graphs that have been walked in the innermost trace, by the output's id.
+_walked: ContextVar[dict[int, tuple[Tensor, Any, Graph]] | None] = ContextVar(
+    "hypergrad_walked_graphs", default=None
+)
+
+
+def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
     """Call ``fun(aliases)`` so that what it returns can be differentiated by its aliases.
 
     The aliases stay connected to `variables` where those carry derivatives of their own: detach
@@ -44,32 +66,28 @@ def trace(
         Called once, with a list of aliases.
     variables : sequence of Tensor
         What the aliases stand for.
-    guarded : bool
-        Whether `fun` guards the user's functions itself, as a `Problem` does.
 
     Returns
     -------
     answer
         What `fun` returned.
     """
-    token = _depth.set(_depth.get() + 1)
+    depth, walked = _depth.set(_depth.get() + 1), _walked.set({})
     try:
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             if not transforms_active():
-                aliases = [_alias(v) for v in variables]
-                with nullcontext() if guarded else Guard():
-                    return fun(aliases)
+                return fun([_alias(v) for v in variables])
             found: list[T] = []
 
             def record(*aliases: Tensor) -> Tensor:
-                with nullcontext() if guarded else Guard():
-                    found.append(fun(list(aliases)))
+                found.append(fun(list(aliases)))
                 return aliases[0]
 
             torch.func.vjp(record, *variables)
             return found[0]
     finally:
-        _depth.reset(token)
+        _depth.reset(depth)
+        _walked.reset(walked)
 
 
 def being_traced() -> bool:
@@ -110,11 +128,21 @@ def further_out(output: Tensor, aliases: Sequence[Tensor]) -> list[Tensor]:
         return []
     known = {id(alias) for alias in aliases}
     # The value and not the leaf: a derivative may be taken of something in between.
-    return [own] if any(id(leaf) not in known for leaf in graph(own)[0]) else []
+    return [own] if any(id(leaf) not in known for leaf in graph(own).leaves) else []
 
 
-def graph(output: Tensor) -> tuple[list[Tensor], set[tuple[Any, int]]]:
-    """The leaf tensors and the edges, as ``(t.grad_fn, t.output_nr)``, of an output's graph."""
+def graph(output: Tensor) -> Graph:
+    """The graph of an output, which is walked once in a trace."""
+    known = _walked.get()
+    if known is None:
+        return _walk(output)
+    found = known.get(id(output))
+    if found is None or found[1] is not output.grad_fn:
+        found = known[id(output)] = output, output.grad_fn, _walk(output)
+    return found[2]
+
+
+def _walk(output: Tensor) -> Graph:
     leaves: list[Tensor] = []
     edges: set[tuple[Any, int]] = set()
     visited: set[Any] = set()
@@ -137,4 +165,4 @@ def graph(output: Tensor) -> tuple[list[Tensor], set[tuple[Any, int]]]:
                 if following is not None:
                     edges.add((following, number))
                     stack.append(following)
-    return leaves, edges
+    return Graph(leaves, edges)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import advice
-from .._captures import refuse_distributed, refuse_past_arguments
+from .._captures import refuse_distributed
 from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
 from .._errors import NotConnected, NotFinite
 from .._evidence import finite
@@ -19,9 +18,10 @@ from .._linearise import Linearisation
 from .._outer import outer_gradient
 from .._problem import Problem
 from .._randomness import Draw
+from .._recording import Recording, record, refuse_past_arguments
 from .._replay import Replay, gradient_of
 from .._report import OnFailure
-from .._trace import detached, trace
+from .._trace import detached
 from ..solvers._base import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
@@ -153,17 +153,14 @@ class Levels:
         places = [*problem.inner, *(problem.outer if by_hparams else ())]
         tensors = self._tensors(params)
 
-        def evaluate(aliases: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-            given = list(tensors)
-            for place, alias in zip(places, aliases, strict=True):
-                given[place] = alias
-            values = problem.condition.probe(problem, given)
+        def evaluate(recording: Recording) -> tuple[Tensor, list[Tensor | None]]:
+            values = problem.condition.probe(problem, recording.placed(tensors, places))
+            recording.returned(values)
             value = torch.stack(values).sum() if len(values) > 1 else values[0]
-            self._check("inner", values, aliases)
-            return value.detach(), gradient_of(value, aliases, create_graph=False)
+            self._check("inner", values, recording.aliases)
+            return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
 
-        with advice([self.params, self.hparams]):
-            value, found = trace(evaluate, [tensors[i] for i in places], guarded=True)
+        value, found = record(evaluate, [tensors[i] for i in places], problem.trees)
         _require_all(problem, found[: len(problem.inner)])
         return value, _filled(found, [tensors[i] for i in places])
 

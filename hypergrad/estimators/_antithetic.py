@@ -65,14 +65,15 @@ class Evaluation:
 
     def _one(self, *variables: Tensor) -> Tensor:
         given = self.loop.H.rebuild(variables)
+        start = self.loop.made(given) if callable(self.loop.init) else self.loop.start
+        self._note(start)
+        params = map_tensors(start, lambda t: t.detach().clone())
+        params = self.loop.forward(params, list(variables), 0, self.steps, self._found)
         with Guard():
-            start = self.loop.init(given) if callable(self.loop.init) else self.loop.start
-            self._note(start)
-            params = map_tensors(start, lambda t: t.detach().clone())
-            params = self.loop.forward(params, list(variables), 0, self.steps, self._found)
-            value = scalar("outer", self.outer(params, given))
-            self._note(value)
-            return value.detach()
+            returned = self.outer(params, given)
+        value = scalar("outer", returned)
+        self._note(value)
+        return value.detach()
 
     def _note(self, tree: Any) -> None:
         for leaf in pytree.tree_leaves(tree):

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import advice
-from .._captures import refuse_past_arguments
 from .._conditions import plus
+from .._recording import Recording, record
 from .._replay import ForwardReplay
-from .._trace import detached, further_out, graph, trace
+from .._trace import detached, graph
 from .._tree import Tree
 from ._answer import Found
 from ._inner_loop import InnerLoop, map_tensors
@@ -50,7 +49,7 @@ class Forward:
             n = directions[0].shape[0] if directions else 0
             tangents = [v.new_zeros(n, *v.shape) for v in map(detached, tree.variables)]
         else:
-            params, tangents = self._push(constants, None, directions, [], captured, loop.init)
+            params, tangents = self._push(constants, None, directions, [], captured, loop.made)
         for k in range(first, steps):
 
             def step(given: Any, params: Any, k: int = k) -> Any:
@@ -73,15 +72,17 @@ class Forward:
         """The value of a step, or of `init`, and its tangents in all directions."""
         H, state = self.loop.H, [] if tree is None else [detached(v) for v in tree.variables]
 
-        def evaluate(aliases: list[Tensor]) -> tuple[Any, list[Tensor]]:
-            *aliases, seed = aliases
+        def evaluate(recording: Recording) -> tuple[Any, list[Tensor]]:
+            aliases = recording.aliases
+            seed = aliases.pop()
             given = H.rebuild(aliases[: len(constants)])
             before = [] if tree is None else [tree.rebuild(aliases[len(constants) :])]
             ended = fun(given, *before)
             outputs = Tree("params", ended).variables
-            refuse_past_arguments("step or init", outputs, aliases, [H])
-            captured.extend(t for output in outputs for t in further_out(output, aliases))
-            leaves = {id(leaf) for output in outputs for leaf in graph(output)[0]}
+            recording.returned(outputs)
+            recording.refuse_past_arguments("step or init", [H])
+            captured.extend(recording.captured())
+            leaves = {id(leaf) for output in outputs for leaf in graph(output).leaves}
             self.reached.update(i for i in range(len(constants)) if id(aliases[i]) in leaves)
             push = ForwardReplay(outputs, aliases, seed)
 
@@ -94,8 +95,8 @@ class Forward:
             return ended, [t.detach() for t in pushed]
 
         seed = torch.zeros((), dtype=torch.float64, device=constants[0].device)
-        with advice([H] if tree is None else [tree, H]):
-            ended, pushed = trace(evaluate, [*constants, *state, seed])
+        trees = [H] if tree is None else [tree, H]
+        ended, pushed = record(evaluate, [*constants, *state, seed], trees)
         return map_tensors(ended, Tensor.detach), pushed
 
     def _contract(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._advice import advice
 from .._errors import NotConnected
-from .._trace import detached, further_out, graph, trace
+from .._guard import Guard
+from .._recording import Recording, record
+from .._trace import detached, graph
 from .._tree import Tree
 
 
@@ -58,7 +59,8 @@ class InnerLoop:
         """Make the steps from `first` up to `last`, recorded by whatever records."""
         for k in range(first, last):
             tree = Tree("params", params)
-            params = self.step(params, given, k) if self.numbered else self.step(params, given)
+            with Guard():
+                params = self.step(params, given, k) if self.numbered else self.step(params, given)
             tree.match("What step returned", params)
         return params
 
@@ -91,17 +93,18 @@ class InnerLoop:
         for k in range(first, last):
             tree = Tree("params", params)
 
-            def one(aliases: list[Tensor], k: int = k, tree: Tree = tree) -> Any:
+            def one(recording: Recording, k: int = k, tree: Tree = tree) -> Any:
+                aliases = recording.aliases
                 given = self.H.rebuild(aliases[: len(constants)])
                 ended = self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
+                values = Tree("params", ended).variables
+                recording.returned(values)
                 if captured is not None:
-                    for leaf in Tree("params", ended).variables:
-                        captured.extend(further_out(leaf, aliases))
+                    captured.extend(recording.captured())
                 return ended
 
             start = [detached(v) for v in tree.variables]
-            with advice([tree, self.H]):
-                ended = trace(one, [*constants, *start])
+            ended = record(one, [*constants, *start], [tree, self.H])
             params = map_tensors(ended, Tensor.detach)
         return params
 
@@ -110,7 +113,12 @@ class InnerLoop:
         if not callable(self.init):
             return self.start
         with torch.no_grad():
-            return map_tensors(self.init(self.H.rebuild(constants)), Tensor.detach)
+            return map_tensors(self.made(self.H.rebuild(constants)), Tensor.detach)
+
+    def made(self, given: Any) -> Any:
+        """What `init` makes of the hyperparameters."""
+        with Guard():
+            return self.init(given)
 
 
 def hyperparameters(hparams: Any) -> Tree:

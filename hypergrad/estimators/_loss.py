@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import advice, changed_in_place
-from .._captures import refuse_distributed, refuse_past_arguments
+from .._advice import changed_in_place
+from .._captures import refuse_distributed
 from .._errors import NotConnected
+from .._guard import Guard
 from .._problem import scalar, without_aux
 from .._randomness import Draw
+from .._recording import Recording, record
 from .._replay import gradient_of
-from .._trace import detached, further_out, trace, versions
+from .._trace import detached, versions
 from .._tree import Layout, Tree
 from ..solvers._base import norm
 from ._inner_loop import own_constants
@@ -129,24 +131,27 @@ class Loss:
         held = [*constants, *([] if by_params else p), *([] if by_hparams else h)]
         before = versions(held)
 
-        def evaluate(aliases: list[Tensor]) -> Slopes:
+        def evaluate(recording: Recording) -> Slopes:
+            aliases = recording.aliases
             of_params = aliases[: len(p)] if by_params else p
             of_hparams = aliases[len(aliases) - len(h) :] if by_hparams else h
-            returned = self._fun(P.rebuild(of_params), H.rebuild(of_hparams))
+            with Guard():
+                returned = self._fun(P.rebuild(of_params), H.rebuild(of_hparams))
             returned, aux = without_aux(self._name, returned, self._has_aux, "loss")
             value = scalar(self._name, returned)
-            refuse_past_arguments(self._name, [value], aliases, [P, H])
+            recording.returned([value])
+            recording.refuse_past_arguments(self._name)
             found = gradient_of(value, aliases, create_graph=False)
             return Slopes(
                 value.detach(),
                 found[: len(p)] if by_params else [None] * len(p),
                 found[len(aliases) - len(h) :] if by_hparams else [None] * len(h),
                 aux,
-                further_out(value, aliases),
+                recording.captured(),
             )
 
-        with self._draw.evaluation(), advice([P, H]):
-            slopes = trace(evaluate, wanted or [torch.zeros((), device="cpu")])
+        with self._draw.evaluation():
+            slopes = record(evaluate, wanted or [torch.zeros((), device="cpu")], [P, H])
         if before != versions(held):
             raise changed_in_place(self._name)
         return slopes

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import advice
-from .._captures import refuse_past_arguments
 from .._conditions import plus
+from .._guard import Guard
 from .._problem import scalar, without_aux
 from .._randomness import Draw
+from .._recording import Recording, record
 from .._replay import Replay
-from .._trace import detached, further_out, trace
+from .._trace import detached
 from .._tree import Tree
 from ._answer import Found
 from ._inner_loop import InnerLoop, map_tensors
@@ -41,7 +41,7 @@ class Reverse:
         start: Any = loop.start
         with torch.no_grad():
             if first:
-                begin = loop.init(given) if start is None else start
+                begin = loop.made(given) if start is None else start
                 start = loop.forward(begin, constants, 0, first)
             bounds = [(s, min(s + length, steps)) for s in range(first, steps, length)]
             bounds = bounds or [(first, first)]
@@ -49,13 +49,15 @@ class Reverse:
             for s, e in bounds[:-1]:
                 draws.append(Draw(after=draws[-1]))
                 with draws[-2].evaluation():
-                    begin = loop.init(given) if states[-1] is None else states[-1]
+                    begin = loop.made(given) if states[-1] is None else states[-1]
                     states.append(loop.forward(begin, constants, s, e))
 
         def last(aliases: list[Tensor], params: Any) -> Any:
             given = H.rebuild(aliases)
             params = loop.advance(params, given, *bounds[-1])
-            returned, aux = without_aux("outer", self.outer(params, given), self.has_aux, "loss")
+            with Guard():
+                returned = self.outer(params, given)
+            returned, aux = without_aux("outer", returned, self.has_aux, "loss")
             value = scalar("outer", returned)
             # Detached: the other segments are to find the memory of this one free.
             kept = (*(map_tensors(t, Tensor.detach) for t in (params, aux)), value.detach())
@@ -95,18 +97,20 @@ class Reverse:
         H = self.loop.H
         tree = None if state is None else Tree("params", state)
 
-        def pull(aliases: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor], Any]:
+        def pull(recording: Recording) -> tuple[list[Tensor | None], list[Tensor], Any]:
+            aliases = recording.aliases
             of_hparams = aliases[: len(constants)]
             if tree is None:
-                params = self.loop.init(H.rebuild(of_hparams))
+                params = self.loop.made(H.rebuild(of_hparams))
             else:
                 params = tree.rebuild(aliases[len(constants) :])
             outputs, cotangents, more = evaluate(of_hparams, params)
-            refuse_past_arguments("outer, step or init", outputs, aliases, [H])
-            captured = [t for output in outputs for t in further_out(output, aliases)]
-            return list(Replay(outputs, aliases)(cotangents)), captured, more
+            recording.returned(outputs)
+            recording.refuse_past_arguments("outer, step or init", [H])
+            found = list(Replay(outputs, aliases)(cotangents))
+            return found, recording.captured(), more
 
         variables = [*constants, *([] if tree is None else tree.variables)]
-        with advice([H] if tree is None else [tree, H]):
-            found, captured, more = trace(pull, variables)
+        trees = [H] if tree is None else [tree, H]
+        found, captured, more = record(pull, variables, trees)
         return found[: len(constants)], found[len(constants) :], captured, more

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._advice import advice, changed_in_place
-from .._captures import refuse_past_arguments
+from .._advice import changed_in_place
 from .._errors import NotConnected
+from .._guard import Guard
 from .._problem import scalar
+from .._recording import Recording, record
 from .._replay import Replay, gradient_of
-from .._trace import detached, further_out, trace, versions
+from .._trace import detached, versions
 from .._transforms import alive, any_task, carries_derivative
 from .._tree import Layout, Tree
 from .._vmaps import Vmaps
@@ -156,10 +157,15 @@ class Evaluator:
         """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
         held = [] if what in self._known else [*self._held, *parts]
         before = versions(held)
+
+        def guarded(*given: Any) -> Any:
+            with Guard():
+                return fun(*given)
+
         if self.vmaps is None:
-            found = fun(parts, *given)
+            found = guarded(parts, *given)
         else:
-            found = self.vmaps.inside(fun, parts, *given, differentiated=differentiated)
+            found = self.vmaps.inside(guarded, parts, *given, differentiated=differentiated)
         if before != versions(held):
             raise changed_in_place(what)
         self._known.add(what)
@@ -172,12 +178,14 @@ class Evaluator:
         return self.layout.flatten(parts, () if self.vmaps is None else self.vmaps.sizes)
 
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
-        def evaluate(aliases: list[Tensor]) -> tuple[Tensor, Any, Replay | None]:
+        def evaluate(recording: Recording) -> tuple[Tensor, Any, Replay | None]:
+            aliases = recording.aliases
             first = _OBJECTIVE not in self._known
             value = self._called(_OBJECTIVE, self._scalar, aliases, differentiated=True)
+            recording.returned([value])
             if first:  # find what is differentiated around the call
-                refuse_past_arguments("The inner solver's function", [value], aliases, [self.tree])
-                self.captured += further_out(value, aliases)
+                recording.refuse_past_arguments("The inner solver's function")
+                self.captured += recording.captured()
             found = gradient_of(value, aliases, create_graph=twice)
             for position, part in enumerate(found):
                 if part is None:
@@ -189,8 +197,7 @@ class Evaluator:
                     )
             return value.detach(), found, Replay(found, aliases) if twice else None
 
-        with advice([self.tree]):
-            value, found, hessian = trace(evaluate, self.layout.split(x))
+        value, found, hessian = record(evaluate, self.layout.split(x), [self.tree])
         value = alive(value).to(x.dtype).unsqueeze(-1)
         return value, self._flat_gradient(found, x), hessian
 
