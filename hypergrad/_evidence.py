@@ -23,21 +23,25 @@ from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
 from .solvers._factorisation import signs
 from .solvers._identity import Identity
 
-# What an estimate is multiplied by, and up to where, from benchmarks/calibration.py and
-# benchmarks/networks.py. Above `_HARDLY` it says that little is known, at `_NO_DIGIT` that nothing
-# is.
+# What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
+# and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
 _MARGIN = 9.0
 _HARDLY = 0.9
-_NO_DIGIT = 10.0
+_AGAIN = 2.0
+_FROM_STEP = 30.0
+#: What an estimate is where nothing is known of the answer.
+_UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
 _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
 # Above this relative inner residual the answer is looked at once more, a Newton step further on.
-_LOOK_AGAIN = 1e-6
+_LOOK_AGAIN = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # An answer that moves by more than so many times inner_tol on that step is that of an unsolved
 # problem, however small the inner residual; one that moves by less is good enough.
 _MOVES = 30.0
 # Above this relative inner residual params may have run away, where inner_tol is None.
 _AWAY = 0.5
+# A second Newton step that is longer than this does not lead to a solution that is near.
+_NEXT = 3e-3
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -209,6 +213,7 @@ def solved(
         looks=choices.looks,
         contraction=condition.contraction,
         condition=lin.residual if choices.judged else None,
+        explores=choices.judged and condition.minimum,
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
@@ -367,11 +372,11 @@ class _Evidence:
         """The relative error that the unsolved inner problem leaves, as far as it is known."""
         tol, looks = self.choices.inner_tol, self.choices.looks
         some = self.strength > 0  # without a right-hand side nothing depends on the solution
-        estimate = _MARGIN * residual
+        estimate = _FROM_STEP * residual
         if tol is None:
             self._judge_runaway(some & ~(residual <= _AWAY), step, outer_error)
             return estimate
-        wanted = some & ~(residual <= min(_LOOK_AGAIN, tol))
+        wanted = some & ~(residual <= min(_LOOK_AGAIN[self.system.layout.precision], tol))
         if not self.choices.figures:
             wanted = wanted & self.success
         look = self.use.second_look(step, self.found) if looks and any_task(wanted) else None
@@ -383,9 +388,10 @@ class _Evidence:
                 estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
             self._fail(unsolved, Cause.INNER)
             return estimate
-        left = look.left.nan_to_num(1.0)
-        change = look.change.nan_to_num(math.inf) / (1 - left.clamp(max=0.95))
-        change = torch.where((left > 1) & (residual > 1e-2), change.clamp(min=1.0), change)
+        change = _AGAIN * look.change.nan_to_num(math.inf)
+        # The next Newton step would be about as long as this: it does not lead to a solution.
+        lost = ~(look.left * residual <= _NEXT)
+        change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
         unsolved = wanted & ~(change <= _MOVES * tol)
         if any_task(unsolved & self.success):
             nothing = unsolved & self.use.negligible(step)
@@ -444,8 +450,10 @@ class _Evidence:
         for status in _LOST:
             lost = lost | (self.status == status)
         total = torch.where(lost, total.clamp(min=1), total)
+        # At a saddle there is no solution that the answer could be near.
+        total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
         # Where the answer is hardly known, neither is its true size.
-        return torch.where(total > _HARDLY, total.clamp(min=1), total).clamp(max=_NO_DIGIT)
+        return torch.where(total > _HARDLY, total.clamp(min=1), total)
 
 
 def size_of(terms: Parts, lead: Sequence[int], like: Tensor) -> Tensor:

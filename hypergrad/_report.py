@@ -282,15 +282,12 @@ def _indefinite(name: str, after: str, at: str) -> str:
 
 
 def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
-    figures, curvature = (
-        f": its relative inner residual is above what inner_tol={inner_tol:g} allows",
-        "",
-    )
+    figures, curvature = f": its relative inner residual is above inner_tol={inner_tol:g}", ""
     if exact:
         figures = (
-            f": its relative inner residual is {row.inner:.3g} and inner_tol is {inner_tol:g} (the "
-            f"norm of the condition is {row.condition:.3g}; its scale, curvature times params, is "
-            f"{row.condition / row.inner:.3g}; the norm of params is {row.params:.3g})"
+            f": its relative inner residual is {row.inner:.3g} and inner_tol is {inner_tol:g} "
+            f"(params has norm {row.params:.3g}; the norm of the condition is {row.condition:.3g}; "
+            f"its scale, curvature times params, is {row.condition / row.inner:.3g})"
         )
         if math.isfinite(row.low):
             curvature = f" The lowest curvature seen is {row.low:.3g}."

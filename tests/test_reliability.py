@@ -113,11 +113,11 @@ class Counting:
 def test_row_01_params_that_do_not_solve_the_inner_problem_are_measured_and_said():
     A, c = torch.diag(t([0.5, 2.0, 4.0])), t([1.0, 2.0, 3.0])
     at = torch.linalg.solve(A, c) * 1.1
-    with pytest.warns(ConvergenceWarning, match="does not solve the inner problem.*about 1e-1"):
+    with pytest.warns(ConvergenceWarning, match="does not solve the inner problem.*=0.001"):
         _, info = quadratic(A, c, c, at, solver=CG(), return_info=True)
     assert not info.success
-    b_u = c.norm() / torch.linalg.solve(A, c).norm()  # the curvature along the solution
-    torch.testing.assert_close(info.inner_residual, (A @ at - c).norm() / (b_u * at.norm()))
+    off = at - torch.linalg.solve(A, c)  # the Newton step, relative to params
+    torch.testing.assert_close(info.inner_residual, off.norm() / at.norm())
     with pytest.raises(hypergrad.NotConverged) as error:
         quadratic(A, c, c, at, solver=CG(), on_failure="raise")
     text = str(error.value)
@@ -178,10 +178,13 @@ def test_row_03_a_symmetric_indefinite_system_is_solved_to_tolerance(solver):
 def test_row_03_auto_goes_from_cg_to_minres_where_the_condition_is_symmetric():
     A, b = with_spectrum([-3.0, -2.0, -0.5, 0.7, 1.0, 2.0, 4.0, 5.0]), ones()
     solver = Auto(rtol=1e-10, dense_below=0)
-    found, info = quadratic(A, b, b, solver=solver, return_info=True)
+    with pytest.warns(ConvergenceWarning, match="no minimum of the inner problem"):
+        found, info = quadratic(A, b, b, solver=solver, return_info=True)
     assert info.status == Status.CONVERGED
     assert info.residual_norm <= 1e-10
     assert info.method == "Auto: CG, then MINRES"
+    assert info.negative_curvature
+    assert not info.success
     torch.testing.assert_close(found, b @ torch.linalg.solve(A, b), rtol=1e-8, atol=0)
 
 
@@ -882,7 +885,7 @@ def test_row_31_a_second_derivative_that_would_be_wrong_raises():
     with pytest.raises(hypergrad.UnsupportedOperation, match=r"GaussNewton.*Use Minimum"):
         hessian(lambda h: fit(None, h).sum())(H)
     normed = lambda w, h: (F.layer_norm(w, (4,)) ** 4).sum() + ((w - h) ** 2).sum()
-    layer = custom_argmin(normed, inner_tol=None)(lambda init, h: h.clone())
+    layer = custom_argmin(normed, on_failure="ignore")(lambda init, h: h.clone())
     with pytest.raises(hypergrad.UnsupportedOperation, match=r"layer_norm.*GroupNorm"):
         hessian(lambda h: layer(None, h).sum())(t([1.0, 2.0, 4.0, 3.0]))
 

@@ -54,6 +54,9 @@ class LinearSystem:
         Whether A = I - J with J the derivative of a map that is meant to contract.
     condition : Tensor, optional
         The inner condition F at the parameters, where the inner Newton step is of interest.
+    explores : bool
+        Whether an iteration starts a little off zero, in general position, so that it also meets
+        what the right-hand side does not reach: a saddle, where that is symmetric.
     transposed : bool
         Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int
@@ -71,6 +74,7 @@ class LinearSystem:
     looks: bool = True
     contraction: bool = False
     condition: Tensor | None = None
+    explores: bool = False
     transposed: bool = False
     shared: int = 1
 

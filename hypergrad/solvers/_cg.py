@@ -15,7 +15,7 @@ from .._info import Status
 from .._transforms import any_task, every_task, transforms_active
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._cg_in_numbers import FLAT, in_numbers, suits
-from ._iterative import Iterative, Part
+from ._iterative import Iterative, Part, off_zero
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 
@@ -68,8 +68,12 @@ class CG(Iterative):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition)
-        residual = torch.sub(b, matvec(part.x))
+        start = off_zero(matvec, b) if self._explores(system) else None
+        r = b if start is None else start[1]
+        part = in_numbers(matvec, None, r, tol, limit, system.condition)
+        part.start = start
+        x = part.x if start is None else start[0] + part.x
+        residual = torch.sub(b, matvec(x))
         size = norm(residual)
         status = Status(int(part.status))
         solved = status == Status.CONVERGED and size.item() <= tol
@@ -84,7 +88,7 @@ class CG(Iterative):
         met = status == Status.CONVERGED
         allowed = self.rtol is None and self.maxiter is not None
         return Solution(
-            x=part.x * scale,
+            x=x * scale,
             status=torch.tensor(int(status), device="cpu"),
             success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
@@ -93,7 +97,7 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
-            linear_error=self._linear_error(part.x, size, inverse, part.largest, precision),
+            linear_error=self._linear_error(x, size, inverse, part.largest, precision),
             newton=newton,
         )
 

@@ -16,6 +16,7 @@ from .._transforms import any_task, is_wrapped
 from ._base import LinearSystem, Solution, Solver, finite, norm, tolerance
 from ._factorisation import Factorisation, signs, times, without_noise
 
+_TYPICAL = 0.1  # rounding errors that add up, over what they might come to
 _SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothing
 
 
@@ -130,7 +131,7 @@ class _Accuracy:
         terms = times(A.abs(), x.abs()) + system.b.abs()
         # The error that is left, and that of an answer to entries that are rounded themselves.
         left = factors.further(residual)
-        rounding = factors.further(eps * signs(terms) * terms)
+        rounding = factors.further(eps * _TYPICAL * signs(terms) * terms)
         size = torch.linalg.vector_norm(x / factors.columns, dim=-1)
         error = sum(torch.linalg.vector_norm(e / factors.columns, dim=-1) for e in (left, rounding))
         error = torch.where(size > 0, error / size, torch.zeros_like(size))

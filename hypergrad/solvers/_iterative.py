@@ -25,6 +25,7 @@ from ._base import (
     norm,
     tolerance,
 )
+from ._factorisation import signs
 
 if TYPE_CHECKING:
     from ._observer import Observer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Where a singular system has no solution, residuals can be bought with answers of any length:
 # the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
 PRICE = 1e-4
+_OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
 
@@ -106,6 +108,12 @@ class Iterative(Solver):
             x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             r = b - matvec(x)
             size = norm(r)
+        elif begun is not None and begun.start is not None:
+            x, r = begun.start
+            size = norm(r)
+        elif self._explores(system) and any_task(present):
+            x, r = off_zero(matvec, torch.where(present[..., None], b, torch.zeros_like(b)))
+            size = norm(r)
         else:
             size = present.to(b.dtype)  # b has norm one, or is zero or not finite
         active = present & (size > tol)
@@ -122,7 +130,8 @@ class Iterative(Solver):
         first, expected = True, False
         plain = looks and not transforms_active()
         if begun is not None:
-            matvec.count = begun.steps + 1  # who made it has looked at the true residual
+            # Who made it has looked at the true residual.
+            matvec.count = begun.steps + (1 if begun.start is None else 2)
         while limit > 0 and (not looks or any_task(active)):
             part = (
                 begun
@@ -226,6 +235,11 @@ class Iterative(Solver):
         rounding = eps * largest * torch.maximum(inverse, length)
         return size * inverse / length + abs(self.damping) * inverse + rounding
 
+    def _explores(self, system: LinearSystem) -> bool:
+        """Whether to start off zero: not within a budget, which that would take a part of."""
+        budget = self.rtol is None and self.maxiter is not None
+        return system.explores and system.looks and not budget
+
     def _as_expected(
         self, active: Tensor, part: Part, size: Tensor, tol: Tensor, limit: int
     ) -> bool:
@@ -291,6 +305,17 @@ class Part:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
+    start: tuple[Tensor, Tensor] | None = None  # where the pass began and its residual, if not zero
+
+
+def off_zero(matvec: Product, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A short vector in general position, and the residual of `b` there: one product."""
+    z = signs(b).expand_as(b)
+    image = matvec(z)
+    size = norm(image)
+    usable = torch.isfinite(size) & (size > 0)
+    part = torch.where(usable, _OFF * norm(b) / torch.where(usable, size, 1.0), 0.0)[..., None]
+    return part * z, torch.where(part > 0, b - part * image, b)
 
 
 def curves_down(v: Tensor, image: Tensor) -> Tensor:
