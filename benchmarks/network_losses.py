@@ -121,9 +121,18 @@ class Losses:
 
 
 def draw_losses(
-    draws: Draws, network: nn.Module, shape: tuple[int, ...], w: Leaves, task: str, outputs: int
+    draws: Draws,
+    network: nn.Module,
+    shape: tuple[int, ...],
+    w: Leaves,
+    task: str,
+    outputs: int,
+    realisable: float,
 ) -> tuple[Losses, Leaves]:
-    """Losses for a network that starts at `w`, and hyperparameters, all in float64."""
+    """Losses for a network that starts at `w`, and hyperparameters, all in float64.
+
+    With the probability `realisable` a network near `w` has made the targets.
+    """
     hyper = draws.one_of(HYPERPARAMETERS)
     rows, entries = round(draws.log_uniform(8, 24)), torch.Size(shape).numel()
     scale = draws.one_of([1.0, 1.0, 1.0, 0.1, 10.0]) * torch.ones(shape, dtype=torch.float64)
@@ -132,15 +141,20 @@ def draw_losses(
     teacher = draws.normal(entries, outputs) / entries**0.5
     data = {n: p.detach().double() for n, p in network.named_parameters() if n not in w}
     noise, unit = draws.one_of([0.0, 0.1, 1.0]), draws.one_of([1.0, 1.0, 1.0, 0.1, 10.0])
-    exact = draws.uniform().item() < 0.3  # a network of the same kind has made the targets
+    # A network of the same kind has made the targets, so that little is left at the solution.
+    spread = {n: p.std(correction=0) for n, p in w.items()}
+    exact = draws.uniform().item() < realisable and task == "numbers" and any(spread.values())
+    apart = draws.log_uniform(1e-4, 0.3)
+    near = {n: p + apart * spread[n] * draws.normal(*p.shape) for n, p in w.items()}
     for name in ("", " val"):
         x = draws.normal(rows, *shape)
         z = torch.sin(2 * x.flatten(1) @ teacher) + noise * draws.normal(rows, outputs)
         x = x * scale
-        if exact and task == "numbers":
-            near = {n: p + 0.3 * draws.normal(*p.shape) * p.std(correction=0) for n, p in w.items()}
+        if exact:
             with torch.no_grad():
                 z, unit = functional_call(network, {**data, **near}, (x,)), 1.0
+            if name:  # it is judged by other data
+                z = z + 0.3 * draws.normal(rows, outputs)
         data["x" + name] = x
         data["y" + name] = z.argmax(dim=1) if task == "classes" else unit * z
     data["augmentation"] = draws.normal(rows, *shape) * scale

@@ -17,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention, unfold
 from benchmarks.calibration_problems import Draws
 
 KINDS = ("tanh", "relu", "softplus", "layer norm", "convolution", "attention")
-SMALLEST, LARGEST = 20, 420
+#: The least and the largest number of parameters, each range as often as it stands here.
+SIZES = ((20, 100), (20, 100), (101, 180), (101, 180), (101, 180), (181, 420))
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
@@ -110,13 +111,13 @@ class Attention(nn.Module):
 
 
 def model(
-    draws: Draws, kind: str, outputs: int, small: bool, head_only: bool
+    draws: Draws, kind: str, outputs: int, size: tuple[int, int], head_only: bool
 ) -> tuple[nn.Module, tuple[int, ...], list[str]]:
     """A network, the shape of one of its inputs, and the names of what is trained.
 
-    Small is up to 100 parameters. With `head_only` the last layer alone is trained.
+    Their number is in the range `size`. With `head_only` the last layer alone is trained.
     """
-    low, high = (SMALLEST, 100) if small else (101, LARGEST)
+    low, high = size
     while True:
         network, shape = _any(draws, kind, outputs)
         names = [name for name, _ in network.named_parameters()]

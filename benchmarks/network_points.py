@@ -13,8 +13,8 @@ from benchmarks.network_truth import Scalar, derivatives, minimise
 POINTS = (
     *("SGD", "Adam"),
     *("L-BFGS",) * 2,
-    *("Newton",) * 4,
-    *("near the solution",) * 7,
+    *("Newton",) * 5,
+    *("near the solution",) * 16,
     "saddle, zero weights",
     "saddle, equal units",
     "stationary",
@@ -45,7 +45,7 @@ def stopped(draws: Draws, how: str, f: Scalar, start: Tensor) -> Tensor:
     if how == "Newton":
         return solution
     way = draws.normal(len(start)).to(start)
-    return solution + draws.log_uniform(1e-8, 0.1) * vector_norm(solution) * way / vector_norm(way)
+    return solution + draws.log_uniform(1e-7, 0.05) * vector_norm(solution) * way / vector_norm(way)
 
 
 def _descent(

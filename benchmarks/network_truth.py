@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 Scalar = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-_STEPS = 60  # of Newton's method
+_STEPS = 50  # of Newton's method
 _HALVINGS = 40
 _ROUNDING = 1e-9  # of the value: below it the gradient's norm judges a step
 #: The relative accuracy to which a hypergradient has to be known.
