@@ -81,8 +81,8 @@ def draw(seed: int, attempt: int = 0) -> Case:
     newton = condition == "Minimum"
     task = draws.one_of(["numbers", "classes"] if newton else ["numbers"] * 3 + ["classes"])
     # The minimum of a whole network of ReLU is at a kink more often than not.
-    head = draws.uniform().item() < (0.4 if kind == "relu" else 0.05)
-    size = draws.one_of(SIZES)
+    head = draws.uniform().item() < {"relu": 0.4, "attention": 0.0}.get(kind, 0.05)
+    size = (SIZES[0][0], SIZES[-1][1]) if head else draws.one_of(SIZES)
     outputs = draws.one_of([1, 2, 3] if task == "numbers" else [2, 3, 4])
     network, shape, names = model(draws, kind, outputs, size, head)
     start = {name: network.get_parameter(name).detach().double() for name in names}

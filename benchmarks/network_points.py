@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -41,11 +43,13 @@ def stopped(draws: Draws, how: str, f: Scalar, start: Tensor) -> Tensor:
     if how == "L-BFGS":
         return _lbfgs(f, start, draws.one_of(BUDGETS))
     # A first approach spares most of the Hessians.
-    solution = minimise(f, _lbfgs(f, start, 100)).w
+    solution = minimise(f, _lbfgs(f, start, 40)).w
     if how == "Newton":
         return solution
     way = draws.normal(len(start)).to(start)
-    return solution + draws.log_uniform(1e-7, 0.05) * vector_norm(solution) * way / vector_norm(way)
+    low, high = draws.one_of([(1e-8, 1e-1), *[(1e-6, 1e-2)] * 3])
+    size = draws.log_uniform(low, high) * vector_norm(solution)
+    return solution + size * way / vector_norm(way)
 
 
 def _descent(
@@ -67,7 +71,13 @@ def _descent(
     )
 
 
-def _optimised(draws, f, start, make, end=float("inf")):  # type: ignore[no-untyped-def]
+def _optimised(
+    draws: Draws,
+    f: Scalar,
+    start: Tensor,
+    make: Callable[[Tensor], torch.optim.Optimizer],
+    end: float = float("inf"),
+) -> Tensor:
     """Some steps of an optimiser; it ends at the last point before `end`, or before NaN."""
     w = start.clone().requires_grad_()
     optimiser = make(w)
@@ -76,7 +86,7 @@ def _optimised(draws, f, start, make, end=float("inf")):  # type: ignore[no-unty
         (w.grad,) = torch.autograd.grad(f(w), w)
         optimiser.step()
         size = float(vector_norm(w.detach()))
-        if not size <= max(end, 0):
+        if not size <= end or size == float("inf"):
             return before if size != size or size == float("inf") else w.detach()
     return w.detach()
 

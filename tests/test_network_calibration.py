@@ -19,7 +19,8 @@ from benchmarks.network_cases import (
 from benchmarks.network_truth import derivatives, hypergradient, minimise
 from benchmarks.networks import judged, kept, off, passed, report, right, silently_off
 
-SEEDS = range(40)
+# The smaller ones, on both sides of the size from which the default iterates.
+SEEDS = [seed for seed in range(100) if int(draw(seed).kinds["n"]) <= 130][:40]
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_the_hypergradient_of_a_closed_form():
 def test_points_and_truths_are_kept(solved, tmp_path, monkeypatch):
     path = tmp_path / "0.pt"
     monkeypatch.setattr("benchmarks.networks.solve", lambda seed: solved[seed])
-    first = kept(range(3), path)
+    first = kept(SEEDS[:3], path)
     monkeypatch.setattr("benchmarks.networks.solve", None)
-    again = kept(range(3), path)
-    for seed in range(3):
+    again = kept(SEEDS[:3], path)
+    for seed in SEEDS[:3]:
         assert vars(first[seed]).keys() == vars(again[seed]).keys()
         assert torch.equal(first[seed].point, again[seed].point)
 
