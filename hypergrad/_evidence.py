@@ -19,7 +19,7 @@ from ._replay import Parts
 from ._report import Cause, OnFailure, judge
 from ._second_look import SecondLook, is_noise
 from ._transforms import any_task, is_wrapped
-from .solvers._base import LinearSystem, Solution, Solver, dot, info_of, norm
+from .solvers._base import LinearSystem, NewtonStep, Solution, Solver, dot, info_of, norm
 from .solvers._factorisation import signs
 from .solvers._identity import Identity
 
@@ -99,8 +99,8 @@ class Use:
         """The part of `leaves` that depends on `u`, relative to the whole."""
         return 1.0
 
-    def second_look(self, step: Tensor, found: Solution) -> SecondLook | None:
-        """The same at ``params - step``; None: there is no more to it."""
+    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
+        """The same a Newton step further on; None: there is no more to it."""
         return None
 
     def falls_by(self, step: Tensor) -> Tensor | None:
@@ -276,8 +276,8 @@ class _Evidence:
         outer_error = dot(self.found.x, self.lin.residual)
         self._judge_curvature()
         self._judge_rank()
-        residual, step = self._newton()
-        inner = self._judge_inner(residual, step, outer_error)
+        residual, newton = self._newton()
+        inner = self._judge_inner(residual, newton, outer_error)
         approximation = self._judge_approximation()
         self._judge_degeneracy()
         figures: dict[str, Any] = {}
@@ -333,43 +333,45 @@ class _Evidence:
             lacking & (self.status == Status.CONVERGED), int(Status.SINGULAR), self.status
         )
 
-    def _newton(self) -> tuple[Tensor, Tensor]:
+    def _newton(self) -> tuple[Tensor, NewtonStep]:
         """The relative length of the inner Newton step, and the step."""
         F, found = self.lin.residual, self.found
-        size = norm(F)
-        metric = found.metric
-        weighted = self.params if metric is None else self.params * metric
+        weighted = self._weighted(self.params)
         self.extent = norm(weighted)
-        step = found.newton
-        if step is None:
-            step = F / self._curvature(F, size)[..., None]
-        # A step that the method could not make, since nothing was asked of it.
-        blank = (size == 0)[..., None]
-        step = torch.where(blank, torch.zeros_like(step), step)
-        length = norm(step if metric is None else step * metric)
-        extent = self.extent
-        residual = torch.where(length == 0, torch.zeros_like(length), length / extent)
-        return residual.expand_as(self.status), step
+        newton = found.newton
+        if newton is None:
+            newton = self._along_condition(F)
+        length = norm(self._weighted(newton.step)) + newton.beyond
+        length = torch.where(norm(F) == 0, torch.zeros_like(length), length)
+        residual = torch.where(length == 0, torch.zeros_like(length), length / self.extent)
+        return residual.expand_as(self.status), newton
 
-    def _curvature(self, F: Tensor, size: Tensor) -> Tensor:
-        """The lowest curvature along b and along F, which costs a product."""
+    def _weighted(self, v: Tensor) -> Tensor:
+        return v if self.found.metric is None else v * self.found.metric
+
+    def _along_condition(self, F: Tensor) -> NewtonStep:
+        """A step along F by the lower of the curvatures along b and F, which costs a product."""
+        size, none = norm(F), torch.zeros_like(F)
         along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
         if isinstance(self.choices.solver, Identity) or size.shape != self.length.shape:
-            return along_b
+            step = F / along_b[..., None]
+            return NewtonStep(step, none.expand_as(step), norm(step) * 0)
         image = self.system.matvec(F)
         self.matvecs = self.matvecs + 1
-        doubt = 1e-3 * size * norm(image)
-        along_F = dot(F, image)
+        damping = getattr(self.choices.solver, "damping", 0.0)
+        image = image + damping * F if damping else image
         if self.lin.problem.condition.minimum:
-            negative = along_F < -doubt
+            negative = dot(F, image) < -1e-3 * size * norm(image)
             self.negative = self.negative | negative
             self._fail(negative, Cause.CURVATURE)
-        along_F = along_F.abs() / torch.where(size > 0, size.square(), 1.0)
-        along_b = torch.where(along_b > 0, along_b, math.inf)
-        return torch.minimum(along_b, torch.where(along_F > 0, along_F, math.inf))
+        along_F = dot(F, image).abs() / torch.where(size > 0, size.square(), 1.0)
+        lowest = torch.minimum(*(torch.where(c > 0, c, math.inf) for c in (along_b, along_F)))
+        step = torch.where((size > 0)[..., None], F / lowest[..., None], none)
+        return NewtonStep(step, F - image / lowest[..., None], torch.zeros_like(size))
 
-    def _judge_inner(self, residual: Tensor, step: Tensor, outer_error: Tensor) -> Tensor:
+    def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
         """The relative error that the unsolved inner problem leaves, as far as it is known."""
+        step = newton.step
         tol, looks = self.choices.inner_tol, self.choices.looks
         some = self.strength > 0  # without a right-hand side nothing depends on the solution
         estimate = _FROM_STEP * residual
@@ -379,7 +381,9 @@ class _Evidence:
         wanted = some & ~(residual <= min(_LOOK_AGAIN[self.system.layout.precision], tol))
         if not self.choices.figures:
             wanted = wanted & self.success
-        look = self.use.second_look(step, self.found) if looks and any_task(wanted) else None
+        look = None
+        if looks and any_task(wanted):
+            look = self.use.second_look(newton, self.found)
         if look is None:
             unsolved = some & ~(residual <= tol)
             if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
@@ -388,9 +392,11 @@ class _Evidence:
                 estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
             self._fail(unsolved, Cause.INNER)
             return estimate
-        change = _AGAIN * look.change.nan_to_num(math.inf)
-        # The next Newton step would be about as long as this: it does not lead to a solution.
-        lost = ~(look.left * residual <= _NEXT)
+        # What the step did not reach is taken for as harmful as any way of its length.
+        beyond = _FROM_STEP * newton.beyond / self.extent
+        change = _AGAIN * look.change.nan_to_num(math.inf) + beyond.nan_to_num(math.inf)
+        # Another step would be about as long as this one: they do not lead to a solution.
+        lost = ~(self._length_of(look.bent, newton) <= _NEXT * self.extent)
         change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
         unsolved = wanted & ~(change <= _MOVES * tol)
         if any_task(unsolved & self.success):
@@ -400,6 +406,15 @@ class _Evidence:
         self._fail(unsolved, Cause.INNER)
         self._fail(some & ~wanted & ~(residual <= tol), Cause.INNER)
         return torch.where(wanted, change, estimate)
+
+    def _length_of(self, bent: Tensor, newton: NewtonStep) -> Tensor:
+        """How long the Newton step is that a rest of the condition calls for."""
+        if newton.again is not None:
+            return norm(self._weighted(newton.again(bent)))
+        size = norm(self.lin.residual)
+        # Between the inverse that the first step showed and that of the linear solve.
+        inverses = norm(newton.step) / size * (self.length / self.strength)
+        return norm(bent) * inverses.sqrt()
 
     def _judge_runaway(self, far: Tensor, step: Tensor, outer_error: Tensor) -> None:
         """Params far out, from which a Newton step leads back, and not where its slope says."""

@@ -31,7 +31,7 @@ from ._transforms import refuse_derivatives
 from ._tree import Tree
 from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
-from .solvers._base import Solution, mapped_by_caller, norm
+from .solvers._base import NewtonStep, Solution, mapped_by_caller, norm
 
 _BENDS = 0.1  # the relative change of a slope that is a bend
 _CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
@@ -194,30 +194,34 @@ class _Hypergradient(Use):
         share = self._size(self.indirect) / self._size(self._leaves)
         return torch.where(torch.isnan(share), torch.ones_like(share), share)
 
-    def second_look(self, step: Tensor, found: Solution) -> SecondLook:
+    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook:
         """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
-        lin, at, lead = self.lin, self._at, self.lin.lead
-        unknown = torch.full_like(at.value, math.inf)
-        outer = self._outer_at(step)
+        lin, at, lead, u = self.lin, self._at, self.lin.lead, found.x
+        outer = self._outer_at(newton.step)
+        unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
         if outer is None:
-            return SecondLook(unknown, unknown)
+            return unknown
         try:
-            inner = Linearisation(lin.problem, shifted(lin, self._tensors, step), self._of_inner)
+            inner = Linearisation(
+                lin.problem, shifted(lin, self._tensors, newton.step), self._of_inner
+            )
         except Exception:  # the loss does not like what it gets there
-            return SecondLook(unknown, unknown)
-        u = found.x
+            return unknown
         product = inner.record.hessian or inner.record.transposed
         left = lin.layout.flatten(outer.cotangent, lead) - inner.replayed(product, u)
-        missing = lin.cross(found.further(left) if found.further else left * 0)
-        there_leaves = self._differences(outer.direct, inner.cross(u))
-        moved = [a - b for a, b in zip(there_leaves, self._leaves, strict=True)]
-        whole = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
+        there = self._differences(outer.direct, inner.cross(u))
+        moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
+        if found.further is not None:
+            missing = lin.cross(found.further(left))
+            moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
+            change = self._size(moved)
+        else:  # the size of what is missing, and not its sign
+            inverse = norm(u) / norm(lin.layout.flatten(at.cotangent, lead))
+            change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
         size = self._size(self._leaves) + _CANCELLED * (
             self._size(at.direct) + self._size(self.indirect)
         )
-        return SecondLook(
-            change=self._size(whole) / size, left=norm(inner.residual) / norm(lin.residual)
-        )
+        return SecondLook(change / size, inner.residual - newton.left)
 
     def falls_by(self, step: Tensor) -> Tensor:
         """By how much the outer loss falls on the way to ``params - step``."""

@@ -18,18 +18,18 @@ _JUMP = 0.25  # the relative change there that only rounding makes
 
 @dataclasses.dataclass(frozen=True)
 class SecondLook:
-    """What has changed at ``params - step``; every figure has the tasks' shape.
+    """What has changed at ``params - step``.
 
     Attributes
     ----------
     change : Tensor
-        The change of the hypergradient, relative to it.
-    left : Tensor
-        The norm of the inner condition there, relative to the one at `params`.
+        The change of the hypergradient, relative to it, for each task.
+    bent : Tensor
+        The inner condition there, but for what a straight one would have left: ``(*tasks, n)``.
     """
 
     change: Tensor
-    left: Tensor
+    bent: Tensor
 
 
 def shifted(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor) -> list[Tensor]:

@@ -84,29 +84,21 @@ def test_an_inner_solution_that_is_off_along_one_mode_counts_as_the_way_to_it(so
     w = solved(LOG_PENALTY)
     off = w + size * w.norm() * Q[:, mode]
     error, estimate = both(off, solver)
-    assert error <= estimate
-    assert 3 * size <= estimate <= 30 * size + 1e-5
+    known = isinstance(solver, Exact | Auto)  # a factorisation makes the Newton step itself
+    assert error <= estimate <= (5 if known else 300) * error + 1e-8
 
 
 def test_an_unsolved_mode_that_the_right_hand_side_does_not_reach():
-    """What the search directions do not reach of F counts with the inverse seen, not as zero."""
+    """An iteration for a minimum starts off zero, and meets what b by itself would not lead to."""
 
     def along_one_mode(w, h):
         return (Q[:, -1] @ (w - TARGET)) ** 2 / 2
 
-    w = solved(LOG_PENALTY) + Q[:, 0]
-    _, info = hypergrad.implicit_grad(
-        along_one_mode,
-        inner,
-        w,
-        LOG_PENALTY,
-        solver=CG(rtol=1e-12),
-        on_failure="ignore",
-        return_info=True,
-    )
-    lowest, step = info.eigenvalues[0], MODES[0] + LOG_PENALTY.exp()
-    assert lowest > 10 * step  # the mode was not met
-    assert info.error_estimate > 0
+    h = LOG_PENALTY
+    g = torch.func.grad(lambda w: along_one_mode(w, h))(solved(h))
+    true = -h.exp() * (torch.linalg.solve(matrix(h), g) @ solved(h))
+    error, estimate = both(solved(h) + Q[:, 0], CG(rtol=1e-12), outer=along_one_mode, true=true)
+    assert error <= estimate
 
 
 def test_the_share_of_the_implicit_term_counts():

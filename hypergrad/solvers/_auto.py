@@ -14,6 +14,7 @@ from .._info import Status
 from .._transforms import any_task, every_task
 from ._base import (
     LinearSystem,
+    NewtonStep,
     Solution,
     Solver,
     at_least,
@@ -224,7 +225,7 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         spectrum=spectrum,
         null=_later(taken, before.null, after.null, missing=0.0),
         linear_error=_later(taken, before.linear_error, after.linear_error),
-        newton=_later(taken, before.newton, after.newton),
+        newton=_later_step(taken, before.newton, after.newton),
         metric=_later(taken, before.metric, after.metric, missing=1.0),
         further=_further(taken, before, after),
     )
@@ -241,6 +242,21 @@ def _later(
     taken = taken if known.ndim == taken.ndim else taken[..., None]
     return torch.where(
         taken, absent if after is None else after, absent if before is None else before
+    )
+
+
+def _later_step(
+    taken: Tensor, before: NewtonStep | None, after: NewtonStep | None
+) -> NewtonStep | None:
+    if before is None or after is None:
+        known = after if before is None else before
+        return known if known is None or every_task(taken == (before is None)) else None
+    wide = taken[..., None]
+    return NewtonStep(
+        step=torch.where(wide, after.step, before.step),
+        left=torch.where(wide, after.left, before.left),
+        beyond=torch.where(taken, after.beyond, before.beyond),
+        again=after.again if every_task(taken) else None,
     )
 
 

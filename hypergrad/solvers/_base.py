@@ -80,6 +80,28 @@ class LinearSystem:
 
 
 @dataclasses.dataclass
+class NewtonStep:
+    """``A^-1 F`` for the inner condition F, as far as a method knows it.
+
+    Attributes
+    ----------
+    step : Tensor
+        ``(*tasks, n)``.
+    left : Tensor
+        ``F - A step``.
+    beyond : Tensor
+        About how long ``A^-1 left`` is.
+    again : callable, optional
+        ``v -> A^-1 v``.
+    """
+
+    step: Tensor
+    left: Tensor
+    beyond: Tensor
+    again: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclasses.dataclass
 class Solution:
     """A flat answer and its evidence; every figure has the tasks' shape.
 
@@ -97,8 +119,8 @@ class Solution:
         of full rank. None: none was seen.
     linear_error : Tensor, optional
         The relative error of `x`, from the residual, the rounding and the inverse that was seen.
-    newton : Tensor, optional
-        ``A^-1 F``, the way from the solution to the parameters, ``(*tasks, n)``.
+    newton : NewtonStep, optional
+        The way from the inner solution to the parameters.
     metric : Tensor, optional
         What entries of the inner variables are multiplied by before a length is taken of them,
         ``(*tasks, n)``; None: one.
@@ -118,7 +140,7 @@ class Solution:
     condition_number: Callable[[], Tensor] | None = None
     null: Tensor | None = None
     linear_error: Tensor | None = None
-    newton: Tensor | None = None
+    newton: NewtonStep | None = None
     metric: Tensor | None = None
     further: Callable[[Tensor], Tensor] | None = None
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from .._errors import UnsupportedOperation
 from .._info import Status
 from .._transforms import any_task, is_wrapped
-from ._base import LinearSystem, Solution, Solver, finite, norm, tolerance
+from ._base import LinearSystem, NewtonStep, Solution, Solver, finite, norm, tolerance
 from ._factorisation import Factorisation, signs, times, without_noise
 
 _TYPICAL = 0.1  # rounding errors that add up, over what they might come to
@@ -119,7 +120,7 @@ class _Accuracy:
     """What the factors say beside the answer; the names are those of a `Solution`."""
 
     linear_error: Tensor | None = None
-    newton: Tensor | None = None
+    newton: NewtonStep | None = None
     metric: Tensor | None = None
     further: Callable[[Tensor], Tensor] | None = None
 
@@ -137,12 +138,16 @@ class _Accuracy:
         error = torch.where(size > 0, error / size, torch.zeros_like(size))
         symmetric = system.symmetric is True
         assert system.condition is not None
-        if system.transposed and not symmetric:
-            newton = factors.further(system.condition, transposed=True)
-            metric = 1 / factors.rows
-        else:
-            newton, metric = factors.further(system.condition), 1 / factors.columns
-        return cls(linear_error=error, newton=newton, metric=metric, further=factors.further)
+        turned = system.transposed and not symmetric
+        again = partial(factors.further, transposed=turned)
+        step = again(system.condition)
+        none = torch.zeros_like(step)
+        return cls(
+            linear_error=error,
+            newton=NewtonStep(step, none, none[..., 0], again),
+            metric=1 / (factors.rows if turned else factors.columns),
+            further=factors.further,
+        )
 
 
 def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:

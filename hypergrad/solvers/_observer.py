@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import dot, norm
+from ._base import NewtonStep, dot, norm
 
 
 class Observer:
@@ -81,7 +81,8 @@ class Observer:
         older_x, older_size = self._older
         return norm(x - older_x) / older_size
 
-    def newton(self, x: Tensor) -> Tensor:
-        """``A^-1 F``: what was projected, and what was left over times the inverse seen."""
-        inverse = torch.where(self.left.any(dim=-1), self.inverse(x), torch.zeros_like(x[..., 0]))
-        return self.step + inverse[..., None] * self.left
+    def newton(self, x: Tensor) -> NewtonStep:
+        """``A^-1 F`` as far as it was projected, and what was left over."""
+        size = norm(self.left)
+        beyond = torch.where(size > 0, self.inverse(x) * size, torch.zeros_like(size))
+        return NewtonStep(self.step, self.left, beyond)
