@@ -1,4 +1,4 @@
-"""Small networks of the kinds that people train, with 20 to 420 parameters.
+"""Small networks of the kinds that people train, with 20 to 400 parameters.
 
 Those with a fused layer are written out as well, by the same parameters: `written_out` has the
 elementary operations alone, whose derivatives PyTorch batches several times as fast.
@@ -18,7 +18,7 @@ from benchmarks.calibration_problems import Draws
 
 KINDS = ("tanh", "relu", "softplus", "layer norm", "convolution", "attention")
 #: The least and the largest number of parameters, each range as often as it stands here.
-SIZES = ((20, 100), (20, 100), (101, 180), (101, 180), (101, 180), (181, 420))
+SIZES = (*((20, 100),) * 3, *((101, 180),) * 5, (181, 400))
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,

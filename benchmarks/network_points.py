@@ -15,7 +15,7 @@ from benchmarks.network_truth import Scalar, derivatives, minimise
 POINTS = (
     *("SGD", "Adam"),
     *("L-BFGS",) * 2,
-    *("Newton",) * 5,
+    *("Newton",) * 7,
     *("near the solution",) * 16,
     "saddle, zero weights",
     "saddle, equal units",
@@ -43,7 +43,7 @@ def stopped(draws: Draws, how: str, f: Scalar, start: Tensor) -> Tensor:
     if how == "L-BFGS":
         return _lbfgs(f, start, draws.one_of(BUDGETS))
     # A first approach spares most of the Hessians.
-    solution = minimise(f, _lbfgs(f, start, 40)).w
+    solution = minimise(f, _lbfgs(f, start, 40), steps=30).w
     if how == "Newton":
         return solution
     way = draws.normal(len(start)).to(start)
