@@ -16,7 +16,7 @@ POINTS = (
     *("SGD", "Adam"),
     *("L-BFGS",) * 2,
     *("Newton",) * 7,
-    *("near the solution",) * 16,
+    *("near the solution",) * 20,
     "saddle, zero weights",
     "saddle, equal units",
     "stationary",
