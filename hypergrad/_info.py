@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ._shown import fields_of
 
 
 class Status(IntEnum):
@@ -48,7 +50,7 @@ class Status(IntEnum):
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SolveInfo:
     """The evidence for one hypergradient, or for a batch of them.
 
@@ -130,34 +132,32 @@ class SolveInfo:
     method: str = ""
 
     def __str__(self) -> str:
-        """One line a solve, for people."""
+        """One line, for people; of a batch the counts and the largest figures."""
+        states = Counter(Status(s).name for s in self.status.reshape(-1).tolist())
+        tasks = self.status.numel()
         if self.status.ndim == 0:
-            return f"{self.method}: {self._describe(())}"
-        tasks = [
-            f"task {list(index) if len(index) > 1 else index[0]}: {self._describe(index)}"
-            for index in torch
-            .cartesian_prod(*(torch.arange(n, device="cpu") for n in self.status.shape))
-            .reshape(-1, self.status.ndim)
-            .tolist()
-        ]
-        shown = tasks if len(tasks) <= 8 else [*tasks[:8], f"... and {len(tasks) - 8} more tasks"]
-        return "\n".join([f"{self.method}, {len(tasks)} tasks", *shown])
-
-    def _describe(self, index: tuple[int, ...] | list[int]) -> str:
-        at = tuple(index)
-        text = (
-            f"{Status(int(self.status[at])).name} after {int(self.iterations[at])} iterations, "
-            f"{int(self.matvecs[at])} products"
-        )
+            text = f"{self.method}: {next(iter(states))} after"
+        else:
+            counts = ", ".join(f"{count} {name}" for name, count in states.most_common())
+            text = f"{self.method}, {tasks} tasks: {counts or 'none'}; at most"
+        text += f" {_most(self.iterations)} iterations, {_most(self.matvecs)} products"
         for label, figure in (
             ("residual", self.residual_norm),
             ("inner residual", self.inner_residual),
             ("outer error", self.outer_error),
         ):
-            value = float(figure[at])
-            if value == value:
-                text += f"; {label} {value:.1e}"
+            known = [value for value in figure.reshape(-1).tolist() if value == value]
+            if known:
+                text += f"; {label} {max(known, key=abs):.1e}"
         return text
+
+    def __repr__(self) -> str:
+        """The fields, with shapes in place of tensors."""
+        return fields_of(self)
+
+
+def _most(counts: Tensor) -> int:
+    return int(counts.max()) if counts.numel() else 0
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SolveInfo) if f.name != "method")

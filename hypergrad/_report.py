@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import IntEnum
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -160,8 +162,25 @@ class _Row(NamedTuple):
         return self.status != Status.CONVERGED, figure
 
 
+# Who is told of warnings in place of Python's filters.
+_listener: ContextVar[Callable[[str], bool] | None] = ContextVar("hypergrad_listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[str], bool]) -> Iterator[None]:
+    """Tell a function of every warning; it decides by what it returns whether that is issued."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def warn(text: str) -> None:
     """Issue a `ConvergenceWarning` at the line that called the library."""
+    listener = _listener.get()
+    if listener is not None and not listener(text):
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _internal(frame.f_back.f_code.co_filename):
         frame, level = frame.f_back, level + 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .._errors import StructureMismatch, UnsupportedOperation
-from .._report import OnFailure, check_on_failure
+from .._report import OnFailure, check_on_failure, listening
+from .._shown import shown
 from .._trace import being_traced
 from .._transforms import never_compiled, transforms_active
 from ._alternating import Alternating
@@ -174,6 +176,14 @@ class Bilevel:
         """What moves the hyperparameters."""
         return self._levels.outer_optimizer
 
+    def __repr__(self) -> str:
+        """The method, the variables' shapes and the optimisers, in one line."""
+        return (
+            f"Bilevel(method={self.method!r}, steps={self.steps}, params={shown(self.params)}, "
+            f"hparams={shown(self.hparams)}, inner_optimizer={_named(self.inner_optimizer)}, "
+            f"outer_optimizer={_named(self.outer_optimizer)})"
+        )
+
     @never_compiled
     def step(self, inner_batch: Any = _ABSENT, outer_batch: Any = _ABSENT) -> StepInfo:
         """Make one step of the outer problem.
@@ -210,11 +220,13 @@ class Bilevel:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 levels.begin()
-                info = self.method.step(levels)
+                with listening(levels.hear):
+                    info = self.method.step(levels)
         finally:
             levels.given = (None, None)
         levels.steps += 1
         levels.checked = True
+        info = dataclasses.replace(info, warned=dict(levels.warned))
         if self._callback is not None:
             self._callback(info)
         return info
@@ -245,6 +257,7 @@ class Bilevel:
             "state": copied(levels.state),
             "generator": levels.generator.get_state(),
             "batches": [levels.inner_batches.state(), levels.outer_batches.state()],
+            "warned": dict(levels.warned),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,3 +307,9 @@ class Bilevel:
         levels.inner_batches.load(state["batches"][0])
         levels.outer_batches.load(state["batches"][1])
         levels.steps = int(state["steps"])
+        levels.warned = dict(state.get("warned", {}))
+
+
+def _named(optimizer: torch.optim.Optimizer) -> str:
+    rates = ", ".join(f"lr={float(group['lr']):g}" for group in optimizer.param_groups)
+    return f"{type(optimizer).__name__}({rates})"

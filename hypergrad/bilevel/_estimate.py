@@ -13,10 +13,11 @@ from torch import Tensor
 from .._conditions import Minimum
 from .._implicit_grad import implicit_grad
 from .._info import SolveInfo
-from ..solvers import Solver
+from ..solvers import CG, GMRES, Solver
 from ._batches import Batch
 from ._levels import Levels
 
+_BUDGET = 10  # products of a step, which the next one goes on from
 Estimator = str | Callable[[Any, Any, Any, Any], Any]
 
 
@@ -50,7 +51,7 @@ def estimate(
     estimator : str or callable
         How it is taken.
     solver : Solver, optional
-        The linear solver of "implicit".
+        The linear solver of "implicit"; None: ten products, from the last step's solution.
     inner_tol : float, optional
         Of "implicit".
     inner, outer : Batch
@@ -66,6 +67,8 @@ def estimate(
         The evidence, of "implicit".
     """
     condition = levels.inner_on(inner)
+    if solver is None:
+        solver = CG(maxiter=_BUDGET) if condition.symmetric else GMRES(maxiter=_BUDGET)
     # A plain loss is handed on as it came in.
     losses = levels.outer_on(outer), condition.f if type(condition) is Minimum else condition
     params, hparams = levels.now("params"), levels.now("hparams")

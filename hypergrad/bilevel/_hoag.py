@@ -12,7 +12,7 @@ from torch import Tensor
 from .._errors import NotConverged
 from .._info import SolveInfo
 from .._report import warn
-from ..solvers import Auto, Solver
+from ..solvers import CG, GMRES, Solver
 from ..solvers._base import at_least, tolerance
 from ._batches import Batch
 from ._estimate import estimate
@@ -56,7 +56,8 @@ class HOAG(Method):
         Most steps of the inner optimiser in one outer step. Running out of them is said, and so
         is a residual that has stopped to fall.
     solver : Solver, optional
-        The linear solver, whose `rtol` follows the tolerance; None: `Auto`.
+        The linear solver, whose `rtol` follows the tolerance. None: `CG`, or `GMRES` where A is not
+        symmetric.
 
     References
     ----------
@@ -103,7 +104,9 @@ class HOAG(Method):
         """Make one outer step."""
         lowest = _reachable(levels.layout.precision) if self.min_tol is None else self.min_tol
         tol = max(self.tolerance(levels.steps), lowest)
-        solver: Any = Auto() if self.solver is None else self.solver
+        solver: Any = self.solver
+        if solver is None:
+            solver = CG() if levels.condition.symmetric else GMRES()
         if hasattr(solver, "rtol"):
             solver = dataclasses.replace(solver, rtol=tol)
         inner, outer = levels.inner_batch(), levels.outer_batch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from ._method import State
 from ._optimisers import Optimiser, gradients, scaled, take
 
 Parts = list[Tensor]
+_TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
 
 
 @dataclasses.dataclass
@@ -87,6 +89,17 @@ class Levels:
         self.state: State = {}
         self.given: tuple[Batch | None, Batch | None] = (None, None)
         self.checked = False
+        self.warned: dict[str, int] = {}
+        self._heard: set[str] = set()  # in this step
+
+    def hear(self, text: str) -> bool:
+        """Count a warning; whether it is the first of its kind in this run."""
+        kind = re.split(r"[:.(]", _TASKS.sub("", text))[0].strip()
+        if kind not in self._heard:
+            self._heard.add(kind)
+            self.warned[kind] = self.warned.get(kind, 0) + 1
+            return self.warned[kind] == 1
+        return False
 
     # --- batches -------------------------------------------------------------------------
 
@@ -300,7 +313,8 @@ class Levels:
         return tree.rebuild(aliases)
 
     def begin(self) -> None:
-        """Forget what an inner optimiser has taken for curvature: the inner problem has changed."""
+        """Begin a step: what was heard, and taken for curvature, belongs to the last one."""
+        self._heard.clear()
         if isinstance(self.inner_optimizer, torch.optim.LBFGS):
             self.inner_optimizer.state.clear()
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .._info import SolveInfo
+from .._shown import fields_of, shown
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StepInfo:
     """The record of one step of a `Bilevel`.
 
@@ -36,6 +37,9 @@ class StepInfo:
         The tolerance of this step, of a method that has one.
     info : SolveInfo or None
         The evidence of the hypergradient, of a method that solves a linear system.
+    warned : dict of str to int
+        The kinds of warning that the run has met so far, each with the number of steps that met
+        it. The first step of a kind issues the warning, and no other does.
 
     Examples
     --------
@@ -58,3 +62,19 @@ class StepInfo:
     inner_steps: int
     tolerance: float | None = None
     info: SolveInfo | None = None
+    warned: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line, for people."""
+        text = f"step {self.step}: outer value {shown(self.outer_value)}, inner norm "
+        text += f"{shown(self.inner_norm)} after {self.inner_steps} inner steps"
+        if self.tolerance is not None:
+            text += f", tolerance {self.tolerance:.1e}"
+        if self.info is not None:
+            text += f"; {self.info}"
+        met = [f"{kind} ({count})" for kind, count in self.warned.items()]
+        return text + (f"; warned of: {', '.join(met)}" if met else "")
+
+    def __repr__(self) -> str:
+        """The fields, with shapes in place of tensors."""
+        return fields_of(self)
