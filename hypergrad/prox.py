@@ -264,9 +264,9 @@ def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     --------
     >>> import torch
     >>> from hypergrad import prox
-    >>> prox.nuclear(torch.tensor([[3.0, 0.0], [0.0, -0.5]]), 0.5, 2.0).abs()
-    tensor([[2., 0.],
-            [0., 0.]])
+    >>> x = prox.nuclear(torch.tensor([[3.0, 0.0], [0.0, -0.5]]), 0.5, 2.0)
+    >>> torch.allclose(x, torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    True
     """
 
     def one(v: Tensor, penalty: Number) -> Tensor:
