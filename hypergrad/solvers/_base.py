@@ -136,6 +136,8 @@ class Solver(ABC):
     needs_symmetry: ClassVar[bool] = False
     #: Whether products with the transpose are needed: `rmatvec`, where A is not symmetric.
     needs_transpose: ClassVar[bool] = False
+    #: Whether A may have more rows than columns, or fewer.
+    takes_rectangles: ClassVar[bool] = False
 
     def solve(
         self,
@@ -150,7 +152,7 @@ class Solver(ABC):
         Parameters
         ----------
         matvec : callable
-            ``v -> A v`` on pytrees shaped like `b`.
+            ``v -> A v``, from pytrees shaped like x to such as are shaped like `b`.
         b : pytree of Tensor
             The right-hand side.
         x0 : pytree of Tensor, optional
@@ -161,33 +163,47 @@ class Solver(ABC):
         Returns
         -------
         x : pytree of Tensor
-            The answer, shaped like `b`.
+            The answer, shaped like `b`. With `LSMR` and `NormalCG` the system may be rectangular:
+            x is then shaped like `x0` or, where that is None, like ``rmatvec(b)``.
         info : SolveInfo
             Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
             detached; the decorators and `root_vjp` have the derivative of a solution.
         """
-        tree = Tree("b", b)
-        layout = Layout(tree, tree.variables)
+        of_b = Tree("b", b)
+        tree = self._unknown(of_b, x0, rmatvec)
+        rows, layout = Layout(of_b, of_b.variables), Layout(tree, tree.variables)
 
-        def flat(product: Callable[[Any], Any], name: str) -> Product:
-            return lambda v: layout.flatten(
-                tree.match(f"{name}(v)", product(tree.rebuild(layout.split(v))))
+        def flat(product: Callable[[Any], Any], name: str, there: bool) -> Product:
+            domain, image = (tree, of_b) if there else (of_b, tree)
+            split, join = (layout, rows) if there else (rows, layout)
+            return lambda v: join.flatten(
+                image.match(f"{name}(v)", product(domain.rebuild(split.split(v))))
             )
 
         system = LinearSystem(
-            matvec=flat(matvec, "matvec"),
-            b=layout.flatten(tree.variables).detach(),
+            matvec=flat(matvec, "matvec", True),
+            b=rows.flatten(of_b.variables).detach(),
             layout=layout,
             tree=tree,
             x0=None if x0 is None else layout.flatten(tree.match("x0", x0)).detach(),
-            rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec"),
+            rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec", False),
         )
         system.dense = lambda: dense_by_products(system.matvec, system.b)
         with torch.no_grad():
             found = self.run(system)
-        parts = refuse_derivatives(layout.split(found.x), tree.variables, _not_differentiable)
+        parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
         x = tree.rebuild(parts)
         return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
+
+    def _unknown(self, b: Tree, x0: Any, rmatvec: Callable[[Any], Any] | None) -> Tree:
+        """The unknown of a system: shaped like `b`, unless the method takes rectangular ones."""
+        if not self.takes_rectangles or (x0 is None and rmatvec is None):
+            return b
+        if x0 is not None:
+            return Tree("x0", x0)
+        assert rmatvec is not None
+        with torch.no_grad():
+            return Tree("rmatvec(b)", rmatvec(b.rebuild([v.detach() for v in b.variables])))
 
     @abstractmethod
     def run(self, system: LinearSystem) -> Solution:
