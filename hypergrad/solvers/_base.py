@@ -164,7 +164,8 @@ class Solver(ABC):
         -------
         x : pytree of Tensor
             The answer, shaped like `b`. With `LSMR` and `NormalCG` the system may be rectangular:
-            x is then shaped like `x0` or, where that is None, like ``rmatvec(b)``.
+            x is then shaped like `x0` or, where that is None, like ``rmatvec(b)``, which costs a
+            product.
         info : SolveInfo
             Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
             detached; the decorators and `root_vjp` have the derivative of a solution.
@@ -193,6 +194,8 @@ class Solver(ABC):
             found = self.run(system)
         parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
         x = tree.rebuild(parts)
+        if self.takes_rectangles and x0 is None and rmatvec is not None:
+            found.matvecs += 1  # that x is shaped like
         return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
 
     def _unknown(self, b: Tree, x0: Any, rmatvec: Callable[[Any], Any] | None) -> Tree:
