@@ -17,6 +17,7 @@ from ._bisection import Bisection
 from ._gradient_descent import GradientDescent
 from ._info import InnerInfo
 from ._lbfgs import LBFGS
+from ._levenberg_marquardt import LevenbergMarquardt
 from ._newton_cg import NewtonCG
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "GradientDescent",
     "InnerInfo",
     "InnerSolver",
+    "LevenbergMarquardt",
     "Nesterov",
     "NewtonCG",
 ]

@@ -68,7 +68,7 @@ class Bisection(InnerSolver):
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
         low, high = (self._end(name, evaluator, x) for name in ("lower", "upper"))
-        at_low, at_high = evaluator.mapped(low), evaluator.mapped(high)
+        at_low, at_high = _values(evaluator, low), _values(evaluator, high)
         size = norm(at_low)
         nan = torch.full_like(size, math.nan)
         progress = Progress(self.tol, evaluator.layout.precision, size, nan)
@@ -87,7 +87,7 @@ class Bisection(InnerSolver):
             going = open_.any(dim=-1, keepdim=True)
             if not any_task(going):
                 break
-            value = evaluator.mapped(middle)
+            value = _values(evaluator, middle)
             progress.evaluated(going)
             progress.iterations = progress.iterations + going
             above = torch.where(rises, value > 0, value < 0)
@@ -130,3 +130,9 @@ class Bisection(InnerSolver):
             return evaluator.tree.rebuild(parts)
 
         return evaluator.plain(name, end, x)
+
+
+def _values(evaluator: Evaluator, x: Tensor) -> Tensor:
+    return evaluator.plain(
+        "F(params, ...)", lambda params: evaluator.fun(params, *evaluator.args), x
+    )
