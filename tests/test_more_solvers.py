@@ -350,9 +350,7 @@ def test_a_zero_right_hand_side_gives_zeros_without_a_product(solver):
     def product(v: Tensor) -> Tensor:
         raise AssertionError("a product was formed")
 
-    # What may be rectangular must be told the shape of x, or takes it from a product.
-    x0 = torch.zeros(5) if solver.takes_rectangles else None
-    x, info = solver.solve(product, torch.zeros(5), x0=x0, rmatvec=product)
+    x, info = solver.solve(product, torch.zeros(5), rmatvec=product)
     assert not x.any()
     assert info.status == Status.CONVERGED
     assert info.success

@@ -164,22 +164,57 @@ class Solver(ABC):
         -------
         x : pytree of Tensor
             The answer, shaped like `b`. With `LSMR` and `NormalCG` the system may be rectangular:
-            x is then shaped like `x0` or, where that is None, like ``rmatvec(b)``, which costs a
-            product.
+            x is then shaped like `x0` or, where that is None, like the first ``rmatvec(v)``; like
+            `b` where no product is made, since `b` is 0 or below `atol`.
         info : SolveInfo
             Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
             detached; the decorators and `root_vjp` have the derivative of a solution.
         """
         of_b = Tree("b", b)
-        tree = self._unknown(of_b, x0, rmatvec)
+        if x0 is not None and self.takes_rectangles:
+            return self._solved(matvec, of_b, Tree("x0", x0), x0, rmatvec)
+        try:
+            return self._solved(matvec, of_b, of_b, x0, rmatvec)
+        except _Rectangular as seen:
+            x, info = self._solved(matvec, of_b, Tree("rmatvec(b)", seen.image), x0, rmatvec)
+            return x, dataclasses.replace(info, matvecs=info.matvecs + 1)
+
+    def _solved(
+        self,
+        matvec: Callable[[Any], Any],
+        of_b: Tree,
+        tree: Tree,
+        x0: Any,
+        rmatvec: Callable[[Any], Any] | None,
+    ) -> tuple[Any, SolveInfo]:
+        """Solve a system whose unknown is shaped like a tree.
+
+        Returns
+        -------
+        x : pytree of Tensor
+            The answer.
+        info : SolveInfo
+            Its evidence.
+
+        Raises
+        ------
+        _Rectangular
+            If a square system was meant to be one, and the transpose says that it is none.
+        """
+        open_ = self.takes_rectangles and x0 is None and tree is of_b
         rows, layout = Layout(of_b, of_b.variables), Layout(tree, tree.variables)
 
         def flat(product: Callable[[Any], Any], name: str, there: bool) -> Product:
             domain, image = (tree, of_b) if there else (of_b, tree)
             split, join = (layout, rows) if there else (rows, layout)
-            return lambda v: join.flatten(
-                image.match(f"{name}(v)", product(domain.rebuild(split.split(v))))
-            )
+
+            def form(v: Tensor) -> Tensor:
+                found = product(domain.rebuild(split.split(v)))
+                if open_ and not there and not _alike(found, image):
+                    raise _Rectangular(found)
+                return join.flatten(image.match(f"{name}(v)", found))
+
+            return form
 
         system = LinearSystem(
             matvec=flat(matvec, "matvec", True),
@@ -194,19 +229,7 @@ class Solver(ABC):
             found = self.run(system)
         parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
         x = tree.rebuild(parts)
-        if self.takes_rectangles and x0 is None and rmatvec is not None:
-            found.matvecs += 1  # that x is shaped like
         return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
-
-    def _unknown(self, b: Tree, x0: Any, rmatvec: Callable[[Any], Any] | None) -> Tree:
-        """The unknown of a system: shaped like `b`, unless the method takes rectangular ones."""
-        if not self.takes_rectangles or (x0 is None and rmatvec is None):
-            return b
-        if x0 is not None:
-            return Tree("x0", x0)
-        assert rmatvec is not None
-        with torch.no_grad():
-            return Tree("rmatvec(b)", rmatvec(b.rebuild([v.detach() for v in b.variables])))
 
     @abstractmethod
     def run(self, system: LinearSystem) -> Solution:
@@ -231,6 +254,22 @@ class Solver(ABC):
             f"{type(self).__name__} is no preconditioner. Pass a callable that approximates the "
             "inverse, or Nystrom(rank=...)."
         )
+
+
+class _Rectangular(Exception):
+    """What a product with the transpose returned, where that is not shaped like the right side."""
+
+    def __init__(self, image: Any) -> None:
+        super().__init__("rmatvec(v) is not shaped like b.")
+        self.image = image
+
+
+def _alike(value: Any, tree: Tree) -> bool:
+    """Whether a pytree has the structure of another, and its tensors the same shapes."""
+    other = Tree("rmatvec(v)", value)
+    return other.spec == tree.spec and [t.shape for t in other.variables] == [
+        t.shape for t in tree.variables
+    ]
 
 
 def _not_differentiable() -> Exception:

@@ -17,9 +17,9 @@ def solve_diagonal(
 ) -> tuple[Solution | None, int]:
     """Solve ``(A + damping I) x = b`` where A is diagonal, and notice where it is not.
 
-    Of a diagonal matrix one product with a random vector gives the diagonal, and one with another
-    random vector agrees with it in every entry. An answer is returned only where the true residual
-    meets the tolerance too.
+    Of a diagonal matrix one product with any vector gives the diagonal, and one with another that
+    has nothing to do with the first agrees with it in every entry. An answer is returned only where
+    the true residual meets the tolerance too.
 
     Parameters
     ----------
@@ -52,16 +52,16 @@ def solve_diagonal(
     unit = torch.where(scale > 0, scale, torch.ones_like(scale))
     scaled = b / unit[..., None]
     x = scaled / diagonal
-    size = norm(scaled - matvec(x))
+    residual = scaled - matvec(x)
+    size = norm(residual)
     if not every_task(size <= (atol / unit).clamp(min=tolerance(rtol, system.layout.precision))):
         return None, matvec.count
-    inverse = newton = largest = None
+    linear_error = newton = None
     if system.condition is not None:
         length = norm(x)
-        length = torch.where(length > 0, length, torch.ones_like(length))
-        inverse = norm(x / length[..., None] / diagonal)
-        newton = norm(system.condition.expand_as(x) / diagonal)
-        largest = norm(diagonal)
+        error = norm(residual / diagonal) + 4 * eps * length
+        linear_error = error / torch.where(length > 0, length, torch.ones_like(length))
+        newton = system.condition / diagonal
     status = torch.full_like(scale, int(Status.CONVERGED), dtype=torch.int64)
     solution = Solution(
         x=x * unit[..., None],
@@ -72,16 +72,15 @@ def solve_diagonal(
         residual_norm=size,
         negative_curvature=torch.zeros_like(status, dtype=torch.bool),
         method="Auto: entry by entry",
-        inverse=inverse,
+        linear_error=linear_error,
         newton=newton,
-        largest=largest,
+        further=lambda v: v / diagonal,
     )
     return solution, matvec.count
 
 
 def _probes(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two vectors of random entries from 1 to 2, without a draw from the caller's generator."""
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    drawn = torch.rand(2, like.shape[-1], generator=generator, dtype=like.dtype, device=like.device)
-    first, second = 1 + drawn
+    """Two vectors of entries between 1 and 2 without a pattern, and without a random draw."""
+    count = torch.arange(like.shape[-1], device=like.device).to(like.dtype)
+    first, second = (1 + torch.frac((count + 1) * step) for step in (0.61803399, 0.41421356))
     return first.expand_as(like), second.expand_as(like)
