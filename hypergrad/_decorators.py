@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +15,7 @@ from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
 from ._info import SolveInfo
+from ._keywords import Arguments, bound
 from ._linearise import Linearisation
 from ._outside import call_outside
 from ._problem import Problem, without_aux
@@ -49,7 +49,11 @@ def custom_argmin(
 
     `fit` is called with plain detached tensors, outside the caller's transforms and with grad
     mode on, so that any solver can be used in it. It returns `init`'s structure, shapes and
-    dtypes (any, where `init` is None). Keyword arguments reach `fit` alone.
+    dtypes (any, where `init` is None).
+
+    Arguments may be passed by keyword. A keyword is the inner problem's where its function has a
+    parameter of that name, ``fit(None, X=X, y=y, lam=lam)`` with ``inner(w, lam, X, y)``, and is
+    differentiated like one that is passed by position. Any other keyword reaches `fit` alone.
 
     Parameters
     ----------
@@ -83,7 +87,7 @@ def custom_argmin(
     ------
     UnsupportedOperation
         Where a derivative would be lost: by a captured tensor under a transform, a keyword
-        argument that requires grad, or ``argnums=0``.
+        that reaches `fit` alone and requires grad, or ``argnums=0``.
 
     References
     ----------
@@ -233,8 +237,10 @@ def _decorator(condition: Condition, *, argnums: Any, **options: Any) -> Callabl
     def decorate(fit: Fit) -> Fit:
         @never_compiled
         @functools.wraps(fit)
-        def solve(init: Any, *args: Any, **keywords: Any) -> Any:
-            return _solve(condition, fit, settings, init, args, keywords)
+        def solve(*args: Any, **keywords: Any) -> Any:
+            functions = condition.functions()
+            call = bound(fit, functions[0] if functions else fit, args, keywords)
+            return _solve(condition, fit, settings, call)
 
         return solve  # type: ignore[return-value]
 
@@ -260,22 +266,22 @@ def _solve(
     condition: Condition,
     fit: Callable[..., Any],
     options: _Options,
-    init: Any,
-    args: tuple[Any, ...],
-    keywords: dict[str, Any],
+    call: Arguments,
 ) -> Any:
-    _refuse_keywords(keywords)
+    _refuse_keywords(call.keywords)
     refuse_distributed(condition.functions())
-    names = _argument_names(fit, len(args))
-    trees = [Tree(name, value) for name, value in zip(names, args, strict=True)]
+    init = call.init
+    trees = [Tree(name, value) for name, value in zip(call.names, call.args, strict=True)]
     start = Tree("init", init)
     name = getattr(fit, "__name__", "the inner solver")
-    solution = call_outside(fit, (init, *args), keywords, options.batching)
+    solution = call_outside(
+        fit, (init, *call.positional), call.keywords, options.batching, named=call.named
+    )
     solution, aux = without_aux(name, solution, options.has_aux, "params")
     if init is not None:
         start.match(f"What {name} returned", solution)
     params = Tree("params", solution)
-    problem = _restricted(Problem.of(condition, params, trees), options.argnums, names)
+    problem = _restricted(Problem.of(condition, params, trees), options.argnums, call.places)
     problem.layout()  # raises, here and not in a backward, where nothing can be differentiated
     rule = Rule(
         problem=problem,
@@ -291,38 +297,25 @@ def _solve(
     return (answer, aux) if options.has_aux else answer
 
 
-def _argument_names(fit: Callable[..., Any], count: int) -> list[str]:
-    """What the arguments after the initial guess are called, for messages."""
-    names = [f"args[{i}]" for i in range(count)]
-    try:
-        parameters = list(inspect.signature(fit).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return names
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    for i, parameter in enumerate(parameters[:count]):
-        if parameter.kind in positional:
-            names[i] = parameter.name
-    return names
-
-
 def _refuse_keywords(keywords: dict[str, Any]) -> None:
     for path, leaf in pytree.tree_flatten_with_path(keywords)[0]:
         if isinstance(leaf, Tensor) and carries_something(leaf):
             raise UnsupportedOperation(
                 f"The keyword argument {pytree.keystr(path)} carries a derivative or a batch, but "
-                "keyword arguments reach the inner solver alone and have no gradient. Pass it by "
-                "position, or detach it."
+                "the inner problem has no parameter of that name, so that it reaches the inner "
+                "solver alone and has no gradient. Give the inner problem that parameter, pass it "
+                "by position, or detach it."
             )
 
 
-def _restricted(problem: Problem, argnums: tuple[int, ...] | None, names: list[str]) -> Problem:
+def _restricted(problem: Problem, argnums: tuple[int, ...] | None, places: list[int]) -> Problem:
     if argnums is None:
         return problem
-    if max(argnums, default=0) > len(names):
+    if not set(argnums) <= set(places):
         raise ValueError(
-            f"argnums={argnums} is out of range: there are {len(names) + 1} arguments."
+            f"argnums={argnums} is out of range: there are {len(places) + 1} arguments."
         )
-    return problem.restricted({p - 1 for p in argnums})
+    return problem.restricted({i for i, place in enumerate(places) if place in argnums})
 
 
 def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:

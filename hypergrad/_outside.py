@@ -21,8 +21,10 @@ def call_outside(
     arguments: Any,
     keywords: dict[str, Any],
     batching: Literal["vmap", "loop"],
+    *,
+    named: dict[str, Any],
 ) -> Any:
-    """``fit(*arguments, **keywords)`` on detached plain tensors, with grad mode on.
+    """``fit(*arguments, **named, **keywords)`` on detached plain tensors, with grad mode on.
 
     Under `torch.func.vmap` the solver is mapped, or called once a task.
 
@@ -36,6 +38,8 @@ def call_outside(
         Its keyword arguments, passed on as they are.
     batching : {"vmap", "loop"}
         What to do with task axes.
+    named : dict
+        Arguments like the positional ones, passed by keyword.
 
     Returns
     -------
@@ -43,14 +47,15 @@ def call_outside(
         What `fit` returned, its tensors detached and back in the caller's context.
     """
     _refuse_captured(fit)
-    leaves, spec = pytree.tree_flatten(arguments)
+    leaves, spec = pytree.tree_flatten((arguments, named))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def on_tensors(tensors: Sequence[Tensor]) -> Any:
         given = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             given[place] = tensor
-        return fit(*pytree.tree_unflatten(given, spec), **keywords)
+        positional, by_name = pytree.tree_unflatten(given, spec)
+        return fit(*positional, **by_name, **keywords)
 
     of_init = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments[0]))
     call = _Call(on_tensors, batching, of_init)

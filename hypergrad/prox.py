@@ -4,11 +4,13 @@ All take a tensor or a pytree of tensors and, but for `soft_threshold`, have the
 ``(v, step_size, ...)``, so that they can be the `prox` of `hypergrad.ProximalGradient`: by
 themselves where their further arguments are the hyperparameters, or in a lambda. First and second
 derivatives are right wherever they exist, also at zero. At a kink a coordinate (or a group) counts
-as held at zero. A negative penalty, for which there is no proximal map, gives NaN.
+as held at zero. A negative penalty, for which there is no proximal map, gives NaN. Numbers and
+tensors of integers are mapped as tensors of floating point; None stays None.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +20,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch
+from ._singular_values import shrunk_singular_values
 
-__all__ = ["elastic_net", "group_lasso", "l1", "soft_threshold"]
+__all__ = [
+    "elastic_net",
+    "from_projection",
+    "group_lasso",
+    "l1",
+    "non_negative_l1",
+    "non_negative_ridge",
+    "nuclear",
+    "ridge",
+    "soft_threshold",
+]
 
 Number = float | Tensor
 
@@ -33,7 +46,7 @@ def soft_threshold(v: Any, threshold: Any) -> Any:
         What is thresholded.
     threshold : float, Tensor or pytree of Tensor
         Not negative; a tensor is broadcast against every leaf of `v`, a pytree like `v` has one
-        for each.
+        for each. A leaf whose own threshold is None stays as it is.
 
     Returns
     -------
@@ -88,7 +101,7 @@ def l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.l1(torch.tensor([3.0, -0.5]), 0.5, 2.0)
     tensor([2., 0.])
     """
-    return soft_threshold(v, pytree.tree_map(lambda p: step_size * p, penalty))
+    return soft_threshold(v, _times(step_size, penalty))
 
 
 def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
@@ -124,8 +137,180 @@ def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
     def shrunk(x: Tensor, l2: Number) -> Tensor:
         return x / (1 + step_size * not_negative("l2", l2))
 
-    at = soft_threshold(v, pytree.tree_map(lambda p: step_size * p, l1))
+    at = soft_threshold(v, _times(step_size, l1))
     return _with_each(shrunk, at, l2)
+
+
+def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
+    """The proximal map of ``penalty sum(x)`` over x >= 0, the non-negative lasso's.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative; one number, or one for each entry.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.non_negative_l1(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
+    tensor([1., 0., 0.])
+    """
+
+    def one(v: Tensor, penalty: Number) -> Tensor:
+        return torch.relu(v - step_size * not_negative("penalty", penalty))
+
+    return _with_each(one, v, penalty)
+
+
+def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
+    """The proximal map of ``penalty ||x||^2 / 2``.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative; one number, or one for each entry.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
+    tensor([ 1.0000, -0.5000,  0.2500])
+    """
+
+    def one(v: Tensor, penalty: Number) -> Tensor:
+        return v / (1 + step_size * not_negative("penalty", penalty))
+
+    return _with_each(one, v, penalty)
+
+
+def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
+    """The proximal map of ``penalty ||x||^2 / 2`` over x >= 0.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative; one number, or one for each entry.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> prox.non_negative_ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
+    tensor([1.0000, 0.0000, 0.2500])
+    """
+
+    def one(v: Tensor, penalty: Number) -> Tensor:
+        return torch.relu(v) / (1 + step_size * not_negative("penalty", penalty))
+
+    return _with_each(one, v, penalty)
+
+
+def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
+    """The proximal map of ``penalty ||x||_*``, the sum of the singular values of matrices.
+
+    Parameters
+    ----------
+    v : Tensor or pytree of Tensor
+        Where it is taken: matrices ``(..., m, n)``, each by itself.
+    step_size : float or Tensor
+        The step.
+    penalty : float, Tensor or pytree of Tensor
+        Not negative; one number, or one for each leaf.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Shaped like `v`.
+
+    Raises
+    ------
+    StructureMismatch
+        If a leaf is no matrix.
+
+    References
+    ----------
+    Cai, Candès and Shen, A singular value thresholding algorithm for matrix completion, 2010.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import prox
+    >>> x = prox.nuclear(torch.tensor([[3.0, 0.0], [0.0, -0.5]]), 0.5, 2.0)
+    >>> torch.allclose(x, torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    True
+    """
+
+    def one(v: Tensor, penalty: Number) -> Tensor:
+        if v.ndim < 2:
+            raise StructureMismatch(
+                f"nuclear takes matrices; a leaf of v has the shape {tuple(v.shape)}."
+            )
+        threshold = step_size * not_negative("penalty", penalty)
+        if isinstance(threshold, Tensor) and threshold.numel() != 1:
+            raise StructureMismatch(
+                f"penalty must be one number for each leaf of v; it has the shape "
+                f"{tuple(threshold.shape)}."
+            )
+        return shrunk_singular_values(v, threshold)
+
+    return _with_each(one, v, penalty)
+
+
+def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
+    """The proximal map of a set: its projection, called as a proximal map is.
+
+    Parameters
+    ----------
+    project : callable
+        ``project(v, *args)``, such as those of `hypergrad.projections`.
+
+    Returns
+    -------
+    prox : callable
+        ``prox(v, step_size, *args)``, which has no use for the step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad import projections, prox
+    >>> prox.from_projection(projections.non_negative)(torch.tensor([2.0, -1.0]), 0.5)
+    tensor([2., 0.])
+    """
+
+    @functools.wraps(project)
+    def of_set(v: Any, step_size: Number, *args: Any, **keywords: Any) -> Any:
+        return project(v, *args, **keywords)
+
+    return of_set
 
 
 def group_lasso(
@@ -177,6 +362,7 @@ def group_lasso(
         return _with_each(one, v, penalty)
     if not isinstance(v, Tensor) or v.shape != groups.shape:
         raise ValueError("groups must be shaped like v, a single tensor.")
+    v = as_floating("v", v)
     scale, where = size_of(v), groups.reshape(-1)
     squares = (v / scale).square().reshape(-1)
     # No more groups than entries: how many there are, the host need not know.
@@ -215,18 +401,71 @@ def not_negative(name: str, value: Number) -> Number:
     return value
 
 
+def _times(step_size: Number, penalty: Any) -> Any:
+    return pytree.tree_map(lambda p: None if p is None else step_size * p, penalty)
+
+
+def as_floating(name: str, value: Any) -> Tensor:
+    """A floating-point tensor of a leaf: itself, or that of a number or of integers.
+
+    Parameters
+    ----------
+    name : str
+        What it is called, for messages.
+    value : Tensor or float
+        The leaf.
+
+    Returns
+    -------
+    tensor : Tensor
+        What can be mapped.
+
+    Raises
+    ------
+    StructureMismatch
+        For what has no place among real numbers.
+    """
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            return value
+        if not value.is_complex():
+            return value.to(torch.get_default_dtype())
+    elif isinstance(value, int | float):
+        return torch.tensor(float(value))
+    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    raise StructureMismatch(
+        f"{name} is of type {kind}, which cannot be mapped. Pass a floating-point tensor, or "
+        "leave it out."
+    )
+
+
 def _with_each(one: Callable[[Tensor, Any], Tensor], v: Any, values: Any) -> Any:
-    """``one(leaf, value)`` for the leaves of `v`, with one value for all or one for each."""
-    leaves, spec = pytree.tree_flatten(v)
+    """``one(leaf, value)`` for the leaves of `v`, with one value for all or one for each.
+
+    A leaf of None, or whose own value is None, stays as it is.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Like `v`.
+
+    Raises
+    ------
+    StructureMismatch
+        If the values have another structure.
+    """
+    keyed, spec = pytree.tree_flatten_with_path(v)
     given, other = pytree.tree_flatten(values)
-    if other != spec:
+    if other != spec or (other.is_leaf() and given[0] is None):
         if len(given) != 1 or not isinstance(values, float | int | Tensor):
             raise StructureMismatch(
                 f"A penalty must be one number or have the structure of v: {spec}; got {other}."
             )
-        given = given * len(leaves)
+        given = given * len(keyed)
     mapped = [
-        one(leaf, value) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-        for leaf, value in zip(leaves, given, strict=True)
+        leaf
+        if leaf is None or value is None
+        else one(as_floating("v" + pytree.keystr(path), leaf), value)
+        for (path, leaf), value in zip(keyed, given, strict=True)
     ]
     return pytree.tree_unflatten(mapped, spec)

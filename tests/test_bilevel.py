@@ -87,6 +87,43 @@ def test_every_method_reaches_the_optimum_of_deterministic_losses(name):
     assert (bilevel.params - problem.solution(bilevel.hparams)).norm() < 1e-4
 
 
+@pytest.mark.parametrize("name", [*EXACT, "F2SA"])
+def test_hyperparameters_stay_where_they_may_be(name):
+    """Every method ends at the optimum over the half-space, and never leaves it."""
+    problem = Quadratic()
+    free = loop(problem, *EXACT["SOBA"][:1], outer_lr=0.2)
+    run(free, 150)
+    normal = torch.tensor([1.0, 0.5, -0.5], dtype=F64)
+    level = float(normal @ free.hparams) - 0.5
+    project = lambda x: hypergrad.projections.halfspace(x, normal, level)
+    method, outer_lr, steps = EXACT.get(
+        name, (F2SA(1e3, 0.0, relaxed_lr=0.4, inner_decay=0.0, outer_decay=0.0), 0.2, 60)
+    )
+    bilevel = loop(problem, method, outer_lr=outer_lr, hparams_projection=project)
+    before = bilevel.hparams
+    for _ in range(2 * steps):
+        bilevel.step()
+        assert normal @ bilevel.hparams <= level + 1e-12
+    assert bilevel.hparams.data_ptr() == before.data_ptr()  # in place
+    slope = problem.hypergradient(bilevel.hparams)
+    torch.testing.assert_close(normal @ bilevel.hparams, torch.tensor(level, dtype=F64))
+    across = slope - normal * (normal @ slope) / (normal @ normal)
+    assert across.norm() < (2e-2 if name == "F2SA" else 1e-4) * slope.norm()
+    assert normal @ slope < 0  # only the bound keeps it
+
+
+def test_a_projection_that_is_none_is_refused():
+    problem = Quadratic()
+    with pytest.raises(TypeError, match="hparams_projection must be a function"):
+        loop(problem, hparams_projection=1.0)
+    with pytest.raises(
+        hypergrad.StructureMismatch, match=r"hparams_projection\(hparams\) has shape"
+    ):
+        loop(problem, EXACT["alternating"][0], hparams_projection=lambda x: x[:1]).step()
+    with pytest.raises(hypergrad.NotFinite, match="hparams_projection returned NaN"):
+        loop(problem, EXACT["alternating"][0], hparams_projection=lambda x: x / 0 - x / 0).step()
+
+
 def test_the_bias_of_f2sa_is_of_the_order_of_one_over_the_penalty():
     problem = Quadratic()
     biases = []

@@ -30,6 +30,22 @@ MAPS = {
         lambda x: 0.5 * (T * x.abs().sum() + T * x.square().sum()),
     ),
     "one group": (lambda v, t: prox.group_lasso(v, 0.5, t), (V, T), lambda x: 0.5 * T * x.norm()),
+    "non-negative l1": (
+        lambda v, t: prox.non_negative_l1(v, 0.5, t),
+        (V, T),
+        lambda x: 0.5 * T * x.sum() if (x >= 0).all() else math.inf,
+    ),
+    "ridge": (lambda v, t: prox.ridge(v, 0.5, t), (V, T), lambda x: 0.25 * T * x.square().sum()),
+    "non-negative ridge": (
+        lambda v, t: prox.non_negative_ridge(v, 0.5, t),
+        (V, T),
+        lambda x: 0.25 * T * x.square().sum() if (x >= 0).all() else math.inf,
+    ),
+    "nuclear": (
+        lambda v, t: prox.nuclear(v.reshape(3, 2), 0.5, t).reshape(6),
+        (V, T),
+        lambda x: 0.5 * T * torch.linalg.matrix_norm(x.reshape(3, 2), "nuc"),
+    ),
     "groups": (
         lambda v, t: prox.group_lasso(v, 0.5, t * WEIGHTS, groups=GROUPS),
         (V, T),
@@ -141,9 +157,13 @@ def test_tiny_and_huge_entries_keep_their_digits(name, scale):
     scaled = [a * scale if a.ndim < 2 else a for a in more]
     single = [a.float() for a in (v * scale, *scaled)]
     found = f(*single).double() / scale
-    if name == "elastic net":
-        # Its second penalty is no length: against the formula.
+    if name in {"elastic net", "ridge", "non-negative ridge"}:
+        # Their second penalty is no length: against the formula.
         t = more[0] * scale
+        if name != "elastic net":
+            kept = v if name == "ridge" else torch.relu(v)
+            torch.testing.assert_close(found, kept / (1 + 0.5 * t), rtol=1e-5, atol=1e-6)
+            return
         shrunk = torch.sign(v) * torch.relu(v.abs() - 0.5 * more[0])
         torch.testing.assert_close(found, shrunk / (1 + t), rtol=1e-5, atol=1e-6)
         return
@@ -218,7 +238,10 @@ def test_pytrees_go_leaf_by_leaf_and_the_ball_takes_them_together():
     torch.testing.assert_close(prox.l1(tree, 0.5, T)["a"], prox.soft_threshold(V[:2], T / 2))
     groups = prox.group_lasso(tree, 0.5, T)
     torch.testing.assert_close(groups["a"], prox.group_lasso(V[:2], 0.5, T))
-    ball = projections.l2_ball(tree, T)
+    # Of what the ball takes together nobody can tell whether integers are coordinates.
+    with pytest.raises(hypergrad.StructureMismatch, match=r"v\['n'\] is a tensor of torch.int64"):
+        projections.l2_ball(tree, T)
+    ball = projections.l2_ball({"a": tree["a"], "b": tree["b"]}, T)
     torch.testing.assert_close(torch.cat([ball["a"], ball["b"][0]]), projections.l2_ball(V, T))
     box = projections.box(tree, upper={"a": 0.0, "b": [0.3, None], "n": None})
     torch.testing.assert_close(box["b"][0], V[2:].clamp(max=0.3))
@@ -247,6 +270,41 @@ def test_what_is_no_map_is_refused_or_nan():
         projections.affine_set(V, A.T, B)
     with pytest.raises(ValueError, match="groups must be shaped like v"):
         prox.group_lasso(V, 1.0, T, groups=GROUPS[:3])
+
+
+def test_singular_values_that_tie_have_their_derivative():
+    """PyTorch's own derivative of the decomposition is infinite there."""
+    shrunk = lambda v: prox.nuclear(v, 1.0, 0.4)
+    for v in (torch.eye(3), torch.diag(torch.tensor([2.0, 2.0, 0.1])), torch.zeros(3, 2)):
+        v = v.to(F64)
+        directions = data(85, 4, *v.shape, dtype=F64)
+        for direction in directions:
+            ends = shrunk(v + 1e-6 * direction), shrunk(v - 1e-6 * direction)
+            tangent = torch.func.jvp(shrunk, (v,), (direction,))[1]
+            torch.testing.assert_close(tangent, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+    with pytest.raises(hypergrad.StructureMismatch, match="nuclear takes matrices"):
+        prox.nuclear(V, 1.0, T)
+    with pytest.raises(hypergrad.StructureMismatch, match="one number for each leaf"):
+        prox.nuclear(A, 1.0, T * torch.ones(2, dtype=F64))
+    assert prox.nuclear(A * math.nan, 1.0, T).isnan().all()
+
+
+def test_integers_and_numbers_are_mapped_too():
+    threshold = torch.tensor(0.5)
+    mapped = prox.l1({"n": torch.tensor([-1, 3]), "x": 2.0, "none": None}, threshold, 1.0)
+    assert torch.equal(mapped["n"], torch.tensor([-0.5, 2.5]))
+    assert torch.equal(mapped["x"], torch.tensor(1.5))
+    assert mapped["none"] is None
+    assert torch.equal(prox.ridge(4, 1.0, 1.0), torch.tensor(2.0))
+    for f in (prox.l1, prox.ridge, prox.group_lasso, prox.non_negative_l1):
+        with pytest.raises(hypergrad.StructureMismatch, match=r"v\[1\] is of type str"):
+            f((torch.ones(2), "text"), 1.0, 0.5)
+
+
+def test_a_projection_is_a_proximal_map_with_a_step_that_it_has_no_use_for():
+    bounded = prox.from_projection(projections.box)
+    assert torch.equal(bounded(V, 0.1, -T, T), projections.box(V, -T, T))
+    assert torch.equal(bounded(V, 7.0, upper=T), projections.box(V, upper=T))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])

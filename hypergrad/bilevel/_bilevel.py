@@ -81,6 +81,10 @@ class Bilevel:
         finite raise in the first two, before the hyperparameters are moved by them.
     callback : callable, optional
         ``callback(info)``, called with the `StepInfo` of every step.
+    hparams_projection : callable, optional
+        ``hparams_projection(hparams) -> hparams``, one of `hypergrad.projections` perhaps: applied
+        after each outer step, to the variables themselves, without any derivative. What the outer
+        optimiser remembers, such as a momentum, stays as it is.
 
     Raises
     ------
@@ -125,8 +129,14 @@ class Bilevel:
         seed: int = 0,
         on_failure: OnFailure = "warn",
         callback: Callable[[StepInfo], Any] | None = None,
+        hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         check_on_failure(on_failure)
+        if hparams_projection is not None and not callable(hparams_projection):
+            raise TypeError(
+                "hparams_projection must be a function of the hyperparameters, such as hypergrad."
+                f"projections.non_negative; got {hparams_projection!r}."
+            )
         if method is None:
             method = Alternating()
         elif not isinstance(method, Method):
@@ -146,6 +156,7 @@ class Bilevel:
             outer_batches,
             on_failure,
             torch.Generator().manual_seed(seed),
+            hparams_projection,
         )
         self._levels.state = method.start(self._levels)
 

@@ -70,6 +70,7 @@ class Levels:
         outer_batches: Source,
         on_failure: OnFailure,
         generator: torch.Generator,
+        hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
         refuse_distributed(self.condition.functions(), outer)
@@ -85,6 +86,7 @@ class Levels:
         self.inner_batches = Batches("inner_batches", inner_batches)
         self.outer_batches = Batches("outer_batches", outer_batches)
         self.on_failure, self.generator = on_failure, generator
+        self.hparams_projection = hparams_projection
         self.steps = 0
         self.state: State = {}
         self.given: tuple[Batch | None, Batch | None] = (None, None)
@@ -274,10 +276,27 @@ class Levels:
             self.inner_optimizer.step()
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
-        """One step of the outer optimiser."""
+        """One step of the outer optimiser, and the way back to where hyperparameters may be."""
         with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
             fill([part.clone() for part in direction])
             self.outer_optimizer.step()
+        if self.hparams_projection is not None:
+            self._project(self.hparams_projection)
+
+    @torch.no_grad()
+    def _project(self, project: Callable[[Any], Any]) -> None:
+        moved = [v.detach().clone() for v in self.hparams.variables]
+        projected = self.hparams.match(
+            "hparams_projection(hparams)", project(self.hparams.rebuild(moved))
+        )
+        if self.on_failure != "ignore" and not bool(finite((), *projected)):
+            raise NotFinite(
+                f"hparams_projection returned NaN or infinity at outer step {self.steps + 1}: what "
+                "it projects onto is empty, or the outer step was too long. The hyperparameters "
+                "are where the outer optimiser has moved them."
+            )
+        for variable, value in zip(self.hparams.variables, projected, strict=True):
+            variable.copy_(value)
 
     def require_finite(self, **named: Tensor | Sequence[Tensor]) -> None:
         """Raise if a number is not finite, unless that is to be ignored.

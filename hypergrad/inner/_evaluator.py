@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._advice import changed_in_place
-from .._errors import NotConnected
+from .._errors import NotConnected, StructureMismatch
 from .._guard import Guard
 from .._problem import scalar
 from .._recording import Recording, record
-from .._replay import Replay, gradient_of
+from .._replay import ForwardReplay, Replay, gradient_of
 from .._trace import detached, versions
 from .._transforms import alive, any_task, carries_derivative
 from .._tree import Layout, Tree
@@ -23,6 +23,7 @@ from .._vmaps import Vmaps
 from ._numbers import dot, norm
 
 _OBJECTIVE = "The objective"
+_RESIDUALS = "The residual function"
 _REACHES, _SHORTER = (
     7,
     16.0,
@@ -118,6 +119,66 @@ class Evaluator:
                 break
             reach = reach / _SHORTER
         return found, used
+
+    def residuals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals ``(*tasks, m)`` and their Jacobian ``(*tasks, m, n)``.
+
+        It takes as many products as there are residuals, or parameters if those are fewer.
+
+        Parameters
+        ----------
+        x : Tensor
+            Where.
+
+        Returns
+        -------
+        r, J : Tensor
+            Both detached.
+        """
+        lead = x.shape[:-1]
+
+        def evaluate(recording: Recording) -> tuple[Tensor, Tensor]:
+            aliases = recording.aliases
+            first = _RESIDUALS not in self._known
+            parts: list[Tensor] = self._called(
+                _RESIDUALS, self._residual_leaves, aliases, differentiated=True
+            )
+            recording.returned(parts)
+            if first:  # find what is differentiated around the call
+                recording.refuse_past_arguments("The inner solver's function")
+                self.captured += recording.captured()
+            r = torch.cat([part.reshape(*lead, -1).to(x.dtype) for part in parts], dim=-1)
+            m, n = r.shape[-1], x.shape[-1]
+            if not r.requires_grad:
+                return r, r.new_zeros(*lead, m, n)
+            seed = torch.zeros((), dtype=r.dtype, device=r.device, requires_grad=True)
+            if m <= n:
+                pull = Replay([r], aliases)
+                rows = []
+                for i in range(m):
+                    cotangent = torch.zeros_like(r).index_fill_(-1, torch.tensor(i), 1.0)
+                    rows.append(self._flat_gradient(pull([cotangent]), x))
+                return r.detach(), torch.stack(rows, dim=-2) if rows else r.new_zeros(*lead, 0, n)
+            push = ForwardReplay([r], aliases, seed)
+            columns = []
+            for j in range(n):
+                tangent = torch.zeros_like(x).index_fill_(-1, torch.tensor(j), 1.0)
+                (column,) = push(self.layout.split(tangent))
+                columns.append(torch.zeros_like(r) if column is None else column.detach())
+            return r.detach(), torch.stack(columns, dim=-1)
+
+        r, J = record(evaluate, self.layout.split(x), [self.tree])
+        return alive(r.detach()), alive(J.detach())
+
+    def _residual_leaves(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        found = pytree.tree_leaves(self.fun(self.tree.rebuild(parts), *self.args))
+        for leaf in found:
+            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                raise StructureMismatch(
+                    "The residuals must be floating-point tensors; got a "
+                    f"{leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}."
+                )
+        return [leaf.reshape(-1) for leaf in found]
 
     def value(self, x: Tensor) -> Tensor:
         """The objective's value alone."""

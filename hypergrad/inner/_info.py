@@ -19,7 +19,8 @@ class InnerInfo:
     ----------
     status : Tensor
         int64, a `Status`: ``CONVERGED``; ``MAX_ITERATIONS``; ``STAGNATED`` where rounding, or the
-        objective, allows no further progress; ``DIVERGED``; ``NOT_FINITE`` where NaN was met.
+        objective, allows no further progress; ``BREAKDOWN`` where a bracket of `Bisection` holds no
+        root; ``DIVERGED``; ``NOT_FINITE`` where NaN was met.
     success : Tensor
         bool: converged or, with ``tol=None``, stagnated at a relative residual of at most 1e-3.
     iterations, evaluations : Tensor

@@ -25,6 +25,7 @@ from ._base import (
 )
 from ._bicgstab import BiCGSTAB
 from ._cg import CG
+from ._diagonal import solve_diagonal
 from ._exact import Exact, free_gib, gib_needed
 from ._gmres import GMRES
 from ._iterative import Iterative
@@ -54,6 +55,9 @@ class Auto(Solver):
     curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
     is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
     the transpose are at hand.
+
+    Where A is not symmetric, two products notice that it is diagonal, of equations that do not know
+    of each other; then nothing is iterated.
 
     Up to 50 times `dense_below` unknowns an iteration that would cost more than a factorisation is
     given up for one: after n / 16 iterations, or three times as many where they lead to the end.
@@ -108,6 +112,19 @@ class Auto(Solver):
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
         looks = system.looks or self.rtol != 0
+        if looks and self.maxiter is None and not system.symmetric:
+            found, used = solve_diagonal(
+                system, rtol=self.rtol, atol=self.atol, damping=self.damping
+            )
+            if found is None:
+                found = self._iterations(system, fits, looks, shared)
+                found.matvecs += used
+            return found
+        return self._iterations(system, fits, looks, shared)
+
+    def _iterations(self, system: LinearSystem, fits: bool, looks: bool, shared: int) -> Solution:
+        """An iteration, or several, and a factorisation where that is cheaper."""
+        n = system.b.shape[-1]
         if fits and looks and self.maxiter is None:
             return self._patiently(system, max(n // (_PATIENCE * shared), 2))
         # What follows the first method, and after which ends of those before it.

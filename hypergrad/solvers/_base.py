@@ -158,6 +158,8 @@ class Solver(ABC):
     needs_symmetry: ClassVar[bool] = False
     #: Whether products with the transpose are needed: `rmatvec`, where A is not symmetric.
     needs_transpose: ClassVar[bool] = False
+    #: Whether A may have more rows than columns, or fewer.
+    takes_rectangles: ClassVar[bool] = False
 
     def solve(
         self,
@@ -172,7 +174,7 @@ class Solver(ABC):
         Parameters
         ----------
         matvec : callable
-            ``v -> A v`` on pytrees shaped like `b`.
+            ``v -> A v``, from pytrees shaped like x to such as are shaped like `b`.
         b : pytree of Tensor
             The right-hand side.
         x0 : pytree of Tensor, optional
@@ -183,31 +185,71 @@ class Solver(ABC):
         Returns
         -------
         x : pytree of Tensor
-            The answer, shaped like `b`.
+            The answer, shaped like `b`. With `LSMR` and `NormalCG` the system may be rectangular:
+            x is then shaped like `x0` or, where that is None, like the first ``rmatvec(v)``; like
+            `b` where no product is made, since `b` is 0 or below `atol`.
         info : SolveInfo
             Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
             detached; the decorators and `root_vjp` have the derivative of a solution.
         """
-        tree = Tree("b", b)
-        layout = Layout(tree, tree.variables)
+        of_b = Tree("b", b)
+        if x0 is not None and self.takes_rectangles:
+            return self._solved(matvec, of_b, Tree("x0", x0), x0, rmatvec)
+        try:
+            return self._solved(matvec, of_b, of_b, x0, rmatvec)
+        except _Rectangular as seen:
+            x, info = self._solved(matvec, of_b, Tree("rmatvec(b)", seen.image), x0, rmatvec)
+            return x, dataclasses.replace(info, matvecs=info.matvecs + 1)
 
-        def flat(product: Callable[[Any], Any], name: str) -> Product:
-            return lambda v: layout.flatten(
-                tree.match(f"{name}(v)", product(tree.rebuild(layout.split(v))))
-            )
+    def _solved(
+        self,
+        matvec: Callable[[Any], Any],
+        of_b: Tree,
+        tree: Tree,
+        x0: Any,
+        rmatvec: Callable[[Any], Any] | None,
+    ) -> tuple[Any, SolveInfo]:
+        """Solve a system whose unknown is shaped like a tree.
+
+        Returns
+        -------
+        x : pytree of Tensor
+            The answer.
+        info : SolveInfo
+            Its evidence.
+
+        Raises
+        ------
+        _Rectangular
+            If a square system was meant to be one, and the transpose says that it is none.
+        """
+        open_ = self.takes_rectangles and x0 is None and tree is of_b
+        rows, layout = Layout(of_b, of_b.variables), Layout(tree, tree.variables)
+
+        def flat(product: Callable[[Any], Any], name: str, there: bool) -> Product:
+            domain, image = (tree, of_b) if there else (of_b, tree)
+            split, join = (layout, rows) if there else (rows, layout)
+
+            def form(v: Tensor) -> Tensor:
+                found = product(domain.rebuild(split.split(v)))
+                if open_ and not there and not _alike(found, image):
+                    raise _Rectangular(found)
+                return join.flatten(image.match(f"{name}(v)", found))
+
+            return form
 
         system = LinearSystem(
-            matvec=flat(matvec, "matvec"),
-            b=layout.flatten(tree.variables).detach(),
+            matvec=flat(matvec, "matvec", True),
+            b=rows.flatten(of_b.variables).detach(),
             layout=layout,
             tree=tree,
             x0=None if x0 is None else layout.flatten(tree.match("x0", x0)).detach(),
-            rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec"),
+            rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec", False),
         )
         system.dense = lambda: dense_by_products(system.matvec, system.b)
         with torch.no_grad():
             found = self.run(system)
-        parts = refuse_derivatives(layout.split(found.x), tree.variables, _not_differentiable)
+        parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
         x = tree.rebuild(parts)
         return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
 
@@ -234,6 +276,22 @@ class Solver(ABC):
             f"{type(self).__name__} is no preconditioner. Pass a callable that approximates the "
             "inverse, or Nystrom(rank=...)."
         )
+
+
+class _Rectangular(Exception):
+    """What a product with the transpose returned, where that is not shaped like the right side."""
+
+    def __init__(self, image: Any) -> None:
+        super().__init__("rmatvec(v) is not shaped like b.")
+        self.image = image
+
+
+def _alike(value: Any, tree: Tree) -> bool:
+    """Whether a pytree has the structure of another, and its tensors the same shapes."""
+    other = Tree("rmatvec(v)", value)
+    return other.spec == tree.spec and [t.shape for t in other.variables] == [
+        t.shape for t in tree.variables
+    ]
 
 
 def _not_differentiable() -> Exception:

@@ -4,25 +4,158 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .._errors import UnsupportedOperation
 from .._info import Status
 from .._transforms import any_task
-from ._base import Counted, Product, dot, norm
-from ._iterative import Iterative, Part
+from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
+from ._iterative import Iterative, Part, batched_preconditioner
+
+_PASSES = 4  # of an iteration, each from the true residual of the one before
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalCG(Iterative):
+class LeastSquares(Iterative):
+    """What both methods share: rectangular systems, whose answer is that of least squares."""
+
+    needs_transpose: ClassVar[bool] = True
+    judged_by_residual: ClassVar[bool] = True
+    takes_rectangles: ClassVar[bool] = True
+
+    def run(self, system: LinearSystem, begun: Part | None = None) -> Solution:
+        """Solve a square system as all methods do, and a rectangular one by least squares."""
+        if system.layout.n == system.b.shape[-1]:
+            return super().run(system, begun)
+        return self._rectangular(system)
+
+    @abstractmethod
+    def _iterate(
+        self,
+        matvec: Counted,
+        precondition: Product | None,
+        r: Tensor,
+        tol: Tensor,
+        active: Tensor,
+        limit: int,
+        looks: bool,
+        condition: Tensor | None = None,
+        enough: float = 0.0,
+    ) -> Part:
+        """Correct an answer, until ``||r|| <= tol`` or ``||A^T r|| <= enough ||A|| ||r||``."""
+
+    def _rectangular(self, system: LinearSystem) -> Solution:
+        """The x of least ||b - A x||, and among those the closest to x0.
+
+        It is met where ``||r|| <= max(rtol ||b||, atol)``, or where ``||A^T r||`` is `rtol` times
+        ``||A|| ||r||``; without `rtol`, where it is down to rounding.
+
+        Parameters
+        ----------
+        system : LinearSystem
+            What is solved.
+
+        Returns
+        -------
+        solution : Solution
+            The answer and its evidence; its residual is ``b - A x``, which is not small where no
+            x solves the system.
+
+        Raises
+        ------
+        UnsupportedOperation
+            With damping, for there is no identity to damp by.
+        """
+        if self.damping:
+            raise UnsupportedOperation(
+                "damping means (A + damping I), which a rectangular A has not. For the penalty "
+                "damping ||x||^2 let matvec return (A x, damping**0.5 x) too, and b a zero for it."
+            )
+        matvec = Counted(system.matvec, 0.0, self._transpose(system))
+        precondition = batched_preconditioner(self.preconditioner, system, matvec)
+        scale = norm(system.b)
+        present = (scale > 0) & torch.isfinite(scale)
+        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
+        b, n, precision = system.b / unit, system.layout.n, system.layout.precision
+        usual = tolerance(self.rtol, precision)
+        tol = (self.atol / unit[..., 0]).clamp(min=usual)
+        eps = torch.finfo(b.dtype).eps
+        enough = 10 * eps if self.rtol is None else max(self.rtol, 10 * eps)
+        looks = system.looks or self.rtol != 0
+        limit = self.maxiter or min(10 * min(n, b.shape[-1]) + 10, 5000)
+
+        x, r = b.new_zeros((*b.shape[:-1], n)), b
+        if system.x0 is not None:
+            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
+            r = b - matvec(x)
+        size, active = norm(r), present
+        iterations = torch.zeros_like(present, dtype=torch.int64)
+        status = torch.where(present, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
+        status = torch.where(torch.isfinite(scale), status, int(Status.NOT_FINITE))
+        largest = torch.zeros_like(scale)
+        slope = torch.full_like(scale, math.inf)  # ||A^T r||, in units of ||A|| ||r||
+        for _ in range(_PASSES):
+            if limit <= 0 or (looks and not any_task(active)):
+                break
+            part = self._iterate(matvec, precondition, r, tol, active, limit, looks, enough=enough)
+            limit -= part.steps
+            iterations = iterations + torch.where(active, part.iterations, 0)
+            largest = torch.where(active, torch.maximum(largest, part.largest), largest)
+            candidate = x + part.x
+            r_new = b - matvec(candidate)
+            size_new, gradient = norm(r_new), norm(matvec.transposed(r_new))
+            sizes = largest * size_new
+            slope_new = torch.where(sizes > 0, gradient / torch.where(sizes > 0, sizes, 1.0), 0.0)
+            good = (size_new <= tol) | (slope_new <= 10 * enough)
+            sound = torch.isfinite(size_new) & torch.isfinite(slope_new)
+            better = sound & ((size_new < size) | (slope_new < slope) | good)
+            going = sound & ~good & (slope_new < 0.5 * slope)
+            ended = torch.where(going, int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
+            cut = part.status == Status.MAX_ITERATIONS
+            ended = torch.where(cut, int(Status.MAX_ITERATIONS), ended)
+            ended = torch.where(good, int(Status.CONVERGED), ended)
+            ended = torch.where(sound, ended, int(Status.NOT_FINITE))
+            status = torch.where(active, ended, status)
+            keep = (active & better)[..., None]
+            x, r = torch.where(keep, candidate, x), torch.where(keep, r_new, r)
+            size = torch.where(keep[..., 0], size_new, size)
+            slope = torch.where(keep[..., 0], slope_new, slope)
+            active = active & going
+        success = status == Status.CONVERGED
+        if self.rtol is None:
+            near = (size <= usual) | (slope <= usual)
+            success = success | ((status == Status.STAGNATED) & near)
+            success = success | ((status == Status.MAX_ITERATIONS) & (self.maxiter is not None))
+        x = torch.where((status == Status.NOT_FINITE)[..., None], math.nan, x * unit)
+        size = torch.where(torch.isfinite(scale), size, math.nan)
+        return Solution(
+            x=torch.where((scale == 0)[..., None], 0.0, x),
+            status=status,
+            success=success,
+            iterations=iterations,
+            matvecs=matvec.count,
+            residual_norm=torch.where(scale == 0, 0.0, size),
+            negative_curvature=torch.zeros_like(success),
+            method=type(self).__name__,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalCG(LeastSquares):
     """Conjugate gradients on the normal equations, for any system, by least squares.
 
     An iteration makes a product with the matrix and one with its transpose, and sees the square
-    of the condition number. A singular, consistent system gets the answer of minimum norm; where
-    there is no solution, the status is ``SINGULAR`` and the answer that of least squares. The
-    preconditioner is applied from the right; its transpose is taken by `torch.func.vjp`.
+    of the condition number. A singular, consistent square system gets the answer of minimum norm;
+    where there is no solution, the status is ``SINGULAR``
+    and the answer that of least squares. `solve` takes rectangular systems too: their answer is
+    that of least squares, the one closest to `x0`, and a success also where the residual is not
+    small. The preconditioner is applied from the right; its transpose is taken by
+    `torch.func.vjp`.
 
     Parameters
     ----------
@@ -46,9 +179,6 @@ class NormalCG(Iterative):
     (True, 'CONVERGED')
     """
 
-    needs_transpose: ClassVar[bool] = True
-    judged_by_residual: ClassVar[bool] = True
-
     def _iterate(
         self,
         matvec: Counted,
@@ -59,13 +189,14 @@ class NormalCG(Iterative):
         limit: int,
         looks: bool,
         condition: Tensor | None = None,
+        enough: float = 0.0,
     ) -> Part:
-        there, back = _preconditioned(matvec, precondition, r)
+        there, back = _preconditioned(matvec, precondition)
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
         flat = 10 * torch.finfo(r.dtype).eps
-        y = torch.zeros_like(r)
         size = torch.linalg.vector_norm(r, dim=-1)
         s = back(r)
+        y = torch.zeros_like(s)
         # Divided by its scale, lest the fourth power of a matrix of 1e12 or 1e-12 be no number.
         scale = norm(s) / torch.where(size > 0, size, one)
         scale = torch.where(scale > 0, scale, one)[..., None]
@@ -84,7 +215,9 @@ class NormalCG(Iterative):
             pp = torch.where(pp > 0, pp, one)
             largest = torch.where(active, torch.maximum(largest, (qq / pp).sqrt()), largest)
             # |A^T r| is zero at a least-squares answer, |A p| in a direction that A does not see.
-            null = (gamma.sqrt() <= flat * largest * size) | (qq <= (flat * largest).square() * pp)
+            null = (gamma.sqrt() <= max(flat, enough) * largest * size) | (
+                qq <= (flat * largest).square() * pp
+            )
             lost = active & ~torch.isfinite(qq)
             moving = active & ~null & ~lost
             unknown, singular = unknown | lost, singular | (active & null)
@@ -105,13 +238,16 @@ class NormalCG(Iterative):
 
 
 @dataclasses.dataclass(frozen=True)
-class LSMR(Iterative):
+class LSMR(LeastSquares):
     """LSMR, for any system, by least squares: MINRES on the normal equations, without forming them.
 
     It makes the products of `NormalCG` and loses less accuracy where the matrix is badly
-    conditioned. A singular, consistent system gets the answer of minimum norm; where there is no
-    solution, the status is ``SINGULAR`` and the answer that of least squares. The preconditioner
-    is applied from the right; its transpose is taken by `torch.func.vjp`.
+    conditioned. A singular, consistent square
+    system gets the answer of minimum norm; where there is no solution, the status is ``SINGULAR``
+    and the answer that of least squares. `solve` takes rectangular systems too: their answer is
+    that of least squares, the one closest to `x0`, and a success also where the residual is not
+    small. The preconditioner is applied from the right; its transpose is taken by
+    `torch.func.vjp`.
 
     Parameters
     ----------
@@ -134,9 +270,6 @@ class LSMR(Iterative):
     (True, 'CONVERGED')
     """
 
-    needs_transpose: ClassVar[bool] = True
-    judged_by_residual: ClassVar[bool] = True
-
     def _iterate(
         self,
         matvec: Counted,
@@ -147,15 +280,16 @@ class LSMR(Iterative):
         limit: int,
         looks: bool,
         condition: Tensor | None = None,
+        enough: float = 0.0,
     ) -> Part:
-        there, back = _preconditioned(matvec, precondition, r)
+        there, back = _preconditioned(matvec, precondition)
         zero, one = torch.zeros_like(tol), torch.ones_like(tol)
         flat = 10 * torch.finfo(r.dtype).eps
-        y, r_now = torch.zeros_like(r), r
         u, size = _unit(r)
         v, alpha = _unit(back(u))
+        y, r_now = torch.zeros_like(v), r
         # The names are the paper's; the images A h and A h_bar give the residual itself.
-        h, h_bar, Ah, Ah_bar = v, torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+        h, h_bar, Ah, Ah_bar = v, torch.zeros_like(v), torch.zeros_like(u), torch.zeros_like(u)
         zeta_bar, alpha_bar = alpha * size, alpha
         rho, rho_bar, c_bar, s_bar = one, one, one, zero
         theta, largest = zero, alpha
@@ -184,7 +318,7 @@ class LSMR(Iterative):
             null = null | (rho_bar <= flat * largest)
             rho_bar = torch.where(rho_bar > 0, rho_bar, one)
             zeta_last = zeta_bar  # |A^T r| so far, zero at a least-squares answer
-            null = null | (zeta_last.abs() <= flat * largest * size)
+            null = null | (zeta_last.abs() <= max(flat, enough) * largest * size)
             c_bar, s_bar = c_bar * rho / rho_bar, theta / rho_bar
             zeta, zeta_bar = c_bar * zeta_bar, -s_bar * zeta_bar
             back_by = (theta_bar * rho / (rho_last * rho_bar_last))[..., None]
@@ -207,17 +341,18 @@ class LSMR(Iterative):
         return _part(y, precondition, active, singular, unknown, iterations, steps, largest)
 
 
-def _preconditioned(
-    matvec: Counted, precondition: Product | None, like: Tensor
-) -> tuple[Product, Product]:
+def _preconditioned(matvec: Counted, precondition: Product | None) -> tuple[Product, Product]:
     """Products with A M and M^T A^T, for a preconditioner M that is a linear map."""
     if precondition is None:
         return matvec, matvec.transposed
-    pull = torch.func.vjp(precondition, torch.zeros_like(like))[1]
+    pull: Callable[[Tensor], tuple[Tensor]] | None = None
 
     def back(v: Tensor) -> Tensor:
-        found: Tensor = pull(matvec.transposed(v))[0]
-        return found
+        nonlocal pull
+        image = matvec.transposed(v)
+        if pull is None:
+            pull = torch.func.vjp(precondition, torch.zeros_like(image))[1]
+        return pull(image)[0]
 
     return lambda v: matvec(precondition(v)), back
 
