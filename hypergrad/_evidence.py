@@ -42,6 +42,9 @@ _MOVES = 30.0
 _AWAY = 0.5
 # A second Newton step that is longer than this does not lead to a solution that is near.
 _NEXT = 3e-3
+# A part of the inner condition that is larger than this is not left to the directions of the solve.
+_LEFT = 1e-2
+_MUCH = 0.1  # the relative change of an entry that is no rounding
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -339,8 +342,8 @@ class _Evidence:
         weighted = self._weighted(self.params)
         self.extent = norm(weighted)
         newton = found.newton
-        if newton is None:
-            newton = self._along_condition(F)
+        if newton is None or self._unreached(newton, F):
+            newton = self._along_condition(F, newton)
         length = norm(self._weighted(newton.step)) + newton.beyond
         length = torch.where(norm(F) == 0, torch.zeros_like(length), length)
         residual = torch.where(length == 0, torch.zeros_like(length), length / self.extent)
@@ -349,25 +352,65 @@ class _Evidence:
     def _weighted(self, v: Tensor) -> Tensor:
         return v if self.found.metric is None else v * self.found.metric
 
-    def _along_condition(self, F: Tensor) -> NewtonStep:
-        """A step along F by the lower of the curvatures along b and F, which costs a product."""
-        size, none = norm(F), torch.zeros_like(F)
+    def _unreached(self, newton: NewtonStep, F: Tensor) -> bool:
+        """Whether the search directions have left out a part of the condition that counts."""
+        alone = newton.again is None and newton.left.shape == F.shape
+        if not alone or not self.choices.looks:
+            return False
+        return any_task(norm(newton.left) > _LEFT * norm(F))
+
+    def _along_condition(self, F: Tensor, newton: NewtonStep | None) -> NewtonStep:
+        """A step along what is left of F, by its curvature, which costs a product."""
         along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
+        left = F if newton is None else newton.left
+        size, none = norm(left), torch.zeros_like(left)
+        before = none if newton is None else newton.step
         if isinstance(self.choices.solver, Identity) or size.shape != self.length.shape:
-            step = F / along_b[..., None]
+            step = left / along_b[..., None]
             return NewtonStep(step, none.expand_as(step), norm(step) * 0)
-        image = self.system.matvec(F)
+        image = self.system.matvec(left)
         self.matvecs = self.matvecs + 1
         damping = getattr(self.choices.solver, "damping", 0.0)
-        image = image + damping * F if damping else image
+        image = image + damping * left if damping else image
+        curvature = dot(left, image)
         if self.lin.problem.condition.minimum:
-            negative = dot(F, image) < -1e-3 * size * norm(image)
+            negative = curvature < -1e-3 * size * norm(image)
             self.negative = self.negative | negative
             self._fail(negative, Cause.CURVATURE)
-        along_F = dot(F, image).abs() / torch.where(size > 0, size.square(), 1.0)
-        lowest = torch.minimum(*(torch.where(c > 0, c, math.inf) for c in (along_b, along_F)))
-        step = torch.where((size > 0)[..., None], F / lowest[..., None], none)
-        return NewtonStep(step, F - image / lowest[..., None], torch.zeros_like(size))
+        curvature = curvature.abs() / torch.where(size > 0, size.square(), 1.0)
+        if newton is None:
+            curvature = torch.minimum(
+                *(torch.where(c > 0, c, math.inf) for c in (along_b, curvature))
+            )
+        usable = (size > 0) & (curvature > 0)
+        step = torch.where(usable[..., None], left / curvature[..., None], none)
+        rest = torch.where(usable[..., None], left - image / curvature[..., None], left)
+        beyond = torch.zeros_like(size)
+        if newton is not None:
+            share = norm(rest) / torch.where(size > 0, size, 1.0)
+            beyond = torch.maximum(newton.beyond, norm(step)) * share.nan_to_num(0.0)
+            beyond = torch.maximum(beyond, self._by_entry(left, image))
+        return NewtonStep(before + step, rest, beyond)
+
+    def _by_entry(self, left: Tensor, image: Tensor) -> Tensor:
+        """How long the step is in those entries of params that it changes by much.
+
+        The curvature of each entry by itself, where that of all together is that of a few.
+
+        Parameters
+        ----------
+        left, image : Tensor
+            What is left of the condition, and the product with it.
+
+        Returns
+        -------
+        length : Tensor
+            For each task.
+        """
+        p = self.params.abs()
+        reach = left.square() / image.abs()
+        far = (reach >= _MUCH * p) & (left != 0)
+        return norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
 
     def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
         """The relative error that the unsolved inner problem leaves, as far as it is known."""
@@ -384,6 +427,9 @@ class _Evidence:
         look = None
         if looks and any_task(wanted):
             look = self.use.second_look(newton, self.found)
+        # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
+        blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
+        self.cause = torch.where(blamed & (self.cause == 0), int(Cause.INNER), self.cause)
         if look is None:
             unsolved = some & ~(residual <= tol)
             if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:

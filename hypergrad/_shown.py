@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_MOST = 4  # leaves of a pytree that are shown one by one
+_MOST = 2  # leaves of a pytree that are shown one by one
 
 
 def shown(value: Any) -> str:

@@ -15,9 +15,9 @@ from .._info import Status
 from .._transforms import any_task, every_task, transforms_active
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._cg_in_numbers import FLAT, in_numbers, suits
-from ._iterative import Iterative, Part, off_zero
+from ._iterative import FEW, Iterative, Part, off_zero
 from ._observer import Observer
-from ._ritz import ritz_values_of_cg
+from ._ritz import ritz_values_of_cg, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,11 @@ class CG(Iterative):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        start = off_zero(matvec, b) if self._explores(system) else None
-        r = b if start is None else start[1]
-        part = in_numbers(matvec, None, r, tol, limit, system.condition)
-        part.start = start
-        x = part.x if start is None else start[0] + part.x
+        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
+        if few and self._explores(system):
+            self._look_around(matvec, b, part, tol, limit - part.steps)
+        x = part.x
         residual = torch.sub(b, matvec(x))
         size = norm(residual)
         status = Status(int(part.status))
@@ -100,6 +100,19 @@ class CG(Iterative):
             linear_error=self._linear_error(x, size, inverse, part.largest, precision),
             newton=newton,
         )
+
+    def _look_around(self, matvec: Counted, b: Tensor, part: Part, tol: float, limit: int) -> None:
+        """Go on from a little off an answer that came soon, for what the search did not reach."""
+        x, r = off_zero(matvec, b, zero=True)
+        more = in_numbers(matvec, None, r, tol, limit, None)
+        part.negative = more.negative
+        if more.status == Status.CONVERGED:
+            part.x = part.x + x + more.x
+            part.largest = torch.maximum(part.largest, more.largest)
+            part.ritz = widest(part.ritz, more.ritz)
+        elif more.negative:
+            part.status = more.status
+        part.steps += more.steps + 1
 
     def _iterate(
         self,

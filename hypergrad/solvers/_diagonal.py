@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._info import Status
 from .._transforms import any_task, every_task
-from ._base import Counted, LinearSystem, Solution, norm, tolerance
+from ._base import Counted, LinearSystem, NewtonStep, Solution, norm, tolerance
 
 _ROUNDING = 1e4  # units of it, by which an entry may differ between two products
 
@@ -56,12 +56,15 @@ def solve_diagonal(
     size = norm(residual)
     if not every_task(size <= (atol / unit).clamp(min=tolerance(rtol, system.layout.precision))):
         return None, matvec.count
-    linear_error = newton = None
+    linear_error: Tensor | None = None
+    newton: NewtonStep | None = None
     if system.condition is not None:
         length = norm(x)
         error = norm(residual / diagonal) + 4 * eps * length
         linear_error = error / torch.where(length > 0, length, torch.ones_like(length))
-        newton = system.condition / diagonal
+        step = system.condition / diagonal
+        none = torch.zeros_like(step)
+        newton = NewtonStep(step, none, none[..., 0], lambda v: v / diagonal)
     status = torch.full_like(scale, int(Status.CONVERGED), dtype=torch.int64)
     solution = Solution(
         x=x * unit[..., None],

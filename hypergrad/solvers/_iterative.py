@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Where a singular system has no solution, residuals can be bought with answers of any length:
 # the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
 PRICE = 1e-4
+#: An answer that came in so few steps may have left much of the spectrum unseen.
+FEW = 12
 _OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
@@ -108,10 +110,7 @@ class Iterative(Solver):
             x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             r = b - matvec(x)
             size = norm(r)
-        elif begun is not None and begun.start is not None:
-            x, r = begun.start
-            size = norm(r)
-        elif self._explores(system) and any_task(present):
+        elif begun is None and self._explores(system) and any_task(present):
             x, r = off_zero(matvec, torch.where(present[..., None], b, torch.zeros_like(b)))
             size = norm(r)
         else:
@@ -130,8 +129,7 @@ class Iterative(Solver):
         first, expected = True, False
         plain = looks and not transforms_active()
         if begun is not None:
-            # Who made it has looked at the true residual.
-            matvec.count = begun.steps + (1 if begun.start is None else 2)
+            matvec.count = begun.steps + 1  # who made it has looked at the true residual
         while limit > 0 and (not looks or any_task(active)):
             part = (
                 begun
@@ -305,16 +303,16 @@ class Part:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
-    start: tuple[Tensor, Tensor] | None = None  # where the pass began and its residual, if not zero
 
 
-def off_zero(matvec: Product, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A short vector in general position, and the residual of `b` there: one product."""
+def off_zero(matvec: Product, b: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
+    """A short vector in general position, and the residual of `b`, or of zero, there."""
     z = signs(b).expand_as(b)
     image = matvec(z)
     size = norm(image)
     usable = torch.isfinite(size) & (size > 0)
     part = torch.where(usable, _OFF * norm(b) / torch.where(usable, size, 1.0), 0.0)[..., None]
+    b = torch.zeros_like(b) if zero else b
     return part * z, torch.where(part > 0, b - part * image, b)
 
 

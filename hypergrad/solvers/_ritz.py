@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,21 @@ def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tens
         low, high = torch.minimum(low, values[..., 0]), torch.maximum(high, values[..., -1])
     found = torch.stack([low, high], dim=-1)
     return torch.where(some, found, torch.full_like(found, math.nan))
+
+
+def widest(
+    one: Callable[[], Tensor] | None, other: Callable[[], Tensor] | None
+) -> Callable[[], Tensor] | None:
+    """The extremes of two recurrences with the same matrix."""
+    if one is None or other is None:
+        return one or other
+
+    def extremes() -> Tensor:
+        a, b = one(), other()
+        lowest, highest = torch.fmin(a, b)[..., :1], torch.fmax(a, b)[..., 1:]
+        return torch.cat([lowest, highest], dim=-1)
+
+    return extremes
 
 
 def condition_of_factors(factors: Sequence[Tensor]) -> Tensor:
