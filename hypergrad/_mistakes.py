@@ -125,7 +125,7 @@ def explained(entrance: Fun) -> Fun:
             if isinstance(error, HypergradError) and not isinstance(error, StructureMismatch):
                 raise
             given = {**dict(zip(signature.parameters, args, strict=False)), **keywords}
-            if "meta" in str(error):
+            if isinstance(error, RuntimeError):
                 of_values = ("params", "init", "hparams", "args")
                 refuse_meta(*(Tree(k, given[k]) for k in of_values if k in given))
             _explain(entrance.__name__, known, given, error)

@@ -110,7 +110,9 @@ def test_row_52_a_weight_under_two_names_is_one_variable_for_gauss_newton_and_a_
         lambda z, h: ((z - shared.y) ** 2).mean(),
         lambda p, h: h.exp() * sum((w**2).sum() for w in p.values()),
     )
-    _, info = implicit_grad(shared.outer, condition, shared.params, shared.h, return_info=True)
+    _, info = implicit_grad(
+        shared.outer, condition, shared.params, shared.h, on_failure="ignore", return_info=True
+    )
     assert info.inner_residual < 1e-8
 
     def solve(h):
