@@ -360,7 +360,7 @@ def test_row_52_odd_tensors_are_refused_by_name_with_the_cure(kind):
         "params": [
             lambda: implicit_grad(loss, loss, leaf, number),
             lambda: hypergrad.finite_difference_grad(loss, loss, leaf, number),
-            lambda: hypergrad.root_vjp(loss, leaf, (number,), leaf),
+            lambda: hypergrad.root_vjp(lambda p, h: {"w": p["w"] * h}, leaf, (number,), leaf),
             lambda: Bilevel(loss, loss, leaf, number, **options),
         ],
         "hparams": [
