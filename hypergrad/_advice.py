@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ._errors import StructureMismatch, UnsupportedOperation
+from ._kernels import cure_of
 from ._trace import graph
 from ._tree import Tree
 
@@ -34,6 +35,15 @@ _CURES = {
         "cuDNN's LSTM and GRU have no second derivative. Evaluate the losses inside "
         "torch.backends.cudnn.flags(enabled=False)."
     ),
+    "can't optimize a non-leaf Tensor": (
+        "A step of torch.optim cannot be differentiated. Write the step out, such as w - lr * "
+        "torch.func.grad(loss)(w, hparams); or run the optimiser outside, and pass what it finds "
+        "to implicit_grad, or the function that runs it to custom_argmin."
+    ),
+    "which are tied. Consider using tie_weights=False": (
+        "The module holds one weight under two names, and params holds a tensor for each. Pass "
+        "dict(module.named_parameters()), in which it stands once."
+    ),
     _COMPILED: (
         "A loss calls a function made by torch.compile, which has no second derivative. Use the "
         "function that was compiled."
@@ -41,6 +51,20 @@ _CURES = {
     "compiled backward function within vmap": (
         "A function made by torch.compile cannot be differentiated inside a vmap, as the default "
         "solver of small systems wants it. Use the function that was compiled, or GMRES()."
+    ),
+    "Cannot access data pointer of Tensor": (
+        "A function leaves PyTorch, for NumPy or SciPy, inside a torch.func transform, where a "
+        "tensor has no values to be read. Write it in PyTorch's operations, or as a "
+        "torch.autograd.Function with setup_context and a vmap of its own; or make one call of "
+        "hypergrad for each task in place of the transform."
+    ),
+    "do not have strides": (
+        "PyTorch's transforms do not take a matrix of this sparse layout. Pass "
+        "matrix.to_sparse_coo(), or matrix.to_dense(); .backward() takes it as it is."
+    ),
+    "'aten::_efficientzerotensor' with arguments from the 'Sparse": (
+        "Forward mode does not go through a sparse matrix in PyTorch. Use reverse mode, with "
+        "torch.func.jacrev twice in place of hessian, or pass matrix.to_dense()."
     ),
     "must override the setup_context": (
         "A loss calls a torch.autograd.Function that does not work inside torch.func transforms. "
@@ -96,10 +120,27 @@ def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None
     for part, cure in _CURES.items():
         if part in str(error):
             raise UnsupportedOperation(f"{cure} ({error})") from error
+    _refuse_statistics(trees, error)
+    missing = cure_of(str(error))
+    if missing is not None:
+        raise UnsupportedOperation(f"{missing} ({error})") from error
     if "device" in str(error):
         _refuse_two_devices(trees, error)
     if any(part in str(error) for part in _TWO_DTYPES):
         _refuse_two_dtypes(trees, error)
+
+
+def _refuse_statistics(trees: Sequence[Tree], error: Exception) -> None:
+    """Raise where the running statistics of a norm layer are among the variables."""
+    if "is not differentiable with respect to argument 'running_" not in str(error):
+        return
+    paths = [tree.variable_path(i) for tree in trees for i in range(len(tree.variables))]
+    named = ", ".join(path for path in paths if "running_" in path)
+    raise StructureMismatch(
+        f"The running statistics of a norm layer are among the variables ({named or 'a leaf'}): "
+        "they are buffers, which a state_dict() holds too. Pass dict(module.named_parameters()). "
+        f"({error})"
+    ) from error
 
 
 def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:

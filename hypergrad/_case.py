@@ -49,11 +49,13 @@ class Case:
         solver: Solver | None,
     ) -> None:
         self.outer, self.condition, self.solve = outer, condition, solve
-        self.tree, self.hparams, self.solver = tree, hparams, solver
+        self.tree, self.solver = tree, solver
         self._solving, self._outer, self._inner = Draw(), Draw(), Draw()
         self.at = [detached(v) for v in tree.variables]
+        # Each leaf by itself, also where one tensor stands under two names.
+        self.hparams = tree.rebuild(self.at)
         self.solution = self.solved(self.at)
-        self.params = Tree("params", self.solution, skip_frozen=True)
+        self.params = self._taken_apart(self.solution)
         if not any(v.numel() for v in self.params.variables):
             raise StructureMismatch(
                 "solve must return params, a pytree with a floating-point tensor in it; it "
@@ -76,7 +78,7 @@ class Case:
         """What `solve` returns, copied: it may train one module in place."""
         try:
             with self._solving.evaluation():
-                return pytree.tree_map(keep, self.solve(self.given(variables)))
+                return kept(self.solve(self.given(variables)))
         except Exception as error:
             if variables is not self.at:
                 error.add_note(
@@ -88,14 +90,14 @@ class Case:
     def value(self, params: Any, variables: Sequence[Tensor]) -> float:
         """The outer loss."""
         with self._outer.evaluation(), Guard():
-            loss = self.outer(pytree.tree_map(keep, params), self.given(variables))
+            loss = self.outer(kept(params), self.given(variables))
         return float(scalar("outer", loss).detach())
 
     def objective(self, params: Any) -> float:
         """The inner loss, of a condition that has one."""
         (fun,) = self.condition.functions()
         with self._inner.evaluation(), Guard():
-            loss = fun(pytree.tree_map(keep, params), self.given(self.at))
+            loss = fun(kept(params), self.given(self.at))
         return float(scalar("inner", loss).detach())
 
     def at_params(self, flat: Tensor) -> Any:
@@ -103,6 +105,10 @@ class Case:
         parts = self.problem(self.condition, self.solution, self.at).layout().split(flat)
         pairs = zip(self.params.variables, parts, strict=True)
         return self.params.rebuild([like(p, part) for p, part in pairs])
+
+    def _taken_apart(self, params: Any) -> Tree:
+        of_objective = self.condition.of_objective
+        return Tree("params", params, skip_frozen=True, of_autograd=of_objective)
 
     def along(self, line: Direction, *, refined: bool = False) -> Callable[[float], float]:
         """The outer loss at the solution, as a function of a step in the hyperparameters."""
@@ -116,7 +122,7 @@ class Case:
 
     def flat(self, params: Any) -> Tensor:
         """The variables of `params` as one vector."""
-        tree = Tree("params", params, skip_frozen=True)
+        tree = self._taken_apart(params)
         layout = self.problem(self.condition, params, self.at).layout()
         return layout.flatten([detached(v) for v in tree.variables])
 
@@ -128,7 +134,7 @@ class Case:
 
     def problem(self, condition: Condition, params: Any, variables: Sequence[Tensor]) -> Problem:
         """The inner problem at some point."""
-        P = Tree("params", params, skip_frozen=True)
+        P = self._taken_apart(params)
         return Problem.of(condition, P, [Tree("hparams", self.given(variables))])
 
     def linearised(
@@ -211,7 +217,7 @@ class Case:
                 return best
             best, size = params, now
             step, _ = self.exact.solve(lin.product, lin.residual, rmatvec=lin.transposed)
-            tree = Tree("params", params, skip_frozen=True)
+            tree = self._taken_apart(params)
             moved = [p - d for p, d in zip(tree.variables, lin.layout.split(step), strict=True)]
             params = tree.rebuild([like(p, m) for p, m in zip(tree.variables, moved, strict=True)])
         return best
@@ -225,13 +231,22 @@ def _copy(leaf: Any) -> Any:
     return detached(leaf).clone() if isinstance(leaf, Tensor) else leaf
 
 
-def keep(leaf: Any) -> Any:
-    """A copy that is still a parameter, frozen or not, where the leaf is one."""
-    return like(leaf, _copy(leaf)) if isinstance(leaf, Tensor) else leaf
+def kept(tree: Any) -> Any:
+    """Copies that are still parameters, frozen or not, and one where a leaf has several names."""
+    copies: dict[int, Any] = {}
+
+    def keep(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in copies or not leaf.requires_grad:
+            copies[id(leaf)] = like(leaf, _copy(leaf))
+        return copies[id(leaf)]
+
+    return pytree.tree_map(keep, tree)
 
 
 def like(leaf: Tensor, values: Tensor) -> Tensor:
-    """Values as a parameter, frozen or not, where the leaf is one."""
+    """Values as a parameter, or as a leaf that requires grad, where the leaf is one."""
     if isinstance(leaf, nn.Parameter):
         return nn.Parameter(values, requires_grad=leaf.requires_grad)
-    return values
+    return values.detach().requires_grad_() if leaf.requires_grad and leaf.is_leaf else values

@@ -24,6 +24,7 @@ from ._errors import (
     UnsupportedOperation,
 )
 from ._info import SolveInfo
+from ._mistakes import explained
 from ._randomness import unnoticed
 from ._transforms import transforms_active
 from ._tree import Tree
@@ -138,6 +139,7 @@ class Report:
         return "\n".join(lines)
 
 
+@explained
 def check_hypergrad(
     outer: Callable[[Any, Any], Any],
     inner: Any,

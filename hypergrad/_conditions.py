@@ -12,12 +12,19 @@ from torch.utils import _pytree as pytree
 
 from ._advice import refuse_once_differentiable
 from ._errors import NotConnected
+from ._mistakes import Fields
 from ._problem import Problem
 from ._replay import ForwardReplay, Parts, Replay, gradient_of
 from ._trace import graph
 from ._transforms import transforms_active
 
 Product = Callable[[Parts, bool], Parts]
+
+_LEAST_SQUARES = (
+    " A root has as many equations as unknowns. Residuals of a least-squares problem are none: use "
+    "Minimum(lambda p, h: residuals(p, h).square().sum() / 2), or GaussNewton(residuals, lambda "
+    "r, h: r.square().sum() / 2)."
+)
 
 
 @dataclasses.dataclass
@@ -52,7 +59,7 @@ class Record:
     dependent: Callable[[], Tensor] | None = None
 
 
-class Condition(ABC):
+class Condition(Fields, ABC):
     """What an inner solution satisfies: F(params, *args) = 0, shaped like ``params``.
 
     Every condition has a bool `symmetric`: whether A = dF/dparams is known to be symmetric.
@@ -60,6 +67,8 @@ class Condition(ABC):
 
     #: Whether second derivatives through the solution are right.
     twice: ClassVar[bool] = True
+    #: Whether F is the gradient of an objective, whose variables are those of an optimiser.
+    of_objective: ClassVar[bool] = False
     #: Whether A = I - J for a map that is meant to contract.
     contraction: ClassVar[bool] = False
     #: Whether the solution is meant to be a minimum, where no curvature is negative.
@@ -114,6 +123,7 @@ class Minimum(Condition):
     f: Callable[..., Any]
     symmetric: ClassVar[bool] = True
     minimum: ClassVar[bool] = True
+    of_objective: ClassVar[bool] = True
 
     def functions(self) -> list[Callable[..., Any]]:
         """The objective."""
@@ -182,6 +192,7 @@ class GaussNewton(Condition):
     loss: Callable[..., Any]
     regulariser: Callable[..., Any] | None = None
     symmetric: ClassVar[bool] = True
+    of_objective: ClassVar[bool] = True
     twice: ClassVar[bool] = False
 
     def functions(self) -> list[Callable[..., Any]]:
@@ -265,7 +276,7 @@ class Root(Condition):
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The equation's value."""
-        return problem.equation("F(params, ...)", self.F, tensors)
+        return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
 
     def record(
         self,
@@ -277,7 +288,7 @@ class Root(Condition):
         forward: bool,
     ) -> Record:
         """The equation, recorded."""
-        values = problem.equation("F(params, ...)", self.F, tensors)
+        values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
         return _record_equation(problem, values, params, seed if forward else None, self.symmetric)
 
 

@@ -17,6 +17,7 @@ from ._functions import ImplicitSolution, Rule
 from ._info import SolveInfo
 from ._keywords import Arguments, bound
 from ._linearise import Linearisation
+from ._mistakes import explained, refuse_signatures
 from ._outside import call_outside
 from ._problem import Problem, without_aux
 from ._randomness import Draw
@@ -30,6 +31,7 @@ Fit = TypeVar("Fit", bound=Callable[..., Any])
 Batching = Literal["vmap", "loop"]
 
 
+@explained
 def custom_argmin(
     inner: Any,
     *,
@@ -117,6 +119,7 @@ def custom_argmin(
     )
 
 
+@explained
 def custom_root(
     F: Any,
     *,
@@ -163,6 +166,7 @@ def custom_root(
     )
 
 
+@explained
 def custom_fixed_point(
     T: Any,
     *,
@@ -271,7 +275,9 @@ def _solve(
     _refuse_keywords(call.keywords)
     refuse_distributed(condition.functions())
     init = call.init
-    trees = [Tree(name, value) for name, value in zip(call.names, call.args, strict=True)]
+    trees = [
+        Tree(name, value, constants=True) for name, value in zip(call.names, call.args, strict=True)
+    ]
     start = Tree("init", init)
     name = getattr(fit, "__name__", "the inner solver")
     solution = call_outside(
@@ -291,7 +297,11 @@ def _solve(
         callback=options.callback,
         draw=Draw(),
     )
-    rule, captured = _with_captured(rule)
+    try:
+        rule, captured = _with_captured(rule)
+    except TypeError as error:
+        refuse_signatures("inner", condition, ("params", *call.names), error)
+        raise
     found = ImplicitSolution.apply(rule, captured, *problem.tensors)
     answer = params.rebuild(found)
     return (answer, aux) if options.has_aux else answer

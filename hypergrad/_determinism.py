@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ._case import Case, keep
+from ._case import Case, kept
 from ._differences import Direction, first_step
 from ._errors import NotConnected
 from ._guard import Guard
@@ -31,7 +30,7 @@ def not_deterministic(case: Case) -> str | None:
 
     def outer() -> Tensor:
         with Guard():
-            loss = case.outer(pytree.tree_map(keep, case.solution), case.given(case.at))
+            loss = case.outer(kept(case.solution), case.given(case.at))
         return scalar("outer", loss).detach()
 
     apart = _spread(case, outer, torch.zeros((), device="cpu"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._causes import Place, sound_in_value
 from ._conditions import Condition
 from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
@@ -98,6 +99,10 @@ class Use:
         """What is computed from `u`."""
         return []
 
+    def values(self) -> list[Tensor]:
+        """What must be finite beside them, for each task."""
+        return []
+
     def share(self) -> Tensor | float:
         """The part of `leaves` that depends on `u`, relative to the whole."""
         return 1.0
@@ -169,7 +174,7 @@ def solved(
     transpose: bool,
     draw: Draw,
     use: Use,
-    places: Callable[[Answer], Iterable[tuple[str, Tensor]]],
+    places: Callable[[Answer], Iterable[Place]],
     x0: Tensor | None = None,
 ) -> Answer:
     """Solve ``A u = b``, or with the transpose of A; measure; warn or raise where that is due.
@@ -229,6 +234,9 @@ def solved(
     answer = Answer(found.x, leaves, info)
     sound = finite(info.status.shape, found.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
+    for value in use.values():
+        sound = sound & torch.isfinite(value)
+    sound = sound_in_value(lin, sound)
     judge(
         info,
         found,

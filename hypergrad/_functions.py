@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._causes import Place, data, inner_places
 from ._errors import UnsupportedOperation
 from ._evidence import Answer, Choices, Use, needs_product, solved
 from ._info import SolveInfo
@@ -84,12 +85,12 @@ class Rule:
         if shared > 1:
             arranged = arranged.flatten(0, shared - 1)
 
-        def places(answer: Answer) -> Iterable[tuple[str, Tensor]]:
-            yield "the right-hand side (the incoming derivative)", arranged
+        def places(answer: Answer) -> Iterable[Place]:
+            yield "the right-hand side (the incoming derivative)", arranged, data
             for place in self.problem.inner:
-                yield "the inner solution", tensors[place]
-            yield "the inner condition", lin.residual
-            yield "the solution of the linear system", answer.u
+                yield "the inner solution", tensors[place], data
+            yield from inner_places(lin, tensors)
+            yield "the solution of the linear system", answer.u, data
 
         answer = solved(
             lin,

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from ._errors import UnsupportedOperation
 
 _NORMS = frozenset({functional.batch_norm, functional.instance_norm})
-_WATCHED = frozenset({torch.Tensor.add_, *_NORMS})
+_EMBEDDINGS = frozenset({functional.embedding, torch.embedding})
+_WATCHED = frozenset({torch.Tensor.add_, *_NORMS, *_EMBEDDINGS})
 _RUNNING = (
     "A loss runs a batch-norm layer in train mode with running statistics, which would be changed "
     "by evaluating it. Call module.eval(), or build the layer with track_running_stats=False "
@@ -36,7 +37,9 @@ class Guard(TorchFunctionMode):
         """Pass every other operation on, with as little in between as may be."""
         kwargs = kwargs or {}
         if func in _WATCHED:
-            if func in _NORMS:
+            if func in _EMBEDDINGS:
+                args, kwargs = _densely(func, args, kwargs)
+            elif func in _NORMS:
                 self._refuse_updates(func, args, kwargs)
             elif _is_counter(args[0]):
                 return self._counted(func, args, kwargs)
@@ -57,6 +60,17 @@ class Guard(TorchFunctionMode):
             raise
         self._counters.append(args[0])
         return found
+
+
+def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An embedding's arguments without the sparse gradient, from which no product is formed."""
+    names: tuple[str, ...] = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
+    if func is functional.embedding:
+        names = ("input", "weight", "padding_idx", "max_norm", "norm_type", *names[3:])
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not given.get("sparse"):
+        return args, kwargs
+    return (), {**given, "sparse": False}
 
 
 def _is_counter(tensor: Any) -> bool:

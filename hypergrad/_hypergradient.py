@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ._advice import changed_in_place
 from ._captures import refuse_distributed
+from ._causes import Place, data, derivative, inner_places, of_value
 from ._conditions import Minimum, as_condition
 from ._errors import UnsupportedOperation
 from ._evidence import Answer, Choices, Use, needs_product, size_of, solved
@@ -71,7 +72,8 @@ def hypergradient(
     """Compute what `implicit_grad` returns; the arguments are its own."""
     check_on_failure(on_failure)
     condition = as_condition(inner, Minimum)
-    P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
+    P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
+    H = Tree("hparams", hparams, of_autograd=True)
     call = _Call(
         outer=outer,
         problem=Problem.of(condition, P, [H]),
@@ -183,6 +185,10 @@ class _Hypergradient(Use):
         self.indirect: Parts = []
         self._leaves: list[Tensor] = []
 
+    def values(self) -> list[Tensor]:
+        """The outer loss."""
+        return [self._at.value]
+
     def leaves(self, u: Tensor) -> list[Tensor]:
         """The hypergradient."""
         self.indirect = self.lin.cross(u)
@@ -261,29 +267,26 @@ class _Hypergradient(Use):
         except Exception:  # the loss does not like what it gets there
             return None
 
-    def places(self, answer: Answer) -> Iterable[tuple[str, Tensor]]:
+    def places(self, answer: Answer) -> Iterable[Place]:
         """Everything that went into an answer, by name, in the order of its making."""
-        lin, at, problem, layout = self.lin, self._at, self.lin.problem, self.lin.layout
+        lin, at, problem, tensors = self.lin, self._at, self.lin.problem, self._tensors
         P, H = problem.params, problem.args[0]
         for position, place in enumerate(problem.inner):
-            yield P.variable_path(position), self._tensors[place]
+            yield P.variable_path(position), tensors[place], data
         for position, place in enumerate(problem.outer):
-            yield H.variable_path(position), self._tensors[place]
-        yield "the outer loss", at.value
+            yield H.variable_path(position), tensors[place], data
+        yield "the outer loss", at.value, of_value(lambda: problem.outputs(self._outer, tensors))
         for tree, parts in ((P, at.cotangent), (H, at.direct)):
             for i, part in enumerate(parts):
                 if part is not None:
-                    yield f"the gradient of the outer loss by {tree.variable_path(i)}", part
-        for i, part in enumerate(layout.split(lin.residual)):
-            yield f"the inner condition (its gradient) at {P.variable_path(i)}", part
-        ones = torch.ones_like(answer.u)
-        for i, part in enumerate(layout.split(lin.transposed(ones))):
-            yield f"the product with the inner Hessian at {P.variable_path(i)}", part
-        for i, part in enumerate(layout.split(answer.u)):
-            yield f"the solution of the linear system at {P.variable_path(i)}", part
+                    where = f"the gradient of the outer loss by {tree.variable_path(i)}"
+                    yield where, part, derivative
+        yield from inner_places(lin, tensors)
+        for i, part in enumerate(lin.layout.split(answer.u)):
+            yield f"the solution of the linear system at {P.variable_path(i)}", part, data
         for i, part in enumerate(self.indirect):
             if part is not None:
-                yield f"the cross derivative by {H.variable_path(i)}", part
+                yield f"the cross derivative by {H.variable_path(i)}", part, derivative
 
     def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:
         like = [self._tensors[i] for i in self.lin.problem.outer]

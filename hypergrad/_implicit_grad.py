@@ -11,6 +11,7 @@ from torch import Tensor
 from ._errors import NotConnected, UnsupportedOperation
 from ._hypergradient import hypergradient
 from ._info import SolveInfo
+from ._mistakes import explained
 from ._overloads import Hparams, Inner, Options, Outer, Params
 from ._report import OnFailure
 from ._trace import being_traced
@@ -64,6 +65,7 @@ def implicit_grad(
     **options: Unpack[Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def implicit_grad(
     outer: Callable[[Any, Any], Any],
     inner: Any,
@@ -94,9 +96,12 @@ def implicit_grad(
         such as `GaussNewton`, `Root` or `FixedPoint`.
     params : pytree of Tensor
         The inner solution, found in any way. Parameters that are frozen beside others that are
-        not are constants.
+        not are constants, and of an objective plain tensors too that do not require grad beside
+        leaves that do. There a tensor that requires grad, or a parameter, is one variable under
+        however many names it stands; any other tensor is its values, one variable a name.
     hparams : pytree of Tensor
-        The outer variables. The answer is shaped like them.
+        The outer variables. The answer is shaped like them. One that requires grad and stands
+        under two names has its whole derivative at each, as in `torch.autograd.grad`.
     solver : Solver, optional
         The linear solver. None: `Auto`, which is `Exact` up to 100 unknowns, else `CG` for a
         symmetric A and `GMRES` otherwise, with others to fall back on.
@@ -207,6 +212,7 @@ def implicit_backward(
     **options: Unpack[Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def implicit_backward(
     outer: Callable[[Any, Any], Any],
     inner: Any,
@@ -263,7 +269,8 @@ def implicit_backward(
             "transform or the losses of another problem. Call implicit_grad there, or "
             "custom_argmin where the answer is to be differentiated."
         )
-    leaves = [h for h in Tree("hparams", hparams).variables if h.requires_grad]
+    variables = Tree("hparams", hparams, of_autograd=True).variables
+    leaves = [h for h in variables if h.requires_grad]
     if not leaves:
         raise NotConnected(
             "No tensor in hparams requires grad, so there is nowhere to accumulate a gradient. "
@@ -272,11 +279,7 @@ def implicit_backward(
     answer = hypergradient(
         outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
     )
-    pairs = [
-        (h, g)
-        for h, g in zip(Tree("hparams", hparams).variables, answer.leaves, strict=True)
-        if h.requires_grad
-    ]
+    pairs = [(h, g) for h, g in zip(variables, answer.leaves, strict=True) if h.requires_grad]
     torch.autograd.backward([h for h, _ in pairs], [g for _, g in pairs])
     if return_info:
         return answer.info.outer_value, answer.info

@@ -15,6 +15,7 @@ from ._degeneracy import largest, linearly_dependent, reach
 from ._errors import StructureMismatch
 from ._problem import Problem, scalar
 from ._replay import ForwardReplay, Parts, Replay
+from ._rows import by_rows
 from ._tree import Layout, Tree
 
 _CHECKED = 200  # most constraints whose gradients are checked for linear dependence
@@ -248,7 +249,7 @@ class _Dependence:
             return torch.cat([part.reshape(*tasks, -1).to(dtype) for part in parts], dim=-1)
 
         with torch.no_grad():
-            rows = torch.func.vmap(row, chunk_size=128)(eye).movedim(0, -2)
+            rows = by_rows(row, eye).movedim(0, -2)
         active = [
             torch.ones(*tasks, size, dtype=torch.bool, device=device)
             if flag is None

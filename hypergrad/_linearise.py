@@ -15,6 +15,7 @@ from ._problem import Problem
 from ._randomness import Draw
 from ._recording import Recording, record
 from ._replay import ForwardReplay, Parts, Replay
+from ._rows import by_rows
 from ._trace import graph
 from .solvers._base import dense_by_products
 
@@ -150,7 +151,7 @@ class Linearisation:
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
             one = partial(self._apply, product, create_graph=create_graph)
-            mapped: Tensor = torch.func.vmap(one, chunk_size=128)(v)
+            mapped: Tensor = by_rows(one, v)
             return mapped
         if create_graph and not torch.is_grad_enabled():
             with torch.enable_grad():

@@ -14,6 +14,7 @@ from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached, versions
 from ._transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
+from ._tree import is_ordinary
 
 
 def call_outside(
@@ -48,7 +49,7 @@ def call_outside(
     """
     _refuse_captured(fit)
     leaves, spec = pytree.tree_flatten((arguments, named))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    places = [i for i, leaf in enumerate(leaves) if is_ordinary(leaf)]
 
     def on_tensors(tensors: Sequence[Tensor]) -> Any:
         given = list(leaves)
@@ -57,7 +58,7 @@ def call_outside(
         positional, by_name = pytree.tree_unflatten(given, spec)
         return fit(*positional, **by_name, **keywords)
 
-    of_init = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments[0]))
+    of_init = sum(is_ordinary(leaf) for leaf in pytree.tree_leaves(arguments[0]))
     call = _Call(on_tensors, batching, of_init)
     tensors = [detached(leaves[i]) for i in places]
     found = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)

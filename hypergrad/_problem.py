@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._errors import StructureMismatch, UnsupportedOperation
+from ._errors import HypergradError, StructureMismatch, UnsupportedOperation
 from ._guard import Guard
 from ._randomness import Draw
 from ._transforms import WatchForDerivatives
@@ -104,12 +104,7 @@ class Problem:
 
     def path(self, place: int) -> str:
         """The name of the tensor at a position of `tensors`, for messages."""
-        names = [
-            tree.path(i)
-            for tree in (self.params, *self.args)
-            for i, leaf in enumerate(tree.leaves)
-            if isinstance(leaf, Tensor)
-        ]
+        names = [tree.path(i) for tree in (self.params, *self.args) for i in tree.places]
         return names[place]
 
     @property
@@ -173,12 +168,12 @@ class Problem:
         return self._over_tasks(one, first, tensors).sum()
 
     def equation(
-        self, what: str, fun: Callable[..., Any], tensors: Sequence[Tensor]
+        self, what: str, fun: Callable[..., Any], tensors: Sequence[Tensor], cure: str = ""
     ) -> list[Tensor]:
-        """The values of a function shaped like ``params``, with task dimensions in front."""
+        """The values of a function shaped like ``params``; `cure` is for one that is not."""
 
         def one(first: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-            return self.params.match(what, fun(*self.arguments(tensors)))
+            return self.params.match(what, fun(*self.arguments(tensors)), cure)
 
         found: list[Tensor] = self._over_tasks(one, None, tensors)
         return found
@@ -211,11 +206,18 @@ class Problem:
             in_dims = (None if first is None else 0, list(axis.in_dims))
             mapped = torch.func.vmap(mapped, in_dims=in_dims, randomness=axis.randomness)
         draw = Draw()
-        with draw.evaluation():
-            found = mapped(first, list(tensors))
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
-        if not (watch.seen and some):
-            return found
+        try:
+            with draw.evaluation():
+                found = mapped(first, list(tensors))
+        except HypergradError:
+            raise
+        except Exception:  # a function that leaves PyTorch, or one that fails by itself too
+            if not some:
+                raise
+        else:
+            if not (watch.seen and some):
+                return found
         with draw.evaluation():
             return self._looped(one, first, tensors)
 

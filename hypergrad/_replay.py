@@ -37,7 +37,7 @@ class Replay:
             except RuntimeError as error:
                 advise(error)
                 raise
-            return torch.zeros_like(cotangent) if found is None else found
+            return torch.zeros_like(cotangent) if found is None else _dense(found)
 
         return form
 
@@ -99,14 +99,20 @@ def _pulled(
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad`, or what it calls."""
     if _wrapped(outputs):
-        return torch.autograd.grad(
+        found: Parts = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,
         )  # fmt: skip
-    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
-        outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False
-    )
-    return found
+    else:
+        found = Variable._execution_engine.run_backward(
+            outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False
+        )
+    return [None if part is None else _dense(part) for part in found]
+
+
+def _dense(part: Tensor) -> Tensor:
+    """A gradient that some operation has made sparse, with its zeros."""
+    return part if part.layout == torch.strided else part.to_dense()
 
 
 def _wrapped(outputs: tuple[Tensor, ...]) -> bool:

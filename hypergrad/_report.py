@@ -31,8 +31,9 @@ from ._tree import Tree
 from .solvers._base import Solution, Solver
 
 OnFailure = Literal["warn", "raise", "ignore"]
-#: Where a number came from, and the tensors to look at: called only when one is not finite.
-Places = Callable[[], Iterable[tuple[str, Tensor]]]
+#: Where a number came from, the tensor to look at, and what to do if it is the first that is not
+#: finite: called only when one is not.
+Places = Callable[[], Iterable[tuple[str, Tensor, Callable[[], str]]]]
 
 _HERE = str(Path(__file__).parent)
 
@@ -354,11 +355,11 @@ def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradErro
 
 
 def _not_finite(places: Places) -> str:
-    for where, tensor in places():
+    for where, tensor, cure in places():
         rows = all_tasks((~torch.isfinite(tensor)).reshape(-1)[None].any(dim=1))
         if bool(rows.any()):
             return (
-                f"{where} holds NaN or infinity. Look at the data and the step size of the inner "
-                "solver, or pass on_failure='ignore' to have NaN left as NaN."
+                f"{where} holds NaN or infinity. {cure()}, or pass on_failure='ignore' to have NaN "
+                "left as NaN."
             )
     return "the answer holds NaN or infinity, which the linear solve produced."

@@ -16,6 +16,7 @@ from ._errors import StructureMismatch, UnsupportedOperation
 from ._functions import LinearSolve, Rule
 from ._info import SolveInfo
 from ._linearise import Linearisation
+from ._mistakes import explained
 from ._overloads import Params, RuleOptions
 from ._problem import Problem
 from ._randomness import Draw
@@ -55,6 +56,7 @@ def root_vjp(
     **options: Unpack[RuleOptions],
 ) -> Any: ...
 @never_compiled
+@explained
 def root_vjp(
     F: Any,
     params: Any,
@@ -111,6 +113,7 @@ def root_vjp(
     rule, trees = _rule(F, params, args, solver, on_failure)
     for position in _positions(argnums, len(trees)):
         trees[position - 1].refuse_opaque()
+        trees[position - 1].refuse_constants()
     problem = rule.problem
     captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
@@ -166,6 +169,7 @@ def root_jvp(
     **options: Unpack[RuleOptions],
 ) -> Any: ...
 @never_compiled
+@explained
 def root_jvp(
     F: Any,
     params: Any,
@@ -222,6 +226,7 @@ def root_jvp(
     moving = {place: torch.zeros_like(tensors[place]) for place in problem.outer}
     for position, tangent in zip(positions, given, strict=True):
         tree = trees[position - 1]
+        tree.refuse_constants()
         start = len(problem.params.tensors) + sum(len(t.tensors) for t in trees[: position - 1])
         parts = tree.match(f"tangents for args[{position - 1}]", tangent)
         moving.update(zip((start + i for i in tree.variables_among_tensors), parts, strict=True))
@@ -245,7 +250,7 @@ def _rule(
     if not isinstance(args, tuple):
         raise StructureMismatch(f"args must be a tuple of arguments; got {type(args).__name__}.")
     condition = as_condition(F, Root)
-    trees = [Tree(f"args[{i}]", value) for i, value in enumerate(args)]
+    trees = [Tree(f"args[{i}]", value, constants=True) for i, value in enumerate(args)]
     # Every argument stays a variable, whichever are asked for: the answer may depend on all.
     problem = Problem.of(condition, Tree("params", params), trees)
     return Rule(problem, choose(solver, condition.symmetric), None, on_failure, None, Draw()), trees

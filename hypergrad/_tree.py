@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
 from ._errors import StructureMismatch, UnsupportedOperation
+from ._transforms import layers
+
+_DIFFERENTIABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 class Tree:
     """An argument taken apart: the tensors that a derivative can reach, and the rest.
 
     Floating-point tensors are variables. Integer and boolean tensors, None, numbers and, with
-    ``skip_frozen``, an `nn.Parameter` that is frozen beside others that are not, are constants.
+    ``skip_frozen``, what is frozen beside others that are not, are constants.
 
     Parameters
     ----------
@@ -26,32 +30,59 @@ class Tree:
     value : pytree
         The argument.
     skip_frozen : bool
-        Whether frozen parameters are constants.
+        Whether an `nn.Parameter` that is frozen beside tensors that are not is a constant.
+    of_autograd : bool
+        Whether the tensors are the variables that an optimiser of PyTorch moves: then one that
+        requires grad counts once under however many names it stands, and with `skip_frozen` a
+        plain tensor that does not require grad beside leaves that do is a constant too.
+    constants : bool
+        Whether what cannot be a variable may stand there as a constant: a sparse tensor, say, or
+        a module without parameters.
     """
 
-    def __init__(self, name: str, value: Any, *, skip_frozen: bool = False) -> None:
-        _refuse_modules(name, value)
+    def __init__(
+        self,
+        name: str,
+        value: Any,
+        *,
+        skip_frozen: bool = False,
+        of_autograd: bool = False,
+        constants: bool = False,
+    ) -> None:
+        _refuse_modules(name, value, constants=constants)
         keyed, self.spec = pytree.tree_flatten_with_path(value)
         self.name = name
-        self.leaves = [_usable(leaf) for _, leaf in keyed]
         self._paths = [path for path, _ in keyed]
-        frozen = skip_frozen and any(
-            _is_variable(leaf) and leaf.requires_grad for leaf in self.leaves
-        )
-        self.where = []
+        for index, (_, leaf) in enumerate(keyed):
+            _refuse_modules(self.path(index), leaf, constants=constants)
+            refuse_odd(self.path(index), leaf, constants=constants)
+        self.leaves = [_usable(leaf) for _, leaf in keyed]
+        #: Where a tensor stands that is handed on as one, each variable once.
+        self.places: list[int] = []
+        #: Where a variable stands.
+        self.where: list[int] = []
+        self._same: dict[int, int] = {}  # further places of a variable, and its first
+        frozen = _frozen(self.leaves, of_autograd) if skip_frozen else lambda leaf: False
+        first: dict[int, int] = {}
         for index, leaf in enumerate(self.leaves):
-            _refuse_modules(name + pytree.keystr(self._paths[index]), leaf)
-            if isinstance(leaf, Tensor) and leaf.is_complex():
+            if not is_ordinary(leaf):
+                continue
+            if leaf.is_complex():
                 raise UnsupportedOperation(
                     f"{self.path(index)} is complex ({leaf.dtype}); hypergrad differentiates real "
                     "tensors only. Pass torch.view_as_real(tensor) and go back to complex inside "
                     "the function."
                 )
-            if not _is_variable(leaf):
-                continue
-            if frozen and isinstance(leaf, nn.Parameter) and not leaf.requires_grad:
-                continue
-            self.where.append(index)
+            variable = _is_variable(leaf) and not frozen(leaf)
+            if variable and of_autograd:
+                own = layers(leaf)[-1]
+                counts = own.requires_grad or isinstance(own, nn.Parameter)
+                if counts and first.setdefault(id(own), index) != index:
+                    self._same[index] = first[id(own)]
+                    continue
+            self.places.append(index)
+            if variable:
+                self.where.append(index)
 
     @property
     def variables(self) -> list[Tensor]:
@@ -65,6 +96,18 @@ class Tree:
     def variable_path(self, position: int) -> str:
         """The name of the variable at a position of `variables`."""
         return self.path(self.where[position])
+
+    def refuse_constants(self) -> None:
+        """Raise if a leaf is a tensor of a kind that can be a constant alone.
+
+        Raises
+        ------
+        UnsupportedOperation
+            Naming the leaf.
+        """
+        for index, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                refuse_odd(self.path(index), leaf)
 
     def refuse_opaque(self) -> None:
         """Raise if a leaf looks as if it carried a derivative and does not.
@@ -112,23 +155,28 @@ class Tree:
         leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self._unflattened(leaves)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors of the argument, variables and constants."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        """All tensors of the argument, variables and constants, each variable once."""
+        return [self.leaves[i] for i in self.places]
 
     @property
     def variables_among_tensors(self) -> list[int]:
         """The positions of the variables among `tensors`."""
-        places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        return [places.index(i) for i in self.where]
+        return [self.places.index(i) for i in self.where]
 
     def rebuild_tensors(self, tensors: Sequence[Any]) -> Any:
         """The argument with other tensors in it."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        leaves = list(self.leaves)
+        for index, value in zip(self.places, tensors, strict=True):
+            leaves[index] = value
+        return self._unflattened(leaves)
+
+    def _unflattened(self, leaves: list[Any]) -> Any:
+        for index, earlier in self._same.items():
+            leaves[index] = leaves[earlier]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def fill(self, variables: Sequence[Tensor]) -> Any:
@@ -139,9 +187,9 @@ class Tree:
         for index in set(range(len(leaves))).difference(self.where):
             if isinstance(leaf := leaves[index], Tensor):
                 leaves[index] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self._unflattened(leaves)
 
-    def match(self, what: str, value: Any) -> list[Tensor]:
+    def match(self, what: str, value: Any, cure: str = "") -> list[Tensor]:
         """The leaves of `value` at the variables' places, after a check of the structure.
 
         Parameters
@@ -150,6 +198,8 @@ class Tree:
             What `value` is called, for messages.
         value : pytree
             What is checked.
+        cure : str
+            What to do where it does not match.
 
         Returns
         -------
@@ -165,7 +215,7 @@ class Tree:
         if spec != self.spec:
             raise StructureMismatch(
                 f"{what} must have the structure of {self.name}: expected "
-                f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}."
+                f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}.{cure}"
             )
         found = []
         for index in self.where:
@@ -174,8 +224,9 @@ class Tree:
             if not isinstance(got, Tensor):
                 raise StructureMismatch(
                     f"{path} must be a tensor of shape {tuple(want.shape)}, like "
-                    f"{self.path(index)}; got {type(got).__name__}."
+                    f"{self.path(index)}; got {type(got).__name__}.{cure}"
                 )
+            refuse_odd(path, got)
             for figure, expected, actual in (
                 ("shape", tuple(want.shape), tuple(got.shape)),
                 ("dtype", want.dtype, got.dtype),
@@ -185,9 +236,26 @@ class Tree:
                     raise StructureMismatch(
                         f"{path} has {figure} {actual}, but {self.path(index)} has "
                         f"{figure} {expected}; they must agree."
+                        + (cure if figure == "shape" else "")
                     )
             found.append(got)
         return found
+
+
+def refuse_meta(*trees: Tree) -> None:
+    """Raise where all variables of a problem are without values, which something has read.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming the first of them.
+    """
+    named = [(tree.variable_path(i), v) for tree in trees for i, v in enumerate(tree.variables)]
+    if named and all(variable.is_meta for _, variable in named):
+        raise UnsupportedOperation(
+            f"{named[0][0]} is on the meta device and has no values. Give it some, with "
+            "module.to_empty(device=...) and load_state_dict."
+        )
 
 
 class Layout:
@@ -272,7 +340,57 @@ def _usable(leaf: Any) -> Any:
 
 
 def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return is_ordinary(leaf) and leaf.is_floating_point() and leaf.dtype in _DIFFERENTIABLE
+
+
+def is_ordinary(leaf: Any) -> bool:
+    """Whether a leaf is a tensor with data of its own in rows and columns."""
+    return isinstance(leaf, Tensor) and not _oddity(leaf)
+
+
+def _oddity(tensor: Tensor) -> str:
+    """What keeps a tensor from being an array of numbers, and the cure; empty: nothing."""
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "has no shape yet. Call the module once on data, which makes it"
+    if tensor.is_nested:
+        return "is a nested tensor. Pass tuple(tensor.unbind()), and put it together inside"
+    if tensor.layout != torch.strided:
+        return (
+            f"is sparse ({tensor.layout}). Pass its values, tensor.values(), and build it inside "
+            "the function from them, or pass tensor.to_dense()"
+        )
+    if tensor.is_quantized:
+        return "is quantised. Pass tensor.dequantize()"
+    return ""
+
+
+def refuse_odd(path: str, leaf: Any, *, constants: bool = False) -> None:
+    """Raise where a leaf is a tensor of a kind that has no derivative here.
+
+    Parameters
+    ----------
+    path : str
+        What the leaf is called.
+    leaf : object
+        It.
+    constants : bool
+        Whether it may be there as long as no derivative is asked of it.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming the leaf.
+    """
+    if not isinstance(leaf, Tensor):
+        return
+    why = _oddity(leaf)
+    if isinstance(leaf, UninitializedTensorMixin):
+        constants = False
+    elif not why and leaf.is_floating_point() and leaf.dtype not in _DIFFERENTIABLE:
+        why = f"is of dtype {leaf.dtype}, which has no arithmetic. Pass tensor.float()"
+    if why and not (constants and not leaf.requires_grad):
+        so = ", so that it cannot be a variable" if constants else ""
+        raise UnsupportedOperation(f"{path} {why}{so}.")
 
 
 def _hides_tensors(leaf: Any) -> bool:
@@ -283,10 +401,31 @@ def _hides_tensors(leaf: Any) -> bool:
     return any(isinstance(value, Tensor) for value in held)
 
 
-def _refuse_modules(name: str, value: Any) -> None:
+def _refuse_modules(name: str, value: Any, *, constants: bool = False) -> None:
+    if constants and isinstance(value, nn.Module) and _is_stateless(value):
+        return
     if isinstance(value, nn.Module) or inspect.isgenerator(value):
         kind = "an nn.Module" if isinstance(value, nn.Module) else "a generator"
         raise StructureMismatch(
             f"{name} is {kind}; pass its tensors as dict(module.named_parameters()) and call it as "
             "torch.func.functional_call(module, params, args) in the function."
         )
+
+
+def _frozen(leaves: Sequence[Any], of_autograd: bool) -> Callable[[Tensor], bool]:
+    """Whether a leaf is frozen beside others that are not."""
+    plain = [layers(leaf)[-1] for leaf in leaves if _is_variable(leaf)]
+    some = any(leaf.requires_grad for leaf in leaves if _is_variable(leaf))
+    # What an operation has returned may require grad by whatever it was computed from.
+    chosen = of_autograd and any(t.requires_grad and t.is_leaf for t in plain)
+
+    def frozen(leaf: Tensor) -> bool:
+        if chosen:
+            return not layers(leaf)[-1].requires_grad and not leaf.requires_grad
+        return some and isinstance(leaf, nn.Parameter) and not leaf.requires_grad
+
+    return frozen
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None and next(module.buffers(), None) is None

@@ -66,6 +66,11 @@ class Batches:
             if not self.count:
                 raise ValueError(f"{name} is empty: there is no batch to draw.")
 
+    @property
+    def given(self) -> bool:
+        """Whether there is a source, so that a loss is given a batch."""
+        return self._source is not None
+
     def draw(self, generator: torch.Generator) -> Batch:
         """One batch."""
         if self._source is None:

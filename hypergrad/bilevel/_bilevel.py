@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._errors import StructureMismatch, UnsupportedOperation
+from .._mistakes import explained
 from .._report import OnFailure, check_on_failure, listening
 from .._shown import shown
 from .._trace import being_traced
@@ -114,6 +115,7 @@ class Bilevel:
     tensor([3.0000])
     """
 
+    @explained
     def __init__(
         self,
         outer: Callable[..., Any],
@@ -214,6 +216,8 @@ class Bilevel:
         ------
         NotFinite
             If a number is not finite, unless `on_failure` is "ignore".
+        TypeError
+            If a loss does not take what it is given.
         UnsupportedOperation
             Inside a `torch.func` transform or another problem's loss.
         """
@@ -233,6 +237,9 @@ class Bilevel:
                 levels.begin()
                 with listening(levels.hear):
                     info = self.method.step(levels)
+        except TypeError as error:
+            levels.refuse_signatures(error)
+            raise
         finally:
             levels.given = (None, None)
         levels.steps += 1

@@ -16,6 +16,7 @@ from .._info import SolveInfo
 from ..solvers import CG, GMRES, Solver
 from ._batches import Batch
 from ._levels import Levels
+from ._method import Method
 
 _BUDGET = 10  # products of a step, which the next one goes on from
 Estimator = str | Callable[[Any, Any, Any, Any], Any]
@@ -27,10 +28,23 @@ def check(estimator: Estimator) -> None:
         return
     words = _words()
     if estimator not in words:
+        _refuse_method(estimator)
         raise ValueError(
             f"There is no estimator {estimator!r} with the call (outer, inner, params, hparams): "
             f"there are {', '.join(sorted(words))}. Any callable with that call will do, such as "
             "lambda outer, inner, params, hparams: ..."
+        )
+
+
+def _refuse_method(word: str) -> None:
+    """Raise where a word is the name of a method."""
+    import hypergrad.bilevel as methods
+
+    named = {name.lower(): name for name in methods.__all__}
+    name = named.get(str(word).lower().replace("-", "").replace("_", ""))
+    if name is not None and issubclass(getattr(methods, name), Method):
+        raise TypeError(
+            f"{word!r} is a method and no estimator: pass method=hypergrad.{name}(), a value."
         )
 
 

@@ -16,6 +16,7 @@ from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_cond
 from .._errors import NotConnected, NotFinite
 from .._evidence import finite
 from .._linearise import Linearisation
+from .._mistakes import refuse_signatures
 from .._outer import outer_gradient
 from .._problem import Problem
 from .._randomness import Draw
@@ -75,10 +76,14 @@ class Levels:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
         refuse_distributed(self.condition.functions(), outer)
         self.params, self.inner_optimizer = take(
-            "params", params, inner_optimizer, skip_frozen=True
+            "params",
+            params,
+            inner_optimizer,
+            skip_frozen=True,
+            of_autograd=self.condition.of_objective,
         )
         self.hparams, self.outer_optimizer = take(
-            "hparams", hparams, outer_optimizer, skip_frozen=False
+            "hparams", hparams, outer_optimizer, skip_frozen=False, of_autograd=True
         )
         _refuse_shared(self)
         self.problem = Problem.of(self.condition, self.params, [self.hparams])
@@ -129,6 +134,15 @@ class Levels:
     def outer_on(self, batch: Batch) -> Callable[..., Any]:
         """The outer loss on one batch, as a function of params and hparams."""
         return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
+
+    def refuse_signatures(self, error: TypeError) -> None:
+        """Raise where a loss cannot be called with its arguments."""
+        for name, value, given, source in (
+            ("outer", self.outer, self.given[1], self.outer_batches),
+            ("inner", self.condition, self.given[0], self.inner_batches),
+        ):
+            batch = ["batch"] if given is not None or source.given else []
+            refuse_signatures(name, value, ("params", "hparams", *batch), error)
 
     # --- derivatives ---------------------------------------------------------------------
 
@@ -318,7 +332,8 @@ class Levels:
                         f"{name.replace('_', ' ')} holds NaN or infinity at outer step "
                         f"{self.steps + 1}. A learning rate is too large for its problem (the "
                         "inner one and that of the linear system must lie below 2 divided by the "
-                        "largest eigenvalue of the inner Hessian), or the data are not finite. "
+                        "largest eigenvalue of the inner Hessian), the data are not finite, or a "
+                        "batch is empty (a mean over nothing is NaN). "
                         "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
                     )
 
@@ -326,8 +341,8 @@ class Levels:
         """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
         tree = self.params if name == "params" else self.hparams
         aliases = [v.detach() for v in tree.variables]
-        if len(aliases) < sum(t.is_floating_point() for t in tree.tensors):
-            # Beside frozen parameters those that are not are known by this.
+        if len(aliases) < sum(isinstance(t, Tensor) and t.is_floating_point() for t in tree.leaves):
+            # By this are known those that are not frozen, and one that has several names.
             aliases = [alias.requires_grad_() for alias in aliases]
         return tree.rebuild(aliases)
 

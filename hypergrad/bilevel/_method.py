@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._errors import UnsupportedOperation
+from .._mistakes import Fields
 from ..solvers._base import at_least, finite
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-class Method(ABC):
+class Method(Fields, ABC):
     """A way to make one step of the outer problem, as a value: frozen and printable."""
 
     @abstractmethod

@@ -15,7 +15,9 @@ from .._tree import Tree
 Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-def take(name: str, value: Any, given: Optimiser, *, skip_frozen: bool) -> tuple[Tree, Any]:
+def take(
+    name: str, value: Any, given: Optimiser, *, skip_frozen: bool, of_autograd: bool
+) -> tuple[Tree, Any]:
     """The tree of a level's variables, and its optimiser.
 
     A factory is given copies of the variables, so that the caller's stay as they are. A ready
@@ -29,8 +31,8 @@ def take(name: str, value: Any, given: Optimiser, *, skip_frozen: bool) -> tuple
         The caller's variables.
     given : Optimizer or callable
         A ready optimiser, or ``variables -> Optimizer``.
-    skip_frozen : bool
-        Whether frozen parameters are constants.
+    skip_frozen, of_autograd : bool
+        As in `Tree`.
 
     Returns
     -------
@@ -45,7 +47,7 @@ def take(name: str, value: Any, given: Optimiser, *, skip_frozen: bool) -> tuple
         If a ready optimiser does not hold exactly the variables, or a factory makes no optimiser
         of them.
     """
-    tree = Tree(name, value, skip_frozen=skip_frozen)
+    tree = Tree(name, value, skip_frozen=skip_frozen, of_autograd=of_autograd)
     if not tree.variables:
         raise StructureMismatch(f"{name} holds no floating-point tensor to optimise.")
     level = "inner_optimizer" if name == "params" else "outer_optimizer"
@@ -53,7 +55,7 @@ def take(name: str, value: Any, given: Optimiser, *, skip_frozen: bool) -> tuple
         _match(tree, given, level)
         return tree, given
     copies = [v.detach().clone().requires_grad_() for v in tree.variables]
-    tree = Tree(name, tree.rebuild(copies), skip_frozen=skip_frozen)
+    tree = Tree(name, tree.rebuild(copies), skip_frozen=skip_frozen, of_autograd=of_autograd)
     made = given(list(copies))
     if not isinstance(made, torch.optim.Optimizer):
         raise StructureMismatch(

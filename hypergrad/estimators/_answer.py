@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._causes import derivative
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
 from .._evidence import finite
 from .._info import SolveInfo, Status
@@ -20,6 +21,12 @@ from .._transforms import all_tasks, refuse_derivatives
 from .._tree import Tree
 
 F32 = torch.float32
+
+_OF_VALUE = (
+    "params is finite there, so look at outer: at its data, which may be an empty batch (a mean "
+    "over nothing is NaN), or at the edge of a domain, such as log at 0."
+)
+_OF_GRADIENT = f"{derivative()}. Or the derivatives of many steps, multiplied, overflow."
 
 
 @dataclasses.dataclass
@@ -75,12 +82,14 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
         for g, v in zip(found.grads, H.variables, strict=True)
     ]
     if on_failure != "ignore":
-        places = [
-            *(("params" + path, leaf) for path, leaf in _named(found.params)),
-            ("the outer loss", found.value),
-            *((f"the gradient by {H.variable_path(i)}", leaf) for i, leaf in enumerate(leaves)),
-        ]
-        refuse_not_finite(places, cure)
+        refuse_not_finite([
+            *(("params" + path, leaf, cure) for path, leaf in _named(found.params)),
+            ("the outer loss", found.value, _OF_VALUE),
+            *(
+                (f"the gradient by {H.variable_path(i)}", leaf, _OF_GRADIENT)
+                for i, leaf in enumerate(leaves)
+            ),
+        ])
 
     def error() -> Exception:
         return UnsupportedOperation(
@@ -93,22 +102,28 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
     return H.fill(refuse_derivatives(leaves, sources, error, plain=being_traced()))
 
 
-def refuse_not_finite(places: Sequence[tuple[str, Tensor]], cure: str) -> None:
+def refuse_not_finite(places: Sequence[tuple[str, Tensor, str]]) -> None:
     """Raise, naming the first place and how many tasks, if a number is not finite.
 
     Reads one packed tensor from the device.
+
+    Parameters
+    ----------
+    places : sequence of (str, Tensor, str)
+        What is looked at, and what to do where it is the first that is not finite.
 
     Raises
     ------
     NotFinite
         If one is not.
     """
-    sound = finite((), *[tensor for _, tensor in places])
+    sound = finite((), *[tensor for _, tensor, _ in places])
     rows = all_tasks(sound.reshape(1)).reshape(-1).tolist()
     if all(rows):
         return
     tasks = f"{rows.count(False)} of {len(rows)} tasks: " if len(rows) > 1 else ""
-    where = next((what for what, tensor in places if not _all_finite(tensor)), "the answer")
+    bad = ((what, cure) for what, tensor, cure in places if not _all_finite(tensor))
+    where, cure = next(bad, ("the answer", ""))
     raise NotFinite(
         f"{tasks}{where} holds NaN or infinity. {cure} on_failure='ignore' leaves NaN as NaN."
     )

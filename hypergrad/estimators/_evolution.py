@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._captures import refuse_distributed
 from .._errors import NotConverged
+from .._mistakes import explained
 from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure
 from .._trace import detached
@@ -106,6 +107,7 @@ def evolution_strategies_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def evolution_strategies_grad(
     outer: Callable[[Any, Any], Any],
     step: Callable[..., Any] | None,

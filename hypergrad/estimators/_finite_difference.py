@@ -12,6 +12,7 @@ from torch import Tensor
 from .._conditions import plus
 from .._errors import NotConverged
 from .._info import SolveInfo, Status
+from .._mistakes import explained
 from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -73,6 +74,7 @@ def finite_difference_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def finite_difference_grad(
     outer: Callable[[Any, Any], Any],
     inner: Callable[[Any, Any], Any],

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._conditions import plus
 from .._recording import Recording, record
 from .._replay import ForwardReplay
+from .._rows import by_rows
 from .._trace import detached, graph
 from .._tree import Tree
 from ._answer import Found
@@ -91,7 +92,7 @@ class Forward:
                 pairs = zip(found, outputs, strict=True)
                 return [torch.zeros_like(o) if t is None else t for t, o in pairs]
 
-            pushed = torch.func.vmap(product, chunk_size=128)(*directions, *tangents)
+            pushed = by_rows(product, *directions, *tangents)
             return ended, [t.detach() for t in pushed]
 
         seed = torch.zeros((), dtype=torch.float64, device=constants[0].device)

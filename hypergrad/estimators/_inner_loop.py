@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._errors import NotConnected
+from .._errors import NotConnected, UnsupportedOperation
 from .._guard import Guard
 from .._recording import Recording, record
 from .._trace import detached, graph
+from .._transforms import is_wrapped
 from .._tree import Tree
 
 
@@ -59,9 +60,11 @@ class InnerLoop:
         """Make the steps from `first` up to `last`, recorded by whatever records."""
         for k in range(first, last):
             tree = Tree("params", params)
+            before = params
             with Guard():
                 params = self.step(params, given, k) if self.numbered else self.step(params, given)
             tree.match("What step returned", params)
+            _refuse_cut_off(before, params)
         return params
 
     def forward(
@@ -121,9 +124,29 @@ class InnerLoop:
             return self.init(given)
 
 
+def _refuse_cut_off(before: Any, after: Any) -> None:
+    """Raise where a step returned what an optimiser of PyTorch has moved in place.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming the leaf.
+    """
+    known = {id(leaf) for leaf in pytree.tree_leaves(before)}
+    tree = Tree("What step returned", after)
+    for i, leaf in enumerate(tree.variables):
+        if leaf.requires_grad and leaf.is_leaf and id(leaf) not in known and not is_wrapped(leaf):
+            raise UnsupportedOperation(
+                f"{tree.variable_path(i)} is a new leaf that requires grad, cut off from the "
+                "arguments: what an optimiser of torch.optim has moved has no derivative by them. "
+                "Write the step out, such as w - lr * torch.func.grad(loss)(w, hparams); or run "
+                "the optimiser outside, and pass what it finds to implicit_grad."
+            )
+
+
 def hyperparameters(hparams: Any) -> Tree:
     """`hparams` taken apart."""
-    tree = Tree("hparams", hparams)
+    tree = Tree("hparams", hparams, of_autograd=True)
     tree.refuse_constant()
     return own_constants(tree)
 

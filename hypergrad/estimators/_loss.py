@@ -53,7 +53,8 @@ class Arguments:
     @classmethod
     def of(cls, params: Any, hparams: Any) -> Arguments:
         """Those of a call, with frozen parameters as constants."""
-        P, H = Tree("params", params, skip_frozen=True), Tree("hparams", hparams)
+        P = Tree("params", params, skip_frozen=True, of_autograd=True)
+        H = Tree("hparams", hparams, of_autograd=True)
         P.refuse_constant()
         H.refuse_constant()
         return cls(P, H)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import StructureMismatch
+from .._mistakes import explained
 from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -49,6 +50,7 @@ def one_step_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def one_step_grad(
     outer: Callable[[Any, Any], Any],
     step: Callable[[Any, Any], Any],

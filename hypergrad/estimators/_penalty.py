@@ -12,6 +12,7 @@ from torch import Tensor
 from .._conditions import plus
 from .._errors import NotConverged
 from .._info import SolveInfo
+from .._mistakes import explained
 from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._trace import detached
@@ -80,6 +81,7 @@ def penalty_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def penalty_grad(
     outer: Callable[[Any, Any], Any],
     inner: Callable[[Any, Any], Any],

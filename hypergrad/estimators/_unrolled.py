@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._captures import refuse_distributed
 from .._errors import UnsupportedOperation
+from .._mistakes import explained
 from .._overloads import Hparams, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -54,6 +55,7 @@ def unrolled_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def unrolled_grad(
     outer: Callable[[Any, Any], Any],
     step: Callable[..., Any],

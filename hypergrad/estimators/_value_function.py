@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._conditions import plus
 from .._errors import Diverged
+from .._mistakes import explained
 from .._overloads import Hparams, Objective, Outer
 from .._report import OnFailure, check_on_failure, warn_of_unused
 from .._transforms import never_compiled
@@ -114,6 +115,7 @@ def value_function_grad(
     **options: Unpack[_Options],
 ) -> Any: ...
 @never_compiled
+@explained
 def value_function_grad(
     outer: Callable[[Any, Any], Any],
     inner: Callable[[Any, Any], Any],

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._errors import UnsupportedOperation
+from .._mistakes import Fields, refuse_signatures
 from .._trace import being_traced, detached
 from .._transforms import never_compiled, refuse_derivatives
-from .._tree import Layout, Tree
+from .._tree import Layout, Tree, refuse_meta
 from .._vmaps import Vmaps, outside_of_vmaps
 from ..solvers._base import at_least
 from ._evaluator import Evaluator
@@ -28,7 +29,7 @@ from ._info import InnerInfo
 from ._progress import Progress
 
 
-class InnerSolver(ABC):
+class InnerSolver(Fields, ABC):
     """A method for inner problems, as a value: frozen, printable and shareable.
 
     Every one has the fields `maxiter`, most iterations, and `tol`, the relative residual at which
@@ -78,8 +79,23 @@ class InnerSolver(ABC):
             The answer, shaped like `init` and detached.
         info : InnerInfo
             How it ended.
+
+        Raises
+        ------
+        TypeError
+            If `fun` does not take what it is given.
+        RuntimeError
+            Whatever `fun` raises.
         """
-        return self._solve(fun, init, args)
+        try:
+            return self._solve(fun, init, args)
+        except TypeError as error:
+            names = [f"args[{i}]" for i in range(len(args))]
+            refuse_signatures("fun", fun, ("params", *names), error)
+            raise
+        except RuntimeError:
+            refuse_meta(Tree("init", init))
+            raise
 
     @never_compiled
     def _solve(self, fun: Callable[..., Any], init: Any, args: Any) -> tuple[Any, InnerInfo]:

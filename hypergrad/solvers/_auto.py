@@ -297,11 +297,19 @@ def _further(taken: Tensor, before: Solution, after: Solution) -> Callable[[Tens
     return after.further if every_task(taken) else None
 
 
+def _named(word: Any) -> str:
+    """The class that a word stands for, as far as one does."""
+    from . import __all__ as names
+
+    bare = str(word).lower().replace("-", "").replace("_", "")
+    return next((name for name in names[:-2] if name.lower() == bare), "CG")
+
+
 def choose(solver: Solver | None, symmetric: bool) -> Solver:
     """`solver`, or where it is None the default, if it suits the matrix."""
     chosen = Auto() if solver is None else solver
     if not isinstance(chosen, Solver):
-        name = chosen.__name__ if isinstance(chosen, type) else "CG"
+        name = chosen.__name__ if isinstance(chosen, type) else _named(chosen)
         raise TypeError(
             f"solver must be a linear solver such as {name}(), or None; got {chosen!r}. An inner "
             "solver has no place here: its solution is passed as params."

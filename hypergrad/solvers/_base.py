@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
+from .._mistakes import Fields
+from .._rows import by_rows
 from .._transforms import is_wrapped, refuse_derivatives
-from .._tree import Layout, Tree
+from .._tree import Layout, Tree, refuse_meta
 
 Product = Callable[[Tensor], Tensor]
 
@@ -152,7 +154,7 @@ class Solution:
         return self.spectrum()
 
 
-class Solver(ABC):
+class Solver(Fields, ABC):
     """A method for ``(A + damping I) x = b``, as a value: frozen, printable and shareable."""
 
     needs_symmetry: ClassVar[bool] = False
@@ -191,6 +193,11 @@ class Solver(ABC):
         info : SolveInfo
             Its evidence. Nothing is raised or warned of here: look at ``info.success``. Both are
             detached; the decorators and `root_vjp` have the derivative of a solution.
+
+        Raises
+        ------
+        RuntimeError
+            Whatever a product raises.
         """
         of_b = Tree("b", b)
         if x0 is not None and self.takes_rectangles:
@@ -222,6 +229,8 @@ class Solver(ABC):
         ------
         _Rectangular
             If a square system was meant to be one, and the transpose says that it is none.
+        RuntimeError
+            Whatever a product raises.
         """
         open_ = self.takes_rectangles and x0 is None and tree is of_b
         rows, layout = Layout(of_b, of_b.variables), Layout(tree, tree.variables)
@@ -231,10 +240,11 @@ class Solver(ABC):
             split, join = (layout, rows) if there else (rows, layout)
 
             def form(v: Tensor) -> Tensor:
-                found = product(domain.rebuild(split.split(v)))
+                with torch.enable_grad():  # it may take derivatives itself
+                    found = product(domain.rebuild(split.split(v)))
                 if open_ and not there and not _alike(found, image):
                     raise _Rectangular(found)
-                return join.flatten(image.match(f"{name}(v)", found))
+                return join.flatten([t.detach() for t in image.match(f"{name}(v)", found)])
 
             return form
 
@@ -247,8 +257,12 @@ class Solver(ABC):
             rmatvec=None if rmatvec is None else flat(rmatvec, "rmatvec", False),
         )
         system.dense = lambda: dense_by_products(system.matvec, system.b)
-        with torch.no_grad():
-            found = self.run(system)
+        try:
+            with torch.no_grad():
+                found = self.run(system)
+        except RuntimeError:
+            refuse_meta(tree)
+            raise
         parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
         x = tree.rebuild(parts)
         return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
@@ -379,7 +393,7 @@ def norm(v: Tensor) -> Tensor:
 def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
     """The matrix of a product, column by column, for one system."""
     eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    columns: Tensor = torch.func.vmap(matvec, chunk_size=128)(eye)
+    columns: Tensor = by_rows(matvec, eye)
     return columns.mT
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._advice import advice
 from .._errors import UnsupportedOperation
 from .._info import Status
+from .._rows import by_rows
 from .._transforms import any_task, every_task, transforms_active
 from ._base import (
     Counted,
@@ -334,10 +336,12 @@ def batched_preconditioner(
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:
-        answer = preconditioner(tree.rebuild(layout.split(v)))
+        with advice():
+            answer = preconditioner(tree.rebuild(layout.split(v)))
         return layout.flatten(tree.match("preconditioner(v)", answer))
 
-    mapped = one
-    for _ in system.b.shape[:-1]:
-        mapped = torch.func.vmap(mapped)
-    return mapped
+    def mapped(v: Tensor) -> Tensor:
+        found: Tensor = by_rows(one, v.flatten(0, -2))
+        return found.unflatten(0, v.shape[:-1])
+
+    return one if system.b.ndim == 1 else mapped

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._info import Status
+from .._rows import by_rows
 from .._transforms import any_task, outside_transforms
 from ._base import Counted, LinearSystem, Product, Solution, Solver, at_least, norm, tolerance
 
@@ -114,7 +115,7 @@ def _approximation(matvec: Counted, b: Tensor, rank: int) -> tuple[Tensor, Tenso
         test = test.to(b)
     columns = test.T.reshape(rank, *[1] * (b.ndim - 1), n).expand(rank, *b.shape)
     matvec.count += rank
-    sketch = torch.func.vmap(matvec.matvec, chunk_size=128)(columns).movedim(0, -1)
+    sketch = by_rows(matvec.matvec, columns).movedim(0, -1)
     sketch = torch.where(torch.isfinite(sketch), sketch, torch.zeros_like(sketch))
     core = test.T @ sketch
     spectrum, basis = torch.linalg.eigh((core + core.mT) / 2)

@@ -1,0 +1,105 @@
+"""Mistakes in a call name their cure: keywords, exchanged arguments, functions of too few."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import hypergrad
+from hypergrad import CG, StructureMismatch, implicit_grad
+
+torch.manual_seed(0)
+X, Y = torch.randn(8, 3), torch.randn(8)
+W, H = torch.randn(3), torch.tensor(0.0)
+
+
+def inner(w, h):
+    return ((X @ w - Y) ** 2).mean() + h.exp() * (w**2).sum()
+
+
+def outer(w, h):
+    return ((w - 1) ** 2).sum()
+
+
+def loop(**changes):
+    sgd = lambda variables: torch.optim.SGD(variables, lr=0.01)
+    given = {"inner_optimizer": sgd, "outer_optimizer": sgd, **changes}
+    return hypergrad.Bilevel(given.pop("outer", outer), given.pop("inner", inner), W, H, **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: CG(max_iter=10), "'maxiter'"),
+        (lambda: CG(maxiters=10), "'maxiter'"),
+        (lambda: CG(tol=1e-3), "'rtol'"),
+        (lambda: CG(eps=1e-3), "'rtol'"),
+        (lambda: CG(precond=None), "'preconditioner'"),
+        (lambda: CG(lr=0.1), "There are maxiter, rtol, atol, damping, preconditioner."),
+        (lambda: hypergrad.Neumann(maxiter=3), "'terms'"),
+        (lambda: hypergrad.inner.LBFGS(max_iter=3), "'maxiter'"),
+        (lambda: hypergrad.inner.GradientDescent(lr=0.1), "'step_size'"),
+        (lambda: hypergrad.Alternating(steps=3), "'inner_steps'"),
+        (lambda: hypergrad.Root(inner, symetric=True), "'symmetric'"),
+        (lambda: implicit_grad(outer, inner, W, H, solvr=CG()), "'solver'"),
+        (lambda: implicit_grad(outer, inner, W, H, max_iter=3), "solver=hypergrad.CG(maxiter=...)"),
+        (lambda: hypergrad.custom_argmin(inner, arg_nums=1), "'argnums'"),
+        (lambda: hypergrad.unrolled_grad(outer, inner, W, H, n_steps=3), "'steps'"),
+        (lambda: loop(inner_optimiser=None), "'inner_optimizer'"),
+        (lambda: loop(lr=0.1), "torch.optim.SGD(variables, lr=...)"),
+        (lambda: loop(method="soba"), "hypergrad.SOBA()"),
+        (lambda: loop(method="stoc-bio").step(), "hypergrad.StocBiO()"),
+        (lambda: implicit_grad(outer, inner, W, H, solver="minres"), "MINRES()"),
+        (lambda: implicit_grad(outer, inner, W, H, solver=CG), "CG()"),
+    ],
+)
+def test_what_was_meant_is_named(call, words):
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert words in str(caught.value)
+
+
+def test_solvers_are_still_values_with_a_signature():
+    assert "maxiter" in inspect.signature(CG).parameters
+    assert copy.copy(CG(3)) == pickle.loads(pickle.dumps(CG(maxiter=3))) == CG(maxiter=3)
+
+
+@pytest.mark.parametrize("entrance", ["implicit_grad", "penalty_grad", "unrolled_grad"])
+def test_exchanged_arguments_are_named(entrance):
+    step = lambda w, h: w - 0.1 * torch.func.grad(inner)(w, h)
+    options = {"penalty_grad": {"penalty": 10.0, "lr": 0.1}, "unrolled_grad": {"steps": 2}}
+    function = step if entrance == "unrolled_grad" else inner
+    with pytest.raises(StructureMismatch, match=r"and hparams look exchanged"):
+        getattr(hypergrad, entrance)(outer, function, H, W, **options.get(entrance, {}))
+
+
+def test_an_error_of_the_callers_own_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        implicit_grad(outer, lambda w, h: (X @ w[:2]).sum(), W, H)
+    assert type(caught.value) is RuntimeError
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        implicit_grad(outer, lambda w, h: len(3), W, H)
+
+
+@pytest.mark.parametrize("few", [lambda w: (w**2).sum(), lambda: 0, lambda w, h, x, y: 0])
+def test_a_function_of_too_few_arguments_or_too_many_is_told_which(few):
+    for call in (
+        lambda: implicit_grad(outer, few, W, H),
+        lambda: implicit_grad(few, inner, W, H),
+        lambda: implicit_grad(outer, hypergrad.Root(few), W, H),
+        lambda: hypergrad.penalty_grad(outer, few, W, H, penalty=10.0, lr=0.1),
+        lambda: hypergrad.unrolled_grad(outer, few, W, H, steps=1),
+        lambda: hypergrad.check_hypergrad(outer, few, lambda h: W, H),
+        lambda: loop(inner=few).step(),
+    ):
+        with pytest.raises(TypeError, match=r"must take \(params, hparams\)"):
+            call()
+    fit = hypergrad.custom_argmin(few)(lambda init, decay: W)
+    with pytest.raises(TypeError, match=r"must take \(params, decay\)"):
+        fit(None, H.clone().requires_grad_())
+    with pytest.raises(TypeError, match=r"must take \(params, hparams, batch\)"):
+        loop(inner_batches=[(X, Y)]).step()
