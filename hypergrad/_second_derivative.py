@@ -101,7 +101,21 @@ def compare_product(
 
 
 def nodes_of(outputs: Sequence[Tensor]) -> set[str]:
-    """The names of the nodes in the graph that was recorded for some tensors."""
+    """The names of the nodes in the graph that was recorded for some tensors.
+
+    Whoever looks for an unknown node asks for those of a loss and of its gradient: where a custom
+    Function detaches its derivative, or the loss is linear in it, the gradient's graph has none.
+
+    Parameters
+    ----------
+    outputs : sequence of Tensor
+        What was recorded.
+
+    Returns
+    -------
+    set of str
+        The names, as ``grad_fn.name()`` gives them.
+    """
     stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen = set(stack)
     while stack:
