@@ -5,6 +5,8 @@ VENV ?= .venv
 # torch is installed first, and nothing that is installed later may replace it.
 # A machine with a GPU gets its own build by these two, at the first set-up:
 #   make demo TORCH_PIP_ARGS="--index-url <the index of the build for your GPU>"
+# Another torch is given an environment of its own:
+#   make test TORCH=torch==2.10.0 VENV=.venv-2.10
 TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 # Further arguments for the program behind a target.
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 SPHINX := $(BIN)/python -m sphinx -W -q
 
-.PHONY: help demo omniglot reproduce test wheel-test docs lint format bench clean
+.PHONY: help demo omniglot reproduce test wheel-test docs lint format bench clean asked-torch
 # Two pips in one environment get into each other's way.
 .NOTPARALLEL:
 
@@ -71,7 +73,18 @@ $(CONSTRAINTS):
 		> $@.part
 	@mv $@.part $@
 
-$(VENV)/.with-%: pyproject.toml | $(CONSTRAINTS)
+# An environment keeps its torch. Who asks for one by name gets that one, or is told.
+asked-torch: | $(CONSTRAINTS)
+ifneq ($(origin TORCH),file)
+	@$(BIN)/python -c 'import sys; from importlib.metadata import version; \
+		from pip._vendor.packaging.requirements import Requirement; \
+		sys.exit(not Requirement(sys.argv[1]).specifier.contains(version("torch"), True))' \
+		"$(TORCH)" || { \
+		echo "$(VENV) has $$(cat $(CONSTRAINTS)), and not $(TORCH). Name another environment, as in" \
+			"'make test TORCH=$(TORCH) VENV=.venv-other', or 'make clean' first." >&2; exit 1; }
+endif
+
+$(VENV)/.with-%: pyproject.toml | $(CONSTRAINTS) asked-torch
 	@echo "Setting up $(VENV): torch-hypergrad[$*]"
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
 	@touch $@

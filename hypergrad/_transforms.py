@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._C._dynamo import eval_frame as _eval_frame
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
@@ -160,7 +161,8 @@ def never_compiled(fun: Fun) -> Fun:
                 "torch.export cannot record an implicit solution, whose solver looks at values. "
                 "Export the functions around it, or the solver by itself."
             )
-        if torch.compiler.is_compiling():
+        # The compiler looks on, too, where it gave up the frame that calls this one.
+        if torch.compiler.is_compiling() or _eval_frame.get_eval_frame_callback() is not None:
             return torch._dynamo.disable(fun)(*args, **kwargs)
         _refuse_tracing()
         return fun(*args, **kwargs)

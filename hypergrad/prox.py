@@ -68,7 +68,8 @@ def soft_threshold(v: Any, threshold: Any) -> Any:
     def one(v: Tensor, threshold: Number) -> Tensor:
         valid = not_negative("threshold", threshold)
         bound = torch.as_tensor(valid, dtype=v.dtype, device=v.device)
-        return v - torch.clamp(v, -bound, bound)
+        # The slope of torch.clamp at a tie depends on the version of torch.
+        return v - torch.where(v.abs() <= bound, v, torch.where(v < 0, -bound, bound))
 
     return _with_each(one, v, threshold)
 

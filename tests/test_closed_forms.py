@@ -30,7 +30,7 @@ from tests.problems import (
 )
 
 # PyTorch's own forward mode imports a module that uses torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 Make = Callable[..., Problem]
 

@@ -26,7 +26,7 @@ from tests.problems import F64, data, flat, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
     # PyTorch's own forward mode imports a module that uses torch.jit.script.
-    "ignore:.torch.jit.script.:DeprecationWarning",
+    "ignore:.torch.jit.script. is deprecated",
     # higher's optimisers are subclasses of what torch has since renamed.
     "ignore::DeprecationWarning:higher",
 )

@@ -263,8 +263,8 @@ def line_search(
     # Filled on the device: a copy of numbers from the host would wait for a GPU.
     sizes = torch.cat([position.new_full((1,), size) for size in STEP_SIZES])
     values = vmap(lambda size: objective(position + size * direction))(sizes)
-    best = torch.nan_to_num(values, nan=torch.inf).argmin()
-    return position + sizes[best] * direction
+    best = torch.nan_to_num(values, nan=torch.inf).argmin(0, keepdim=True)
+    return position + sizes.index_select(0, best) * direction
 
 
 def flatten(params: Params) -> tuple[Tensor, Callable[[Tensor], Params]]:

@@ -248,7 +248,9 @@ def test_peak_memory_does_not_depend_on_when_garbage_is_collected(threshold):
 def test_peak_memory_is_what_the_allocator_reports_to_the_profiler(kind):
     problem = Quadratic.draw(30.0, 200, 0)
     run = full_run(problem, 160, nesterov) if kind == "full" else implicit_run(problem, 50, 20)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as recorded:
         run.compute(Calls())
     events = recorded.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
