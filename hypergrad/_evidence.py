@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._causes import Place, sound_in_value
-from ._conditions import Condition
+from ._conditions import Condition, Product
 from ._degeneracy import DEGENERATE, degeneracy
 from ._info import SolveInfo, Status
 from ._linearise import Linearisation
@@ -20,9 +20,12 @@ from ._replay import Parts
 from ._report import Cause, OnFailure, judge
 from ._second_look import SecondLook, is_noise
 from ._transforms import any_task, is_wrapped
+from ._unknown_nodes import check_nodes
 from .solvers._base import LinearSystem, NewtonStep, Solution, Solver, dot, info_of, norm
-from .solvers._factorisation import signs
+from .solvers._cg import CG
+from .solvers._factorisation import Factorisation, signs
 from .solvers._identity import Identity
+from .solvers._iterative import FEW
 
 # What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
 # and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
@@ -46,6 +49,8 @@ _NEXT = 3e-3
 # A part of the inner condition that is larger than this is not left to the directions of the solve.
 _LEFT = 1e-2
 _MUCH = 0.1  # the relative change of an entry that is no rounding
+_SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
+_AROUND = 8  # products that look for negative curvature
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -113,6 +118,10 @@ class Use:
 
     def falls_by(self, step: Tensor) -> Tensor | None:
         """By how much the outer loss falls on the way to ``params - step``; None: there is none."""
+        return None
+
+    def mere_rounding(self) -> Tensor | None:
+        """Whether the right-hand side is what is left of terms that cancel; None: not known."""
         return None
 
     def negligible(self, step: Tensor) -> Tensor:
@@ -225,10 +234,14 @@ def solved(
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
+    if choices.judged:
+        check_nodes(lin, tensors, draw)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         found = solver.run(system)
         evidence = _Evidence(lin, choices, system, found, tensors, use, transpose, draw)
+        if choices.judged:
+            evidence.forgive_rounding()
         leaves = use.leaves(found.x)
         info = evidence.gathered()
     answer = Answer(found.x, leaves, info)
@@ -318,6 +331,21 @@ class _Evidence:
         """Take an answer for wrong, for a first cause."""
         self.cause = torch.where(which & self.success, int(cause), self.cause)
         self.success = self.success & ~which
+
+    def forgive_rounding(self) -> None:
+        """A right-hand side that is rounding is in no range of a singular matrix, and is zero."""
+        lost = (self.status == Status.SINGULAR) & torch.isfinite(self.length)
+        if not self.choices.looks or not any_task(lost):
+            return
+        rounding = self.use.mere_rounding()
+        if rounding is None or not any_task(lost & rounding):
+            return
+        none = lost & rounding
+        self.found.x = torch.where(none[..., None], torch.zeros_like(self.found.x), self.found.x)
+        self.status = torch.where(none, int(Status.CONVERGED), self.status)
+        self.success = self.success | none
+        self.strength = torch.where(none, torch.zeros_like(self.strength), self.strength)
+        self.length = torch.where(none, torch.zeros_like(self.length), self.length)
 
     def _judge_curvature(self) -> None:
         """Negative curvature: said of a minimum, whatever method has met it."""
@@ -497,9 +525,35 @@ class _Evidence:
             lost = norm(left) / self.strength
         lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
         tol = self.choices.inner_tol
-        if tol is not None:
-            self._fail(~(lost * self.use.share() <= _MOVES * tol), Cause.APPROXIMATION)
+        if tol is None:
+            return lost
+        if self.choices.looks and any_task(self.success):
+            saddle = self._indefinite(hessian)
+            lost = torch.where(saddle, torch.full_like(lost, _UNKNOWN), lost)
+        self._fail(~(lost * self.use.share() <= _MOVES * tol), Cause.APPROXIMATION)
         return lost
+
+    def _indefinite(self, hessian: Product) -> Tensor:
+        """Whether the Hessian has negative curvature that its approximation cannot show.
+
+        It is looked for where the answer has taken few products, or as many as unknowns.
+        """
+        n, seen = self.params.shape[-1], self.found.iterations
+        if self.found.further is not None and n <= _SMALL:
+            H = self.lin.dense_of(hessian)
+            self.matvecs = self.matvecs + n
+            factors = Factorisation(H.nan_to_num(), symmetric=True, looks=True)
+            return factors.negative.expand_as(self.success)
+        if not any_task(self.success & (seen <= FEW)):
+            return torch.zeros_like(self.success)
+        start = signs(self.params).expand_as(self.params)
+        around = dataclasses.replace(
+            self.system, matvec=lambda v: self.lin.replayed(hessian, v), b=start, x0=None
+        )
+        around = dataclasses.replace(around, condition=None, explores=False)
+        found = CG(maxiter=_AROUND).run(around)
+        self.matvecs = self.matvecs + found.matvecs
+        return found.negative_curvature.expand_as(self.success)
 
     def _judge_degeneracy(self) -> None:
         """A kink, or constraints that are dependent."""

@@ -33,6 +33,7 @@ from ._tree import Tree
 from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
 from .solvers._base import NewtonStep, Solution, mapped_by_caller, norm
+from .solvers._factorisation import signs
 
 _BENDS = 0.1  # the relative change of a slope that is a bend
 _CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
@@ -228,6 +229,16 @@ class _Hypergradient(Use):
             self._size(at.direct) + self._size(self.indirect)
         )
         return SecondLook(change / size, inner.residual - newton.left)
+
+    def mere_rounding(self) -> Tensor:
+        """Whether the slope of the outer loss changes by about itself from rounding alone."""
+        layout, lead = self.lin.layout, self.lin.lead
+        params = layout.flatten([self._tensors[i] for i in self.lin.problem.inner], lead)
+        here = layout.flatten(self._at.cotangent, lead)
+        there = self._outer_at(4 * torch.finfo(layout.precision).eps * signs(params) * params)
+        if there is None:
+            return torch.zeros_like(here[..., 0], dtype=torch.bool)
+        return norm(layout.flatten(there.cotangent, lead) - here) > _BENDS * norm(here)
 
     def falls_by(self, step: Tensor) -> Tensor:
         """By how much the outer loss falls on the way to ``params - step``."""

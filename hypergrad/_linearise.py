@@ -136,7 +136,13 @@ class Linearisation:
 
     def dense(self, transpose: bool) -> Tensor:
         """A, or its transpose, as a matrix ``(*tasks, n, n)``."""
-        product = self.transposed if transpose else self.product
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        return self.dense_of(product)
+
+    def dense_of(self, recorded: Product) -> Tensor:
+        """A recorded product as a matrix."""
+        product = partial(self.replayed, recorded)
         n = self.layout.n
         if not self.lead:
             return dense_by_products(product, self.residual)
