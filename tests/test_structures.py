@@ -371,7 +371,7 @@ def test_row_52_odd_tensors_are_refused_by_name_with_the_cure(kind):
         "b": [lambda: CG().solve(lambda v: v, leaf)],
     }
     if kind == "meta":  # refused where values are read, and by the first leaf
-        del calls["hparams"], calls["params"][2]
+        calls = {"params": calls["params"][:1]}
     for name, several in calls.items():
         for call in several:
             with pytest.raises(hypergrad.HypergradError, match=words) as caught:
