@@ -40,7 +40,8 @@ _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SI
 # Above this relative inner residual the answer is looked at once more, a Newton step further on.
 _LOOK_AGAIN = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # An answer that moves by more than so many times inner_tol on that step is that of an unsolved
-# problem, however small the inner residual; one that moves by less is good enough.
+# problem, however small the inner residual; one that moves by less is good enough, up to an inner
+# residual of as much.
 _MOVES = 30.0
 # Above this relative inner residual params may have run away, where inner_tol is None.
 _AWAY = 0.5
@@ -480,7 +481,7 @@ class _Evidence:
         # Another step would be about as long as this one: they do not lead to a solution.
         lost = ~(self._length_of(look.bent, newton) <= _NEXT * self.extent)
         change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
-        unsolved = wanted & ~(change <= _MOVES * tol)
+        unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol))
         if any_task(unsolved & self.success):
             nothing = unsolved & self.use.negligible(step)
             change = torch.where(nothing, torch.zeros_like(change), change)
@@ -537,6 +538,16 @@ class _Evidence:
         """Whether the Hessian has negative curvature that its approximation cannot show.
 
         It is looked for where the answer has taken few products, or as many as unknowns.
+
+        Parameters
+        ----------
+        hessian : callable
+            The product with the Hessian, on leaves.
+
+        Returns
+        -------
+        indefinite : Tensor
+            bool, for each task.
         """
         n, seen = self.params.shape[-1], self.found.iterations
         if self.found.further is not None and n <= _SMALL:

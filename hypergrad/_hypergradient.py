@@ -22,13 +22,14 @@ from ._info import SolveInfo
 from ._linearise import Linearisation
 from ._outer import outer_gradient
 from ._problem import Problem
-from ._randomness import Draw
+from ._randomness import Draw, generators, restore, same
 from ._recording import refuse_past_arguments
 from ._replay import Parts
 from ._report import OnFailure, check_on_failure, warn_of_unused
+from ._rows import by_rows
 from ._second_look import SecondLook, shifted
 from ._trace import being_traced, detached, versions
-from ._transforms import refuse_derivatives
+from ._transforms import is_batched, refuse_derivatives
 from ._tree import Tree
 from ._vmaps import Vmaps, outside_of_vmaps
 from .solvers import Solver, choose
@@ -118,16 +119,21 @@ class _Call:
         of_outer, of_inner = Draw(), Draw()
         at = _at(self.outer, problem, tensors, self.has_aux, of_outer)
         forward = needs_product(choices.solver, problem.condition, transpose=True)
-        lin = Linearisation(problem, tensors, of_inner, forward=forward)
+        lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
+        given = tensors if lin is None else [detached(t) for t in self.problem.tensors]
+        if lin is None:
+            lin = Linearisation(problem, tensors, of_inner, forward=forward)
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
-        use = _Hypergradient(self.outer, self.has_aux, lin, tensors, at, of_outer, of_inner)
+        use = _Hypergradient(
+            self.outer, self.has_aux, problem, lin, tensors, at, of_outer, of_inner
+        )
         answer = solved(
             lin,
             choices,
             layout.flatten(at.cotangent, lead),
-            tensors,
+            given,
             transpose=True,
             draw=of_inner,
             use=use,
@@ -152,6 +158,42 @@ class _Call:
             info = dataclasses.replace(info, aux=aux)
             return Hypergradient(H.fill(leaves), leaves, info)
 
+    def _of_all_tasks(self, vmaps: Vmaps, draw: Draw, forward: bool) -> Linearisation | None:
+        """The inner problem, where it is one and the same for all tasks of a vmap: its matrix too.
+
+        So it is where test points are mapped over. None where a task has anything of its own: a
+        variable, what the functions close over, or random numbers.
+
+        Parameters
+        ----------
+        vmaps : Vmaps
+            The caller's, which have been left.
+        draw : Draw
+            The random numbers of the inner problem.
+        forward : bool
+            Whether products with A itself are wanted.
+
+        Returns
+        -------
+        lin : Linearisation or None
+            Without task dimensions.
+        """
+        if len(vmaps.sizes) != 1 or any(is_batched(t) for t in self.problem.tensors):
+            return None
+        before = generators()
+        tensors = [detached(t) for t in self.problem.tensors]
+        try:
+            lin = Linearisation(self.problem, tensors, draw, forward=forward)
+        except Exception:  # what a task closes over cannot be used here: see what fails there
+            restore(before)
+            draw.forget()
+            return None
+        if not same(before, generators()):
+            restore(before)
+            draw.forget()
+            return None
+        return lin
+
 
 class _Hypergradient(Use):
     """The direct term minus the cross derivative times the solution.
@@ -160,8 +202,10 @@ class _Hypergradient(Use):
     ----------
     outer, has_aux
         The outer loss.
+    problem : Problem
+        Whose outer loss it is.
     lin : Linearisation
-        The inner problem at `tensors`.
+        The inner problem; tasks whose inner problem is the same share one without task dimensions.
     tensors : list of Tensor
         Those of the problem.
     at : OuterSlopes
@@ -174,6 +218,7 @@ class _Hypergradient(Use):
         self,
         outer: Callable[[Any, Any], Any],
         has_aux: bool,
+        problem: Problem,
         lin: Linearisation,
         tensors: list[Tensor],
         at: OuterSlopes,
@@ -182,6 +227,7 @@ class _Hypergradient(Use):
     ) -> None:
         super().__init__(lin)
         self._outer, self._has_aux, self._tensors = outer, has_aux, tensors
+        self._problem, self._lead = problem, at.value.shape
         self._at, self._of_outer, self._of_inner = at, of_outer, of_inner
         self.indirect: Parts = []
         self._leaves: list[Tensor] = []
@@ -192,7 +238,7 @@ class _Hypergradient(Use):
 
     def leaves(self, u: Tensor) -> list[Tensor]:
         """The hypergradient."""
-        self.indirect = self.lin.cross(u)
+        self.indirect = self._cross(u)
         self._leaves = self._differences(self._at.direct, self.indirect)
         return self._leaves
 
@@ -201,8 +247,10 @@ class _Hypergradient(Use):
         share = self._size(self.indirect) / self._size(self._leaves)
         return torch.where(torch.isnan(share), torch.ones_like(share), share)
 
-    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook:
+    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
         """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
+        if self.lin.lead != self._lead:
+            return None
         lin, at, lead, u = self.lin, self._at, self.lin.lead, found.x
         outer = self._outer_at(newton.step)
         unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
@@ -232,7 +280,7 @@ class _Hypergradient(Use):
 
     def mere_rounding(self) -> Tensor:
         """Whether the slope of the outer loss changes by about itself from rounding alone."""
-        layout, lead = self.lin.layout, self.lin.lead
+        layout, lead = self.lin.layout, self._lead
         params = layout.flatten([self._tensors[i] for i in self.lin.problem.inner], lead)
         here = layout.flatten(self._at.cotangent, lead)
         there = self._outer_at(4 * torch.finfo(layout.precision).eps * signs(params) * params)
@@ -261,7 +309,7 @@ class _Hypergradient(Use):
         nothing : Tensor
             bool, for each task.
         """
-        layout, lead = self.lin.layout, self.lin.lead
+        layout, lead = self.lin.layout, self._lead
         eps = torch.finfo(layout.precision).eps
         there = self._outer_at(step / eps**0.5)
         if there is None:
@@ -272,9 +320,10 @@ class _Hypergradient(Use):
 
     def _outer_at(self, step: Tensor) -> OuterSlopes | None:
         """The outer loss at ``params - step``; None where it fails."""
+        step = step.expand((*self._lead, step.shape[-1]))
         there = shifted(self.lin, self._tensors, step)
         try:
-            return _at(self._outer, self.lin.problem, there, self._has_aux, self._of_outer)
+            return _at(self._outer, self._problem, there, self._has_aux, self._of_outer)
         except Exception:  # the loss does not like what it gets there
             return None
 
@@ -303,8 +352,20 @@ class _Hypergradient(Use):
         like = [self._tensors[i] for i in self.lin.problem.outer]
         return [_difference(d, c, h) for d, c, h in zip(direct, indirect, like, strict=True)]
 
+    def _cross(self, u: Tensor) -> Parts:
+        """``(dF/dhparams)^T u``, for every task's u where the tasks share the inner problem."""
+        if self.lin.lead == self._lead:
+            return self.lin.cross(u)
+        connected = [part is not None for part in self.lin.cross(u[0])]
+
+        def one(v: Tensor) -> list[Tensor]:
+            return [part for part in self.lin.cross(v) if part is not None]
+
+        parts = iter(by_rows(one, u) if any(connected) else [])
+        return [next(parts) if known else None for known in connected]
+
     def _size(self, terms: Parts) -> Tensor:
-        return size_of(terms, self.lin.lead, self.lin.residual[..., 0])
+        return size_of(terms, self._lead, self._at.value.detach())
 
 
 def _at(

@@ -35,7 +35,7 @@ class Draw:
         if self._first is None:
             self._first = generators()
             if self._after is not None:
-                if _same(self._first, self._after._first):
+                if same(self._first, self._after._first):
                     self._first = self._after._first
                 self._after = None
             yield
@@ -46,6 +46,10 @@ class Draw:
             yield
         finally:
             restore(now)
+
+    def forget(self) -> None:
+        """Begin again: what was drawn has been put back."""
+        self._first = None
 
 
 @contextmanager
@@ -69,7 +73,8 @@ def generators() -> State:
         return torch.get_rng_state(), cuda
 
 
-def _same(one: State, other: State | None) -> bool:
+def same(one: State, other: State | None) -> bool:
+    """Whether nothing has been drawn between two states."""
     if other is None or one[1].keys() != other[1].keys():
         return False
     pairs = [(one[0], other[0]), *((one[1][i], other[1][i]) for i in one[1])]

@@ -305,8 +305,9 @@ def test_an_explicit_rtol_that_is_missed_is_a_failure(method):
         hypergradient_with(A, b, solver, on_failure="raise")
     assert f"{residual(A, x, b):.3g}" in str(error.value)  # the figure that went wrong
     assert next(iter(budget)) in str(error.value)  # and what to try
-    with pytest.warns(hypergrad.ConvergenceWarning, match="about 1e"):
+    with pytest.warns(hypergrad.ConvergenceWarning, match="ran out of iterations") as caught:
         hypergradient_with(A, b, solver)
+    assert not re.search(r"\de-?\d", str(caught[0].message))  # figures are in the info
 
 
 @ITERATIVE
@@ -854,7 +855,8 @@ def test_every_leaf_of_an_info_is_a_tensor_with_fixed_dtype(solver):
     assert Status(info.status).name in str(info)
     _, many = batch(solver, torch.eye(3).expand(4, 3, 3), torch.ones(4, 3))
     assert all(leaf.shape[0] == 4 for leaf in pytree.tree_leaves(many))
-    assert str(many).count("task ") == 4
+    assert "4 tasks" in str(many)
+    assert "\n" not in str(many)
 
 
 @pytest.mark.parametrize(
@@ -863,7 +865,7 @@ def test_every_leaf_of_an_info_is_a_tensor_with_fixed_dtype(solver):
         (100, "minimum", "Exact"),
         (101, "minimum", "CG"),
         (300, "root", "Exact"),
-        (301, "root", "GMRES"),
+        (301, "root", "Auto: entry by entry"),
     ],
 )
 def test_no_solver_means_exact_for_small_systems_alone(n, condition, method):

@@ -57,8 +57,9 @@ class LinearSystem:
     condition : Tensor, optional
         The inner condition F at the parameters, where the inner Newton step is of interest.
     explores : bool
-        Whether an iteration starts a little off zero, in general position, so that it also meets
-        what the right-hand side does not reach: a saddle, where that is symmetric.
+        Whether an iteration that ends soon goes on from a little off its answer, in general
+        position, so that it also meets what the right-hand side does not reach: a saddle, where
+        that is symmetric.
     transposed : bool
         Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int

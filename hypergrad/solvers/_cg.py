@@ -71,7 +71,7 @@ class CG(Iterative):
         part = in_numbers(matvec, None, b, tol, limit, system.condition)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
-            self._look_around(matvec, b, part, tol, limit - part.steps)
+            self._look_around(matvec, b, part, tol, max(limit - part.steps, FEW))
         x = part.x
         residual = torch.sub(b, matvec(x))
         size = norm(residual)
@@ -103,7 +103,7 @@ class CG(Iterative):
 
     def _look_around(self, matvec: Counted, b: Tensor, part: Part, tol: float, limit: int) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        x, r = off_zero(matvec, b, zero=True)
+        x, r = off_zero(matvec, b)
         more = in_numbers(matvec, None, r, tol, limit, None)
         part.negative = more.negative
         if more.status == Status.CONVERGED:

@@ -104,11 +104,11 @@ class Factorisation:
         if not self._looks or not any_task(~self.regular):
             return x
         least = self._of_least_norm(b)
-        # Where that does not solve the system either, whatever comes closest.
+        # Where that does not solve the system either, whatever comes closest to the caller's b.
         missed = torch.linalg.vector_norm(self.rows * (b - times(self._A, least)), dim=-1)
-        other = torch.linalg.vector_norm(self.rows * (b - times(self._A, x)), dim=-1)
-        worse = (missed > self._eps**0.5 * size) & (other < missed)
-        return torch.where((self.regular | worse)[..., None], x, least)
+        closest = self._of_least_squares(b)
+        least = torch.where((missed > self._eps**0.5 * size)[..., None], closest, least)
+        return torch.where(self.regular[..., None], x, least)
 
     def further(self, b: Tensor, *, transposed: bool = False) -> Tensor:
         """``A^-1 b`` for another right-hand side, or with the transpose: in one go, unrefined."""
@@ -167,6 +167,18 @@ class Factorisation:
         free = free / torch.linalg.vector_norm(free, dim=-2, keepdim=True)
         free = free * (~kept)[..., None, :]
         return x - times(free @ torch.linalg.pinv(free), x)
+
+    def _of_least_squares(self, b: Tensor) -> Tensor:
+        """The least-squares answer in the caller's units, of the rank that B has."""
+        rank = self._kept(self._singular_values()[1]).sum(dim=-1, keepdim=True)
+        U, S, Vh = torch.linalg.svd(self._A)
+        kept = torch.arange(S.shape[-1], device=S.device) < rank
+        inverse = torch.where(kept & (S > 0), 1 / torch.where(S > 0, S, 1.0), 0.0)
+
+        def apply(given: Tensor) -> Tensor:
+            return Vh.mT @ (inverse[..., None] * (U.mT @ given))
+
+        return by_columns(self._A, apply, b)
 
 
 def without_noise(

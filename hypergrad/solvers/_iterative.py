@@ -28,6 +28,7 @@ from ._base import (
     tolerance,
 )
 from ._factorisation import signs
+from ._ritz import widest
 
 if TYPE_CHECKING:
     from ._observer import Observer
@@ -112,9 +113,6 @@ class Iterative(Solver):
             x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
             r = b - matvec(x)
             size = norm(r)
-        elif begun is None and self._explores(system) and any_task(present):
-            x, r = off_zero(matvec, torch.where(present[..., None], b, torch.zeros_like(b)))
-            size = norm(r)
         else:
             size = present.to(b.dtype)  # b has norm one, or is zero or not finite
         active = present & (size > tol)
@@ -161,7 +159,7 @@ class Iterative(Solver):
             expected = plain and first and self._as_expected(active, part, size_new, tol, limit)
             if expected:
                 # What follows would say the same, in some forty operations.
-                x, size = candidate * unit, size_new
+                x, size = candidate, size_new
                 status = torch.where(size <= tol, int(Status.CONVERGED), part.status)
                 iterations, negative = part.iterations, part.negative
                 break
@@ -197,7 +195,20 @@ class Iterative(Solver):
             active, first = again, False
             if not looks:
                 break
-        if not expected:
+        few = present & (status == Status.CONVERGED) & (iterations <= FEW)
+        if self._explores(system) and any_task(few):
+            around, r = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
+            part = self._iterate(matvec, precondition, r, tol, few, max(limit, FEW), looks)
+            better = few & (part.status == Status.CONVERGED)
+            x = torch.where(better[..., None], x + around + part.x, x)
+            size = torch.where(better, norm(b - matvec(x)), size)
+            negative = negative | (few & part.negative)
+            bent = few & (part.status == Status.NEGATIVE_CURVATURE)
+            status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)
+            ritz = widest(ritz, part.ritz)
+        if expected:
+            x = x * unit
+        else:
             size = torch.where(scale == 0, torch.zeros_like(size), size)
             size = torch.where(torch.isfinite(scale), size, torch.full_like(size, math.nan))
             unknown = (status == Status.NOT_FINITE)[..., None]
@@ -238,7 +249,7 @@ class Iterative(Solver):
     def _explores(self, system: LinearSystem) -> bool:
         """Whether to start off zero: not within a budget, which that would take a part of."""
         budget = self.rtol is None and self.maxiter is not None
-        return system.explores and system.looks and not budget
+        return system.explores and system.looks and system.x0 is None and not budget
 
     def _as_expected(
         self, active: Tensor, part: Part, size: Tensor, tol: Tensor, limit: int
@@ -307,15 +318,14 @@ class Part:
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
 
 
-def off_zero(matvec: Product, b: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
-    """A short vector in general position, and the residual of `b`, or of zero, there."""
+def off_zero(matvec: Product, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A short vector in general position, and the residual of zero there, small beside `b`."""
     z = signs(b).expand_as(b)
     image = matvec(z)
     size = norm(image)
     usable = torch.isfinite(size) & (size > 0)
     part = torch.where(usable, _OFF * norm(b) / torch.where(usable, size, 1.0), 0.0)[..., None]
-    b = torch.zeros_like(b) if zero else b
-    return part * z, torch.where(part > 0, b - part * image, b)
+    return part * z, torch.where(part > 0, -part * image, torch.zeros_like(b))
 
 
 def curves_down(v: Tensor, image: Tensor) -> Tensor:
