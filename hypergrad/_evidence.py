@@ -29,10 +29,10 @@ from .solvers._iterative import FEW
 
 # What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
 # and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
-_MARGIN = 9.0
+_MARGIN = 5.0
 _HARDLY = 0.9
 _AGAIN = 2.0
-_FROM_STEP = 30.0
+_FROM_STEP = 15.0
 #: What an estimate is where nothing is known of the answer.
 _UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
@@ -52,6 +52,7 @@ _LEFT = 1e-2
 _MUCH = 0.1  # the relative change of an entry that is no rounding
 _SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
 _AROUND = 8  # products that look for negative curvature
+_BLIND = 3.0  # what a right-hand side may be larger by behind the inverse
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -523,7 +524,7 @@ class _Evidence:
         if found.further is not None:
             lost = norm(found.further(left)) / self.length
         else:
-            lost = norm(left) / self.strength
+            lost = _BLIND * norm(left) / self.strength
         lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
         tol = self.choices.inner_tol
         if tol is None:
@@ -587,7 +588,7 @@ class _Evidence:
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
         # Where the answer is hardly known, neither is its true size.
-        return torch.where(total > _HARDLY, total.clamp(min=1), total)
+        return torch.where(total > _HARDLY, total.clamp(min=1), total).clamp(max=_UNKNOWN)
 
 
 def size_of(terms: Parts, lead: Sequence[int], like: Tensor) -> Tensor:

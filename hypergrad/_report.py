@@ -316,8 +316,8 @@ def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
         "a solution; its error is of the order of the condition's norm divided by the lowest "
         f"curvature.{curvature} Solve the inner problem further: give its solver more steps, or a "
         "smaller step size (learning rate) where the norm of params grows. Check that it minimises "
-        "the loss that inner computes: the same data and penalties (weight decay that the optimiser adds by itself is "
-        "no part of inner), outer and inner not exchanged, a module called by "
+        "the loss that inner computes: the same data and penalties (weight decay that the "
+        "optimiser adds by itself is no part of inner), outer and inner not exchanged, a module called by "
         "torch.func.functional_call with the given params. Pass inner_tol=None where it is "
         "truncated on purpose."
     )
