@@ -26,6 +26,7 @@ from .solvers._cg import CG
 from .solvers._factorisation import Factorisation, signs
 from .solvers._identity import Identity
 from .solvers._iterative import FEW
+from .solvers._units import probed
 
 # What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
 # and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
@@ -302,6 +303,7 @@ class _Evidence:
         outer_error = dot(self.found.x, self.lin.residual)
         self._judge_curvature()
         self._judge_rank()
+        self._judge_units()
         residual, newton = self._newton()
         inner = self._judge_inner(residual, newton, outer_error)
         approximation = self._judge_approximation()
@@ -374,14 +376,31 @@ class _Evidence:
             lacking & (self.status == Status.CONVERGED), int(Status.SINGULAR), self.status
         )
 
+    def _judge_units(self) -> None:
+        """A residual that is small in units that hide an error."""
+        if not self.choices.looks or isinstance(self.choices.solver, Identity):
+            return
+        if self.found.probe is None and self.found.further is None:
+            damping = getattr(self.choices.solver, "damping", 0.0)
+            self.found.probe = probed(self.system, self.found, damping)
+            self.matvecs = self.matvecs + (self.found.probe is not None)
+        if self.found.probe is not None:
+            self._fail(self.found.probe.hides, Cause.UNITS)
+
     def _newton(self) -> tuple[Tensor, NewtonStep]:
         """The relative length of the inner Newton step, and the step."""
         F, found = self.lin.residual, self.found
         weighted = self._weighted(self.params)
         self.extent = norm(weighted)
         newton = found.newton
-        if newton is None or self._unreached(newton, F):
-            newton = self._along_condition(F, newton)
+        if newton is not None and self._unreached(newton, F):
+            entries = self._by_entry(newton.left, self._rows())
+            newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
+            length = norm(self._weighted(newton.step)) + newton.beyond
+            far = length > _LOOK_AGAIN[self.system.layout.precision] * self.extent
+            newton = self._along_condition(F, newton) if any_task(far) else newton
+        if newton is None:
+            newton = self._along_condition(F, None)
         length = norm(self._weighted(newton.step)) + newton.beyond
         length = torch.where(norm(F) == 0, torch.zeros_like(length), length)
         residual = torch.where(length == 0, torch.zeros_like(length), length / self.extent)
@@ -427,18 +446,26 @@ class _Evidence:
         if newton is not None:
             share = norm(rest) / torch.where(size > 0, size, 1.0)
             beyond = torch.maximum(newton.beyond, norm(step)) * share.nan_to_num(0.0)
-            beyond = torch.maximum(beyond, self._by_entry(left, image))
+            entries = self._by_entry(left, (image / torch.where(left != 0, left, 1.0)).abs())
+            beyond = torch.maximum(beyond, entries)
         return NewtonStep(before + step, rest, beyond)
 
-    def _by_entry(self, left: Tensor, image: Tensor) -> Tensor:
+    def _rows(self) -> Tensor:
+        """The size of the rows of A, as far as they were probed."""
+        probe = self.found.probe
+        if probe is not None:
+            return probe.rows
+        return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
+
+    def _by_entry(self, left: Tensor, curvature: Tensor) -> Tensor:
         """How long the step is in those entries of params that it changes by much.
 
         The curvature of each entry by itself, where that of all together is that of a few.
 
         Parameters
         ----------
-        left, image : Tensor
-            What is left of the condition, and the product with it.
+        left, curvature : Tensor
+            What is left of the condition, and the curvature of each entry.
 
         Returns
         -------
@@ -446,7 +473,7 @@ class _Evidence:
             For each task.
         """
         p = self.params.abs()
-        reach = left.square() / image.abs()
+        reach = left.abs() / curvature
         far = (reach >= _MUCH * p) & (left != 0)
         return norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
 

@@ -54,6 +54,7 @@ class Cause(IntEnum):
     AWAY = 4
     APPROXIMATION = 5
     KINK = 6
+    UNITS = 7
 
 
 def judge(
@@ -250,6 +251,13 @@ def _diagnose(
                 + ". Use Minimum, whose curvature is the whole Hessian, or inner_tol=None where "
                 "the approximation is meant."
             )
+        case Cause.UNITS:
+            return NotConverged, (
+                f"{name} met its tolerance in units that hide an error: the rows of the matrix differ "
+                f"by so much that the residual{at[1:] if at else ''} is that of the largest alone. "
+                "Use Exact(), which takes no notice of units; scale the variables to one size; or "
+                "pass a preconditioner and a smaller rtol."
+            )
         case Cause.KINK:
             return _degenerate(row.degeneracy, kink, exact)
     match Status(int(row.status)):
@@ -317,9 +325,9 @@ def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
         f"curvature.{curvature} Solve the inner problem further: give its solver more steps, or a "
         "smaller step size (learning rate) where the norm of params grows. Check that it minimises "
         "the loss that inner computes: the same data and penalties (weight decay that the "
-        "optimiser adds by itself is no part of inner), outer and inner not exchanged, a module called by "
-        "torch.func.functional_call with the given params. Pass inner_tol=None where it is "
-        "truncated on purpose."
+        "optimiser adds by itself is no part of inner), outer and inner not exchanged, a module "
+        "called by torch.func.functional_call with the given params. Pass inner_tol=None where it "
+        "is truncated on purpose."
     )
 
 

@@ -31,6 +31,7 @@ from ._gmres import GMRES
 from ._iterative import Iterative
 from ._minres import MINRES
 from ._normal import LSMR
+from ._units import probed
 
 _STUCK = (Status.STAGNATED, Status.BREAKDOWN, Status.SINGULAR)
 _INDEFINITE = (Status.NEGATIVE_CURVATURE, Status.SINGULAR)
@@ -174,6 +175,10 @@ class Auto(Solver):
                     seen = torch.where(slow, seen.fmax(_condition(again)), seen)
             if seen is not None:
                 found.success = found.success & ~(seen * found.residual_norm > bound)
+            if system.condition is not None and any_task(found.success):
+                found.probe = probed(system, found, self.damping)
+                if found.probe is not None:
+                    found.success = found.success & ~found.probe.hides
             return found
 
         found, used = attempt(CG if system.symmetric else GMRES, system), []
@@ -255,6 +260,7 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         negative_curvature=before.negative_curvature | after.negative_curvature,
         method=before.method,
         spectrum=spectrum,
+        residual=_later(taken, before.residual, after.residual, missing=0.0),
         null=_later(taken, before.null, after.null, missing=0.0),
         linear_error=_later(taken, before.linear_error, after.linear_error),
         newton=_later_step(taken, before.newton, after.newton),

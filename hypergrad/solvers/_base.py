@@ -11,7 +11,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .._mistakes import Fields
 from .._rows import by_rows
 from .._transforms import is_wrapped, refuse_derivatives
 from .._tree import Layout, Tree, refuse_meta
+
+if TYPE_CHECKING:
+    from ._units import Probe
 
 Product = Callable[[Tensor], Tensor]
 
@@ -117,6 +120,8 @@ class Solution:
         The lowest and the highest Ritz value, ``(*tasks, 2)``.
     condition_number : callable, optional
         That of A as far as the method has seen it: a lower bound.
+    residual : Tensor, optional
+        ``b - A x``.
     null : Tensor, optional
         A vector ``(*tasks, n)`` in the null space of A, in general position; zero for the tasks
         of full rank. None: none was seen.
@@ -129,6 +134,8 @@ class Solution:
         ``(*tasks, n)``; None: one.
     further : callable, optional
         ``v -> A^-1 v`` for further right-hand sides.
+    probe : Probe, optional
+        What a product with a vector in general position has shown.
     """
 
     x: Tensor
@@ -141,11 +148,13 @@ class Solution:
     method: str
     spectrum: Callable[[], Tensor] | None = None
     condition_number: Callable[[], Tensor] | None = None
+    residual: Tensor | None = None
     null: Tensor | None = None
     linear_error: Tensor | None = None
     newton: NewtonStep | None = None
     metric: Tensor | None = None
     further: Callable[[Tensor], Tensor] | None = None
+    probe: Probe | None = None
 
     @functools.cached_property
     def eigenvalues(self) -> Tensor:

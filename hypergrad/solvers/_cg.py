@@ -97,6 +97,7 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
+            residual=residual * scale,
             linear_error=self._linear_error(x, size, inverse, part.largest, precision),
             newton=newton,
         )

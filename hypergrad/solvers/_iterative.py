@@ -159,7 +159,7 @@ class Iterative(Solver):
             expected = plain and first and self._as_expected(active, part, size_new, tol, limit)
             if expected:
                 # What follows would say the same, in some forty operations.
-                x, size = candidate, size_new
+                x, r, size = candidate, r_new, size_new
                 status = torch.where(size <= tol, int(Status.CONVERGED), part.status)
                 iterations, negative = part.iterations, part.negative
                 break
@@ -197,11 +197,12 @@ class Iterative(Solver):
                 break
         few = present & (status == Status.CONVERGED) & (iterations <= FEW)
         if self._explores(system) and any_task(few):
-            around, r = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
-            part = self._iterate(matvec, precondition, r, tol, few, max(limit, FEW), looks)
+            around, start = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
+            part = self._iterate(matvec, precondition, start, tol, few, max(limit, FEW), looks)
             better = few & (part.status == Status.CONVERGED)
             x = torch.where(better[..., None], x + around + part.x, x)
-            size = torch.where(better, norm(b - matvec(x)), size)
+            r = b - matvec(x)
+            size = torch.where(better, norm(r), size)
             negative = negative | (few & part.negative)
             bent = few & (part.status == Status.NEGATIVE_CURVATURE)
             status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)
@@ -225,6 +226,7 @@ class Iterative(Solver):
             method=type(self).__name__,
             spectrum=ritz,
             condition_number=condition_number,
+            residual=r * unit,
             linear_error=self._linear_error(x / unit, size, inverse, largest, precision),
             newton=newton,
         )

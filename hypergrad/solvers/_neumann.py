@@ -147,6 +147,7 @@ class Neumann(Solver):
             residual_norm=torch.where(sound, size, torch.full_like(size, math.nan)),
             negative_curvature=negative,
             method="Neumann",
+            residual=final * unit,
             spectrum=lambda: torch.stack([low, highest], dim=-1),
         )
 

@@ -1,0 +1,68 @@
+"""What a residual hides where the unknowns have different units."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ._base import LinearSystem, Solution, norm
+from ._factorisation import signs
+
+# A residual that is larger than this beside its right-hand side, once each equation is taken in
+# units of its own, and so many times larger than it was before, hides an error.
+_ERROR = 1e-3
+_TIMES = 30.0
+
+
+@dataclasses.dataclass
+class Probe:
+    """One product with a vector in general position, which shows the size of every row.
+
+    Attributes
+    ----------
+    rows : Tensor
+        About the size of the rows of the matrix, ``(*tasks, n)``.
+    hides : Tensor
+        bool, for each task: the residual is small in units that hide a large error.
+    """
+
+    rows: Tensor
+    hides: Tensor
+
+
+def probed(system: LinearSystem, found: Solution, damping: float) -> Probe | None:
+    """Form the product, and judge the residual of an answer by it.
+
+    Parameters
+    ----------
+    system : LinearSystem
+        What was solved.
+    found : Solution
+        The answer, with its residual.
+    damping : float
+        Of the solver.
+
+    Returns
+    -------
+    probe : Probe or None
+        None where the method does not tell its residual.
+    """
+    if found.residual is None:
+        return None
+    z = signs(system.b)
+    z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
+    image = system.matvec(z)
+    rows = ((image + damping * z if damping else image) / z).abs()
+    largest = rows.amax(dim=-1, keepdim=True)
+    rows = torch.where(torch.isfinite(rows), rows, largest)
+    rows = rows.clamp(min=torch.finfo(rows.dtype).tiny ** 0.5) if rows.numel() else rows
+    middle = rows.median(dim=-1, keepdim=True).values
+    # Of n rows some come out n times too small by chance.
+    chance = (rows < middle) & (rows > middle / (10 * rows.shape[-1]))
+    scale = middle / torch.where(chance, middle, rows)
+    given = norm(scale * system.b)
+    left = norm(scale * found.residual) / torch.where(given > 0, given, 1.0)
+    hides = (left > _ERROR) & (left > _TIMES * found.residual_norm) & (given > 0)
+    return Probe(rows, hides)
