@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from ._trace import graph
 from ._transforms import transforms_active
 
 
-def all_reduced(share: Any, group: Any = None) -> Any:
-    """A loss or condition that is the sum of what every process computes from its own data.
+def all_reduced(share: Any, group: Any = None, *, reduction: Literal["sum", "mean"] = "sum") -> Any:
+    """A loss or condition that is the sum, or the mean, of what every process computes.
 
     Data-parallel hypergradients: each process holds its part of the data and a copy of the
     variables, and `share` is its part of the loss. What is returned is the whole loss: its value
@@ -40,11 +40,16 @@ def all_reduced(share: Any, group: Any = None) -> Any:
     share : callable or condition
         ``share(params, hparams, ...)``, this process's part of the loss; or a condition:
         `Minimum`, `Root` or `FixedPoint`, whose function gives this process's part of the whole
-        one, or `GaussNewton`, whose outputs are those of this process's data. Parts are added,
-        not averaged: divide by the number of all samples, not by one's own. A term that does not
-        belong to the data, such as a penalty, is divided by the number of processes.
+        one, or `GaussNewton`, whose outputs are those of this process's data.
     group : ProcessGroup, optional
         Who takes part. None: all processes.
+    reduction : {"sum", "mean"}
+        What the whole is of the parts. With "sum" they are added: divide by the number of all
+        samples, not by one's own, and a term that does not belong to the data, such as a penalty,
+        by the number of processes. With "mean" the sum is divided by the number of processes:
+        right where every part is a mean over the process's own samples and all processes have
+        equally many, and a penalty that all compute alike then stands as it is. With samples of
+        unequal number it is another loss, in which those of small shares weigh more.
 
     Returns
     -------
@@ -55,6 +60,8 @@ def all_reduced(share: Any, group: Any = None) -> Any:
     ------
     TypeError
         If `share` is neither a loss nor a condition.
+    ValueError
+        If `reduction` is neither "sum" nor "mean".
     UnsupportedOperation
         If the condition is of another kind; when it is called inside a `torch.func` transform,
         where a collective cannot run; or if torchrun has started several processes and
@@ -69,22 +76,28 @@ def all_reduced(share: Any, group: Any = None) -> Any:
     >>> hypergrad.implicit_grad(outer, inner, torch.tensor(0.5), torch.tensor(1.0))
     tensor(0.5833)
     """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}.")
+
+    def whole(function: Callable[..., Any], kind: str) -> AllReduced:
+        return AllReduced(function, group, kind, reduction)
+
     if not isinstance(share, Condition):
         if not callable(share):
             raise TypeError(f"all_reduced takes a loss or a condition; got {type(share).__name__}.")
-        return AllReduced(share, group, "loss")
+        return whole(share, "loss")
     if type(share) is Minimum:
-        return Minimum(AllReduced(share.f, group, "loss"))
+        return Minimum(whole(share.f, "loss"))
     if type(share) is Root:
-        return Root(AllReduced(share.F, group, "equation"), share.symmetric)
+        return Root(whole(share.F, "equation"), share.symmetric)
     if type(share) is FixedPoint:
-        return FixedPoint(AllReduced(share.T, group, "equation"), share.symmetric)
+        return FixedPoint(whole(share.T, "equation"), share.symmetric)
     if type(share) is GaussNewton:
         regulariser = share.regulariser
         return GaussNewton(
-            AllReduced(share.outputs, group, "outputs"),
-            AllReduced(share.loss, group, "loss of outputs"),
-            None if regulariser is None else AllReduced(regulariser, group, "loss"),
+            whole(share.outputs, "outputs"),
+            whole(share.loss, "loss of outputs"),
+            None if regulariser is None else whole(regulariser, "loss"),
         )
     raise UnsupportedOperation(
         f"all_reduced does not know how a {type(share).__name__} is made of the parts of several "
@@ -93,7 +106,7 @@ def all_reduced(share: Any, group: Any = None) -> Any:
 
 
 class AllReduced:
-    """A function whose value is the sum of every process's.
+    """A function whose value is the sum, or the mean, of every process's.
 
     Parameters
     ----------
@@ -104,13 +117,15 @@ class AllReduced:
     kind : str
         "loss", a scalar; "equation", shaped like its first argument; "outputs", which are this
         process's own and no sum; "loss of outputs", a scalar of such outputs.
+    reduction : str
+        "sum" or "mean".
     """
 
-    #: For `_captures.refuse_distributed`, which asks for it on both levels or on none.
+    #: For `_captures.refuse_one_level_reduced`, which asks for it on both levels or on none.
     is_sum_over_processes = True
 
-    def __init__(self, share: Callable[..., Any], group: Any, kind: str) -> None:
-        self._share, self._group, self._kind = share, group, kind
+    def __init__(self, share: Callable[..., Any], group: Any, kind: str, reduction: str) -> None:
+        self._share, self._group, self._kind, self._reduction = share, group, kind, reduction
 
     def __call__(self, *args: Any) -> Any:
         """The whole value, or the outputs of this process's data."""
@@ -144,6 +159,9 @@ class AllReduced:
         try:
             value = self._share(*given)
             parts = _floating(value) if self._kind == "equation" else [scalar("A share", value)]
+            if self._reduction == "mean":
+                number = torch.distributed.get_world_size(self._group)
+                parts = [part / number for part in parts]
         except Exception:
             stand_in(session, len(variables), dtype, numel, device)
             raise

@@ -82,43 +82,32 @@ def names_of_captured(
     return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
-def refuse_distributed(
-    inner: Sequence[Callable[..., Any]], outer: Callable[..., Any] | None = None
+def refuse_one_level_reduced(
+    inner: Sequence[Callable[..., Any]], outer: Callable[..., Any]
 ) -> None:
-    """Raise where a function calls a module that is wrapped for several processes.
-
-    `torch.autograd.grad` through such a module gives the gradient of one process's share.
+    """Raise where one of the two losses is reduced over processes and the other is not.
 
     Parameters
     ----------
     inner : sequence of callables
         The functions of the inner problem.
-    outer : callable, optional
+    outer : callable
         The outer loss.
 
     Raises
     ------
     UnsupportedOperation
-        Naming the module; or if one level alone is reduced over processes.
+        If one level alone is.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    functions = inner if outer is None else [outer, *inner]
-    several = outer is not None and torch.distributed.get_world_size() > 1
-    if several and _is_reduced(functions[0]) != any(_is_reduced(f) for f in inner):
+    several = torch.distributed.get_world_size() > 1
+    if several and _is_reduced(outer) != any(_is_reduced(f) for f in inner):
         raise UnsupportedOperation(
             "One of the two losses is reduced over processes and the other is not, so that every "
             "process would solve another system. Wrap both in hypergrad.all_reduced; one that all "
             "processes compute alike is divided by their number first."
         )
-    for function in functions:
-        for name, value in _closure(function):
-            if type(value).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-                raise UnsupportedOperation(
-                    f"{name} is a {type(value).__name__}, whose gradients hypergrad would see "
-                    "unreduced. Pass the module inside it (.module), and wrap both losses in "
-                    "hypergrad.all_reduced."
-                )
 
 
 def _is_reduced(function: Callable[..., Any]) -> bool:

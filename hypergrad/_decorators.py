@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._captures import captured_by, carries_something, names_of_captured, refuse_distributed
+from ._captures import captured_by, carries_something, names_of_captured
 from ._conditions import Condition, FixedPoint, Minimum, Root, as_condition
 from ._errors import UnsupportedOperation
 from ._functions import ImplicitSolution, Rule
@@ -273,7 +273,6 @@ def _solve(
     call: Arguments,
 ) -> Any:
     _refuse_keywords(call.keywords)
-    refuse_distributed(condition.functions())
     init = call.init
     trees = [
         Tree(name, value, constants=True) for name, value in zip(call.names, call.args, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._advice import changed_in_place
-from ._captures import refuse_distributed
+from ._captures import refuse_one_level_reduced
 from ._causes import Place, data, derivative, inner_places, of_value
 from ._conditions import Minimum, as_condition
 from ._errors import UnsupportedOperation
@@ -83,7 +83,7 @@ def hypergradient(
         x0=None if x0 is None else P.match("x0", x0),
         has_aux=has_aux,
     )
-    refuse_distributed(condition.functions(), outer)
+    refuse_one_level_reduced(condition.functions(), outer)
     if mapped_by_caller(call.choices.solver):
         return call.answer(None)
     return outside_of_vmaps(call.answer)

@@ -82,7 +82,7 @@ class Linearisation:
             )
             self._cross = Replay(self.record.residual, args)
             recording.returned(self.record.values)
-            self.captured = recording.captured()
+            self.captured, self.notes = recording.captured(), recording.notes
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)

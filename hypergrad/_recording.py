@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ._advice import advice
 from ._errors import NotConnected
-from ._trace import further_out, graph, trace
+from ._refused_modules import WHOLE, refuse_distributed_tensor
+from ._trace import Notes, further_out, graph, notes, trace
 from ._transforms import is_wrapped
 from ._tree import Tree
 
@@ -30,11 +31,14 @@ class Recording:
     ----------
     values : sequence of Tensor
         What the functions have returned.
+    notes : Notes
+        What was noticed while they ran.
     """
 
     def __init__(self, aliases: list[Tensor], trees: Sequence[Tree]) -> None:
         self.aliases, self.trees = aliases, trees
         self.values: Sequence[Tensor] = ()
+        self.notes: Notes = notes()
 
     def placed(self, tensors: Iterable[Tensor], places: Sequence[int]) -> list[Tensor]:
         """The tensors of a problem, with aliases in these places."""
@@ -58,7 +62,10 @@ class Recording:
 
 
 def record(
-    evaluate: Callable[[Recording], T], variables: Sequence[Tensor], trees: Sequence[Tree]
+    evaluate: Callable[[Recording], T],
+    variables: Sequence[Tensor],
+    trees: Sequence[Tree],
+    callers: Sequence[Tree] | None = None,
 ) -> T:
     """Call a user's functions so that what they return can be differentiated.
 
@@ -73,6 +80,8 @@ def record(
         What the aliases stand for.
     trees : sequence of Tree
         The caller's arguments, to be named where they do not go together.
+    callers : sequence of Tree, optional
+        Those of them that are the caller's own memory, where others are not.
 
     Returns
     -------
@@ -82,12 +91,22 @@ def record(
     Raises
     ------
     UnsupportedOperation
-        In place of PyTorch's error about a missing second derivative.
+        In place of PyTorch's error about a missing second derivative; or if an argument is split
+        over several processes.
     StructureMismatch
         In place of one about dtypes and devices.
     """
+    for tree in trees:
+        for position, variable in enumerate(tree.variables):
+            if type(variable) not in WHOLE:
+                refuse_distributed_tensor(tree.variable_path(position), variable)
+
+    def recorded(aliases: list[Tensor]) -> T:
+        notes().callers = trees if callers is None else callers
+        return evaluate(Recording(aliases, trees))
+
     with advice(trees):
-        return trace(lambda aliases: evaluate(Recording(aliases, trees)), variables)
+        return trace(recorded, variables)
 
 
 def refuse_past_arguments(

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
 from ._advice import advise
+from ._trace import notes, refuse_moving
 
 Parts = Sequence[Tensor | None]
 Product = Callable[[Tensor], Tensor]
 
 
 class Replay:
-    """Vector-Jacobian products of recorded outputs, from the one graph, as often as asked."""
+    """Vector-Jacobian products of recorded outputs, from the one graph, as often as asked.
 
-    def __init__(self, outputs: Parts, inputs: Sequence[Tensor]) -> None:
+    Parameters
+    ----------
+    outputs, inputs : sequence of Tensor
+        What is differentiated, by what.
+    around : callable, optional
+        What makes the context to form products in; None: as the innermost recording has noticed.
+    """
+
+    def __init__(
+        self,
+        outputs: Parts,
+        inputs: Sequence[Tensor],
+        around: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
         self._outputs = tuple(o for o in outputs if o is not None and o.requires_grad)
         self._inputs = tuple(inputs)
+        self._around = notes().around if around is None else around
 
     def bare(self) -> Product | None:
         """The product of one output and one input with nothing around it; None: not to be had."""
         if len(self._outputs) != 1 or len(self._inputs) != 1 or _wrapped(self._outputs):
+            return None
+        if self._around is not None:
             return None
         outputs, inputs = self._outputs, self._inputs
         run = Variable._execution_engine.run_backward
@@ -50,7 +69,8 @@ class Replay:
             cotangent = cotangents[i]
             given.append(torch.zeros_like(output) if cotangent is None else cotangent)
         try:
-            return _pulled(self._outputs, tuple(given), self._inputs, create_graph)
+            with nullcontext() if self._around is None else self._around():
+                return _pulled(self._outputs, tuple(given), self._inputs, create_graph)
         except RuntimeError as error:
             advise(error)
             raise
@@ -85,8 +105,12 @@ def gradient_of(
     """The gradient of a scalar, or of the sum of a tensor; None where an input is not reached."""
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
+    if create_graph:
+        refuse_moving()
     one = (torch.ones_like(value),)
-    return list(_pulled((value,), one, tuple(inputs), create_graph, keep=create_graph))
+    around = notes().around
+    with nullcontext() if around is None else around():
+        return list(_pulled((value,), one, tuple(inputs), create_graph, keep=create_graph))
 
 
 def _pulled(

@@ -253,7 +253,7 @@ def _diagnose(
             )
         case Cause.UNITS:
             return NotConverged, (
-                f"{name} met its tolerance in units that hide an error: the rows of the matrix differ "
+                f"{name} met its tolerance in units that hide an error: rows of the matrix differ "
                 f"by so much that the residual{at[1:] if at else ''} is that of the largest alone. "
                 "Use Exact(), which takes no notice of units; scale the variables to one size; or "
                 "pass a preconditioner and a smaller rtol."

@@ -7,13 +7,16 @@ replays the recorded graph, with a choice of inputs, as often as is asked.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._errors import UnsupportedOperation
 from ._transforms import (
     carries_derivative,
     has_tangent,
@@ -22,10 +25,37 @@ from ._transforms import (
     without_saved_tensor_hooks,
 )
 
+if TYPE_CHECKING:
+    from ._tree import Tree
+
 T = TypeVar("T")
 
 # How many traces surround a call: what is computed inside one will be differentiated.
 _depth: ContextVar[int] = ContextVar("hypergrad_trace_depth", default=0)
+
+
+@dataclasses.dataclass
+class Notes:
+    """What was noticed while a user's functions ran.
+
+    Attributes
+    ----------
+    callers : sequence of Tree
+        The caller's arguments, which must not be overwritten.
+    moving : list of str
+        Modules that moved, without a derivative that knows of it.
+    around : callable, optional
+        What every product of the recorded graph is to be formed inside of, as a function that
+        makes a context manager; None: nothing, which is quick.
+    """
+
+    moving: list[str] = dataclasses.field(default_factory=list)
+    callers: Sequence[Tree] = ()
+    around: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+# Those of the innermost trace.
+_notes: ContextVar[Notes | None] = ContextVar("hypergrad_notes", default=None)
 
 
 class Graph(NamedTuple):
@@ -72,7 +102,7 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
     answer
         What `fun` returned.
     """
-    depth, walked = _depth.set(_depth.get() + 1), _walked.set({})
+    depth, walked, notes = _depth.set(_depth.get() + 1), _walked.set({}), _notes.set(Notes())
     try:
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             if not transforms_active():
@@ -88,6 +118,29 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
     finally:
         _depth.reset(depth)
         _walked.reset(walked)
+        _notes.reset(notes)
+
+
+def notes() -> Notes:
+    """What has been noticed in the innermost trace."""
+    return _notes.get() or Notes()
+
+
+def refuse_moving() -> None:
+    """Raise where a second derivative is to be taken through a module that moves without one.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming it.
+    """
+    moving = notes().moving
+    if moving:
+        raise UnsupportedOperation(
+            f"{moving[0]} is a spectral_norm in train mode: each evaluation moves its vectors, "
+            "without a derivative, so that a second derivative would lack their movement. Call "
+            "the module until the vectors have converged, and then module.eval()."
+        )
 
 
 def being_traced() -> bool:

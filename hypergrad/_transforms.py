@@ -94,6 +94,8 @@ def without_left(tensor: Tensor) -> Tensor:
 
 def carries_derivative(tensor: Tensor) -> bool:
     """Whether any transform, or plain autograd, differentiates with respect to this tensor."""
+    if not is_wrapped(tensor):
+        return tensor.requires_grad or has_tangent(tensor)
     return any(layer.requires_grad or has_tangent(layer) for layer in layers(tensor))
 
 
@@ -119,12 +121,19 @@ def has_tangent(tensor: Tensor) -> bool:
     if not forward_mode_active() or _functorch.is_batchedtensor(tensor):
         return False  # a batch has its tangents in what it wraps
     # An operation sees the tangents of the innermost level alone.
-    with _at_level(max(_functorch.maybe_get_level(tensor), 0)):
+    with at_level(max(_functorch.maybe_get_level(tensor), 0)):
         return forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
+def level_of(tensor: Tensor | None = None) -> int:
+    """The level of a tensor's outermost transform, or of the innermost one around the call."""
+    if tensor is None:
+        return _functorch.maybe_current_level() or 0
+    return max(_functorch.maybe_get_level(tensor), 0) if is_wrapped(tensor) else 0
+
+
 @contextmanager
-def _at_level(level: int) -> Iterator[None]:
+def at_level(level: int) -> Iterator[None]:
     """Leave the transforms further in than a level; 0 leaves them all."""
     with ExitStack() as stack:
         while (_functorch.maybe_current_level() or 0) > level:
@@ -184,7 +193,7 @@ def _refuse_tracing() -> None:
 
 def outside_transforms() -> AbstractContextManager[None]:
     """Make tensors that no surrounding function transform sees, such as random constants."""
-    return _at_level(0)
+    return at_level(0)
 
 
 # What asks autograd itself: for a derivative, or whether one will be taken.

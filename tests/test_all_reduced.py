@@ -173,6 +173,8 @@ def in_a_rank(folder, rank):
     seen["float32"] = in_float32(rows)
     seen["decorated"] = decorated(rows)
     seen["loop"] = loop(rows)
+    half = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    seen["mean"] = means(half, functools.partial(all_reduced, reduction="mean"))
     seen["errors"] = errors(rows, rank)
     torch.save(seen, folder / f"seen{rank}.pt")
     # One process ends in the middle: the other is told, and does not wait for the timeout.
@@ -220,6 +222,47 @@ def loop(rows, wrap=all_reduced, world=2):
         for _ in range(4):
             bilevel.step()
         found.append([bilevel.params, bilevel.hparams])
+    return found
+
+
+def means(rows, wrap=lambda f: f):
+    """Hypergradients with losses that are means over rows, penalties as in one process."""
+    x, y = data(0, ROWS, WIDTH, dtype=F64)[rows], data(1, ROWS, dtype=F64)[rows]
+    x_val, y_val = data(2, ROWS, WIDTH, dtype=F64)[rows], data(3, ROWS, dtype=F64)[rows]
+    w, h = data(4, WIDTH, dtype=F64) / 3, data(5, WIDTH, dtype=F64) / 4
+    count = x.shape[0]
+
+    def inner(w, h):
+        return (torch.tanh(x @ w) - y).square().mean() + h.exp() @ w.square()
+
+    def outer(w, h):
+        return (x_val @ w - y_val).square().mean() + h.square().sum()
+
+    def equation(w, h):
+        return x.T @ (torch.tanh(x @ w) - y) / count + h.exp() * w
+
+    conditions = {
+        "minimum": hypergrad.Minimum(inner),
+        "Gauss-Newton": hypergrad.GaussNewton(
+            lambda w, h: torch.tanh(x @ w),
+            lambda z, h: (z - y).square().mean(),
+            lambda w, h: h.exp() @ w.square(),
+        ),
+        "root": hypergrad.Root(equation),
+        "fixed point": hypergrad.FixedPoint(lambda w, h: w - equation(w, h) / 4),
+    }
+    found = {}
+    for name, condition in conditions.items():
+        grads, info = implicit_grad(
+            wrap(outer),
+            wrap(condition),
+            w,
+            h,
+            inner_tol=None,
+            on_failure="ignore",
+            return_info=True,
+        )
+        found[name] = grads, info.outer_value
     return found
 
 
@@ -305,6 +348,20 @@ def test_two_processes_give_the_hypergradient_of_one(two, share, name):
     assert flat(first["grads"]).equal(flat(second["grads"]))
     for figure in ("iterations", "matvecs", "reductions"):
         assert first[figure] == second[figure]
+
+
+@pytest.mark.parametrize("name", ["minimum", "Gauss-Newton", "root", "fixed point"])
+def test_means_over_equal_shares_give_the_hypergradient_of_the_mean_over_all(two, name):
+    expected, value = means(slice(0, ROWS))[name]
+    for seen in two:
+        found, its_value = seen["mean"][name]
+        assert (flat(found) - flat(expected)).norm() < 1e-10 * flat(expected).norm()
+        torch.testing.assert_close(its_value, value, rtol=1e-12, atol=0)
+
+
+def test_a_reduction_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="'sum' or 'mean'; got 'max'"):
+        all_reduced(lambda w, h: w, reduction="max")
 
 
 def test_there_is_one_reduction_for_each_product(two):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._captures import refuse_distributed
+from .._captures import refuse_one_level_reduced
 from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
 from .._errors import NotConnected, NotFinite
 from .._evidence import finite
@@ -74,7 +74,7 @@ class Levels:
         hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
-        refuse_distributed(self.condition.functions(), outer)
+        refuse_one_level_reduced(self.condition.functions(), outer)
         self.params, self.inner_optimizer = take(
             "params",
             params,
@@ -200,7 +200,7 @@ class Levels:
         cross: Sequence[Tensor | None]
         if isinstance(lin.record.transposed, Replay) and self.condition.twice:
             # A is the derivative of F: one pass backward gives both.
-            found = Replay(lin.record.residual, lin.aliases)(parts)
+            found = Replay(lin.record.residual, lin.aliases, lin.notes.around)(parts)
             product, cross = self.layout.flatten(found[:count]), found[count:]
         else:
             product, cross = lin.transposed(u), lin.cross(u)

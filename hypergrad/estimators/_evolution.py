@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._captures import refuse_distributed
 from .._errors import NotConverged
 from .._mistakes import explained
 from .._overloads import Hparams, Outer
@@ -215,7 +214,6 @@ def evolution_strategies_grad(
     H = hyperparameters(hparams)
     Layout(H, H.variables)  # refuses what holds no tensor, or tensors on several devices
     loop = InnerLoop.of(_no_step if step is None else step, init, H)
-    refuse_distributed([outer, *loop.functions])
     evaluate = Evaluation(outer, loop, steps, batching)
     moments = Moments([detached(v) for v in H.variables], sigma)
     for first in range(0, pairs, chunk_size or pairs):

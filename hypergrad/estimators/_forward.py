@@ -97,7 +97,7 @@ class Forward:
 
         seed = torch.zeros((), dtype=torch.float64, device=constants[0].device)
         trees = [H] if tree is None else [tree, H]
-        ended, pushed = record(evaluate, [*constants, *state, seed], trees)
+        ended, pushed = record(evaluate, [*constants, *state, seed], trees, [H])
         return map_tensors(ended, Tensor.detach), pushed
 
     def _contract(

@@ -107,7 +107,7 @@ class InnerLoop:
                 return ended
 
             start = [detached(v) for v in tree.variables]
-            ended = record(one, [*constants, *start], [tree, self.H])
+            ended = record(one, [*constants, *start], [tree, self.H], [self.H])
             params = map_tensors(ended, Tensor.detach)
         return params
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._advice import changed_in_place
-from .._captures import refuse_distributed
 from .._errors import NotConnected
 from .._guard import Guard
 from .._problem import scalar, without_aux
@@ -113,7 +112,6 @@ class Loss:
     def __init__(
         self, name: str, fun: Callable[[Any, Any], Any], given: Arguments, *, has_aux: bool = False
     ) -> None:
-        refuse_distributed([fun])
         self._name, self._fun, self._given, self._has_aux = name, fun, given, has_aux
         self._draw = Draw()
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from .._captures import refuse_distributed
 from .._errors import StructureMismatch
 from .._mistakes import explained
 from .._overloads import Hparams, Outer
@@ -130,7 +129,6 @@ def one_step_grad(
         )
     H = hyperparameters(hparams)
     loop = InnerLoop(step, params, H, numbered=False)
-    refuse_distributed([outer, *loop.functions])
     found = Reverse(outer, loop, has_aux).gradient(0, 1, 1)
     warn_of_unused(H, "Neither outer nor step", found.grads)
     answer = [hypergradient("one_step_grad", H, found, on_failure, _CURE)]

@@ -112,5 +112,5 @@ class Reverse:
 
         variables = [*constants, *([] if tree is None else tree.variables)]
         trees = [H] if tree is None else [tree, H]
-        found, captured, more = record(pull, variables, trees)
+        found, captured, more = record(pull, variables, trees, [H])
         return found[: len(constants)], found[len(constants) :], captured, more

@@ -8,7 +8,6 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from .._captures import refuse_distributed
 from .._errors import UnsupportedOperation
 from .._mistakes import explained
 from .._overloads import Hparams, Outer
@@ -153,7 +152,6 @@ def unrolled_grad(
     check_on_failure(on_failure)
     H = hyperparameters(hparams)
     loop = InnerLoop.of(step, init, H)
-    refuse_distributed([outer, *loop.functions])
     first = 0 if truncate is None else max(0, steps - truncate)
     if mode == "forward" and H.variables:
         found = Forward(outer, loop, has_aux).gradient(first, steps)

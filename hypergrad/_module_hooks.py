@@ -1,0 +1,88 @@
+"""Noticing the modules that run in a thread, wherever a user's function has hidden them."""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar, Token
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+
+
+class Watcher(Protocol):
+    """What is told about the modules that run."""
+
+    def enter(self, module: nn.Module) -> None:
+        """A module is about to run."""
+
+    def leave(self, module: nn.Module) -> None:
+        """It has run, or failed."""
+
+
+_watcher: ContextVar[Watcher | None] = ContextVar("hypergrad_watcher", default=None)
+_installing = threading.Lock()
+_installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
+
+
+def watch(watcher: Watcher) -> Token[Watcher | None]:
+    """Tell of every module that runs in this thread, until `unwatch`."""
+    # PyTorch knows hooks for one module, or for all threads: these are for all, and return at
+    # once in threads that nobody watches.
+    with _installing:
+        if _installed:
+            _installed.append(None)
+        else:
+            _installed.append(_Hooks())
+    return _watcher.set(watcher)
+
+
+def unwatch(token: Token[Watcher | None]) -> None:
+    """Tell whoever was told before."""
+    _watcher.reset(token)
+    with _installing:
+        if len(_installed) > 1:
+            _installed.pop()
+        else:
+            _installed.pop().remove()
+
+
+class _Hooks:
+    def __init__(self) -> None:
+        self._handles = [
+            modules.register_module_forward_pre_hook(_entering),
+            modules.register_module_forward_hook(_leaving, always_call=True),
+        ]
+        # A compiled module warns of hooks that are called twice; these may be.
+        self._asked = modules._has_any_global_hook
+        modules._has_any_global_hook = _has_others
+
+    def remove(self) -> None:
+        modules._has_any_global_hook = self._asked
+        for handle in self._handles:
+            handle.remove()
+
+
+def _entering(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.enter(module)
+
+
+def _leaving(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.leave(module)
+
+
+def _has_others() -> bool:
+    """Whether there are global hooks on modules beside these."""
+    before = [*modules._global_forward_pre_hooks.values(), *modules._global_forward_hooks.values()]
+    return any(hook not in (_entering, _leaving) for hook in before) or bool(
+        modules._global_backward_pre_hooks or modules._global_backward_hooks
+    )
