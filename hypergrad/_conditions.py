@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._advice import refuse_once_differentiable
+from ._attention import has_fused
 from ._errors import NotConnected
 from ._mistakes import Fields
 from ._problem import Problem
@@ -48,6 +49,8 @@ class Record:
         of the map with the kinks and D' the one a little to a side.
     dependent : callable, optional
         Whether the gradients of the active constraints are linearly dependent, for each task.
+    fused : bool
+        Whether a product goes through a fused kernel of attention, which cannot be mapped.
     """
 
     values: list[Tensor]
@@ -57,6 +60,7 @@ class Record:
     hessian: Product | None = None
     sides: Sequence[Product] = ()
     dependent: Callable[[], Tensor] | None = None
+    fused: bool = False
 
 
 class Condition(Fields, ABC):
@@ -289,7 +293,7 @@ class Root(Condition):
     ) -> Record:
         """The equation, recorded."""
         values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
-        return _record_equation(problem, values, params, seed if forward else None, self.symmetric)
+        return _record_equation(problem, values, params, seed, self.symmetric, forward=forward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,9 +341,7 @@ class FixedPoint(Condition):
         """``params - T``, recorded."""
         values = problem.equation("T(params, ...)", self.T, tensors)
         residual = [p - value for p, value in zip(params, values, strict=True)]
-        return _record_equation(
-            problem, residual, params, seed if forward else None, self.symmetric
-        )
+        return _record_equation(problem, residual, params, seed, self.symmetric, forward=forward)
 
 
 def as_condition(inner: Any, default: type[Minimum] | type[Root] | type[FixedPoint]) -> Condition:
@@ -360,6 +362,8 @@ def _record_equation(
     params: Sequence[Tensor],
     seed: Tensor | None,
     symmetric: bool,
+    *,
+    forward: bool,
 ) -> Record:
     leaves: set[int] = set()
     edges: set[tuple[Any, int]] = set()
@@ -371,15 +375,18 @@ def _record_equation(
         p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in params
     ]
     _require_all(problem, reached_params)
+    # Of a map one derivative is enough, unless that is differentiated: there is a seed then.
+    fused = has_fused({node for node, _ in edges}, again=seed is not None)
     transposed = Replay(values, params)
     residual: list[Tensor | None] = list(values)
-    if symmetric:
-        return Record(values, residual, transposed, transposed)
-    product = None if seed is None else ForwardReplay(residual, params, seed)
-    return Record(values, residual, transposed, product)
+    product: Product | None = transposed if symmetric else None
+    if forward and seed is not None and not symmetric:
+        product = ForwardReplay(residual, params, seed)
+    return Record(values, residual, transposed, product, fused=fused)
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    has_fused(graph(value).nodes, again=True)
     if value.requires_grad and inputs and not transforms_active():
         refuse_once_differentiable(value, inputs)
     return gradient_of(value, inputs, create_graph=True)

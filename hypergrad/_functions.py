@@ -240,7 +240,7 @@ class ImplicitSolution(torch.autograd.Function):
         b = rule.problem.layout().flatten(cotangents, lead)
         higher = higher_order()
         forward = not higher and rule.forward(transpose=True)
-        lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward)
+        lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward, again=higher)
         if higher:
             u = LinearSolve.apply(rule, True, b, *tensors)
         else:

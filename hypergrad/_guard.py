@@ -11,6 +11,7 @@ from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
 
 from ._advice import changed_in_place
+from ._attention import ATTENTION, called
 from ._errors import UnsupportedOperation
 from ._module_hooks import Watcher, unwatch, watch
 from ._module_state import ModuleState
@@ -119,6 +120,8 @@ class Guard(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # which would follow all of this
             return self._compiled(func, args, kwargs)
+        if func in ATTENTION:
+            return called(func, args, kwargs)
         if func not in _WATCHED and "out" not in kwargs:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():

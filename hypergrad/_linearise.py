@@ -40,6 +40,8 @@ class Linearisation:
         Whether products with A itself are wanted, and not those with its transpose alone.
     cross_forward : bool
         The same for the cross derivative.
+    again : bool
+        Whether a product will be differentiated.
     tasks : sequence of int, optional
         Sizes of all task axes: every task gets a matrix of its own, also where they are shared.
     inside : callable, optional
@@ -55,6 +57,7 @@ class Linearisation:
         *,
         forward: bool = False,
         cross_forward: bool = False,
+        again: bool = False,
         tasks: Sequence[int] | None = None,
         inside: Callable[[Linearisation, Tensor], Any] | None = None,
     ) -> None:
@@ -63,7 +66,8 @@ class Linearisation:
         self.extra: Any = None
         inner = problem.inner
         places = [*inner, *problem.outer]
-        seeded = forward or cross_forward or inside is not None or not problem.condition.twice
+        seeded = forward or cross_forward or again or inside is not None
+        seeded = seeded or not problem.condition.twice
         if tasks is None:
             self.lead = tensors[inner[0]].shape[: len(problem.own_axes)]
         else:
@@ -95,8 +99,7 @@ class Linearisation:
         variables = [tensors[i] for i in places]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        with draw.evaluation():
-            record(evaluate, variables, problem.trees)
+        record(evaluate, variables, problem.trees, draw=draw)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -144,6 +147,10 @@ class Linearisation:
         """A recorded product as a matrix."""
         product = partial(self.replayed, recorded)
         n = self.layout.n
+        if self.record.fused:
+            eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
+            rows = [product(row.expand(*self.lead, n)) for row in eye]
+            return torch.stack(rows, dim=-1)
         if not self.lead:
             return dense_by_products(product, self.residual)
         eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
@@ -157,6 +164,8 @@ class Linearisation:
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
             one = partial(self._apply, product, create_graph=create_graph)
+            if self.record.fused:
+                return torch.stack([one(row) for row in v])
             mapped: Tensor = by_rows(one, v)
             return mapped
         if create_graph and not torch.is_grad_enabled():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ._transforms import outside_transforms
+from ._transforms import outside_transforms, transforms_active
 
 State = tuple[torch.Tensor, dict[int, torch.Tensor]]
 
@@ -51,6 +51,11 @@ class Draw:
         """Begin again: what was drawn has been put back."""
         self._first = None
 
+    def again(self) -> None:
+        """Within an evaluation: begin it again."""
+        assert self._first is not None
+        restore(self._first)
+
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
@@ -66,11 +71,13 @@ def unnoticed() -> Iterator[None]:
 
 
 def generators() -> State:
-    with outside_transforms():
-        cuda: dict[int, torch.Tensor] = {}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-        return torch.get_rng_state(), cuda
+    if transforms_active():
+        with outside_transforms():
+            return generators()
+    cuda: dict[int, torch.Tensor] = {}
+    if torch.cuda.is_initialized():
+        cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return torch.get_rng_state(), cuda
 
 
 def same(one: State, other: State | None) -> bool:

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ._advice import advice
+from ._attention import recorded
 from ._errors import NotConnected
+from ._randomness import Draw
 from ._refused_modules import WHOLE, refuse_distributed_tensor
 from ._trace import Notes, further_out, graph, notes, trace
 from ._transforms import is_wrapped
@@ -66,6 +68,7 @@ def record(
     variables: Sequence[Tensor],
     trees: Sequence[Tree],
     callers: Sequence[Tree] | None = None,
+    draw: Draw | None = None,
 ) -> T:
     """Call a user's functions so that what they return can be differentiated.
 
@@ -75,13 +78,16 @@ def record(
     ----------
     evaluate : callable
         ``evaluate(recording)``: calls the functions with ``recording.aliases``, and
-        differentiates what they returned.
+        differentiates what they returned. It is called again where that needs the second derivative
+        of attention and a fused kernel ran.
     variables : sequence of Tensor
         What the aliases stand for.
     trees : sequence of Tree
         The caller's arguments, to be named where they do not go together.
     callers : sequence of Tree, optional
         Those of them that are the caller's own memory, where others are not.
+    draw : Draw, optional
+        The random numbers of the call; None: those that come next.
 
     Returns
     -------
@@ -101,12 +107,15 @@ def record(
             if type(variable) not in WHOLE:
                 refuse_distributed_tensor(tree.variable_path(position), variable)
 
-    def recorded(aliases: list[Tensor]) -> T:
+    def noted(aliases: list[Tensor]) -> T:
         notes().callers = trees if callers is None else callers
         return evaluate(Recording(aliases, trees))
 
+    def once() -> T:
+        return trace(noted, variables)
+
     with advice(trees):
-        return trace(recorded, variables)
+        return recorded(once, Draw() if draw is None else draw)
 
 
 def refuse_past_arguments(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ._advice import advise
+from ._attention import InnerChoices, math_kernel, under_math
 from ._trace import notes, refuse_moving
 
 Parts = Sequence[Tensor | None]
@@ -38,10 +39,12 @@ class Replay:
         self._outputs = tuple(o for o in outputs if o is not None and o.requires_grad)
         self._inputs = tuple(inputs)
         self._around = notes().around if around is None else around
+        self._math = under_math()
 
     def bare(self) -> Product | None:
         """The product of one output and one input with nothing around it; None: not to be had."""
-        if len(self._outputs) != 1 or len(self._inputs) != 1 or _wrapped(self._outputs):
+        single = len(self._outputs) == len(self._inputs) == 1
+        if not single or self._math or _wrapped(self._outputs):
             return None
         if self._around is not None:
             return None
@@ -64,6 +67,12 @@ class Replay:
         """One product; None where an input is not reached."""
         if not self._outputs or not self._inputs:
             return [None] * len(self._inputs)
+        if self._math:  # a checkpoint computes attention again
+            with math_kernel():
+                return self._product(cotangents, create_graph)
+        return self._product(cotangents, create_graph)
+
+    def _product(self, cotangents: Parts, create_graph: bool) -> Parts:
         given = []
         for i, output in zip(self._used, self._outputs, strict=True):
             cotangent = cotangents[i]
@@ -143,4 +152,6 @@ def _wrapped(outputs: tuple[Tensor, ...]) -> bool:
     """Whether the checks and wrappers of torch.autograd.grad do more than cost time."""
     # They take as long as a small product. On a GPU they prepare the threads of the devices, and
     # a mode has to see the call.
-    return torch._C._is_torch_function_mode_enabled() or outputs[0].device.type != "cpu"
+    if outputs[0].device.type != "cpu":
+        return True
+    return torch._C._is_torch_function_mode_enabled() and not InnerChoices.alone()

@@ -322,7 +322,7 @@ def _solved(
         lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
         return lin, rule.solve(lin, tensors, b.detach(), transpose), None
     if not return_info:
-        lin = Linearisation(problem, problem.tensors, rule.draw)
+        lin = Linearisation(problem, problem.tensors, rule.draw, again=True)
         return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None
     if _tracked(b, problem=problem):
         raise UnsupportedOperation(

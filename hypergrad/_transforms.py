@@ -29,6 +29,12 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def inside_vmap() -> bool:
+    """Whether one of the transforms around the caller is a vmap."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return any(i.key() == _functorch.TransformType.Vmap for i in stack)
+
+
 def forward_mode_active() -> bool:
     """Whether the caller is inside `torch.autograd.forward_ad.dual_level`."""
     return forward_ad._current_level >= 0

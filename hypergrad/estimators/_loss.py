@@ -149,8 +149,8 @@ class Loss:
                 recording.captured(),
             )
 
-        with self._draw.evaluation():
-            slopes = record(evaluate, wanted or [torch.zeros((), device="cpu")], [P, H])
+        variables = wanted or [torch.zeros((), device="cpu")]
+        slopes = record(evaluate, variables, [P, H], draw=self._draw)
         if before != versions(held):
             raise changed_in_place(self._name)
         return slopes

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._advice import changed_in_place
+from .._attention import has_fused
 from .._errors import NotConnected, StructureMismatch
 from .._guard import Guard
 from .._problem import scalar
 from .._recording import Recording, record
 from .._replay import ForwardReplay, Replay, gradient_of
-from .._trace import detached, versions
+from .._trace import detached, graph, versions
 from .._transforms import alive, any_task, carries_derivative
 from .._tree import Layout, Tree
 from .._vmaps import Vmaps
@@ -247,6 +248,8 @@ class Evaluator:
             if first:  # find what is differentiated around the call
                 recording.refuse_past_arguments("The inner solver's function")
                 self.captured += recording.captured()
+            if twice:
+                has_fused(graph(value).nodes, again=True)
             found = gradient_of(value, aliases, create_graph=twice)
             for position, part in enumerate(found):
                 if part is None:
