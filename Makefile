@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 SPHINX := $(BIN)/python -m sphinx -W -q
 
-.PHONY: help demo omniglot reproduce test wheel-test docs lint format bench clean asked-torch
+.PHONY: help demo omniglot reproduce test test-models wheel-test docs lint format bench clean asked-torch
 # Two pips in one environment get into each other's way.
 .NOTPARALLEL:
 
@@ -36,6 +36,10 @@ reproduce: $(VENV)/.with-examples  ## the whole comparison, as far as ARGS="--bu
 # One thread each: as many workers as cores are already at work.
 test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# Beside the others, and not in .ci/run: transformers and peft are large. One thread, a few minutes.
+test-models: $(VENV)/.with-models  ## GPT-2, Llama, BERT and ViT by transformers, LoRA by peft, against double backward
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests_models $(ARGS)
 
 wheel-test: $(VENV)/.with-dev  ## build wheel and sdist, and test the wheel in an environment of its own
 	PYTHON="$(PYTHON)" BUILD_PYTHON="$(BIN)/python" TORCH="$(TORCH)" \

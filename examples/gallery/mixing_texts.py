@@ -4,8 +4,8 @@ Mixing sources of text
 
 A language model is to read English and Python. There are six sources to train it on, of which
 four are of no use. *Inner*, a small transformer is trained on a mixture of the six; *outer*, the
-shares in the mixture are moved by its loss on held-out text. Fused attention has no second
-derivatives and a large model no memory for them: :func:`~hypergrad.penalty_grad` needs first
+shares in the mixture are moved by its loss on held-out text. A large model has no memory for second
+derivatives, least of all for those of attention: :func:`~hypergrad.penalty_grad` needs first
 derivatives alone, of two copies of the model.
 """
 

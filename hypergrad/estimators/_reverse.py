@@ -64,7 +64,7 @@ class Reverse:
             return [value], [torch.ones_like(value)], kept
 
         found, cotangent, captured, (params, aux, value) = self._segment(
-            states[-1], constants, last
+            states[-1], constants, last, draws[-1]
         )
         for i in reversed(range(len(bounds) - 1)):
 
@@ -74,14 +74,17 @@ class Reverse:
                 ended = loop.advance(params, H.rebuild(aliases), *bounds[i])
                 return Tree("params", ended).variables, pulled, None
 
-            with draws[i].evaluation():
-                more, cotangent, further, _ = self._segment(states[i], constants, middle)
+            more, cotangent, further, _ = self._segment(states[i], constants, middle, draws[i])
             found = [plus(a, b) for a, b in zip(found, more, strict=True)]
             captured += further
         return Found(found, value, params, aux, captured)
 
     def _segment(
-        self, state: Any, constants: list[Tensor], evaluate: Callable[[list[Tensor], Any], Any]
+        self,
+        state: Any,
+        constants: list[Tensor],
+        evaluate: Callable[[list[Tensor], Any], Any],
+        draw: Draw,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor], Any]:
         """Pull a cotangent back through a segment: to the hyperparameters and to its start.
 
@@ -112,5 +115,5 @@ class Reverse:
 
         variables = [*constants, *([] if tree is None else tree.variables)]
         trees = [H] if tree is None else [tree, H]
-        found, captured, more = record(pull, variables, trees, [H])
+        found, captured, more = record(pull, variables, trees, [H], draw)
         return found[: len(constants)], found[len(constants) :], captured, more
