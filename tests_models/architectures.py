@@ -182,9 +182,8 @@ class Task:
 
     def inner_of_loss(self, params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
         """The inner problem by the loss that the model computes itself."""
-        scale = hparams["weights"].mean()
         loss = self.outputs(params, self.batches[0]).loss
-        return scale * loss + self.penalty(params, hparams)
+        return hparams["scale"] * loss + self.penalty(params, hparams)
 
     def outer_of_loss(self, params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
         return self.outputs(params, self.batches[1]).loss

@@ -11,17 +11,20 @@ from tests_models.test_transformers import SOLVER, pytestmark, solved, task_of
 __all__ = ["pytestmark"]
 
 
-@pytest.mark.parametrize("name", ["gpt2-tied", "bert"])
-def test_the_loss_that_a_model_computes_itself(name):
+# The loss of a causal model is computed in float32, whatever its logits are in.
+@pytest.mark.parametrize(("name", "rtol"), [("gpt2-tied", 1e-6), ("bert", 1e-8)])
+def test_the_loss_that_a_model_computes_itself(name, rtol):
     task = task_of(name, "all")
-    task.hparams = {"scale": torch.tensor(1.5, dtype=torch.float64), **task.hparams}
-    del task.hparams["weights"]
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    task.hparams = {"scale": scale, "log_decay": task.hparams["log_decay"]}
     params, expected = solved(task, "{}_of_loss")
     found = hypergrad.implicit_grad(
-        task.outer_of_loss, task.inner_of_loss, params, task.hparams, solver=SOLVER,
-        on_failure="raise",
+        task.outer_of_loss, task.inner_of_loss, params, task.hparams,
+        solver=hypergrad.CG(maxiter=1000, rtol=rtol / 100), on_failure="raise",
     )  # fmt: skip
-    assert reference.relative_error(found, expected) <= 1e-8
+    error = reference.relative_error(found, expected)
+    print(f"{name} by its own loss: {error:.1e}")
+    assert error <= rtol
 
 
 def test_float32_is_right_to_its_own_rounding():
@@ -55,6 +58,7 @@ def test_train_mode_with_dropout(in_attention):
     assert reference.relative_error(found, expected) <= 1e-8
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_gradient_checkpointing(name):
     # The parameters are those of the module: see docs/reliability.md.
