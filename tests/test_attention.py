@@ -396,7 +396,7 @@ def _of_module(module, x, y, *, kept=False, call=None):
     def outer(p, h):
         return (call(module, p, x) - 1).pow(2).mean()
 
-    hparams = {"weights": torch.rand(len(x), dtype=D) + 0.5, "decay": torch.tensor(2.0, dtype=D)}
+    hparams = {"weights": torch.rand(len(x), dtype=D) + 0.5, "decay": torch.tensor(300.0, dtype=D)}
     return outer, inner, params, hparams
 
 
