@@ -39,11 +39,11 @@ _UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
 _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
 # Above this relative inner residual the answer is looked at once more, a Newton step further on.
-_LOOK_AGAIN = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+_LOOK_AGAIN = {torch.float64: 1e-7, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # An answer that moves by more than so many times inner_tol on that step is that of an unsolved
 # problem, however small the inner residual; one that moves by less is good enough, up to an inner
 # residual of as much.
-_MOVES = 30.0
+_MOVES = 20.0
 # Above this relative inner residual params may have run away, where inner_tol is None.
 _AWAY = 0.5
 # A second Newton step that is longer than this does not lead to a solution that is near.
@@ -397,7 +397,7 @@ class _Evidence:
             entries = self._by_entry(newton.left, self._rows())
             newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
             length = norm(self._weighted(newton.step)) + newton.beyond
-            far = length > _LOOK_AGAIN[self.system.layout.precision] * self.extent
+            far = ~(length <= _LOOK_AGAIN[self.system.layout.precision] * self.extent)
             newton = self._along_condition(F, newton) if any_task(far) else newton
         if newton is None:
             newton = self._along_condition(F, None)
@@ -494,7 +494,8 @@ class _Evidence:
             look = self.use.second_look(newton, self.found)
         # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
         blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
-        self.cause = torch.where(blamed & (self.cause == 0), int(Cause.INNER), self.cause)
+        linear = (self.cause == int(Cause.SOLVE)) | (self.cause == int(Cause.UNITS))
+        self.cause = torch.where(blamed & linear, int(Cause.INNER), self.cause)
         if look is None:
             unsolved = some & ~(residual <= tol)
             if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
