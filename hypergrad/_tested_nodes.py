@@ -1,8 +1,10 @@
 """Nodes of autograd whose second derivatives agree with differences of the first.
 
 Made by ``python -m benchmarks.second_derivatives`` on the CPU in float64: right with
-torch 2.10.0, 2.13.0, 2.14.1. A node is named as by ``grad_fn.name()``, with its digit: this tells
-the overloads of an operation apart, and an operation from a custom Function of its name.
+torch 2.10.0, 2.13.0, 2.14.1, 2.15.0.
+
+A node is named as by ``grad_fn.name()``, with its digit: this tells the overloads of an
+operation apart, and an operation from a custom Function of its name.
 """
 
 TESTED_NODES: frozenset[str] = frozenset({
