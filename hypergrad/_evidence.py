@@ -394,7 +394,9 @@ class _Evidence:
         self.extent = norm(weighted)
         newton = found.newton
         if newton is not None and self._unreached(newton, F):
-            entries = self._by_entry(newton.left, self._rows())
+            rows = self._rows()
+            least = norm(newton.left) / rows.amax(dim=-1)  # the inverse is no smaller than this
+            entries = torch.maximum(self._by_entry(newton.left, rows), least)
             newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
             length = norm(self._weighted(newton.step)) + newton.beyond
             far = ~(length <= _LOOK_AGAIN[self.system.layout.precision] * self.extent)
@@ -511,8 +513,8 @@ class _Evidence:
         lost = ~(self._length_of(look.bent, newton) <= _NEXT * self.extent)
         change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
         unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol))
-        if any_task(unsolved & self.success):
-            nothing = unsolved & self.use.negligible(step)
+        if any_task(unsolved & self.success & (residual > _AWAY)):  # params may be zero
+            nothing = unsolved & (residual > _AWAY) & self.use.negligible(step)
             change = torch.where(nothing, torch.zeros_like(change), change)
             unsolved = unsolved & ~nothing
         self._fail(unsolved, Cause.INNER)
