@@ -50,6 +50,7 @@ _AWAY = 0.5
 _NEXT = 3e-3
 # A part of the inner condition that is larger than this is not left to the directions of the solve.
 _LEFT = 1e-2
+_PART = 1e-2  # entries that carry less of params than this do not count
 _MUCH = 0.1  # the relative change of an entry that is no rounding
 _SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
 _AROUND = 8  # products that look for negative curvature
@@ -114,6 +115,10 @@ class Use:
     def share(self) -> Tensor | float:
         """The part of `leaves` that depends on `u`, relative to the whole."""
         return 1.0
+
+    def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
+        """The relative change that a part missing in `u` makes, which is `lost` of it."""
+        return lost
 
     def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
         """The same a Newton step further on; None: there is no more to it."""
@@ -477,7 +482,8 @@ class _Evidence:
         p = self.params.abs()
         reach = left.abs() / curvature
         far = (reach >= _MUCH * p) & (left != 0)
-        return norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
+        length = norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
+        return torch.where(length > _PART * norm(p), length, torch.zeros_like(length))
 
     def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
         """The relative error that the unsolved inner problem leaves, as far as it is known."""
@@ -552,9 +558,12 @@ class _Evidence:
         left = self.system.b - self.lin.replayed(hessian, found.x)
         self.matvecs = self.matvecs + 1
         if found.further is not None:
-            lost = norm(found.further(left)) / self.length
+            missing = found.further(left)
+            lost = norm(missing) / self.length
         else:
+            missing = _BLIND * left * (self.length / self.strength)[..., None]
             lost = _BLIND * norm(left) / self.strength
+        lost = self.use.effect(missing, lost)
         lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
         tol = self.choices.inner_tol
         if tol is None:
@@ -562,7 +571,7 @@ class _Evidence:
         if self.choices.looks and any_task(self.success):
             saddle = self._indefinite(hessian)
             lost = torch.where(saddle, torch.full_like(lost, _UNKNOWN), lost)
-        self._fail(~(lost * self.use.share() <= _MOVES * tol), Cause.APPROXIMATION)
+        self._fail(~(lost <= _MOVES * tol), Cause.APPROXIMATION)
         return lost
 
     def _indefinite(self, hessian: Product) -> Tensor:
@@ -610,7 +619,7 @@ class _Evidence:
         if linear is None:
             return torch.full_like(self.length, math.nan)
         linear = torch.where(self.strength > 0, linear, torch.zeros_like(linear))
-        total = (_MARGIN * (linear + approximation)) * self.use.share() + inner
+        total = _MARGIN * linear * self.use.share() + _AGAIN * approximation + inner
         lost = torch.zeros_like(self.success)
         for status in _LOST:
             lost = lost | (self.status == status)

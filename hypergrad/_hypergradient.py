@@ -247,6 +247,16 @@ class _Hypergradient(Use):
         share = self._size(self.indirect) / self._size(self._leaves)
         return torch.where(torch.isnan(share), torch.ones_like(share), share)
 
+    def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
+        """The relative change of the hypergradient, and no less than what is missing says."""
+        change = self._size(self._cross(missing)) / self._scale()
+        return torch.maximum(change, lost * self.share())
+
+    def _scale(self) -> Tensor:
+        """The size of the hypergradient, or a part of its terms' where they cancel."""
+        terms = self._size(self._at.direct) + self._size(self.indirect)
+        return self._size(self._leaves) + _CANCELLED * terms
+
     def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
         """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
         if self.lin.lead != self._lead:
@@ -262,8 +272,7 @@ class _Hypergradient(Use):
             )
         except Exception:  # the loss does not like what it gets there
             return unknown
-        product = inner.record.hessian or inner.record.transposed
-        left = lin.layout.flatten(outer.cotangent, lead) - inner.replayed(product, u)
+        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u)
         there = self._differences(outer.direct, inner.cross(u))
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
         if found.further is not None:
@@ -273,10 +282,7 @@ class _Hypergradient(Use):
         else:  # the size of what is missing, and not its sign
             inverse = norm(u) / norm(lin.layout.flatten(at.cotangent, lead))
             change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
-        size = self._size(self._leaves) + _CANCELLED * (
-            self._size(at.direct) + self._size(self.indirect)
-        )
-        return SecondLook(change / size, inner.residual - newton.left)
+        return SecondLook(change / self._scale(), inner.residual - newton.left)
 
     def mere_rounding(self) -> Tensor:
         """Whether the slope of the outer loss changes by about itself from rounding alone."""

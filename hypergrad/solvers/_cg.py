@@ -15,7 +15,7 @@ from .._info import Status
 from .._transforms import any_task, every_task, transforms_active
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._cg_in_numbers import FLAT, in_numbers, suits
-from ._iterative import FEW, Iterative, Part, off_zero
+from ._iterative import AROUND, FEW, Iterative, Part, off_zero
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
 
@@ -71,7 +71,7 @@ class CG(Iterative):
         part = in_numbers(matvec, None, b, tol, limit, system.condition)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
-            self._look_around(matvec, b, part, tol, max(limit - part.steps, FEW))
+            self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
         x = part.x
         residual = torch.sub(b, matvec(x))
         size = norm(residual)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # the answer is then the iterate with the least ||r|| + PRICE ||A|| ||x||.
 PRICE = 1e-4
 #: An answer that came in so few steps may have left much of the spectrum unseen.
-FEW = 12
+FEW = 4
+AROUND = 12  # ... and in so many more it is seen
 _OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
@@ -198,7 +199,7 @@ class Iterative(Solver):
         few = present & (status == Status.CONVERGED) & (iterations <= FEW)
         if self._explores(system) and any_task(few):
             around, start = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
-            part = self._iterate(matvec, precondition, start, tol, few, max(limit, FEW), looks)
+            part = self._iterate(matvec, precondition, start, tol, few, max(limit, AROUND), looks)
             better = few & (part.status == Status.CONVERGED)
             x = torch.where(better[..., None], x + around + part.x, x)
             r = b - matvec(x)
