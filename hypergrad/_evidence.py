@@ -30,10 +30,10 @@ from .solvers._units import probed
 
 # What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
 # and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
-_MARGIN = 5.0
+_MARGIN = 4.0
 _HARDLY = 0.9
 _AGAIN = 2.0
-_FROM_STEP = 15.0
+_FROM_STEP = 5.0
 #: What an estimate is where nothing is known of the answer.
 _UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
@@ -85,6 +85,11 @@ class Choices:
         return self.figures or self.on_failure != "ignore"
 
     @property
+    def spends(self) -> bool:
+        """Whether evidence may cost products: not where nothing is judged or said."""
+        return self.on_failure != "ignore" or self.inner_tol is not None
+
+    @property
     def looks(self) -> bool:
         """Whether the host may read values while a system is solved; a GPU is waited for."""
         return self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0
@@ -132,9 +137,9 @@ class Use:
         """Whether the right-hand side is what is left of terms that cancel; None: not known."""
         return None
 
-    def negligible(self, step: Tensor) -> Tensor:
-        """Whether a step is nothing at the length on which the outer loss bends."""
-        return torch.zeros_like(step[..., 0], dtype=torch.bool)
+    def negligible(self, params: Tensor) -> Tensor:
+        """Whether params are nothing at the length on which the outer loss bends."""
+        return torch.zeros_like(params[..., 0], dtype=torch.bool)
 
     def moves_off(self, null: Tensor) -> Tensor:
         """Whether the condition has no solution a little further on, by a null vector of A^T.
@@ -242,7 +247,7 @@ def solved(
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
-    if choices.judged:
+    if choices.on_failure != "ignore":
         check_nodes(lin, tensors, draw)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
@@ -310,9 +315,11 @@ class _Evidence:
         self._judge_rank()
         self._judge_units()
         residual, newton = self._newton()
+        tol = self.choices.inner_tol
+        self._judge_degeneracy(True if tol is None else residual <= tol)
         inner = self._judge_inner(residual, newton, outer_error)
         approximation = self._judge_approximation()
-        self._judge_degeneracy()
+        self._judge_degeneracy(True)
         figures: dict[str, Any] = {}
         if self.choices.figures:
             figures = {
@@ -383,10 +390,16 @@ class _Evidence:
 
     def _judge_units(self) -> None:
         """A residual that is small in units that hide an error."""
-        if not self.choices.looks or isinstance(self.choices.solver, Identity):
+        solver, found = self.choices.solver, self.found
+        if not (self.choices.looks and self.choices.spends) or isinstance(solver, Identity):
+            return
+        claimed = found.success & (found.iterations > 0)
+        if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
+            claimed = claimed & (found.status != Status.MAX_ITERATIONS)  # a budget claims nothing
+        if not any_task(claimed):
             return
         if self.found.probe is None and self.found.further is None:
-            damping = getattr(self.choices.solver, "damping", 0.0)
+            damping = getattr(solver, "damping", 0.0)
             self.found.probe = probed(self.system, self.found, damping)
             self.matvecs = self.matvecs + (self.found.probe is not None)
         if self.found.probe is not None:
@@ -408,9 +421,12 @@ class _Evidence:
             newton = self._along_condition(F, newton) if any_task(far) else newton
         if newton is None:
             newton = self._along_condition(F, None)
+        # In the caller's units and in those of the equilibrated matrix, whichever is worse.
+        plain = norm(newton.step) / norm(self.params)
         length = norm(self._weighted(newton.step)) + newton.beyond
-        length = torch.where(norm(F) == 0, torch.zeros_like(length), length)
-        residual = torch.where(length == 0, torch.zeros_like(length), length / self.extent)
+        residual = torch.maximum(length / self.extent, plain)
+        nothing = (length == 0) | (norm(F) == 0)
+        residual = torch.where(nothing, torch.zeros_like(residual), residual)
         return residual.expand_as(self.status), newton
 
     def _weighted(self, v: Tensor) -> Tensor:
@@ -419,7 +435,7 @@ class _Evidence:
     def _unreached(self, newton: NewtonStep, F: Tensor) -> bool:
         """Whether the search directions have left out a part of the condition that counts."""
         alone = newton.again is None and newton.left.shape == F.shape
-        if not alone or not self.choices.looks:
+        if not alone or not (self.choices.looks and self.choices.spends):
             return False
         return any_task(norm(newton.left) > _LEFT * norm(F))
 
@@ -429,7 +445,8 @@ class _Evidence:
         left = F if newton is None else newton.left
         size, none = norm(left), torch.zeros_like(left)
         before = none if newton is None else newton.step
-        if isinstance(self.choices.solver, Identity) or size.shape != self.length.shape:
+        free = isinstance(self.choices.solver, Identity) or not self.choices.spends
+        if free or size.shape != self.length.shape:
             step = left / along_b[..., None]
             return NewtonStep(step, none.expand_as(step), norm(step) * 0)
         image = self.system.matvec(left)
@@ -502,7 +519,9 @@ class _Evidence:
             look = self.use.second_look(newton, self.found)
         # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
         blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
-        linear = (self.cause == int(Cause.SOLVE)) | (self.cause == int(Cause.UNITS))
+        linear = torch.zeros_like(blamed)
+        for cause in (Cause.SOLVE, Cause.UNITS, Cause.RANK):
+            linear = linear | (self.cause == int(cause))
         self.cause = torch.where(blamed & linear, int(Cause.INNER), self.cause)
         if look is None:
             unsolved = some & ~(residual <= tol)
@@ -520,7 +539,7 @@ class _Evidence:
         change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
         unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol))
         if any_task(unsolved & self.success & (residual > _AWAY)):  # params may be zero
-            nothing = unsolved & (residual > _AWAY) & self.use.negligible(step)
+            nothing = unsolved & (residual > _AWAY) & self.use.negligible(self.params)
             change = torch.where(nothing, torch.zeros_like(change), change)
             unsolved = unsolved & ~nothing
         self._fail(unsolved, Cause.INNER)
@@ -553,8 +572,11 @@ class _Evidence:
     def _judge_approximation(self) -> Tensor:
         """The relative error of `u` that a curvature in place of the Hessian makes."""
         hessian, found = self.lin.record.hessian, self.found
+        tol = self.choices.inner_tol
         if hessian is None:
             return torch.zeros_like(self.length)
+        if not self.choices.spends or (tol is None and not self.choices.figures):
+            return torch.full_like(self.length, math.nan)
         left = self.system.b - self.lin.replayed(hessian, found.x)
         self.matvecs = self.matvecs + 1
         if found.further is not None:
@@ -565,7 +587,6 @@ class _Evidence:
             lost = _BLIND * norm(left) / self.strength
         lost = self.use.effect(missing, lost)
         lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
-        tol = self.choices.inner_tol
         if tol is None:
             return lost
         if self.choices.looks and any_task(self.success):
@@ -606,12 +627,14 @@ class _Evidence:
         self.matvecs = self.matvecs + found.matvecs
         return found.negative_curvature.expand_as(self.success)
 
-    def _judge_degeneracy(self) -> None:
-        """A kink, or constraints that are dependent."""
-        jump = degeneracy(self.lin, self.found.x, self.system.b, transpose=self.transpose)
-        if jump is not None:
-            self._fail(jump > DEGENERATE, Cause.KINK)
-            self.degeneracy = jump
+    def _judge_degeneracy(self, among: Tensor | bool) -> None:
+        """A kink, or constraints that are dependent, for some of the tasks."""
+        if self.degeneracy is None:
+            self.degeneracy = degeneracy(
+                self.lin, self.found.x, self.system.b, transpose=self.transpose
+            )
+        if self.degeneracy is not None:
+            self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)
 
     def _estimate(self, inner: Tensor, approximation: Tensor) -> Tensor:
         """The relative error of the answer; NaN where the method does not know."""

@@ -299,15 +299,15 @@ class _Hypergradient(Use):
         there = self._outer_at(step)
         return self._at.value - (there.value if there else math.nan)
 
-    def negligible(self, step: Tensor) -> Tensor:
-        """Whether a step is nothing at the length on which the outer loss bends.
+    def negligible(self, params: Tensor) -> Tensor:
+        """Whether params are nothing at the length on which the outer loss bends.
 
-        So it is where the slope of the loss is nearly the same, but not quite, on a step that is
-        longer by as much as a rounding is shorter than one, squared.
+        So it is where the slope of the loss is nearly the same, but not quite, at params that are
+        longer by one over the square root of a rounding.
 
         Parameters
         ----------
-        step : Tensor
+        params : Tensor
             ``(*tasks, n)``.
 
         Returns
@@ -317,9 +317,9 @@ class _Hypergradient(Use):
         """
         layout, lead = self.lin.layout, self._lead
         eps = torch.finfo(layout.precision).eps
-        there = self._outer_at(step / eps**0.5)
+        there = self._outer_at(params / eps**0.5)
         if there is None:
-            return super().negligible(step)
+            return super().negligible(params)
         here = layout.flatten(self._at.cotangent, lead)
         bend = norm(layout.flatten(there.cotangent, lead) - here) / norm(here)
         return (bend > 100 * eps) & (bend < _BENDS)

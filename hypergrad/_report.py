@@ -290,7 +290,8 @@ def _diagnose(
                     "So they do with any step where the matrix has an eigenvalue whose real part "
                     "is not positive. Use MINRES() where it is symmetric, GMRES(), or damping."
                 )
-            return Diverged, f"{name} diverged: its terms grew{at}.{bound} {cure}"
+            grew = f" ({at[5:]})" if at else ""
+            return Diverged, f"{name} diverged: its terms grew{grew}.{bound} {cure}"
         case Status.STAGNATED:
             return NotConverged, (
                 f"{name} stagnated at the rounding floor of the dtype{at}. Use float64, "

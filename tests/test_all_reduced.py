@@ -343,7 +343,9 @@ def test_two_processes_give_the_hypergradient_of_one(two, share, name):
             info.solution
         ).norm()
         torch.testing.assert_close(found["value"], info.outer_value, rtol=1e-12, atol=0)
-        torch.testing.assert_close(found["residual"], info.inner_residual, rtol=1e-9, atol=0)
+        # The directions of CG, on which the Newton step is projected, make more of rounding.
+        rtol = 1e-4 if "CG" in name else 1e-9
+        torch.testing.assert_close(found["residual"], info.inner_residual, rtol=rtol, atol=0)
     # The same bits, and the same number of steps.
     assert flat(first["grads"]).equal(flat(second["grads"]))
     for figure in ("iterations", "matvecs", "reductions"):
@@ -369,8 +371,9 @@ def test_there_is_one_reduction_for_each_product(two):
         for share in SHARES:
             found = seen[share, "logistic, CG"]
             # Two values, the gradient of the outer loss, that of the inner one twice (once to look
-            # for Functions that cannot be differentiated again), and the cross derivative.
-            assert found["reductions"] == found["matvecs"] + 6
+            # for Functions that cannot be differentiated again), and the cross derivative; then
+            # the outer loss and its gradient again, a Newton step further on.
+            assert found["reductions"] == found["matvecs"] + 8
             dense = seen[share, "logistic, dense"]
             assert dense["matvecs"] == WIDTH + 1
             assert dense["reductions"] == 1 + 6  # all columns in one
@@ -444,7 +447,8 @@ def test_mistakes_are_said_in_every_process(two, case, error, text):
 def test_warnings_are_the_same_and_the_processes_can_go_on(two):
     expected, _ = hypergradient("logistic, CG", slice(0, ROWS), 1)
     assert two[0]["errors"]["warnings"] == two[1]["errors"]["warnings"]
-    assert "ran out of iterations" in two[0]["errors"]["warnings"][0]
+    (text,) = two[0]["errors"]["warnings"]
+    assert "does not solve the inner problem" in text
     for seen in two:
         torch.testing.assert_close(seen["errors"]["afterwards"], expected, rtol=1e-10, atol=0)
 

@@ -90,7 +90,11 @@ def raised(kind, call, *words):
 
 
 def test_an_unsolved_inner_problem_gives_the_figure_and_both_cures():
-    words = ("does not solve the inner problem", "is about 1e0", "Solve the inner problem further")
+    words = (
+        "does not solve the inner problem",
+        "is above inner_tol=0.001",
+        "Solve the inner problem further",
+    )
     warned(lambda: implicit_grad(outer, inner, W + 0.3, DECAY), *words, "inner_tol=None")
     implicit_grad(outer, inner, W + 0.3, DECAY, inner_tol=None)  # the second cure, silent
 
@@ -217,7 +221,7 @@ def test_batch_norm_in_train_mode_names_three_cures():
         *words,
     )
     network.eval()
-    implicit_grad(val, train, params, DECAY, inner_tol=None)
+    implicit_grad(val, train, params, DECAY, on_failure="ignore")
 
 
 # Too small a budget
@@ -226,9 +230,9 @@ def test_batch_norm_in_train_mode_names_three_cures():
 def test_too_few_iterations_name_the_field_that_the_solver_has():
     run = lambda solver: lambda: implicit_grad(outer, inner, W, DECAY, solver=solver)
     for solver in (CG(maxiter=3, rtol=1e-6), GMRES(maxiter=3, rtol=1e-6)):
-        warned(run(solver), "ran out of iterations", "Raise maxiter", "about 1e-1")
+        warned(run(solver), "ran out of iterations", "Raise maxiter")
     warned(run(Neumann(terms=3, rtol=1e-4)), "ran out of iterations", "Raise terms", "CG()")
-    warned(run(Neumann(step_size=1.0)), "diverged", "step_size of about 1e-1 is safe")
+    warned(run(Neumann(step_size=1.0)), "diverged", "Leave step_size=None")
 
 
 def test_a_budget_without_a_tolerance_is_silent_and_leaves_its_figure():

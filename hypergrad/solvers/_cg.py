@@ -104,14 +104,12 @@ class CG(Iterative):
 
     def _look_around(self, matvec: Counted, b: Tensor, part: Part, tol: float, limit: int) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        x, r = off_zero(matvec, b)
+        r = off_zero(matvec, b)
         more = in_numbers(matvec, None, r, tol, limit, None)
         part.negative = more.negative
-        if more.status == Status.CONVERGED:
-            part.x = part.x + x + more.x
-            part.largest = torch.maximum(part.largest, more.largest)
-            part.ritz = widest(part.ritz, more.ritz)
-        elif more.negative:
+        part.largest = torch.maximum(part.largest, more.largest)
+        part.ritz = widest(part.ritz, more.ritz)
+        if more.negative:
             part.status = more.status
         part.steps += more.steps + 1
 

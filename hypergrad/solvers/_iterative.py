@@ -198,12 +198,8 @@ class Iterative(Solver):
                 break
         few = present & (status == Status.CONVERGED) & (iterations <= FEW)
         if self._explores(system) and any_task(few):
-            around, start = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
+            start = off_zero(matvec, torch.where(few[..., None], b, torch.zeros_like(b)))
             part = self._iterate(matvec, precondition, start, tol, few, max(limit, AROUND), looks)
-            better = few & (part.status == Status.CONVERGED)
-            x = torch.where(better[..., None], x + around + part.x, x)
-            r = b - matvec(x)
-            size = torch.where(better, norm(r), size)
             negative = negative | (few & part.negative)
             bent = few & (part.status == Status.NEGATIVE_CURVATURE)
             status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)
@@ -321,14 +317,14 @@ class Part:
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
 
 
-def off_zero(matvec: Product, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A short vector in general position, and the residual of zero there, small beside `b`."""
+def off_zero(matvec: Product, b: Tensor) -> Tensor:
+    """The residual of zero a little off it, in general position, small beside `b`."""
     z = signs(b).expand_as(b)
     image = matvec(z)
     size = norm(image)
     usable = torch.isfinite(size) & (size > 0)
     part = torch.where(usable, _OFF * norm(b) / torch.where(usable, size, 1.0), 0.0)[..., None]
-    return part * z, torch.where(part > 0, -part * image, torch.zeros_like(b))
+    return torch.where(part > 0, -part * image, torch.zeros_like(b))
 
 
 def curves_down(v: Tensor, image: Tensor) -> Tensor:
