@@ -1,18 +1,20 @@
-"""Noticing the modules that run in a thread, wherever a user's function has hidden them."""
+"""Noticing modules and checkpoints in a thread, wherever a user's function has hidden them."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.utils import checkpoint
 
 
 class Watcher(Protocol):
-    """What is told about the modules that run."""
+    """What is told about the modules that run, and the checkpoints that begin."""
 
     def enter(self, module: nn.Module) -> None:
         """A module is about to run."""
@@ -20,7 +22,11 @@ class Watcher(Protocol):
     def leave(self, module: nn.Module) -> None:
         """It has run, or failed."""
 
+    def begin(self, again: Callable[..., None]) -> Callable[..., None]:
+        """A region under a checkpoint begins; returns what will compute it again, as this does."""
 
+
+_checkpoints: Any = checkpoint  # two names of which are exchanged
 _watcher: ContextVar[Watcher | None] = ContextVar("hypergrad_watcher", default=None)
 _installing = threading.Lock()
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
@@ -57,9 +63,18 @@ class _Hooks:
         # A compiled module warns of hooks that are called twice; these may be.
         self._asked = modules._has_any_global_hook
         modules._has_any_global_hook = _has_others
+        # Of checkpoints PyTorch tells nobody. It looks these two names up whenever one begins.
+        self._frame, self._reentrant = (
+            _checkpoints._CheckpointFrame,
+            _checkpoints.CheckpointFunction,
+        )
+        _checkpoints._CheckpointFrame = _beginning(self._frame)
+        _checkpoints.CheckpointFunction = _Reentrant(self._reentrant)
 
     def remove(self) -> None:
         modules._has_any_global_hook = self._asked
+        _checkpoints._CheckpointFrame = self._frame
+        _checkpoints.CheckpointFunction = self._reentrant
         for handle in self._handles:
             handle.remove()
 
@@ -78,6 +93,29 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
     watcher = _watcher.get()
     if watcher is not None:
         watcher.leave(module)
+
+
+def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the frame of a checkpoint that begins."""
+
+    def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
+        watcher = None if torch.compiler.is_compiling() else _watcher.get()
+        return frame(again if watcher is None else watcher.begin(again), *args, **kwargs)
+
+    return make
+
+
+class _Reentrant:
+    """In place of the reentrant checkpoint, which has no derivative by chosen inputs."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Run a region, under the other checkpoint in a thread that is watched."""
+        if torch.compiler.is_compiling() or _watcher.get() is None:
+            return self._function.apply(run, preserve, *args)
+        return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def _has_others() -> bool:
