@@ -25,18 +25,8 @@ def changed_in_place(who: str, what: str = "one of its arguments") -> Unsupporte
 
 
 _COMPILED = "aot_autograd does not currently support double backward"
-#: Of a checkpoint, of which PyTorch would complain later or in other words.
-IN_TRANSFORM = "torch.utils.checkpoint inside a function transform"
-_CHECKPOINT = (
-    "A loss runs torch.utils.checkpoint inside a function transform (torch.func.grad, vmap, ...), "
-    "where PyTorch cannot compute a region again. Call it without the checkpoint there "
-    "(model.gradient_checkpointing_disable() of transformers), or put the checkpoint around the "
-    "transform; or make one call of hypergrad for each task."
-)
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
-    IN_TRANSFORM: _CHECKPOINT,
-    "don't yet support saved tensor hooks": _CHECKPOINT,
     "scaled_dot_product": (
         "A fused attention kernel has no second derivative. Evaluate the losses inside "
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."

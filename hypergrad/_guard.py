@@ -11,7 +11,7 @@ from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpoints
 
-from ._advice import IN_TRANSFORM, changed_in_place
+from ._advice import changed_in_place
 from ._attention import ATTENTION, called
 from ._errors import UnsupportedOperation
 from ._module_hooks import Watcher, unwatch, watch
@@ -23,8 +23,8 @@ from ._refused_modules import (
     refuse_distributed_tensor,
 )
 from ._regions import Recompute, Region
-from ._trace import being_traced, notes, refuse_moving
-from ._transforms import is_batched, layers, level_of
+from ._trace import notes, refuse_moving
+from ._transforms import is_batched, layers, level_of, outside_transforms
 from ._turns import end_turn, take_turn
 
 _RUNNING = (
@@ -121,21 +121,19 @@ class Guard(TorchFunctionMode):
         """A module has run, or failed."""
         self._state.leave(module)
 
-    def begin(self, again: Recompute) -> Recompute:
+    def begin(self, again: Recompute) -> Recompute | None:
         """A region under a checkpoint begins."""
         if not torch.is_grad_enabled():
-            return again  # it will not be computed again
-        if self._level and being_traced():
-            raise RuntimeError(IN_TRANSFORM)
+            return again  # which will never be called
         if level_of():
-            return _refused_later
+            return None  # inside a function transform, where PyTorch cannot compute it again
         region = Region(self._state.slots())
         self._regions.append(region)
 
         def compute(*args: Any) -> None:
             turn = take_turn()
             try:
-                with region.held(), Guard():
+                with outside_transforms(), region.held(), Guard():
                     again(*args)
             finally:
                 if turn:
@@ -229,11 +227,6 @@ class Guard(TorchFunctionMode):
                         "Its derivative would not know of it, and the caller's own would change. "
                         "Compute the new value as a tensor of its own."
                     )
-
-
-def _refused_later(*args: Any) -> None:
-    """In place of computing a region again where that cannot be done."""
-    raise RuntimeError(IN_TRANSFORM)
 
 
 def _updated(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:

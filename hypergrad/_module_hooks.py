@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
@@ -22,11 +23,14 @@ class Watcher(Protocol):
     def leave(self, module: nn.Module) -> None:
         """It has run, or failed."""
 
-    def begin(self, again: Callable[..., None]) -> Callable[..., None]:
-        """A region under a checkpoint begins; returns what will compute it again, as this does."""
+    def begin(self, again: Callable[..., None]) -> Callable[..., None] | None:
+        """A region under a checkpoint begins.
+
+        Returns what will compute it again, as `again` does; None: it shall keep what it computes.
+        """
 
 
-_checkpoints: Any = checkpoint  # two names of which are exchanged
+_checkpoints: Any = checkpoint
 _watcher: ContextVar[Watcher | None] = ContextVar("hypergrad_watcher", default=None)
 _installing = threading.Lock()
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
@@ -63,18 +67,15 @@ class _Hooks:
         # A compiled module warns of hooks that are called twice; these may be.
         self._asked = modules._has_any_global_hook
         modules._has_any_global_hook = _has_others
-        # Of checkpoints PyTorch tells nobody. It looks these two names up whenever one begins.
-        self._frame, self._reentrant = (
-            _checkpoints._CheckpointFrame,
-            _checkpoints.CheckpointFunction,
-        )
-        _checkpoints._CheckpointFrame = _beginning(self._frame)
-        _checkpoints.CheckpointFunction = _Reentrant(self._reentrant)
+        # Of checkpoints PyTorch tells nobody. It looks these names up whenever one begins.
+        self._names = {name: getattr(_checkpoints, name) for name in _exchanged}
+        for name, make in _exchanged.items():
+            setattr(_checkpoints, name, make(self._names[name]))
 
     def remove(self) -> None:
         modules._has_any_global_hook = self._asked
-        _checkpoints._CheckpointFrame = self._frame
-        _checkpoints.CheckpointFunction = self._reentrant
+        for name, there in self._names.items():
+            setattr(_checkpoints, name, there)
         for handle in self._handles:
             handle.remove()
 
@@ -95,14 +96,27 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
         watcher.leave(module)
 
 
+class _Kept:
+    """In place of the frame of a checkpoint: nothing will be computed again."""
+
+    def save_inputs(self, *args: Any) -> None:
+        """Nor are the arguments needed."""
+
+
 def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
     """What makes the frame of a checkpoint that begins."""
 
     def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
         watcher = None if torch.compiler.is_compiling() else _watcher.get()
-        return frame(again if watcher is None else watcher.begin(again), *args, **kwargs)
+        found = again if watcher is None else watcher.begin(again)
+        return _Kept() if found is None else frame(found, *args, **kwargs)
 
     return make
+
+
+def _hooking(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """What the region of a frame runs inside of."""
+    return lambda frame: nullcontext() if isinstance(frame, _Kept) else hook(frame)
 
 
 class _Reentrant:
@@ -116,6 +130,13 @@ class _Reentrant:
         if torch.compiler.is_compiling() or _watcher.get() is None:
             return self._function.apply(run, preserve, *args)
         return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+_exchanged: dict[str, Callable[[Any], Any]] = {
+    "_CheckpointFrame": _beginning,
+    "_checkpoint_hook": _hooking,
+    "CheckpointFunction": _Reentrant,
+}
 
 
 def _has_others() -> bool:
