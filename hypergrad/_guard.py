@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as checkpoints
 
 from ._advice import changed_in_place
 from ._attention import ATTENTION, called
@@ -21,8 +22,9 @@ from ._refused_modules import (
     refuse_distributed_module,
     refuse_distributed_tensor,
 )
+from ._regions import Recompute, Region
 from ._trace import notes, refuse_moving
-from ._transforms import is_batched, layers, level_of
+from ._transforms import is_batched, layers, level_of, outside_transforms
 from ._turns import end_turn, take_turn
 
 _RUNNING = (
@@ -72,6 +74,7 @@ class Guard(TorchFunctionMode):
         self._new: set[int] = set()
         self._counters: list[Tensor] = []
         self._kinds: set[type] = set()
+        self._regions: list[Region] = []
         self._level = level_of()
 
     def __enter__(self) -> Guard:
@@ -101,9 +104,14 @@ class Guard(TorchFunctionMode):
             for name, parameter in module._parameters.items():
                 if type(parameter) not in WHOLE:
                     refuse_distributed_tensor(f"{type(module).__name__}.{name}", parameter)
-            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-                notes().around = Guard  # a checkpoint: what runs here runs in products again
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            if hooks is not None and hooks[0].__module__ != checkpoints.__name__:
+                notes().around = Guard  # what runs here may run in products again
+            known = len(self._state)
             self._state.enter(module)
+            if self._regions and len(self._state) > known:
+                for region in self._regions:
+                    region.add(self._state.slots(known))
             if module.training and moves_without_derivative(module):
                 notes().moving.append(self._state.path(module))
                 if level_of() > self._level:
@@ -112,6 +120,26 @@ class Guard(TorchFunctionMode):
     def leave(self, module: nn.Module) -> None:
         """A module has run, or failed."""
         self._state.leave(module)
+
+    def begin(self, again: Recompute) -> Recompute | None:
+        """A region under a checkpoint begins."""
+        if not torch.is_grad_enabled():
+            return again  # which will never be called
+        if level_of():
+            return None  # inside a function transform, where PyTorch cannot compute it again
+        region = Region(self._state.slots())
+        self._regions.append(region)
+
+        def compute(*args: Any) -> None:
+            turn = take_turn()
+            try:
+                with outside_transforms(), region.held(), Guard():
+                    again(*args)
+            finally:
+                if turn:
+                    end_turn()
+
+        return compute
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -1,18 +1,21 @@
-"""Noticing the modules that run in a thread, wherever a user's function has hidden them."""
+"""Noticing modules and checkpoints in a thread, wherever a user's function has hidden them."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.utils import checkpoint
 
 
 class Watcher(Protocol):
-    """What is told about the modules that run."""
+    """What is told about the modules that run, and the checkpoints that begin."""
 
     def enter(self, module: nn.Module) -> None:
         """A module is about to run."""
@@ -20,7 +23,14 @@ class Watcher(Protocol):
     def leave(self, module: nn.Module) -> None:
         """It has run, or failed."""
 
+    def begin(self, again: Callable[..., None]) -> Callable[..., None] | None:
+        """A region under a checkpoint begins.
 
+        Returns what will compute it again, as `again` does; None: it shall keep what it computes.
+        """
+
+
+_checkpoints: Any = checkpoint
 _watcher: ContextVar[Watcher | None] = ContextVar("hypergrad_watcher", default=None)
 _installing = threading.Lock()
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
@@ -57,9 +67,15 @@ class _Hooks:
         # A compiled module warns of hooks that are called twice; these may be.
         self._asked = modules._has_any_global_hook
         modules._has_any_global_hook = _has_others
+        # Of checkpoints PyTorch tells nobody. It looks these names up whenever one begins.
+        self._names = {name: getattr(_checkpoints, name) for name in _exchanged}
+        for name, make in _exchanged.items():
+            setattr(_checkpoints, name, make(self._names[name]))
 
     def remove(self) -> None:
         modules._has_any_global_hook = self._asked
+        for name, there in self._names.items():
+            setattr(_checkpoints, name, there)
         for handle in self._handles:
             handle.remove()
 
@@ -78,6 +94,49 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
     watcher = _watcher.get()
     if watcher is not None:
         watcher.leave(module)
+
+
+class _Kept:
+    """In place of the frame of a checkpoint: nothing will be computed again."""
+
+    def save_inputs(self, *args: Any) -> None:
+        """Nor are the arguments needed."""
+
+
+def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the frame of a checkpoint that begins."""
+
+    def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
+        watcher = None if torch.compiler.is_compiling() else _watcher.get()
+        found = again if watcher is None else watcher.begin(again)
+        return _Kept() if found is None else frame(found, *args, **kwargs)
+
+    return make
+
+
+def _hooking(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """What the region of a frame runs inside of."""
+    return lambda frame: nullcontext() if isinstance(frame, _Kept) else hook(frame)
+
+
+class _Reentrant:
+    """In place of the reentrant checkpoint, which has no derivative by chosen inputs."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Run a region, under the other checkpoint in a thread that is watched."""
+        if torch.compiler.is_compiling() or _watcher.get() is None:
+            return self._function.apply(run, preserve, *args)
+        return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+_exchanged: dict[str, Callable[[Any], Any]] = {
+    "_CheckpointFrame": _beginning,
+    "_checkpoint_hook": _hooking,
+    "CheckpointFunction": _Reentrant,
+}
 
 
 def _has_others() -> bool:

@@ -9,15 +9,34 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ._transforms import at_level, carries_derivative, level_of
 
-_MISSING: Any = object()
+MISSING: Any = object()
 # What attributes are, mostly: to ask whether it is a tensor takes longer.
 _NO_TENSORS = frozenset({bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None)})
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+class Slot(NamedTuple):
+    """Something that a module holds.
+
+    Attributes
+    ----------
+    where : dict
+        Its parameters, buffers or attributes.
+    name : str
+        The key there.
+    value
+        A tensor, or a plain value.
+    """
+
+    where: dict[str, Any]
+    name: str
+    value: Any
 
 
 @dataclasses.dataclass
@@ -85,7 +104,7 @@ class ModuleState:
             attributes = module.__dict__
             for name in held.tensors:
                 tensor = held.attributes[name]
-                if attributes.get(name, _MISSING) is tensor:
+                if attributes.get(name, MISSING) is tensor:
                     attributes[name] = self._copy(tensor)
 
     def leave(self, module: nn.Module) -> None:
@@ -106,7 +125,7 @@ class ModuleState:
                 for name in [name for name in attributes if name not in held.attributes]:
                     del attributes[name]
             for name, value in held.attributes.items():
-                now = attributes.get(name, _MISSING)
+                now = attributes.get(name, MISSING)
                 # What nobody here has put into a slot is what functional_call has put back.
                 if now is not value and (name not in held.slots or held.before(name, now) is value):
                     attributes[name] = value
@@ -119,6 +138,38 @@ class ModuleState:
     def modules(self) -> Iterator[nn.Module]:
         """The modules that have run, and their parts."""
         return (held.module for held in self._held.values())
+
+    def __len__(self) -> int:
+        """How many modules have run, or are parts of those."""
+        return len(self._held)
+
+    def slots(self, since: int = 0) -> Iterator[Slot]:
+        """What these modules hold now, in a form that may be kept.
+
+        Parameters
+        ----------
+        since : int
+            How many of the modules are left out, from the first on.
+
+        Yields
+        ------
+        slot : Slot
+            For every tensor, and every plain attribute that the evaluation has changed.
+        """
+        for held in list(self._held.values())[since:]:
+            attributes, parameters = held.module.__dict__, held.module._parameters
+            if not isinstance(parameters, dict):
+                continue  # a scripted module, whose tensors nobody can exchange
+            for name, parameter in parameters.items():
+                yield Slot(parameters, name, parameter)
+            for name, value in held.module._buffers.items():
+                yield Slot(held.module._buffers, name, self._kept(value))
+            for name, value in attributes.items():
+                if type(value) in _PLAIN:
+                    if value is not held.attributes.get(name, MISSING):
+                        yield Slot(attributes, name, value)
+                elif type(value) not in _NO_TENSORS and isinstance(value, Tensor):
+                    yield Slot(attributes, name, self._kept(value))
 
     def path(self, module: nn.Module) -> str:
         """What a module is called within the outermost one that has run."""
@@ -155,7 +206,7 @@ class ModuleState:
         for name, now in buffers.items():
             if now is None:
                 held.slots.setdefault(name, now)
-            elif now is not held.slots.get(name, _MISSING):
+            elif now is not held.slots.get(name, MISSING):
                 if self._depth > 1 and name in held.slots:  # the module around it has put it there
                     self._note(held)
                 buffers[name] = held.slots[name] = self._copy(now)
@@ -167,7 +218,7 @@ class ModuleState:
         buffers, attributes = held.module._buffers, held.module.__dict__
         for name in [*buffers.keys(), *(name for name in held.slots if name in attributes)]:
             now = buffers[name] if name in buffers else attributes[name]
-            last = held.slots.get(name, _MISSING)
+            last = held.slots.get(name, MISSING)
             if now is not last:
                 before = self._before(held, name, last)
                 if self._before(held, name, now) is not before:
@@ -180,7 +231,7 @@ class ModuleState:
             there = name in buffers  # those of a scripted module are no dict
             now = buffers[name] if there else held.slots[name]
             before = self._before(held, name, now)
-            if before is _MISSING:
+            if before is MISSING:
                 if there:
                     del buffers[name]
                 held.module._non_persistent_buffers_set.discard(name)
@@ -195,6 +246,17 @@ class ModuleState:
             if before is now:
                 return now
             now = before
+
+    def _kept(self, value: Tensor | None) -> Tensor | None:
+        """A tensor with the values of this one, to which nobody will write."""
+        if value is None:
+            return None
+        original = self._originals.get(id(value))
+        if original is not None and not value._version:
+            return original
+        if original is not None or (self._is_new(value) and not carries_derivative(value)):
+            return value.detach().clone()
+        return value
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """A copy to work on; the tensor itself where it is the evaluation's own, or an argument."""

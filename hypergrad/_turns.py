@@ -6,6 +6,8 @@ import sys
 import threading
 from types import FrameType
 
+from torch.autograd import graph
+
 _lock = threading.RLock()
 _holders: list[int] = []  # the threads that have it, as often as they have
 _POLL = 0.2
@@ -21,6 +23,8 @@ def take_turn() -> bool:
         False where that thread waits for others: perhaps for this one, which a loss has started.
     """
     taken = _lock.acquire(blocking=False)
+    if not taken and _for_us():
+        return False
     seen: tuple[FrameType, int] | None = None
     waited = 0
     while not taken:
@@ -28,7 +32,7 @@ def take_turn() -> bool:
         now = None if taken else _waits()
         waited = waited + 1 if now is not None and now == seen else 0
         seen = now
-        if waited >= _PATIENCE:
+        if waited >= _PATIENCE or (not taken and _for_us()):
             return False
     _holders.append(threading.get_ident())
     return True
@@ -40,10 +44,23 @@ def end_turn() -> None:
     _lock.release()
 
 
+def _for_us() -> bool:
+    """Whether this is one of autograd's threads, for which the thread that has the turn waits."""
+    if not isinstance(threading.current_thread(), threading._DummyThread):
+        return False
+    frame = _frame()
+    return frame is not None and frame.f_code is graph._engine_run_backward.__code__
+
+
 def _waits() -> tuple[FrameType, int] | None:
     """Where the thread that has the turn waits for another thread; None: it does not."""
-    holder = _holders[-1:]
-    frame = sys._current_frames().get(holder[0]) if holder else None
+    frame = _frame()
     if frame is None or frame.f_code.co_filename != threading.__file__:
         return None
     return frame, frame.f_lasti
+
+
+def _frame() -> FrameType | None:
+    """What the thread that has the turn is about."""
+    holder = _holders[-1:]
+    return sys._current_frames().get(holder[0]) if holder else None
