@@ -24,8 +24,10 @@ from ._unknown_nodes import check_nodes
 from .solvers._base import LinearSystem, NewtonStep, Solution, Solver, dot, info_of, norm
 from .solvers._cg import CG
 from .solvers._factorisation import Factorisation, signs
+from .solvers._gmres import GMRES
 from .solvers._identity import Identity
-from .solvers._iterative import FEW
+from .solvers._iterative import AROUND, FEW, NEGATIVE
+from .solvers._normal import LSMR, NormalCG
 from .solvers._units import probed
 
 # What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
@@ -33,7 +35,7 @@ from .solvers._units import probed
 _MARGIN = 4.0
 _HARDLY = 0.9
 _AGAIN = 2.0
-_FROM_STEP = 5.0
+_FROM_STEP = 8.0
 #: What an estimate is where nothing is known of the answer.
 _UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
@@ -48,6 +50,7 @@ _MOVES = 20.0
 _AWAY = 0.5
 # A second Newton step that is longer than this does not lead to a solution that is near.
 _NEXT = 3e-3
+_SHRINKS = 0.2
 # A part of the inner condition that is larger than this is not left to the directions of the solve.
 _LEFT = 1e-2
 _PART = 1e-2  # entries that carry less of params than this do not count
@@ -372,7 +375,23 @@ class _Evidence:
         eps = torch.finfo(self.system.layout.precision).eps
         doubt = self.length * self.strength * (found.residual_norm.nan_to_num(math.inf) + 100 * eps)
         self.negative = self.negative | (dot(found.x, self.system.b) < -doubt)
+        if self.choices.looks and self.choices.spends:
+            self._look_for_curvature()
         self._fail(self.negative, Cause.CURVATURE)
+
+    def _look_for_curvature(self) -> None:
+        """Negative curvature that a method has not looked for itself."""
+        solver, found = self.choices.solver, self.found
+        if isinstance(solver, GMRES) and found.spectrum is not None:
+            low, high = found.eigenvalues.unbind(dim=-1)
+            eps = torch.finfo(self.system.layout.precision).eps
+            self.negative = self.negative | (low < -NEGATIVE * eps * high.abs())
+        elif isinstance(solver, NormalCG | LSMR):
+            around = CG(maxiter=AROUND, damping=solver.damping).run(
+                dataclasses.replace(self.system, condition=None, explores=False, x0=None)
+            )
+            self.matvecs = self.matvecs + around.matvecs
+            self.negative = self.negative | around.negative_curvature
 
     def _judge_rank(self) -> None:
         """Whether the derivative is determined, where the matrix lacks rank."""
@@ -535,9 +554,13 @@ class _Evidence:
         beyond = _FROM_STEP * newton.beyond / self.extent
         change = _AGAIN * look.change.nan_to_num(math.inf) + beyond.nan_to_num(math.inf)
         # Another step would be about as long as this one: they do not lead to a solution.
-        lost = ~(self._length_of(look.bent, newton) <= _NEXT * self.extent)
-        change = torch.where(lost, torch.full_like(change, _UNKNOWN), change)
-        unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol))
+        further = self._length_of(look.bent, newton)
+        lost = ~(further <= _NEXT * self.extent)
+        # Steps that shrink lead somewhere, though not soon.
+        shrinks = further <= _SHRINKS * norm(self._weighted(newton.step))
+        change = torch.where(lost & ~shrinks, torch.full_like(change, _UNKNOWN), change)
+        change = torch.where(lost & shrinks, 3 * change, change)
+        unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol) & ~lost)
         if any_task(unsolved & self.success & (residual > _AWAY)):  # params may be zero
             nothing = unsolved & (residual > _AWAY) & self.use.negligible(self.params)
             change = torch.where(nothing, torch.zeros_like(change), change)

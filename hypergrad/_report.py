@@ -304,9 +304,10 @@ def _indefinite(name: str, after: str, at: str) -> str:
     return (
         f"{name} met negative curvature (p.Ap <= 0){after}{at}: the matrix is not positive "
         "definite, so params is no minimum of the inner problem (a saddle, or a point far from a "
-        "solution). Solve the inner problem further; add damping, or use a GaussNewton condition, "
-        "whose curvature cannot be negative. Where params is not meant to be a minimum, say "
-        "Root(..., symmetric=True), which MINRES() and Exact() solve."
+        "solution). Solve the inner problem further, with a smaller step size (learning rate) of "
+        "the inner solver where the norm of params grows; add damping, or use a GaussNewton "
+        "condition, whose curvature cannot be negative. Where params is not meant to be a "
+        "minimum, say Root(..., symmetric=True), which MINRES() and Exact() solve."
     )
 
 

@@ -72,6 +72,7 @@ class GMRES(Iterative):
         largest, singular = torch.zeros_like(size), torch.zeros_like(active)
         negative = torch.zeros_like(active)
         triangles = []
+        first: _Cycle | None = None
         while steps < limit and (not looks or any_task(active)):
             cycle = _Cycle(r, active)
             for _ in range(min(length, limit - steps)):
@@ -81,6 +82,7 @@ class GMRES(Iterative):
                 steps += 1
             y = cycle.correction()
             triangles.append(cycle.triangle())
+            first = first or cycle
             step = y if precondition is None else precondition(y)
             largest = torch.maximum(largest, cycle.largest)
             negative = negative | cycle.negative
@@ -108,8 +110,17 @@ class GMRES(Iterative):
             steps=steps,
             negative=negative,
             largest=largest,
+            ritz=None if first is None or precondition else partial(_extremes, first),
             condition_number=partial(condition_of_factors, triangles) if triangles else None,
         )
+
+
+def _extremes(cycle: _Cycle) -> Tensor:
+    """The extreme Ritz values of a symmetric matrix."""
+    core = cycle.curvature()
+    sound = torch.isfinite(core).flatten(-2).all(dim=-1)[..., None]
+    values = torch.linalg.eigvalsh(torch.where(sound[..., None], core, 0.0))
+    return torch.where(sound, values[..., [0, -1]], math.nan)
 
 
 class _Cycle:
@@ -129,6 +140,7 @@ class _Cycle:
         self.last = self.residual
         self.active = active
         self.singular = self.negative = torch.zeros_like(active)
+        self.raw: list[Tensor] = []  # columns of the Hessenberg matrix, without their last entry
         self.iterations = torch.zeros_like(active, dtype=torch.int64)
         self.largest = torch.zeros_like(self.residual)
 
@@ -147,6 +159,7 @@ class _Cycle:
             part = (basis @ w[..., None])[..., 0]
             w = w - (basis.mT @ part[..., None])[..., 0]
             column = column + part
+        self.raw.append(column)
         length = torch.linalg.vector_norm(w, dim=-1)
         invariant = length <= 10 * eps * before
         length = torch.where(invariant, torch.zeros_like(length), length)
@@ -191,6 +204,13 @@ class _Cycle:
             for column in self.columns
         ]
         return torch.stack(rows, dim=-1)
+
+    def curvature(self) -> Tensor:
+        """The matrix between the basis vectors, ``(*tasks, k, k)``: symmetric where A is."""
+        count = len(self.raw)
+        rows = [torch.nn.functional.pad(c, (0, count - c.shape[-1])) for c in self.raw]
+        upper = torch.stack(rows, dim=-1)
+        return upper.triu() + upper.triu(1).mT
 
     def correction(self) -> Tensor:
         """The combination of the basis that minimises the residual."""

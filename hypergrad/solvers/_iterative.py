@@ -156,7 +156,8 @@ class Iterative(Solver):
                 largest = part.largest
             if first and precondition is None:
                 condition_number = part.condition_number
-                ritz = part.ritz if looks else None
+                known = system.symmetric or self.needs_symmetry
+                ritz = part.ritz if looks and known else None
             expected = plain and first and self._as_expected(active, part, size_new, tol, limit)
             if expected:
                 # What follows would say the same, in some forty operations.

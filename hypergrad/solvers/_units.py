@@ -12,7 +12,7 @@ from ._factorisation import signs
 
 # A residual that is larger than this beside its right-hand side, once each equation is taken in
 # units of its own, and so many times larger than it was before, hides an error.
-_ERROR = 1e-3
+_ERROR = {torch.float64: 1e-4, torch.float32: 1e-3}
 _TIMES = 30.0
 
 
@@ -64,5 +64,9 @@ def probed(system: LinearSystem, found: Solution, damping: float) -> Probe | Non
     scale = middle / torch.where(chance, middle, rows)
     given = norm(scale * system.b)
     left = norm(scale * found.residual) / torch.where(given > 0, given, 1.0)
-    hides = (left > _ERROR) & (left > _TIMES * found.residual_norm) & (given > 0)
-    return Probe(rows, hides)
+    size = found.residual_norm
+    low, high = found.eigenvalues.unbind(dim=-1)
+    # Or the spectrum that was seen leaves no digit.
+    uneven = (left > _TIMES * size) | (high * size > low)
+    error = _ERROR.get(system.layout.precision, 1.0)
+    return Probe(rows, (left > error) & uneven & (given > 0))
