@@ -239,6 +239,8 @@ class ImplicitSolution(torch.autograd.Function):
         lead = cotangents[0].shape[: len(rule.problem.axes)]
         b = rule.problem.layout().flatten(cotangents, lead)
         higher = higher_order()
+        if not higher:
+            tensors = [t.detach() for t in tensors]
         forward = not higher and rule.forward(transpose=True)
         lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward, again=higher)
         if higher:
