@@ -121,12 +121,14 @@ class Guard(TorchFunctionMode):
         """A module has run, or failed."""
         self._state.leave(module)
 
-    def begin(self, again: Recompute) -> Recompute | None:
+    def keeps(self) -> bool:
+        """Whether a region under a checkpoint is to keep what it computes, here."""
+        return level_of() > 0  # in a function transform, where PyTorch cannot compute it again
+
+    def begin(self, again: Recompute) -> Recompute:
         """A region under a checkpoint begins."""
-        if not torch.is_grad_enabled():
+        if self.keeps() or not torch.is_grad_enabled():
             return again  # which will never be called
-        if level_of():
-            return None  # inside a function transform, where PyTorch cannot compute it again
         region = Region(self._state.slots())
         self._regions.append(region)
 

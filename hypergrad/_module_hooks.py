@@ -23,11 +23,11 @@ class Watcher(Protocol):
     def leave(self, module: nn.Module) -> None:
         """It has run, or failed."""
 
-    def begin(self, again: Callable[..., None]) -> Callable[..., None] | None:
-        """A region under a checkpoint begins.
+    def keeps(self) -> bool:
+        """Whether a region under a checkpoint is to keep what it computes, here."""
 
-        Returns what will compute it again, as `again` does; None: it shall keep what it computes.
-        """
+    def begin(self, again: Callable[..., None]) -> Callable[..., None]:
+        """A region under a checkpoint begins; returns what computes it again, as `again` does."""
 
 
 _checkpoints: Any = checkpoint
@@ -80,43 +80,55 @@ class _Hooks:
             handle.remove()
 
 
+def _watching() -> Watcher | None:
+    """Who is told in this thread."""
+    return None if torch.compiler.is_compiling() else _watcher.get()
+
+
 def _entering(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    watcher = _watcher.get()
+    watcher = _watching()
     if watcher is not None:
         watcher.enter(module)
 
 
 def _leaving(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    watcher = _watcher.get()
+    watcher = _watching()
     if watcher is not None:
         watcher.leave(module)
-
-
-class _Kept:
-    """In place of the frame of a checkpoint: nothing will be computed again."""
-
-    def save_inputs(self, *args: Any) -> None:
-        """Nor are the arguments needed."""
 
 
 def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
     """What makes the frame of a checkpoint that begins."""
 
     def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
-        watcher = None if torch.compiler.is_compiling() else _watcher.get()
-        found = again if watcher is None else watcher.begin(again)
-        return _Kept() if found is None else frame(found, *args, **kwargs)
+        watcher = _watching()
+        return frame(again if watcher is None else watcher.begin(again), *args, **kwargs)
 
     return make
 
 
-def _hooking(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable[..., Any]:
-    """What the region of a frame runs inside of."""
-    return lambda frame: nullcontext() if isinstance(frame, _Kept) else hook(frame)
+def _surrounding(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """What a region runs inside of."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        watcher = _watching()
+        return nullcontext() if watcher is not None and watcher.keeps() else hook(*args, **kwargs)
+
+    return make
+
+
+class _Saving:
+    """In place of the function that saves the arguments of a region."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def apply(self, *args: Any) -> Any:
+        """Save them, unless the region keeps what it computes: a transform may not like it."""
+        watcher = _watching()
+        if watcher is not None and watcher.keeps():
+            return torch.empty(0)
+        return self._function.apply(*args)
 
 
 class _Reentrant:
@@ -127,16 +139,18 @@ class _Reentrant:
 
     def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """Run a region, under the other checkpoint in a thread that is watched."""
-        if torch.compiler.is_compiling() or _watcher.get() is None:
+        if _watching() is None:
             return self._function.apply(run, preserve, *args)
         return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 _exchanged: dict[str, Callable[[Any], Any]] = {
     "_CheckpointFrame": _beginning,
-    "_checkpoint_hook": _hooking,
+    "_checkpoint_hook": _surrounding,
     "CheckpointFunction": _Reentrant,
 }
+if hasattr(checkpoint, "_NoopSaveInputs"):  # PyTorch 2.10
+    _exchanged["_NoopSaveInputs"] = _Saving
 
 
 def _has_others() -> bool:
