@@ -94,7 +94,7 @@ class Diverged(HypergradError):
     ...     lambda w, t: (w**2).sum(), inner, one, one, solver=series, on_failure="raise"
     ... )
     Traceback (most recent call last):
-    hypergrad._errors.Diverged: Neumann diverged: its terms grew ...
+    hypergrad._errors.Diverged: Neumann diverged: its terms grew...
     """
 
 
