@@ -255,7 +255,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlim=(low, 3 * beyond), ylim=(low, 1e2))
     axes.set_xlabel("true relative error of the hypergradient (at 1e3: more, or no minimum)")
     axes.set_ylabel("info.error_estimate")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

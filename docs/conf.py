@@ -39,6 +39,8 @@ nitpick_ignore = [("py:class", name) for name in ("Tensor", "pytree", "Solver")]
 nitpick_ignore += [
     ("py:class", name) for name in ("torch._C.Generator", "torch.optim.optimizer.Optimizer")
 ]
+# A default that is made anew ends what Sphinx can parse of a signature.
+nitpick_ignore += [("py:class", "dict[str")]
 nitpick_ignore_regex = [("py:class", r"hypergrad\.(.+\.)?_.*")]  # private names in signatures
 default_role = "literal"
 

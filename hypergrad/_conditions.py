@@ -110,6 +110,9 @@ class Condition(Fields, ABC):
 class Minimum(Condition):
     """The inner solution minimises ``f(params, *args)``: its gradient is zero there.
 
+    Negative curvature at ``params`` is said, whatever solver meets it. A stationary point that is
+    meant to be no minimum is a ``Root(gradient, symmetric=True)``.
+
     Parameters
     ----------
     f : callable
@@ -161,8 +164,10 @@ class GaussNewton(Condition):
     The objective is ``loss(outputs(params, hparams), hparams) + regulariser(params, hparams)``.
     Its gradient and the cross derivative are exact; A = J^T (d2 loss) J + Hessian of the
     regulariser, with J the Jacobian of the outputs. With a loss that is convex in the outputs
-    and a convex regulariser A cannot have negative curvature. Second derivatives through the
-    solution raise.
+    and a convex regulariser A cannot have negative curvature. One product with the true Hessian
+    measures what A leaves out: where that changes the answer by more than 20 times `inner_tol`, or
+    the Hessian is seen to have negative curvature, the answer is no success (with
+    ``inner_tol=None`` it is not judged). Second derivatives through the solution raise.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ def custom_argmin(
         The linear solver; None: as in `implicit_grad`.
     inner_tol : float, optional
         Above this relative inner residual the inner problem counts as unsolved; judged when a
-        derivative is taken.
+        derivative is taken. None: not judged, but for a `Minimum` with negative curvature.
     on_failure : {"warn", "raise", "ignore"}
         What to do when a derivative may be wrong.
     batching : {"vmap", "loop"}

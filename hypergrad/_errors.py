@@ -17,6 +17,9 @@ class HypergradError(Exception):
 class NotConverged(HypergradError):
     """The inner problem or the linear system was not solved to its tolerance.
 
+    Or so it counts: params has run away, `GaussNewton` leaves out what changes the answer, or a
+    residual is small only in units that hide an error.
+
     Examples
     --------
     >>> import torch, hypergrad
@@ -29,7 +32,9 @@ class NotConverged(HypergradError):
 
 
 class IndefiniteHessian(HypergradError):
-    """Negative curvature was met by a solver that needs a positive definite matrix.
+    """Negative curvature was met where there is to be a minimum, by whatever solver.
+
+    Also by a solver that needs a positive definite matrix, in another condition.
 
     Examples
     --------
@@ -45,7 +50,10 @@ class IndefiniteHessian(HypergradError):
 
 
 class SingularHessian(HypergradError):
-    """The matrix of the linear system is singular and the system has no solution.
+    """The matrix of the linear system is singular, and the derivative is not determined.
+
+    The system has no solution, or it has one here and none a little further on. In forward mode
+    a lack of rank is enough.
 
     Examples
     --------
@@ -86,7 +94,7 @@ class Diverged(HypergradError):
     ...     lambda w, t: (w**2).sum(), inner, one, one, solver=series, on_failure="raise"
     ... )
     Traceback (most recent call last):
-    hypergrad._errors.Diverged: Neumann diverged: its terms grew ...
+    hypergrad._errors.Diverged: Neumann diverged: its terms grew...
     """
 
 

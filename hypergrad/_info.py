@@ -30,7 +30,7 @@ class Status(IntEnum):
     CONVERGED = 0
     #: The iterations ran out. Give it more, a preconditioner, or the last solution as ``x0``.
     MAX_ITERATIONS = 1
-    #: The matrix is not positive definite. Try damping, `MINRES`, or `GaussNewton`.
+    #: The matrix is not positive definite. Try damping, or `GaussNewton`.
     NEGATIVE_CURVATURE = 2
     #: The method can make no further step. Take another one, `GMRES` or `Exact`.
     BREAKDOWN = 3
@@ -62,29 +62,35 @@ class SolveInfo:
     status : Tensor
         int64, a `Status` of the linear solve.
     success : Tensor
-        bool: the linear solve met what was asked of it and, where that is judged, the inner
-        problem was solved to ``inner_tol`` at a point that is not degenerate.
+        bool: the linear solve met what was asked of it, not only in units that hide an error, and
+        the matrix has no lack of rank that matters. A `Minimum` has no negative curvature and,
+        where that is judged, the inner problem is solved (see `inner_tol` in `implicit_grad`) at a
+        point that is not degenerate.
     iterations, matvecs : Tensor
-        int64: the iterations made, and the products with the matrix, those for the true
-        residual included.
+        int64: the iterations made, and the products with the matrix, those for the true residual
+        and the other evidence included.
     residual_norm : Tensor
         ``||b - (A + damping I) u|| / ||b||`` of the returned ``u``, recomputed at the end.
     negative_curvature : Tensor
-        bool: a direction p with p.Ap <= 0 was met.
+        bool: a direction p with p.Ap <= 0 was met, by whatever method, in ``A + damping I``. Of a
+        `Minimum` the answer is no success then, while `status` stays that of the linear solve.
     inner_residual : Tensor
-        How far ``params`` is from solving the inner problem: ``||F|| ||u|| / (||b|| ||params||)``.
-        ``||b|| / ||u||`` is the curvature that the solve has seen, so this estimates the
-        relative distance from ``params`` to the inner solution. Norms of ``params`` below
-        sqrt(n eps) count as that.
+        How far ``params`` is from solving the inner problem: the length of the inner Newton step
+        ``A^-1 F`` relative to ``params``, which is about the relative distance to the inner
+        solution. Conjugate directions of `CG` and `MINRES` give it by projection, a factorisation
+        solves for it; elsewhere it is the length of a step along F, by the curvature there. With a
+        factorisation lengths are those in the units of the equilibrated matrix. It is infinite
+        where ``params`` is zero and is no solution.
     outer_error : Tensor
         ``u . F``, the first-order estimate of ``outer(params) - outer(solution)``.
     error_estimate : Tensor
-        Estimate of the relative error of the hypergradient, from both residuals and from what the
-        solve has seen of the inverse; at most 10, which says that no digit is right. It needs
-        ``return_info=True`` (in the decorators a `callback`), and `CG`, `MINRES` or `Exact`, by
-        themselves or in `Auto`; otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is
-        that of the implicit term. What the losses' own curvature does is taken from experience:
-        see the page on reliability for how often it holds.
+        Estimate of the relative error of the hypergradient: from the linear residual and what the
+        solve has seen of the inverse, from the change of the hypergradient on an inner Newton step
+        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out; at most
+        10, which says that nothing is known, as at a saddle. It needs ``return_info=True`` (in the
+        decorators a `callback`), and `CG`, `MINRES` or `Exact`, by themselves or in `Auto`;
+        otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
+        without such a change. See the page on reliability for how often it holds.
     degeneracy : Tensor
         Whether ``params`` sits where the solution has no single derivative. At a kink of a proximal
         map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the

@@ -78,8 +78,9 @@ class Bilevel:
     seed : int
         Of the generator that batches are drawn with.
     on_failure : {"warn", "raise", "ignore"}
-        What to do when a hypergradient may be wrong, as in `implicit_grad`. Numbers that are not
-        finite raise in the first two, before the hyperparameters are moved by them.
+        What to do when a hypergradient may be wrong, as in `implicit_grad`; a kind of warning is
+        issued once a run, and counted in `StepInfo.warned`. Numbers that are not finite raise in
+        the first two, before the hyperparameters are moved by them.
     callback : callable, optional
         ``callback(info)``, called with the `StepInfo` of every step.
     hparams_projection : callable, optional

@@ -37,7 +37,7 @@ class StepInfo:
         The tolerance of this step, of a method that has one.
     info : SolveInfo or None
         The evidence of the hypergradient, of a method that solves a linear system.
-    warned : dict of str to int
+    warned : dict
         The kinds of warning that the run has met so far, each with the number of steps that met
         it. The first step of a kind issues the warning, and no other does.
 

@@ -32,7 +32,7 @@ class InnerInfo:
     inner_residual : Tensor
         The same divided by the curvature that the last iterations have seen and by the norm of
         ``params``: an estimate of the relative distance to the solution, as
-        ``SolveInfo.inner_residual`` is, which `implicit_grad` compares with `inner_tol`. Norms of
+        ``SolveInfo.inner_residual`` is by a Newton step in `implicit_grad`. Norms of
         ``params`` below sqrt(n eps) count as that: solutions smaller than 1e-4 (float32) or 1e-8
         (float64) want larger units.
     value : Tensor

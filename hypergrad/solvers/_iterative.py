@@ -48,6 +48,12 @@ NEGATIVE = 100
 class Iterative(Solver):
     """The fields that all Krylov methods share.
 
+    Where an answer is judged, one product more with a fixed vector shows the size of every row: a
+    residual that is small in units that hide an error is no success (a budget that is used up has
+    no such claim). Of a `Minimum` an iteration
+    that ends in a few steps goes on from a little off its answer, unless it has a budget or an
+    `x0`, so that it also meets what the right-hand side does not reach.
+
     Parameters
     ----------
     maxiter : int, optional

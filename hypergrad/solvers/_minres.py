@@ -27,7 +27,8 @@ class MINRES(Iterative):
     On a singular, consistent system the answer is that of minimum norm. Where a singular system
     has no solution it stops at a least-squares answer with the status ``SINGULAR``. The
     preconditioner must be symmetric positive definite; one that is found not to be ends the
-    solve with the status ``BREAKDOWN``.
+    solve with the status ``BREAKDOWN``. A saddle is solved, and ``info.negative_curvature`` says
+    that there is one: of a `Minimum` that is no success.
 
     Parameters
     ----------
