@@ -128,7 +128,9 @@ class Use:
         """The relative change that a part missing in `u` makes, which is `lost` of it."""
         return lost
 
-    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
+    def second_look(
+        self, newton: NewtonStep, found: Solution, planned: Tensor
+    ) -> SecondLook | None:
         """The same a Newton step further on; None: there is no more to it."""
         return None
 
@@ -534,8 +536,10 @@ class _Evidence:
         if not self.choices.figures:
             wanted = wanted & self.success
         look = None
-        if looks and any_task(wanted):
-            look = self.use.second_look(newton, self.found)
+        # Of the identity in the place of A there is no Newton step to speak of.
+        known = not isinstance(self.choices.solver, Identity)
+        if looks and known and any_task(wanted):
+            look = self.use.second_look(newton, self.found, self._left_over())
         # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
         blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
         linear = torch.zeros_like(blamed)
@@ -568,6 +572,16 @@ class _Evidence:
         self._fail(unsolved, Cause.INNER)
         self._fail(some & ~wanted & ~(residual <= tol), Cause.INNER)
         return torch.where(wanted, change, estimate)
+
+    def _left_over(self) -> Tensor:
+        """``b - A u`` of the answer: what damping, a budget, or another matrix leave by design."""
+        u, solver = self.found.x, self.choices.solver
+        if self.found.residual is not None:
+            return self.found.residual + getattr(solver, "damping", 0.0) * u
+        if self.found.further is not None:  # a factorisation leaves nothing over
+            return getattr(solver, "damping", 0.0) * u
+        self.matvecs = self.matvecs + 1
+        return self.system.b - self.system.matvec(u)
 
     def _length_of(self, bent: Tensor, newton: NewtonStep) -> Tensor:
         """How long the Newton step is that a rest of the condition calls for."""

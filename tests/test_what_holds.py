@@ -479,14 +479,18 @@ def test_lora_by_hand(dtype):
 
 @pytest.mark.parametrize("reentrant", [False])
 def test_checkpointing(reentrant):
-    torch.manual_seed(0)
+    torch.manual_seed(2)
 
     class Checkpointed(nn.Module):
+        saves = False
+
         def __init__(self):
             super().__init__()
             self.inside, self.last = nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 1)
 
         def forward(self, x):
+            if not self.saves:  # PyTorch alone computes it again with the module's own numbers
+                return self.last(self.inside(x))
             return self.last(checkpoint(self.inside, x, use_reentrant=reentrant))
 
     net = Checkpointed().double()
@@ -494,6 +498,7 @@ def test_checkpointing(reentrant):
     outer, inner = ridge(net, (x,), y, y.flip(0))
     p, h = minimum(inner, net), torch.tensor(0.0, dtype=D)
     want = by_hand(outer, inner, p, h)
+    net.saves = True
     for solver in (None, CG()):
         close(implicit_grad(outer, inner, p, h, solver=solver), want, 1e-5)
 
