@@ -116,13 +116,17 @@ class _Call:
         tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
         start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
         before = versions(tensors)
-        of_outer, of_inner = Draw(), Draw()
+        of_outer = Draw()
+        of_inner = Draw(after=of_outer)
         at = _at(self.outer, problem, tensors, self.has_aux, of_outer)
         forward = needs_product(choices.solver, problem.condition, transpose=True)
         lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
         given = tensors if lin is None else [detached(t) for t in self.problem.tensors]
         if lin is None:
             lin = Linearisation(problem, tensors, of_inner, forward=forward)
+        if not choices.judged:  # then neither loss is evaluated again
+            of_outer.forget()
+            of_inner.forget()
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
