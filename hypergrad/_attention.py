@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -72,22 +72,36 @@ class _Shared:
     def __init__(self) -> None:
         self.users = self.entries = 0
         self._lock = threading.Lock()
-        self._held: AbstractContextManager[Any] | None = None
+        self._before: list[bool] = []
 
+    # Not by sdpa_kernel, which must be left by the thread that has entered it (from torch 2.15 on).
     def __enter__(self) -> None:
         with self._lock:
             if not self.users:
-                self._held = sdpa_kernel(SDPBackend.MATH)
-                self._held.__enter__()
+                self._before = [enabled() for _, enabled, _ in _kernels()]
+                for name, _, enable in _kernels():
+                    enable(name == "math")
             self.users += 1
             self.entries += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self.users -= 1
-            if not self.users and self._held is not None:
-                held, self._held = self._held, None
-                held.__exit__(None, None, None)
+            if not self.users:
+                for (_, _, enable), before in zip(_kernels(), self._before, strict=True):
+                    enable(before)
+
+
+def _kernels() -> list[tuple[str, Callable[[], bool], Callable[[bool], None]]]:
+    """The kernels of the process by name: whether each is enabled, and how to enable it."""
+    return [
+        (
+            name,
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled"),
+            getattr(torch.backends.cuda, f"enable_{name}_sdp"),
+        )
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    ]
 
 
 _shared = _Shared()
