@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,6 +105,16 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         estimates = [float(r["estimate"]) for r in part]
         axes.plot(errors, estimates, ".", color=colour, alpha=0.4, markersize=4, label=kind)
     ends = [1e-14, 1e3]
+    draw_band(axes, ends)
+    axes.set(xscale="log", yscale="log", xlim=(1e-14, 1e3), ylim=(1e-14, 1e2))
+    axes.set_xlabel("true relative error of the hypergradient")
+    axes.set_ylabel("info.error_estimate")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def draw_band(axes: Any, ends: Sequence[float]) -> None:
+    """Draw where an estimate is within a factor of 30 of the true error."""
     axes.fill_between(
         ends,
         [e / 30 for e in ends],
@@ -113,11 +124,6 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         label="within a factor of 30",
     )
     axes.plot(ends, ends, color="0.3", lw=1, label="estimate = true error")
-    axes.set(xscale="log", yscale="log", xlim=(1e-14, 1e3), ylim=(1e-14, 1e2))
-    axes.set_xlabel("true relative error of the hypergradient")
-    axes.set_ylabel("info.error_estimate")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 import hypergrad
 from benchmarks import network_cases, network_losses, network_models, network_points, network_truth
-from benchmarks.calibration import close, covered
+from benchmarks.calibration import close, covered, draw_band
 from benchmarks.network_cases import Solved, draw, flat, relative, solve, unflat
 
 Row = dict[str, str | int | float | bool]
@@ -242,15 +242,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             label=name,
         )
     ends = [low, 10 * beyond]
-    axes.fill_between(
-        ends,
-        [e / 30 for e in ends],
-        [e * 30 for e in ends],
-        color="0.9",
-        lw=0,
-        label="within a factor of 30",
-    )
-    axes.plot(ends, ends, color="0.3", lw=1, label="estimate = true error")
+    draw_band(axes, ends)
     axes.axvline(OFF, color="0.3", lw=1, ls=":", label="10% off")
     axes.set(xscale="log", yscale="log", xlim=(low, 3 * beyond), ylim=(low, 1e2))
     axes.set_xlabel("true relative error of the hypergradient (at 1e3: more, or no minimum)")

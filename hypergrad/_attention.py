@@ -275,9 +275,4 @@ class InnerChoices(TorchFunctionMode):
 
 
 def _others_enabled() -> bool:
-    chosen = torch.backends.cuda
-    return (
-        chosen.flash_sdp_enabled()
-        or chosen.mem_efficient_sdp_enabled()
-        or chosen.cudnn_sdp_enabled()
-    )
+    return any(enabled() for name, enabled, _ in _kernels() if name != "math")

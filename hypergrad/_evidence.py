@@ -596,9 +596,7 @@ class _Evidence:
         """Params far out, from which a Newton step leads back, and not where its slope says."""
         if not self.choices.looks or step.ndim != self.params.ndim:
             return
-        back = self.params - step
-        back = back if self.found.metric is None else back * self.found.metric
-        far = far & ~(norm(back) > _BACK * self.extent)
+        far = far & ~(norm(self._weighted(self.params - step)) > _BACK * self.extent)
         if not any_task(far & self.success):
             return
         fall = self.use.falls_by(step)
@@ -657,9 +655,13 @@ class _Evidence:
             return torch.zeros_like(self.success)
         start = signs(self.params).expand_as(self.params)
         around = dataclasses.replace(
-            self.system, matvec=lambda v: self.lin.replayed(hessian, v), b=start, x0=None
+            self.system,
+            matvec=lambda v: self.lin.replayed(hessian, v),
+            b=start,
+            x0=None,
+            condition=None,
+            explores=False,
         )
-        around = dataclasses.replace(around, condition=None, explores=False)
         found = CG(maxiter=_AROUND).run(around)
         self.matvecs = self.matvecs + found.matvecs
         return found.negative_curvature.expand_as(self.success)
