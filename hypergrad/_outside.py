@@ -13,7 +13,12 @@ from torch.utils import _pytree as pytree
 from ._captures import names_of_captured
 from ._errors import StructureMismatch, UnsupportedOperation
 from ._trace import detached, versions
-from ._transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
+from ._transforms import (
+    WithoutDerivative,
+    is_wrapped,
+    transforms_active,
+    without_saved_tensor_hooks,
+)
 from ._tree import is_ordinary
 
 
@@ -167,17 +172,12 @@ class _Call:
         return call
 
 
-class _Outside(torch.autograd.Function):
+class _Outside(WithoutDerivative):
     """A call whose vmap rule adds a task axis, so that it runs below all transforms."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         return call([t.detach() for t in tensors])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-        ctx.count = len(output)
 
     @staticmethod
     def vmap(
@@ -188,11 +188,3 @@ class _Outside(torch.autograd.Function):
         own = [None if d is None else 0 for d in dims]
         found = _Outside.apply(call.under(own, info.batch_size, info.randomness), *moved)
         return found, (0,) * len(found)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * ctx.count

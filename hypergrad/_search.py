@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._transforms import WithoutDerivative
+
 Find = Callable[..., tuple[Tensor, ...]]
 
 
@@ -37,7 +39,7 @@ def search(find: Find, *tensors: Tensor) -> tuple[Tensor, ...]:
     return found
 
 
-class _Search(torch.autograd.Function):
+class _Search(WithoutDerivative):
     @staticmethod
     def forward(find: Find, dims: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         lead = tensors[0].shape[: tensors[0].ndim - dims[0]]
@@ -49,25 +51,12 @@ class _Search(torch.autograd.Function):
             return tuple(t.reshape((*lead, *t.shape[1:])) for t in find(*flat))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-        ctx.count = len(output)
-
-    @staticmethod
     def vmap(
         info: Any, in_dims: Any, find: Find, dims: tuple[int, ...], *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         moved = _in_front(tensors, in_dims[2:], info.batch_size)
         found = _Search.apply(find, dims, *moved)
         return found, (0,) * len(found)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * ctx.count
 
 
 def _in_front(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:

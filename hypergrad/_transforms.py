@@ -247,6 +247,23 @@ class WatchForDerivatives(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class WithoutDerivative(torch.autograd.Function):
+    """A function of several results through which no derivative passes."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+
 class _AllTasks(torch.autograd.Function):
     """All tasks' rows of a ``(k,)`` tensor as one plain ``(tasks, k)`` tensor.
 
