@@ -3,10 +3,11 @@
 ``python -m benchmarks.second_derivatives`` compares, for every operation of PyTorch's own list of
 samples (`torch.testing`) and for the calls of `benchmarks.second_derivatives_calls`, the product of
 the Hessian with a random vector, by double backward and jointly in all differentiable arguments,
-with central differences of the gradient, at two points. It prints what is wrong, refused or
-undecided, writes ``results/second_derivatives/torch-VERSION.json``, and makes
-``hypergrad/_tested_nodes.py`` anew from all files there: the autograd nodes that were right in
-every version. ``--only NAME ...`` runs some operations and writes nothing.
+with central differences of the gradient, at two points; and that product, mapped over rows, with
+itself. It prints what is wrong, refused or undecided, writes
+``results/second_derivatives/torch-VERSION.json``, and makes ``hypergrad/_tested_nodes.py`` anew
+from all files there: the autograd nodes that were right in every version, and those whose products
+were wrong when mapped in any. ``--only NAME ...`` runs some operations and writes nothing.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ class Outcome:
     wrong: float = 0.0
     refused: str = ""
     undecided: str = ""
+    mapped: float = 0.0
     nodes: set[str] = dataclasses.field(default_factory=set)
     suspects: set[str] = dataclasses.field(default_factory=set)
+    wrong_when_mapped: set[str] = dataclasses.field(default_factory=set)
 
 
 def main() -> None:
@@ -147,10 +150,16 @@ def compare(case: Case, shift: float, seed: int, result: Outcome) -> None:
             return
         # The product with the transpose; for a real loss the Hessian is symmetric.
         along = [d for g, d in zip(grads, direction, strict=True) if g.requires_grad]
-        product = torch.autograd.grad(with_graph, leaves, along, allow_unused=True)
+        product = torch.autograd.grad(
+            with_graph, leaves, along, allow_unused=True, retain_graph=True
+        )
     except (RuntimeError, NotImplementedError) as error:
         result.refused = words(error)
         return
+    off = mapped_off(with_graph, leaves, along, product)
+    if off > RIGHT:
+        result.mapped = max(result.mapped, off)
+        result.wrong_when_mapped |= nodes
     product = [
         torch.zeros_like(x) if p is None else p for x, p in zip(leaves, product, strict=True)
     ]
@@ -186,6 +195,31 @@ def compare(case: Case, shift: float, seed: int, result: Outcome) -> None:
         result.suspects |= nodes
     else:
         result.undecided = "the differences do not resolve it"
+
+
+def mapped_off(
+    outputs: list[Tensor], leaves: list[Tensor], along: list[Tensor], single: Sequence[Any]
+) -> float:
+    """How far a product is off where it is mapped over two rows; 0 where it cannot be mapped."""
+
+    def product(*row: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(outputs, leaves, row, allow_unused=True, retain_graph=True)
+        return [p for p in found if p is not None]
+
+    try:
+        mapped = torch.func.vmap(product)(*(torch.stack([v, -v]) for v in along))
+    except Exception:  # the library goes row by row there
+        return 0.0
+    present = [p for p in single if p is not None]
+    least = 1e-6 * max((float(p.norm()) for p in present), default=0.0)  # below it: rounding
+    return max(
+        (
+            float((m - torch.stack([p, -p])).norm()) / (float(p.norm()) + least)
+            for m, p in zip(mapped, present, strict=True)
+            if least
+        ),
+        default=0.0,
+    )
 
 
 def floating(outputs: Any) -> list[Tensor]:
@@ -269,6 +303,13 @@ def tested(outcomes: dict[str, Outcome]) -> set[str]:
     return right - faulty
 
 
+def wrong_when_mapped(outcomes: dict[str, Outcome]) -> set[str]:
+    """The nodes of operations whose products were wrong when mapped, that are in no others."""
+    others: set[str] = set()
+    others.update(*(o.nodes for o in outcomes.values() if not o.mapped))
+    return set().union(*(o.wrong_when_mapped for o in outcomes.values())) - others
+
+
 def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """The outcomes, as they are written."""
     return {
@@ -279,12 +320,15 @@ def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
         "refused": {n: o.refused for n, o in outcomes.items() if o.refused},
         "undecided": {n: o.undecided for n, o in outcomes.items() if o.undecided and not o.wrong},
         "nodes": sorted(tested(outcomes)),
+        "wrong when mapped": {n: f"{o.mapped:.2g}" for n, o in outcomes.items() if o.mapped},
+        "nodes, wrong when mapped": sorted(wrong_when_mapped(outcomes)),
     }
 
 
 def source() -> str:
     """The text of the list, from the figures of all versions."""
     figures = [json.loads(f.read_text()) for f in sorted(FIGURES.glob("torch-*.json"))]
+    mapped = sorted(set().union(*(f["nodes, wrong when mapped"] for f in figures)))
     nodes = sorted(set.intersection(*(set(f["nodes"]) for f in figures)))
     versions = ", ".join(f["torch"] for f in figures)
     lines = [
@@ -300,8 +344,15 @@ def source() -> str:
         "TESTED_NODES: frozenset[str] = frozenset({",
         *(f'    "{name}",' for name in nodes),
         "})  # fmt: skip",
+        "",
+        "# A product through these is right for one vector, and wrong mapped by `torch.func.vmap`.",
+        f"WRONG_WHEN_MAPPED: frozenset[str] = frozenset({{{quoted(mapped)}}})",
     ]
     return "\n".join(lines) + "\n"
+
+
+def quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def show(outcomes: dict[str, Outcome]) -> None:
@@ -309,7 +360,7 @@ def show(outcomes: dict[str, Outcome]) -> None:
     count = sum(bool(o.right) and not o.wrong for o in outcomes.values())
     print(f"torch {torch.__version__}: {len(outcomes)} operations, {count} right, "
           f"{len(nodes)} nodes")  # fmt: skip
-    for title in ("wrong", "refused", "undecided"):
+    for title in ("wrong", "mapped", "refused", "undecided"):
         print(f"\n{title}:")
         for name, o in outcomes.items():
             if getattr(o, title):

@@ -15,7 +15,8 @@ from ._problem import Problem
 from ._randomness import Draw
 from ._recording import Recording, record
 from ._replay import ForwardReplay, Parts, Replay
-from ._rows import by_rows
+from ._rows import by_rows, refuse_mapping
+from ._tested_nodes import WRONG_WHEN_MAPPED
 from ._trace import graph
 from .solvers._base import dense_by_products
 
@@ -87,6 +88,8 @@ class Linearisation:
             self._cross = Replay(self.record.residual, args)
             recording.returned(self.record.values)
             self.captured, self.notes = recording.captured(), recording.notes
+            # Whether products are formed one at a time.
+            self.one_by_one = self.record.fused or any(map(maps_wrongly, self.record.residual))
             if cross_forward:
                 assert seed is not None
                 self._cross_forward = ForwardReplay(self.record.residual, args, seed)
@@ -123,6 +126,8 @@ class Linearisation:
         def form(v: Tensor) -> Tensor:
             if v.ndim > dims:
                 return self._apply(product, v, False)
+            if self.one_by_one:
+                refuse_mapping()
             if bare is not None:
                 return bare(v)
             return layout.flatten(product(layout.split(v), False), v.shape[:-1])
@@ -131,10 +136,14 @@ class Linearisation:
 
     def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+        if self.one_by_one:
+            refuse_mapping()
         return self._cross(self.layout.split(u), create_graph)
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
         """``(dF/dargs) tangents``."""
+        if self.one_by_one:
+            refuse_mapping()
         return self.layout.flatten(self._cross_forward(tangents, create_graph), self.lead)
 
     def dense(self, transpose: bool) -> Tensor:
@@ -147,10 +156,6 @@ class Linearisation:
         """A recorded product as a matrix."""
         product = partial(self.replayed, recorded)
         n = self.layout.n
-        if self.record.fused:
-            eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
-            rows = [product(row.expand(*self.lead, n)) for row in eye]
-            return torch.stack(rows, dim=-1)
         if not self.lead:
             return dense_by_products(product, self.residual)
         eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
@@ -164,15 +169,21 @@ class Linearisation:
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
             one = partial(self._apply, product, create_graph=create_graph)
-            if self.record.fused:
-                return torch.stack([one(row) for row in v])
             mapped: Tensor = by_rows(one, v)
             return mapped
+        if self.one_by_one:
+            refuse_mapping()
         if create_graph and not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self._apply(product, v, create_graph)
         layout = self.layout
         return layout.flatten(product(layout.split(v), create_graph), v.shape[:-1])
+
+
+def maps_wrongly(part: Tensor | None) -> bool:
+    """Whether a mapped derivative of a tensor would be wrong in PyTorch itself."""
+    nodes = graph(part).nodes if part is not None else ()
+    return any(node.name() in WRONG_WHEN_MAPPED for node in nodes)
 
 
 def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:

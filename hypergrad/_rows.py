@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _CHUNK = 128
+_mapping: ContextVar[bool] = ContextVar("hypergrad_mapping_rows", default=False)
 
 
 def by_rows(product: Callable[..., Any], *vectors: Tensor) -> Any:
     """The product for every row of some tensors, stacked along the first axis.
 
     A function of the caller's that leaves PyTorch, for NumPy or SciPy say, cannot be mapped by
-    `torch.func.vmap`. It is then called once a row.
+    `torch.func.vmap`. It is then called once a row, as is a product that `refuse_mapping`.
 
     Parameters
     ----------
@@ -31,10 +33,25 @@ def by_rows(product: Callable[..., Any], *vectors: Tensor) -> Any:
         What `product` returns, with an axis of rows in front.
     """
     count = vectors[0].shape[0]
+    before = _mapping.set(True)
     try:
         return torch.func.vmap(product, chunk_size=_CHUNK if count else None)(*vectors)
     except Exception:  # the caller's; where it is at fault itself it raises again
         if not count:
             raise
+    finally:
+        _mapping.reset(before)
     rows = [product(*row) for row in zip(*(v.unbind() for v in vectors), strict=True)]
     return pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
+
+
+def refuse_mapping() -> None:
+    """Have `by_rows` call the product that is being formed once a row.
+
+    Raises
+    ------
+    NotImplementedError
+        Inside `by_rows`, while it maps.
+    """
+    if _mapping.get():
+        raise NotImplementedError("A product that PyTorch does not map, or maps wrongly.")
