@@ -12,10 +12,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 import hypergrad
 from benchmarks.timing import ratios
-from hypergrad._linearise import Linearisation
-from hypergrad._problem import Problem
-from hypergrad._randomness import Draw
-from hypergrad._tree import Tree
+from hypergrad._autograd.random_numbers import Draw
+from hypergrad._implicit.linearisation import Linearisation
+from hypergrad._pytrees import Tree
+from hypergrad.conditions._inner_problem import Problem
 from hypergrad.solvers._base import LinearSystem, Product
 
 ROWS, FEATURES, ROUNDS = 2000, 5000, 30

@@ -5,7 +5,7 @@ samples (`torch.testing`) and for the calls of `benchmarks.second_derivatives_ca
 the Hessian with a random vector, by double backward and jointly in all differentiable arguments,
 with central differences of the gradient, at two points; and that product, mapped over rows, with
 itself. It prints what is wrong, refused or undecided, writes
-``results/second_derivatives/torch-VERSION.json``, and makes ``hypergrad/_tested_nodes.py`` anew
+``results/second_derivatives/torch-VERSION.json``, and makes the library's list of tested nodes anew
 from all files there: the autograd nodes that were right in every version, and those whose products
 were wrong when mapped in any. ``--only NAME ...`` runs some operations and writes nothing.
 """
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.second_derivatives_calls import calls
-from hypergrad._second_derivative import nodes_of
+from hypergrad._autograd.second_derivative import nodes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "results" / "second_derivatives"
-LIST = ROOT / "hypergrad" / "_tested_nodes.py"
+LIST = ROOT / "hypergrad" / "_autograd" / "tested_nodes.py"
 SAMPLES = 12  # of each operation in PyTorch's list, spread over it
 STEPS = (2e-4, 1e-4)  # in units of each argument's size
 SHIFTS = (0.01, 0.03)  # of the two points from the sample, which breaks its ties

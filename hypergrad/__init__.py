@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import inner as inner
 from . import projections as projections
 from . import prox as prox
-from ._all_reduced import all_reduced
-from ._check import Report, check_hypergrad
-from ._conditions import FixedPoint, GaussNewton, Minimum, Root
-from ._decorators import custom_argmin, custom_fixed_point, custom_root
+from ._check.report import Report, check_hypergrad
+from ._distributed.all_reduced import all_reduced
 from ._errors import (
     ConvergenceWarning,
     Diverged,
@@ -28,11 +26,13 @@ from ._errors import (
     StructureMismatch,
     UnsupportedOperation,
 )
-from ._implicit_grad import implicit_backward, implicit_grad
+from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
+from ._implicit.entrance import implicit_backward, implicit_grad
+from ._implicit.root_rules import root_jvp, root_vjp
 from ._info import SolveInfo, Status
-from ._kkt import KKT
-from ._proximal import ProjectedGradient, ProximalGradient
-from ._root import root_jvp, root_vjp
+from .conditions._base import FixedPoint, GaussNewton, Minimum, Root
+from .conditions._gradient_step import ProjectedGradient, ProximalGradient
+from .conditions._kkt import KKT
 from .estimators import (
     EvolutionInfo,
     ValueFunctionInfo,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._autograd.guard import Guard
+from ._autograd.random_numbers import unnoticed
 from ._errors import HypergradError, StructureMismatch
-from ._guard import Guard
-from ._randomness import unnoticed
-from ._tree import Tree, refuse_meta
+from ._pytrees import Tree, refuse_meta
 
 Fun = TypeVar("Fun", bound=Callable[..., Any])
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._autograd.singular_values import shrunk_singular_values
 from ._errors import StructureMismatch
-from ._singular_values import shrunk_singular_values
 
 __all__ = [
     "elastic_net",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad
 from hypergrad import CG, Exact, GaussNewton, implicit_grad
-from hypergrad import _turns as turns
+from hypergrad._autograd import turns
 
 D = torch.float64
 pytestmark = pytest.mark.filterwarnings("error")

@@ -211,8 +211,8 @@ def test_symmetry_is_what_the_matrix_has():
         for seed in (50, 51):
             # u.(A v) by one forward solve each: A^-1 is symmetric if and only if A is.
             sides.append(data(seed, n, dtype=F64))
-        tree = hypergrad._tree.Tree("params", params)
-        layout = hypergrad._tree.Layout(tree, tree.variables)
+        tree = hypergrad._pytrees.Tree("params", params)
+        layout = hypergrad._pytrees.Layout(tree, tree.variables)
 
         def inverse(v, tree=tree, layout=layout, condition=condition, hparams=hparams):
             cotangent = tree.rebuild(layout.split(v))

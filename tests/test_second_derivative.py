@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from benchmarks import second_derivatives
-from hypergrad import _tested_nodes
-from hypergrad._second_derivative import Verdict, compare_product, nodes_of
+from hypergrad._autograd import tested_nodes
+from hypergrad._autograd.second_derivative import Verdict, compare_product, nodes_of
 
 NETWORKS = 300
 DTYPES = [torch.float64, torch.float32]
@@ -167,7 +167,7 @@ def test_a_custom_function(dtype, factor):
     w, t = (torch.rand(40, dtype=dtype) + 1 for _ in range(2))
     problem = Problem(lambda w: (t * Kernel.apply(w, factor)).sum(), [w])
     assert (
-        "KernelBackward" in nodes_of([problem.value, problem.recorded]) - _tested_nodes.TESTED_NODES
+        "KernelBackward" in nodes_of([problem.value, problem.recorded]) - tested_nodes.TESTED_NODES
     )
     found = problem.compared()
     assert found.verdict is (Verdict.RIGHT if factor == 1 else Verdict.WRONG)
@@ -290,10 +290,10 @@ def test_the_list_of_nodes_is_what_the_comparison_finds():
         "torch::autograd::CopySlices", "LinalgSolveExBackward0",
     }  # fmt: skip
     assert of_networks <= found
-    assert found <= _tested_nodes.TESTED_NODES
+    assert found <= tested_nodes.TESTED_NODES
     fused = "WeightNormInterfaceBackward0"
-    assert fused in outcomes["weight_norm, fused"].suspects - _tested_nodes.TESTED_NODES
+    assert fused in outcomes["weight_norm, fused"].suspects - tested_nodes.TESTED_NODES
 
 
 def test_the_list_of_nodes_is_made_from_the_figures():
-    assert inspect.getsource(_tested_nodes) == second_derivatives.source()
+    assert inspect.getsource(tested_nodes) == second_derivatives.source()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from .._autograd.trace import being_traced
+from .._autograd.transforms import never_compiled, transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation
+from .._implicit.verdict import OnFailure, check_on_failure, listening
 from .._mistakes import explained
-from .._report import OnFailure, check_on_failure, listening
 from .._shown import shown
-from .._trace import being_traced
-from .._transforms import never_compiled, transforms_active
 from ._alternating import Alternating
 from ._batches import Batch, Source
 from ._estimate import Estimator

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._conditions import Minimum
-from .._implicit_grad import implicit_grad
+from .._implicit.entrance import implicit_grad
 from .._info import SolveInfo
+from ..conditions._base import Minimum
 from ..solvers import CG, GMRES, Solver
 from ._batches import Batch
 from ._levels import Levels

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._errors import NotConverged
+from .._implicit.verdict import warn
 from .._info import SolveInfo
-from .._report import warn
 from ..solvers import CG, GMRES, Solver
 from ..solvers._base import at_least, tolerance
 from ._batches import Batch

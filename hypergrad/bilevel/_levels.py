@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._captures import refuse_one_level_reduced
-from .._conditions import Condition, GaussNewton, Minimum, _require_all, as_condition
+from .._autograd.captured import refuse_one_level_reduced
+from .._autograd.products import Replay, gradient_of
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import Recording, record, refuse_past_arguments
+from .._autograd.trace import detached
 from .._errors import NotConnected, NotFinite
-from .._evidence import finite
-from .._linearise import Linearisation
+from .._implicit.linear_solve import finite
+from .._implicit.linearisation import Linearisation
+from .._implicit.outer_slopes import outer_gradient
+from .._implicit.verdict import OnFailure
 from .._mistakes import refuse_signatures
-from .._outer import outer_gradient
-from .._problem import Problem
-from .._randomness import Draw
-from .._recording import Recording, record, refuse_past_arguments
-from .._replay import Replay, gradient_of
-from .._report import OnFailure
-from .._trace import detached
+from ..conditions._base import Condition, GaussNewton, Minimum, _require_all, as_condition
+from ..conditions._inner_problem import Problem
 from ..solvers._base import norm
 from ._batches import Batch, Batches, Source
 from ._method import State

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import StructureMismatch
-from .._tree import Tree
+from .._pytrees import Tree
 
 Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 

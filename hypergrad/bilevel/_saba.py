@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import UnsupportedOperation
-from .._tree import Layout
+from .._pytrees import Layout
 from ._batches import Batch, Batches
 from ._levels import Levels
 from ._method import Method, State, check_decays, check_rate, decayed, linear_rate

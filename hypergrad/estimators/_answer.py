@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._causes import derivative
+from .._autograd.trace import being_traced
+from .._autograd.transforms import all_tasks, refuse_derivatives
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
-from .._evidence import finite
+from .._implicit.causes import derivative
+from .._implicit.linear_solve import finite
+from .._implicit.verdict import OnFailure, counted, warn
 from .._info import SolveInfo, Status
-from .._report import OnFailure, counted, warn
-from .._trace import being_traced
-from .._transforms import all_tasks, refuse_derivatives
-from .._tree import Tree
+from .._pytrees import Tree
 
 F32 = torch.float32
 

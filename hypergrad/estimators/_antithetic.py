@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._guard import Guard
-from .._problem import scalar
-from .._randomness import Draw
-from .._trace import further_out
-from .._transforms import outside_transforms, without_left, without_saved_tensor_hooks
+from .._autograd.guard import Guard
+from .._autograd.random_numbers import Draw
+from .._autograd.trace import further_out
+from .._autograd.transforms import outside_transforms, without_left, without_saved_tensor_hooks
+from ..conditions._inner_problem import scalar
 from ._inner_loop import InnerLoop, map_tensors
 
 

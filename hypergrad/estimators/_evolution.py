@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.trace import detached
+from .._autograd.transforms import never_compiled
 from .._errors import NotConverged
+from .._implicit.signatures import Hparams, Outer
+from .._implicit.verdict import OnFailure, check_on_failure
 from .._mistakes import explained
-from .._overloads import Hparams, Outer
-from .._report import OnFailure, check_on_failure
-from .._trace import detached
-from .._transforms import never_compiled
-from .._tree import Layout
+from .._pytrees import Layout
 from ._answer import Found, hypergradient, judge_figure
 from ._antithetic import Evaluation, Moments
 from ._inner_loop import InnerLoop, hyperparameters

@@ -9,14 +9,14 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from .._conditions import plus
+from .._autograd.transforms import never_compiled
 from .._errors import NotConverged
+from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._info import SolveInfo, Status
 from .._mistakes import explained
-from .._overloads import Hparams, Objective, Outer
-from .._report import OnFailure, check_on_failure, warn_of_unused
-from .._transforms import never_compiled
-from .._tree import Layout
+from .._pytrees import Layout
+from ..conditions._base import plus
 from ..solvers._base import norm
 from ._answer import Found, evidence, hypergradient, judge_figure
 from ._inner_loop import map_tensors

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._conditions import plus
-from .._recording import Recording, record
-from .._replay import ForwardReplay
-from .._rows import by_rows
-from .._trace import detached, graph
-from .._tree import Tree
+from .._autograd.products import ForwardReplay
+from .._autograd.recording import Recording, record
+from .._autograd.rows import by_rows
+from .._autograd.trace import detached, graph
+from .._pytrees import Tree
+from ..conditions._base import plus
 from ._answer import Found
 from ._inner_loop import InnerLoop, map_tensors
 from ._loss import Arguments, Loss

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._autograd.guard import Guard
+from .._autograd.recording import Recording, record
+from .._autograd.trace import detached, graph
+from .._autograd.transforms import is_wrapped
 from .._errors import NotConnected, UnsupportedOperation
-from .._guard import Guard
-from .._recording import Recording, record
-from .._trace import detached, graph
-from .._transforms import is_wrapped
-from .._tree import Tree
+from .._pytrees import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._advice import changed_in_place
+from .._autograd.double_backward import changed_in_place
+from .._autograd.guard import Guard
+from .._autograd.products import gradient_of
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import Recording, record
+from .._autograd.trace import detached, versions
 from .._errors import NotConnected
-from .._guard import Guard
-from .._problem import scalar, without_aux
-from .._randomness import Draw
-from .._recording import Recording, record
-from .._replay import gradient_of
-from .._trace import detached, versions
-from .._tree import Layout, Tree
+from .._pytrees import Layout, Tree
+from ..conditions._inner_problem import scalar, without_aux
 from ..solvers._base import norm
 from ._inner_loop import own_constants
 

@@ -9,14 +9,14 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from .._conditions import plus
+from .._autograd.trace import detached
+from .._autograd.transforms import never_compiled
 from .._errors import NotConverged
+from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._info import SolveInfo
 from .._mistakes import explained
-from .._overloads import Hparams, Objective, Outer
-from .._report import OnFailure, check_on_failure, warn_of_unused
-from .._trace import detached
-from .._transforms import never_compiled
+from ..conditions._base import plus
 from ..solvers._base import dot, norm
 from ._answer import Found, evidence, hypergradient, judge_figure
 from ._inner_loop import map_tensors

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._conditions import plus
-from .._guard import Guard
-from .._problem import scalar, without_aux
-from .._randomness import Draw
-from .._recording import Recording, record
-from .._replay import Replay
-from .._trace import detached
-from .._tree import Tree
+from .._autograd.guard import Guard
+from .._autograd.products import Replay
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import Recording, record
+from .._autograd.trace import detached
+from .._pytrees import Tree
+from ..conditions._base import plus
+from ..conditions._inner_problem import scalar, without_aux
 from ._answer import Found
 from ._inner_loop import InnerLoop, map_tensors
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
+from .._autograd.transforms import never_compiled
 from .._errors import UnsupportedOperation
+from .._implicit.signatures import Hparams, Outer
+from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
-from .._overloads import Hparams, Outer
-from .._report import OnFailure, check_on_failure, warn_of_unused
-from .._transforms import never_compiled
 from ._answer import hypergradient
 from ._forward import Forward
 from ._inner_loop import InnerLoop, hyperparameters, map_tensors

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._conditions import plus
+from .._autograd.transforms import never_compiled
 from .._errors import Diverged
+from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
-from .._overloads import Hparams, Objective, Outer
-from .._report import OnFailure, check_on_failure, warn_of_unused
-from .._transforms import never_compiled
+from ..conditions._base import plus
 from ._answer import Found, hypergradient, judge_figure
 from ._inner_loop import map_tensors
 from ._loss import Arguments, Loss, Parts, descend, require_params

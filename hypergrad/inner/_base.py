@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.trace import being_traced, detached
+from .._autograd.transforms import never_compiled, refuse_derivatives
+from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields, refuse_signatures
-from .._trace import being_traced, detached
-from .._transforms import never_compiled, refuse_derivatives
-from .._tree import Layout, Tree, refuse_meta
-from .._vmaps import Vmaps, outside_of_vmaps
+from .._pytrees import Layout, Tree, refuse_meta
 from ..solvers._base import at_least
 from ._evaluator import Evaluator
 from ._info import InnerInfo

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task
 from .._errors import StructureMismatch
 from .._info import Status
-from .._transforms import any_task
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import norm

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._advice import changed_in_place
-from .._attention import has_fused
+from .._autograd.attention import has_fused
+from .._autograd.double_backward import changed_in_place
+from .._autograd.guard import Guard
+from .._autograd.products import ForwardReplay, Replay, gradient_of
+from .._autograd.recording import Recording, record
+from .._autograd.trace import detached, graph, versions
+from .._autograd.transforms import alive, any_task, carries_derivative
+from .._autograd.vmaps import Vmaps
 from .._errors import NotConnected, StructureMismatch
-from .._guard import Guard
-from .._problem import scalar
-from .._recording import Recording, record
-from .._replay import ForwardReplay, Replay, gradient_of
-from .._trace import detached, graph, versions
-from .._transforms import alive, any_task, carries_derivative
-from .._tree import Layout, Tree
-from .._vmaps import Vmaps
+from .._pytrees import Layout, Tree
+from ..conditions._inner_problem import scalar
 from ._numbers import dot, norm
 
 _OBJECTIVE = "The objective"

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task
 from .._info import Status
-from .._transforms import any_task
 from ._evaluator import Evaluator
 from ._info import InnerInfo
 from ._numbers import dot, norm

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.transforms import any_task
 from .._errors import StructureMismatch
-from .._transforms import any_task
 from ..prox import as_floating, not_negative
 
 Number = float | Tensor

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.search import search
 from .._errors import StructureMismatch
-from .._search import search
 from ..prox import as_floating, size_of
 from ._arguments import Number, described, one_number, widest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autograd.search import search
 from .._errors import NotConverged, StructureMismatch
-from .._search import search
 from ..prox import as_floating
 from ._arguments import described, widest
 

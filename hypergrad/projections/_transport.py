@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._autograd.search import search
 from .._errors import NotConverged, StructureMismatch
-from .._search import search
 from ..prox import as_floating
 from ._arguments import described, widest
 

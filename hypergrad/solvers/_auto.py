@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task, every_task
 from .._info import Status
-from .._transforms import any_task, every_task
 from ._base import (
     LinearSystem,
     NewtonStep,

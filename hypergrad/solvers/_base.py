@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.rows import by_rows
+from .._autograd.transforms import is_wrapped, refuse_derivatives
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import Fields
-from .._rows import by_rows
-from .._transforms import is_wrapped, refuse_derivatives
-from .._tree import Layout, Tree, refuse_meta
+from .._pytrees import Layout, Tree, refuse_meta
 
 if TYPE_CHECKING:
     from ._units import Probe

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task, every_task, transforms_active
 from .._info import Status
-from .._transforms import any_task, every_task, transforms_active
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._cg_in_numbers import FLAT, in_numbers, suits
 from ._iterative import AROUND, FEW, Iterative, Part, off_zero

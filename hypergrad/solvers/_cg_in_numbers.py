@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import transforms_active
 from .._info import Status
-from .._transforms import transforms_active
 from ._base import Product
 from ._iterative import Part
 from ._observer import Observer

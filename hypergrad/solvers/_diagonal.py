@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task, every_task
 from .._info import Status
-from .._transforms import any_task, every_task
 from ._base import Counted, LinearSystem, NewtonStep, Solution, norm, tolerance
 
 _ROUNDING = 1e4  # units of it, by which an entry may differ between two products

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task, is_wrapped
 from .._errors import UnsupportedOperation
 from .._info import Status
-from .._transforms import any_task, is_wrapped
 from ._base import LinearSystem, NewtonStep, Solution, Solver, finite, norm, tolerance
 from ._factorisation import Factorisation, signs, times, without_noise
 

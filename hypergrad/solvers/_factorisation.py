@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._transforms import any_task, every_task, is_wrapped
+from .._autograd.transforms import any_task, every_task, is_wrapped
 from ._equilibration import equilibrated
 
 # Pivots and singular values below so many roundings of the largest are zero. No bound grows with

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task
 from .._info import Status
-from .._transforms import any_task
 from ._base import Product, at_least
 from ._iterative import Iterative, Part, curves_down
 from ._ritz import condition_of_factors

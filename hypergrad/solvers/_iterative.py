@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._advice import advice
+from .._autograd.double_backward import advice
+from .._autograd.rows import by_rows
+from .._autograd.transforms import any_task, every_task, transforms_active
 from .._errors import UnsupportedOperation
 from .._info import Status
-from .._rows import by_rows
-from .._transforms import any_task, every_task, transforms_active
 from ._base import (
     Counted,
     LinearSystem,

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task
 from .._info import Status
-from .._transforms import any_task
 from ._base import Counted, Product, dot
 from ._iterative import NEGATIVE, PRICE, Iterative, Part
 from ._observer import Observer

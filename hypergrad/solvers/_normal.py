@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.transforms import any_task
 from .._errors import UnsupportedOperation
 from .._info import Status
-from .._transforms import any_task
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._iterative import Iterative, Part, batched_preconditioner
 

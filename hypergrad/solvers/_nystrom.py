@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._autograd.rows import by_rows
+from .._autograd.transforms import any_task, outside_transforms
 from .._info import Status
-from .._rows import by_rows
-from .._transforms import any_task, outside_transforms
 from ._base import Counted, LinearSystem, Product, Solution, Solver, at_least, norm, tolerance
 
 _SEED = 0x5EED

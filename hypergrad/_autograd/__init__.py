@@ -1,0 +1,1 @@
+"""What PyTorch does around a call of the library."""

@@ -1,0 +1,154 @@
+"""Recording one call of a user's functions: here alone, so that every call is guarded alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from .._errors import NotConnected
+from .._pytrees import Tree
+from .attention import recorded
+from .double_backward import advice
+from .random_numbers import Draw
+from .refused_modules import WHOLE, refuse_distributed_tensor
+from .trace import Notes, further_out, graph, notes, trace
+from .transforms import is_wrapped
+
+T = TypeVar("T")
+
+
+class Recording:
+    """A call of a user's functions that is being recorded.
+
+    Parameters
+    ----------
+    aliases : list of Tensor
+        What the functions are given in place of the variables.
+    trees : sequence of Tree
+        The caller's arguments, to be named in messages.
+
+    Attributes
+    ----------
+    values : sequence of Tensor
+        What the functions have returned.
+    notes : Notes
+        What was noticed while they ran.
+    """
+
+    def __init__(self, aliases: list[Tensor], trees: Sequence[Tree]) -> None:
+        self.aliases, self.trees = aliases, trees
+        self.values: Sequence[Tensor] = ()
+        self.notes: Notes = notes()
+
+    def placed(self, tensors: Iterable[Tensor], places: Sequence[int]) -> list[Tensor]:
+        """The tensors of a problem, with aliases in these places."""
+        given = list(tensors)
+        for place, alias in zip(places, self.aliases, strict=True):
+            given[place] = alias
+        return given
+
+    def returned(self, values: Sequence[Tensor]) -> None:
+        """Take note of what the functions returned, before anything is differentiated."""
+        self.values = values
+
+    def captured(self) -> list[Tensor]:
+        """What the returned values depend on that is differentiated further out."""
+        return [t for value in self.values for t in further_out(value, self.aliases)]
+
+    def refuse_past_arguments(self, what: str, trees: Sequence[Tree] | None = None) -> None:
+        """Raise if a function reached a tensor of these trees and not the argument made from it."""
+        trees = self.trees if trees is None else trees
+        refuse_past_arguments(what, self.values, self.aliases, trees)
+
+
+def record(
+    evaluate: Callable[[Recording], T],
+    variables: Sequence[Tensor],
+    trees: Sequence[Tree],
+    callers: Sequence[Tree] | None = None,
+    draw: Draw | None = None,
+) -> T:
+    """Call a user's functions so that what they return can be differentiated.
+
+    Whoever calls a user's function in it does so inside a `Guard`, as `Problem` does.
+
+    Parameters
+    ----------
+    evaluate : callable
+        ``evaluate(recording)``: calls the functions with ``recording.aliases``, and
+        differentiates what they returned. It is called again where that needs the second derivative
+        of attention and a fused kernel ran.
+    variables : sequence of Tensor
+        What the aliases stand for.
+    trees : sequence of Tree
+        The caller's arguments, to be named where they do not go together.
+    callers : sequence of Tree, optional
+        Those of them that are the caller's own memory, where others are not.
+    draw : Draw, optional
+        The random numbers of the call; None: those that come next.
+
+    Returns
+    -------
+    answer
+        What `evaluate` returned.
+
+    Raises
+    ------
+    UnsupportedOperation
+        In place of PyTorch's error about a missing second derivative; or if an argument is split
+        over several processes.
+    StructureMismatch
+        In place of one about dtypes and devices.
+    """
+    for tree in trees:
+        for position, variable in enumerate(tree.variables):
+            if type(variable) not in WHOLE:
+                refuse_distributed_tensor(tree.variable_path(position), variable)
+
+    def noted(aliases: list[Tensor]) -> T:
+        notes().callers = trees if callers is None else callers
+        return evaluate(Recording(aliases, trees))
+
+    def once() -> T:
+        return trace(noted, variables)
+
+    with advice(trees):
+        return recorded(once, Draw() if draw is None else draw)
+
+
+def refuse_past_arguments(
+    what: str, outputs: Sequence[Tensor], aliases: Sequence[Tensor], trees: Sequence[Tree]
+) -> None:
+    """Raise if a function reached a caller's tensor and not the argument made from it.
+
+    Raises
+    ------
+    NotConnected
+        Naming the leaf.
+    """
+    own = {id(alias) for alias in aliases}
+    leaves: set[tuple[Any, ...]] = set()
+    edges: set[tuple[Any, int]] = set()
+    for output in outputs:
+        found, reached = graph(output)
+        leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
+        edges |= reached
+    leaves.discard(())
+    for tree in trees:
+        for position, variable in enumerate(tree.variables):
+            if _memory(variable) in leaves or (variable.grad_fn, variable.output_nr) in edges:
+                raise NotConnected(
+                    f"{what} reaches {tree.variable_path(position)} past its arguments (a module "
+                    "called directly, or a captured tensor), so that its derivative would be lost. "
+                    "Call a module as torch.func.functional_call(module, params, args), and use "
+                    "the arguments that the function is given."
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What identifies a plain tensor's memory; nothing for wrapped and empty ones."""
+    if is_wrapped(tensor) or tensor.numel() == 0:
+        return ()
+    return tensor.data_ptr(), tensor.shape, tensor.dtype

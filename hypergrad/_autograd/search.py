@@ -1,0 +1,66 @@
+"""Searches that look at values, beneath the transforms that surround a projection.
+
+A search finds the piece of a projection that a point lies on: which bounds are active, which
+entries are positive, which multipliers hold. The projection is then a smooth formula on that
+piece, through which any derivative passes; the search itself has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transforms import WithoutDerivative
+
+Find = Callable[..., tuple[Tensor, ...]]
+
+
+def search(find: Find, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Call `find` on plain tensors of all tasks at once.
+
+    Parameters
+    ----------
+    find : callable
+        Takes tensors with one task dimension in front, and returns tensors that have it too.
+    *tensors : Tensor
+        Its arguments, for one task.
+
+    Returns
+    -------
+    found : tuple of Tensor
+        What it returned, for one task, without derivatives.
+    """
+    found: tuple[Tensor, ...] = _Search.apply(
+        find, tuple(t.ndim for t in tensors), *(t.detach() for t in tensors)
+    )
+    return found
+
+
+class _Search(WithoutDerivative):
+    @staticmethod
+    def forward(find: Find, dims: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        lead = tensors[0].shape[: tensors[0].ndim - dims[0]]
+        flat = [
+            t.detach().reshape((lead.numel(), *t.shape[t.ndim - d :]))
+            for t, d in zip(tensors, dims, strict=True)
+        ]
+        with torch.no_grad():
+            return tuple(t.reshape((*lead, *t.shape[1:])) for t in find(*flat))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, find: Find, dims: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        moved = _in_front(tensors, in_dims[2:], info.batch_size)
+        found = _Search.apply(find, dims, *moved)
+        return found, (0,) * len(found)
+
+
+def _in_front(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:
+    return [
+        t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]

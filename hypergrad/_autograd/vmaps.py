@@ -1,0 +1,167 @@
+"""The caller's vmaps, left for a while: a batch of tasks as plain tensors with task dimensions.
+
+Inside a vmap every small operation passes through its machinery, and the host may not look at
+values. A call that is surrounded by vmaps alone leaves them, works on the tensors that they have
+batched, and enters them again for the user's functions, which close over batched data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch import pyfunctorch
+from torch.utils import _pytree as pytree
+
+from .random_numbers import generators, restore
+from .transforms import WatchForDerivatives, forward_mode_active
+
+T = TypeVar("T")
+
+# What PyTorch says where something that a function has recorded runs outside of the vmaps.
+_ESCAPED = "escaped from inside a function being vmapped"
+
+
+class StaysInside(Exception):
+    """A user's function cannot be called from outside of the vmaps, or not rightly."""
+
+
+def outside_of_vmaps(call: Callable[[Vmaps | None], T]) -> T:
+    """Call a function with the caller's vmaps left, or inside of them where that cannot be.
+
+    Parameters
+    ----------
+    call : callable
+        Given the vmaps that have been left, or None where there are none, or they are not left.
+
+    Returns
+    -------
+    answer
+        What the function returned.
+
+    Raises
+    ------
+    RuntimeError
+        Whatever the function raises.
+    """
+    vmaps = None if forward_mode_active() else Vmaps.around()
+    if vmaps is None:
+        return call(None)
+    random = generators()
+    try:
+        with vmaps.left():
+            return call(vmaps)
+    except StaysInside:
+        pass
+    except RuntimeError as error:
+        if _ESCAPED not in str(error):
+            raise
+    restore(random)
+    return call(None)
+
+
+class Vmaps:
+    """All function transforms around a call, every one of which is a vmap.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+        How many tasks each of them has, the outermost first.
+    """
+
+    def __init__(self, levels: Sequence[int], sizes: Sequence[int]) -> None:
+        self._levels = tuple(levels)
+        self.sizes = torch.Size(sizes)
+        self._stack: list[Any] = []
+
+    @classmethod
+    def around(cls) -> Vmaps | None:
+        """Those around the call; None where there are none, or another transform among them."""
+        if not torch._C._are_functorch_transforms_active():
+            return None
+        around = pyfunctorch.retrieve_all_functorch_interpreters()
+        found = [one for one in around if isinstance(one, pyfunctorch.VmapInterpreter)]
+        if len(found) < len(around):
+            return None
+        found.sort(key=lambda one: one.level())
+        return cls([one.level() for one in found], [one.batch_size() for one in found])
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Outside of them."""
+        with pyfunctorch.temporarily_clear_interpreter_stack() as self._stack:
+            yield
+
+    def entered(self) -> AbstractContextManager[None]:
+        """Inside of them again."""
+        return pyfunctorch.temporarily_restore_interpreter_stack(self._stack)
+
+    def inside(self, fun: Callable[..., T], *given: Any, differentiated: bool = True) -> T:
+        """Call a user's function inside of them: plain pytrees go in, and come out.
+
+        Parameters
+        ----------
+        fun : callable
+            The function.
+        *given
+            Its arguments.
+        differentiated : bool
+            Whether a derivative of what it returns is going to be taken.
+
+        Returns
+        -------
+        answer : pytree
+            What it returned.
+
+        Raises
+        ------
+        StaysInside
+            If a derivative of what it returns, taken outside, would be wrong, or if it fails: all
+            of it is to be done inside, where its own error then shows.
+        """
+        watch = WatchForDerivatives()
+        try:
+            with self.entered():
+                wrapped = self.wrapped_tree(given)
+                with watch:
+                    found = fun(*wrapped)
+                answer: T = self.unwrapped_tree(found)
+        except Exception as error:
+            raise StaysInside from error
+        if differentiated and watch.seen:
+            raise StaysInside
+        return answer
+
+    def unwrapped(self, tensor: Tensor) -> Tensor:
+        """The plain tensor, a dimension for every vmap in front."""
+        places: dict[int, int] = {}
+        while _functorch.is_batchedtensor(tensor):
+            places[_functorch.maybe_get_level(tensor)] = _functorch.maybe_get_bdim(tensor)
+            tensor = _functorch.get_unwrapped(tensor)
+        left, order = list(range(tensor.ndim)), []
+        for level in self._levels:
+            if level in places:
+                order.append(left.pop(places[level]))
+        tensor = tensor.permute(*order, *left) if order else tensor
+        for place, level in enumerate(self._levels):
+            if level not in places:
+                tensor = tensor.unsqueeze(place)
+        return tensor.expand(self.sizes + tensor.shape[len(self._levels) :])
+
+    def wrapped(self, tensor: Tensor) -> Tensor:
+        """The tensor of one task that a plain one with dimensions in front stands for."""
+        for level in self._levels:
+            tensor = _functorch._add_batch_dim(tensor, 0, level)
+        return tensor
+
+    def unwrapped_tree(self, tree: Any) -> Any:
+        """All tensors of a pytree unwrapped."""
+        return pytree.tree_map_only(Tensor, self.unwrapped, tree)
+
+    def wrapped_tree(self, tree: Any) -> Any:
+        """All tensors of a pytree wrapped."""
+        return pytree.tree_map_only(Tensor, self.wrapped, tree)

@@ -1,0 +1,1 @@
+"""A gradcheck for bi-level problems."""

@@ -1,0 +1,418 @@
+"""A gradcheck for bi-level problems, and the report that it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd.random_numbers import unnoticed
+from .._autograd.transforms import transforms_active
+from .._errors import (
+    ConvergenceWarning,
+    NotConnected,
+    StructureMismatch,
+    UnsupportedOperation,
+)
+from .._info import SolveInfo
+from .._mistakes import explained
+from .._pytrees import Tree
+from ..conditions._base import Minimum, as_condition
+from ..solvers import Solver
+from .determinism import not_deterministic
+from .differences import Direction, derivative, directions
+from .parts import Case
+from .suspects import blame, hidden, no_gradient, not_finite, unsymmetric
+
+# How far two derivatives may be apart, and the error of a difference that shows nothing.
+_RTOL = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# The terms of a derivative may cancel, at an optimum of the outer problem: what is left is then
+# rounding of the terms, and an error is measured by no less than this part of them.
+_CANCELLED = 1e-2
+# A leaf that matters less than this part of the one that matters most is measured by the latter.
+_LEAST = {torch.float64: 1e-3, torch.float32: 2e-2}
+# The differences show nothing there, for the implicit hypergradient or against it.
+_UNCHECKED = (
+    "loss not deterministic",
+    "solve not deterministic",
+    "solve not smooth",
+    "lost in rounding",
+    "not finite",
+)
+_USELESS = {torch.float64: 1e-2, torch.float32: 0.1}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What `check_hypergrad` found.
+
+    Attributes
+    ----------
+    ok : bool
+        Whether the implicit hypergradient agrees with the differences.
+    blame : str or None
+        The part that is at fault, one of ``"hyperparameter not connected"``, ``"params not
+        connected"``, ``"inner problem not solved"``, ``"linear system not solved"``, ``"loss not
+        deterministic"``, ``"solve not deterministic"``, ``"solve not smooth"``, ``"lost in
+        rounding"``, ``"not finite"`` and ``"implicit gradient"``; None where all is well.
+    reason : str
+        What was seen, where, and what to try.
+    relative_error : float
+        Of the implicit hypergradient against the differences, in the leaf where it exceeds the
+        tolerance by most; NaN where the check ended before there were any.
+    tolerance : float
+        What it was compared with: `rtol` and four times the difference's own estimated error.
+    labels : tuple of str
+        The directions in the hyperparameters along which derivatives were compared.
+    implicit, differences, difference_errors : Tensor
+        The derivatives along them, and the estimated errors of the differences.
+    unrolled : Tensor or None
+        The same by differentiating through ``solve``, where that was possible.
+    unrolled_error : float
+        Its relative error against the differences, or NaN.
+    info : SolveInfo or None
+        The evidence of the implicit hypergradient.
+    notes : tuple of str
+        What else there is to know.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner, outer = lambda w, t: ((w - t) ** 2).sum(), lambda w, t: (w**2).sum()
+    >>> stopped_early = lambda t: 0.9 * t  # the minimiser is t
+    >>> report = hypergrad.check_hypergrad(
+    ...     outer, inner, stopped_early, torch.ones(2, dtype=torch.float64)
+    ... )
+    >>> report.ok, report.blame
+    (False, 'inner problem not solved')
+    """
+
+    ok: bool
+    blame: str | None
+    reason: str
+    relative_error: float
+    tolerance: float
+    labels: tuple[str, ...]
+    implicit: Tensor
+    differences: Tensor
+    difference_errors: Tensor
+    unrolled: Tensor | None
+    unrolled_error: float
+    info: SolveInfo | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The verdict, the figures, and what to try."""
+        verdict = "ok"
+        if not self.ok:
+            verdict = f"{'NOT CHECKED' if self.blame in _UNCHECKED else 'WRONG'}, {self.blame}"
+        lines = [f"hypergradient: {verdict}", *textwrap.wrap(self.reason, 100)]
+        if self.relative_error == self.relative_error:
+            lines.append(
+                f"implicit against differences: relative error {self.relative_error:.1e}, "
+                f"tolerance {self.tolerance:.1e}"
+            )
+        if self.unrolled_error == self.unrolled_error:
+            lines.append(f"unrolled against differences: relative error {self.unrolled_error:.1e}")
+        rows = [("", "implicit", "difference", "its error", "unrolled")]
+        for i, label in enumerate(self.labels):
+            figures = [self.implicit, self.differences, self.difference_errors]
+            shown = [f"{float(figure[i]):.6g}" for figure in figures]
+            shown[2] = f"{float(figures[2][i]):.1e}"
+            shown.append("-" if self.unrolled is None else f"{float(self.unrolled[i]):.6g}")
+            rows.append((label, *shown))  # type: ignore[arg-type]
+        if len(rows) > 1:
+            wide = [max(len(row[k]) for row in rows) for k in range(5)]
+            for row in rows:
+                cells = [row[0].ljust(wide[0])] + [row[k].rjust(wide[k]) for k in range(1, 5)]
+                lines.append("  " + "  ".join(cells))
+        if self.info is not None:
+            lines.append(f"linear solve: {self.info}")
+        for note in self.notes:
+            lines += textwrap.wrap(f"note: {note}", 100, subsequent_indent="  ")
+        return "\n".join(lines)
+
+
+@explained
+def check_hypergrad(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    solve: Callable[[Any], Any],
+    hparams: Any,
+    *,
+    solver: Solver | None = None,
+    rtol: float | None = None,
+) -> Report:
+    """Compare the implicit hypergradient with differences of the solved problem.
+
+    The derivative of ``outer(solve(hparams), hparams)`` is taken in three ways: by
+    `implicit_grad` at ``solve(hparams)``, by central differences, and by differentiating through
+    `solve` where that is possible. They are compared along every coordinate of `hparams` where
+    there are at most 12, and else along a random direction in each leaf and three in all
+    together. Where they disagree, the parts of the problem are tested one by one, and the report
+    names the one to blame. Before that each loss is evaluated four times, and 32 times where it
+    draws random numbers, to see whether its values are its own.
+
+    `solve` is called four to twelve times a direction, more often below float64 and where something
+    is wrong, always with the same random numbers and with copies of `hparams`. Failures are
+    reported, neither raised nor warned of; errors of `solve` itself, and arguments of the wrong
+    structure, are raised. PyTorch's random number generators are left as they were.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``, a scalar tensor.
+    inner : callable or condition
+        ``inner(params, hparams)``, or a condition object, as in `implicit_grad`.
+    solve : callable
+        ``solve(hparams) -> params``: the inner solver, started in the same way at each call.
+    hparams : pytree of Tensor
+        The outer variables. float64 is wanted: below it a difference has few digits.
+    solver : Solver, optional
+        The linear solver that is to be checked, as in `implicit_grad`.
+    rtol : float, optional
+        How far the two may be apart, relatively, beside four times the estimated error of the
+        difference. None: 1e-5 in float64, 2e-3 in float32.
+
+    Returns
+    -------
+    report : Report
+        ``report.ok``, ``report.blame`` and the figures; ``print(report)`` shows them all.
+
+    Raises
+    ------
+    StructureMismatch
+        If `hparams` holds no floating-point tensor, or a function returns what it must not.
+    UnsupportedOperation
+        Inside a function transform, or where `implicit_grad` raises it.
+
+    References
+    ----------
+    Ridders, Accurate computation of F'(x) and F'(x) F''(x), 1982.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner = lambda w, lam: (w - 1) ** 2 + lam * w**2
+    >>> outer = lambda w, lam: (w - 2) ** 2
+    >>> lam = torch.tensor(0.5, dtype=torch.float64)
+    >>> hypergrad.check_hypergrad(outer, inner, lambda lam: 1 / (1 + lam), lam).ok
+    True
+
+    The same with a solver that solves something else:
+
+    >>> report = hypergrad.check_hypergrad(outer, inner, lambda lam: 1 / (1 + 2 * lam), lam)
+    >>> report.ok, report.blame
+    (False, 'inner problem not solved')
+    """
+    condition = as_condition(inner, Minimum)
+    if transforms_active():
+        raise UnsupportedOperation(
+            "check_hypergrad looks at numbers, which a function transform (vmap, grad) hides. Call "
+            "it outside, for one task."
+        )
+    tree = Tree("hparams", hparams)
+    if not any(v.numel() for v in tree.variables):
+        raise StructureMismatch(
+            "hparams holds no floating-point tensor to differentiate by; integers, None and plain "
+            "numbers are constants. Pass torch.tensor(0.5, dtype=torch.float64), for example."
+        )
+    with (
+        unnoticed(),
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return _Check(Case(outer, condition, solve, tree, hparams, solver), rtol).report()
+
+
+class _Check:
+    def __init__(self, case: Case, rtol: float | None) -> None:
+        self.case = case
+        dtypes = [v.dtype for v in (*case.tree.variables, *case.params.variables)]
+        self.precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.rtol = _RTOL[self.precision] if rtol is None else rtol
+        case.precision, case.rtol = self.precision, self.rtol
+        self.useless = max(_USELESS.get(self.precision, 0.5), self.rtol)
+        self.least = _LEAST.get(self.precision, 0.1)
+        self.lines = directions(case.tree)
+        self.lengths = _numbers([line.length for line in self.lines])
+        self.notes: list[str] = []
+
+    def report(self) -> Report:
+        case = self.case
+        changing = not_deterministic(case)
+        if changing is not None:
+            return self.ended("loss not deterministic", changing)
+        try:
+            gradient, info = case.implicit(case.solver)
+        except NotConnected as error:
+            where = "hyperparameter" if "hparams" in str(error) else "params"
+            return self.ended(f"{where} not connected", str(error))
+        found = not_finite(case, gradient, info)
+        if found is not None:
+            return self.ended(*found, info)
+
+        implicit = _numbers([line.dot(gradient) for line in self.lines])
+        terms = case.terms(self.lines, case.adjoint(info))
+        self.terms = _numbers(terms) * self.lengths
+        least = torch.maximum(
+            _CANCELLED * self.terms, self.least * (implicit * self.lengths).abs().max()
+        )
+        pairs = [
+            self.difference(line, float(size) / line.length)
+            for line, size in zip(self.lines, least, strict=True)
+        ]
+        differences, errors = _numbers(pairs).unbind(dim=1)
+        unrolled, unrolled_error = self.unrolled(differences, errors)
+        relative_error, tolerance, worst, own = self.compare(implicit, differences, errors)
+        useless = not own <= self.useless
+        wrong = no_gradient(case) or unsymmetric(case, self.rtol)
+        ok = not useless and relative_error <= tolerance and wrong is None
+        why: tuple[str | None, str] = wrong or (None, "")
+        if not ok and wrong is None:
+            line = self.lines[worst]
+            why = blame(
+                case,
+                line,
+                (float(implicit[worst]), float(differences[worst]), float(errors[worst])),
+                useless=useless,
+                agrees=lambda g: self.agrees(g, differences, errors),
+            )
+        largest = torch.maximum(implicit.abs(), differences.abs()) * self.lengths
+        for i in (largest <= _CANCELLED * self.terms).nonzero().flatten().tolist() if ok else ():
+            why = hidden(case, self.lines[i]) or why
+            ok = why[0] is None
+        self.remark(ok, unrolled_error, info, implicit, differences)
+        return Report(
+            ok=ok,
+            blame=why[0],
+            reason=why[1],
+            relative_error=relative_error,
+            tolerance=tolerance,
+            labels=tuple(line.label for line in self.lines),
+            implicit=implicit,
+            differences=differences,
+            difference_errors=errors,
+            unrolled=unrolled,
+            unrolled_error=unrolled_error,
+            info=info,
+            notes=tuple(self.notes),
+        )
+
+    def difference(self, line: Direction, least: float) -> tuple[float, float]:
+        # A derivative along a direction and its error. Below float64 the steps that suit the size
+        # of a hyperparameter may drown in rounding: there longer ones are tried too.
+        found, error = math.nan, math.inf
+        for longer in (1,) if self.precision == torch.float64 else (1, 10, 100):
+            length = longer * line.length
+            pair = derivative(self.case.along(line), length, self.precision, 0.1 * self.rtol, least)
+            if pair[1] < error:
+                found, error = pair
+            if error <= self.useless * max(abs(found), least):
+                break
+        return found, error
+
+    def compare(
+        self, found: Tensor, differences: Tensor, errors: Tensor
+    ) -> tuple[float, float, int, float]:
+        # The relative error, the tolerance and the direction where the one exceeds the other most,
+        # and the largest relative error that the differences themselves are estimated to have.
+        # Derivatives are weighed by the lengths of their directions, leaf by leaf.
+        g, d, e = (t * self.lengths for t in (found, differences, errors))
+        least = self.least * float(torch.maximum(g.abs(), d.abs()).max())
+        worst, answer, own = -1.0, (0.0, self.rtol, 0), 0.0
+        leaves = [line.leaf for line in self.lines]
+        for leaf in dict.fromkeys(leaves):
+            among = [i for i, name in enumerate(leaves) if name == leaf]
+            size = float(self.terms[among].norm())
+            scale = max(float(g[among].norm()), float(d[among].norm()), least, _CANCELLED * size)
+            apart, noise = (g - d)[among].abs(), float(e[among].norm())
+            if not math.isfinite(scale + noise):
+                bad = among[int((~torch.isfinite(d + e)[among]).to(torch.int8).argmax())]
+                return math.nan, self.rtol, bad, math.inf
+            if scale == 0:
+                continue
+            error, tolerance = float(apart.norm()) / scale, self.rtol + 4 * noise / scale
+            own = max(own, noise / scale)
+            if error / tolerance > worst:
+                worst = error / tolerance
+                answer = (error, tolerance, among[int(apart.argmax())])
+        return *answer, own
+
+    def agrees(self, gradient: Sequence[Tensor], differences: Tensor, errors: Tensor) -> bool:
+        found = _numbers([line.dot(gradient) for line in self.lines])
+        error, tolerance, _, _ = self.compare(found, differences, errors)
+        return error <= tolerance
+
+    def unrolled(self, differences: Tensor, errors: Tensor) -> tuple[Tensor | None, float]:
+        gradient, why = self.case.unrolled()
+        if gradient is None:
+            self.notes.append(f"unrolled differentiation was skipped: {why}.")
+            return None, math.nan
+        found = _numbers([line.dot(gradient) for line in self.lines])
+        return found, self.compare(found, differences, errors)[0]
+
+    def remark(
+        self,
+        ok: bool,
+        unrolled_error: float,
+        info: SolveInfo,
+        implicit: Tensor,
+        differences: Tensor,
+    ) -> None:
+        if self.precision != torch.float64:
+            self.notes.append(
+                f"the problem is in {str(self.precision)[6:]}; the tolerance follows the estimated "
+                "error of the difference. Use float64 for a sharp check."
+            )
+        still = [
+            line.leaf
+            for line, g, d in zip(self.lines, implicit, differences, strict=True)
+            if line.leaf and g == 0 and d == 0
+        ]
+        if still:
+            self.notes.append(
+                f"nothing depends on {', '.join(dict.fromkeys(still))} there: both derivatives are "
+                "exactly zero."
+            )
+        rounding = 1e4 * torch.finfo(self.precision).eps * abs(float(info.outer_value))
+        if ok and unrolled_error > self.useless and float(self.terms.max()) > rounding:
+            self.notes.append(
+                "the derivative through solve is another one: solve cuts its graph (.item(), "
+                ".detach(), .data), or its derivative has not converged. The implicit one is right."
+            )
+        if ok and not bool(info.success):
+            self.notes.append(f"the gradient agrees, but the linear solve failed: {info}.")
+        if ok and unsymmetric(self.case) is not None:
+            self.notes.append("the condition is declared symmetric, and A is not quite.")
+
+    def ended(self, blame: str, reason: str, info: SolveInfo | None = None) -> Report:
+        none = _numbers([])
+        return Report(
+            ok=False,
+            blame=blame,
+            reason=reason,
+            relative_error=math.nan,
+            tolerance=self.rtol,
+            labels=(),
+            implicit=none,
+            differences=none,
+            difference_errors=none,
+            unrolled=None,
+            unrolled_error=math.nan,
+            info=info,
+            notes=tuple(self.notes),
+        )
+
+
+def _numbers(values: Any) -> Tensor:
+    """Numbers of the host's as a tensor, whatever the default device is."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

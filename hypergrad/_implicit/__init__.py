@@ -1,0 +1,1 @@
+"""The implicit derivative: from a call to an answer that is judged."""

@@ -1,0 +1,427 @@
+"""One hypergradient: the direct term minus the cross derivative times the linear solve."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._autograd.captured import refuse_one_level_reduced
+from .._autograd.double_backward import changed_in_place
+from .._autograd.products import Parts
+from .._autograd.random_numbers import Draw, generators, restore, same
+from .._autograd.recording import refuse_past_arguments
+from .._autograd.rows import by_rows
+from .._autograd.trace import being_traced, detached, versions
+from .._autograd.transforms import is_batched, refuse_derivatives
+from .._autograd.vmaps import Vmaps, outside_of_vmaps
+from .._errors import UnsupportedOperation
+from .._info import SolveInfo
+from .._pytrees import Tree
+from ..conditions._base import Minimum, as_condition
+from ..conditions._inner_problem import Problem
+from ..solvers import Solver, choose
+from ..solvers._base import NewtonStep, Solution, mapped_by_caller, norm
+from ..solvers._factorisation import signs
+from .causes import Place, data, derivative, inner_places, of_value
+from .linear_solve import Answer, Choices, Use, needs_product, size_of, solved
+from .linearisation import Linearisation
+from .outer_slopes import outer_gradient
+from .second_look import SecondLook, shifted
+from .verdict import OnFailure, check_on_failure, warn_of_unused
+
+_BENDS = 0.1  # the relative change of a slope that is a bend
+_CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
+
+
+@dataclasses.dataclass
+class Hypergradient:
+    """The answer: as a pytree, its variables in their order, and the evidence.
+
+    Attributes
+    ----------
+    grads : pytree of Tensor
+        Shaped like `hparams`.
+    leaves : list of Tensor
+        Its variables.
+    info : SolveInfo
+        With all figures where they were asked for, else with those that the judgement needs.
+    """
+
+    grads: Any
+    leaves: list[Tensor]
+    info: SolveInfo
+
+
+def hypergradient(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    solver: Solver | None,
+    x0: Any,
+    has_aux: bool,
+    inner_tol: float | None,
+    on_failure: OnFailure,
+    return_info: bool,
+) -> Hypergradient:
+    """Compute what `implicit_grad` returns; the arguments are its own."""
+    check_on_failure(on_failure)
+    condition = as_condition(inner, Minimum)
+    P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
+    H = Tree("hparams", hparams, of_autograd=True)
+    call = _Call(
+        outer=outer,
+        problem=Problem.of(condition, P, [H]),
+        choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
+        x0=None if x0 is None else P.match("x0", x0),
+        has_aux=has_aux,
+    )
+    refuse_one_level_reduced(condition.functions(), outer)
+    if mapped_by_caller(call.choices.solver):
+        return call.answer(None)
+    return outside_of_vmaps(call.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One hypergradient: of one system, or outside the caller's vmaps of all their tasks at once.
+
+    Inside, tensors have the task dimensions of `vmaps` in front, and `lead` are their sizes.
+    """
+
+    outer: Callable[[Any, Any], Any]
+    problem: Problem
+    choices: Choices
+    x0: list[Tensor] | None
+    has_aux: bool
+
+    def answer(self, vmaps: Vmaps | None) -> Hypergradient:
+        problem = self.problem if vmaps is None else self.problem.outside(vmaps)
+        P, H = problem.params, problem.args[0]
+        layout = problem.layout()
+        lead = () if vmaps is None else vmaps.sizes
+        choices = self.choices
+
+        def plain(tensor: Tensor) -> Tensor:
+            return detached(tensor if vmaps is None else vmaps.unwrapped(tensor))
+
+        # Autograd stops a loss that changes a float argument in place; the others are copies.
+        tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
+        start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
+        before = versions(tensors)
+        of_outer = Draw()
+        of_inner = Draw(after=of_outer)
+        at = _at(self.outer, problem, tensors, self.has_aux, of_outer)
+        forward = needs_product(choices.solver, problem.condition, transpose=True)
+        lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
+        given = tensors if lin is None else [detached(t) for t in self.problem.tensors]
+        if lin is None:
+            lin = Linearisation(problem, tensors, of_inner, forward=forward)
+        if not choices.judged:  # then neither loss is evaluated again
+            of_outer.forget()
+            of_inner.forget()
+        refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
+
+        _refuse_changed(problem, tensors, before)
+        use = _Hypergradient(
+            self.outer, self.has_aux, problem, lin, tensors, at, of_outer, of_inner
+        )
+        answer = solved(
+            lin,
+            choices,
+            layout.flatten(at.cotangent, lead),
+            given,
+            transpose=True,
+            draw=of_inner,
+            use=use,
+            places=use.places,
+            x0=start,
+        )
+        info = dataclasses.replace(answer.info, outer_value=at.value)
+        if choices.on_failure != "ignore":
+            warn_of_unused(H, "Neither outer nor inner", at.direct, use.indirect)
+        sources = [*self.problem.tensors, *at.captured, *lin.captured]
+        leaves = answer.leaves
+        with nullcontext() if vmaps is None else vmaps.entered():
+            if choices.figures:
+                solution = layout.split(answer.u)
+                if vmaps is not None:
+                    solution, info = vmaps.wrapped_tree((solution, info))
+                info = dataclasses.replace(info, solution=P.fill(solution))
+            if vmaps is not None:
+                leaves = [vmaps.wrapped(leaf) for leaf in leaves]
+            leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
+            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, at.aux)
+            info = dataclasses.replace(info, aux=aux)
+            return Hypergradient(H.fill(leaves), leaves, info)
+
+    def _of_all_tasks(self, vmaps: Vmaps, draw: Draw, forward: bool) -> Linearisation | None:
+        """The inner problem, where it is one and the same for all tasks of a vmap: its matrix too.
+
+        So it is where test points are mapped over. None where a task has anything of its own: a
+        variable, what the functions close over, or random numbers.
+
+        Parameters
+        ----------
+        vmaps : Vmaps
+            The caller's, which have been left.
+        draw : Draw
+            The random numbers of the inner problem.
+        forward : bool
+            Whether products with A itself are wanted.
+
+        Returns
+        -------
+        lin : Linearisation or None
+            Without task dimensions.
+        """
+        if len(vmaps.sizes) != 1 or any(is_batched(t) for t in self.problem.tensors):
+            return None
+        before = generators()
+        tensors = [detached(t) for t in self.problem.tensors]
+        try:
+            lin = Linearisation(self.problem, tensors, draw, forward=forward)
+        except Exception:  # what a task closes over cannot be used here: see what fails there
+            restore(before)
+            draw.forget()
+            return None
+        if not same(before, generators()):
+            restore(before)
+            draw.forget()
+            return None
+        return lin
+
+
+class _Hypergradient(Use):
+    """The direct term minus the cross derivative times the solution.
+
+    Parameters
+    ----------
+    outer, has_aux
+        The outer loss.
+    problem : Problem
+        Whose outer loss it is.
+    lin : Linearisation
+        The inner problem; tasks whose inner problem is the same share one without task dimensions.
+    tensors : list of Tensor
+        Those of the problem.
+    at : OuterSlopes
+        The outer loss there.
+    of_outer, of_inner : Draw
+        The random numbers that all evaluations of a loss see.
+    """
+
+    def __init__(
+        self,
+        outer: Callable[[Any, Any], Any],
+        has_aux: bool,
+        problem: Problem,
+        lin: Linearisation,
+        tensors: list[Tensor],
+        at: OuterSlopes,
+        of_outer: Draw,
+        of_inner: Draw,
+    ) -> None:
+        super().__init__(lin)
+        self._outer, self._has_aux, self._tensors = outer, has_aux, tensors
+        self._problem, self._lead = problem, at.value.shape
+        self._at, self._of_outer, self._of_inner = at, of_outer, of_inner
+        self.indirect: Parts = []
+        self._leaves: list[Tensor] = []
+
+    def values(self) -> list[Tensor]:
+        """The outer loss."""
+        return [self._at.value]
+
+    def leaves(self, u: Tensor) -> list[Tensor]:
+        """The hypergradient."""
+        self.indirect = self._cross(u)
+        self._leaves = self._differences(self._at.direct, self.indirect)
+        return self._leaves
+
+    def share(self) -> Tensor:
+        """The size of the implicit term over that of the whole."""
+        share = self._size(self.indirect) / self._size(self._leaves)
+        return torch.where(torch.isnan(share), torch.ones_like(share), share)
+
+    def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
+        """The relative change of the hypergradient, and no less than what is missing says."""
+        change = self._size(self._cross(missing)) / self._scale()
+        return torch.maximum(change, lost * self.share())
+
+    def _scale(self) -> Tensor:
+        """The size of the hypergradient, or a part of its terms' where they cancel."""
+        terms = self._size(self._at.direct) + self._size(self.indirect)
+        return self._size(self._leaves) + _CANCELLED * terms
+
+    def second_look(
+        self, newton: NewtonStep, found: Solution, planned: Tensor
+    ) -> SecondLook | None:
+        """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
+        # What the solver has left over of the system itself, `planned`, is no matter of the step.
+        if self.lin.lead != self._lead:
+            return None
+        lin, at, lead, u = self.lin, self._at, self.lin.lead, found.x
+        outer = self._outer_at(newton.step)
+        unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
+        if outer is None:
+            return unknown
+        try:
+            inner = Linearisation(
+                lin.problem, shifted(lin, self._tensors, newton.step), self._of_inner
+            )
+        except Exception:  # the loss does not like what it gets there
+            return unknown
+        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
+        there = self._differences(outer.direct, inner.cross(u))
+        moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
+        if found.further is not None:
+            missing = lin.cross(found.further(left))
+            moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
+            change = self._size(moved)
+        else:  # the size of what is missing, and not its sign
+            inverse = norm(u) / norm(lin.layout.flatten(at.cotangent, lead))
+            change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
+        return SecondLook(change / self._scale(), inner.residual - newton.left)
+
+    def mere_rounding(self) -> Tensor:
+        """Whether the slope of the outer loss changes by about itself from rounding alone."""
+        layout, lead = self.lin.layout, self._lead
+        params = layout.flatten([self._tensors[i] for i in self.lin.problem.inner], lead)
+        here = layout.flatten(self._at.cotangent, lead)
+        there = self._outer_at(4 * torch.finfo(layout.precision).eps * signs(params) * params)
+        if there is None:
+            return torch.zeros_like(here[..., 0], dtype=torch.bool)
+        return norm(layout.flatten(there.cotangent, lead) - here) > _BENDS * norm(here)
+
+    def falls_by(self, step: Tensor) -> Tensor:
+        """By how much the outer loss falls on the way to ``params - step``."""
+        there = self._outer_at(step)
+        return self._at.value - (there.value if there else math.nan)
+
+    def negligible(self, params: Tensor) -> Tensor:
+        """Whether params are nothing at the length on which the outer loss bends.
+
+        So it is where the slope of the loss is nearly the same, but not quite, at params that are
+        longer by one over the square root of a rounding.
+
+        Parameters
+        ----------
+        params : Tensor
+            ``(*tasks, n)``.
+
+        Returns
+        -------
+        nothing : Tensor
+            bool, for each task.
+        """
+        layout, lead = self.lin.layout, self._lead
+        eps = torch.finfo(layout.precision).eps
+        there = self._outer_at(params / eps**0.5)
+        if there is None:
+            return super().negligible(params)
+        here = layout.flatten(self._at.cotangent, lead)
+        bend = norm(layout.flatten(there.cotangent, lead) - here) / norm(here)
+        return (bend > 100 * eps) & (bend < _BENDS)
+
+    def _outer_at(self, step: Tensor) -> OuterSlopes | None:
+        """The outer loss at ``params - step``; None where it fails."""
+        step = step.expand((*self._lead, step.shape[-1]))
+        there = shifted(self.lin, self._tensors, step)
+        try:
+            return _at(self._outer, self._problem, there, self._has_aux, self._of_outer)
+        except Exception:  # the loss does not like what it gets there
+            return None
+
+    def places(self, answer: Answer) -> Iterable[Place]:
+        """Everything that went into an answer, by name, in the order of its making."""
+        lin, at, problem, tensors = self.lin, self._at, self.lin.problem, self._tensors
+        P, H = problem.params, problem.args[0]
+        for position, place in enumerate(problem.inner):
+            yield P.variable_path(position), tensors[place], data
+        for position, place in enumerate(problem.outer):
+            yield H.variable_path(position), tensors[place], data
+        yield "the outer loss", at.value, of_value(lambda: problem.outputs(self._outer, tensors))
+        for tree, parts in ((P, at.cotangent), (H, at.direct)):
+            for i, part in enumerate(parts):
+                if part is not None:
+                    where = f"the gradient of the outer loss by {tree.variable_path(i)}"
+                    yield where, part, derivative
+        yield from inner_places(lin, tensors)
+        for i, part in enumerate(lin.layout.split(answer.u)):
+            yield f"the solution of the linear system at {P.variable_path(i)}", part, data
+        for i, part in enumerate(self.indirect):
+            if part is not None:
+                yield f"the cross derivative by {H.variable_path(i)}", part, derivative
+
+    def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:
+        like = [self._tensors[i] for i in self.lin.problem.outer]
+        return [_difference(d, c, h) for d, c, h in zip(direct, indirect, like, strict=True)]
+
+    def _cross(self, u: Tensor) -> Parts:
+        """``(dF/dhparams)^T u``, for every task's u where the tasks share the inner problem."""
+        if self.lin.lead == self._lead:
+            return self.lin.cross(u)
+        connected = [part is not None for part in self.lin.cross(u[0])]
+
+        def one(v: Tensor) -> list[Tensor]:
+            return [part for part in self.lin.cross(v) if part is not None]
+
+        parts = iter(by_rows(one, u) if any(connected) else [])
+        return [next(parts) if known else None for known in connected]
+
+    def _size(self, terms: Parts) -> Tensor:
+        return size_of(terms, self._lead, self._at.value.detach())
+
+
+def _at(
+    outer: Callable[[Any, Any], Any],
+    problem: Problem,
+    tensors: list[Tensor],
+    has_aux: bool,
+    draw: Draw,
+) -> OuterSlopes:
+    with draw.evaluation():
+        return OuterSlopes(*outer_gradient(outer, problem, tensors, has_aux))
+
+
+class OuterSlopes(NamedTuple):
+    """What `outer_gradient` returns."""
+
+    value: Tensor
+    aux: Any
+    cotangent: list[Tensor | None]
+    direct: list[Tensor | None]
+    captured: list[Tensor]
+
+
+def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:
+    if direct is None and indirect is None:
+        return torch.zeros_like(like.detach())
+    if indirect is None:
+        assert direct is not None
+        return direct.detach().clone(memory_format=torch.contiguous_format)
+    if direct is None:
+        return -indirect.detach()
+    return (direct - indirect).detach()
+
+
+def _refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
+    """Raise if a loss has changed one of its arguments in place."""
+    for place, (then, now) in enumerate(zip(before, versions(tensors), strict=True)):
+        if then != now:
+            raise changed_in_place("A loss", problem.path(place))
+
+
+def _not_differentiable() -> Exception:
+    return UnsupportedOperation(
+        "implicit_grad returns a detached hypergradient that cannot be differentiated again. Make "
+        "the inner solver differentiable with custom_argmin, and differentiate outer through it."
+    )

@@ -1,0 +1,209 @@
+"""A condition linearised at a point: the operator A, its transpose and the cross derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import Recording, record
+from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
+from .._autograd.trace import graph
+from .._errors import UnsupportedOperation
+from ..conditions._base import Product
+from ..conditions._inner_problem import Problem
+from ..solvers._base import dense_by_products
+
+_FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+
+
+class Linearisation:
+    """F and its derivatives at a point, from one evaluation of the user's functions.
+
+    Vectors are flat, ``(*tasks, n)``, with the task axes along which the matrices differ. A
+    further axis in front, of right-hand sides that share a matrix, is mapped over.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is linearised.
+    tensors : sequence of Tensor
+        Where. Products are differentiable in those that carry derivatives.
+    draw : Draw
+        The random numbers of the evaluation.
+    forward : bool
+        Whether products with A itself are wanted, and not those with its transpose alone.
+    cross_forward : bool
+        The same for the cross derivative.
+    again : bool
+        Whether a product will be differentiated.
+    tasks : sequence of int, optional
+        Sizes of all task axes: every task gets a matrix of its own, also where they are shared.
+    inside : callable, optional
+        ``inside(linearisation, seed)``, called while the evaluation is being recorded, with a
+        zero that is recorded too; what it returns is kept as `extra`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        draw: Draw,
+        *,
+        forward: bool = False,
+        cross_forward: bool = False,
+        again: bool = False,
+        tasks: Sequence[int] | None = None,
+        inside: Callable[[Linearisation, Tensor], Any] | None = None,
+    ) -> None:
+        self.problem = problem if tasks is None else problem.with_own_axes()
+        self.layout = problem.layout()
+        self.extra: Any = None
+        inner = problem.inner
+        places = [*inner, *problem.outer]
+        seeded = forward or cross_forward or again or inside is not None
+        seeded = seeded or not problem.condition.twice
+        if tasks is None:
+            self.lead = tensors[inner[0]].shape[: len(problem.own_axes)]
+        else:
+            self.lead = torch.Size(tasks)
+
+        def evaluate(recording: Recording) -> None:
+            self.aliases = aliases = recording.aliases
+            seed = aliases.pop() if seeded else None
+            given = recording.placed(tensors, places)
+            if tasks is not None:
+                for place in inner:
+                    given[place] = problem.one_for_each(given[place], tasks)
+            params, args = [given[i] for i in inner], aliases[len(inner) :]
+            self.record = self.problem.condition.record(
+                self.problem, given, params, seed, forward=forward
+            )
+            self._cross = Replay(self.record.residual, args)
+            recording.returned(self.record.values)
+            self.captured, self.notes = recording.captured(), recording.notes
+            # Whether products are formed one at a time.
+            self.one_by_one = self.record.fused or any(map(maps_wrongly, self.record.residual))
+            if cross_forward:
+                assert seed is not None
+                self._cross_forward = ForwardReplay(self.record.residual, args, seed)
+            if tasks is not None:
+                refuse_third_derivatives(self.record.residual)
+            if inside is not None:
+                assert seed is not None
+                self.extra = inside(self, seed)
+
+        variables = [tensors[i] for i in places]
+        if seeded:
+            variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
+        record(evaluate, variables, problem.trees, draw=draw)
+        self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
+        """``A^T u``."""
+        return self._apply(self.record.transposed, u, create_graph)
+
+    def product(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """``A v``."""
+        assert self.record.product is not None
+        return self._apply(self.record.product, v, create_graph)
+
+    def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
+        """The same products with A, or with its transpose, with nothing around them."""
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        layout, dims = self.layout, len(self.lead) + 1
+        bare = None
+        if dims == 1 and layout.is_flat and isinstance(product, Replay):
+            bare = product.bare()
+
+        def form(v: Tensor) -> Tensor:
+            if v.ndim > dims:
+                return self._apply(product, v, False)
+            if self.one_by_one:
+                refuse_mapping()
+            if bare is not None:
+                return bare(v)
+            return layout.flatten(product(layout.split(v), False), v.shape[:-1])
+
+        return form
+
+    def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
+        """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+        if self.one_by_one:
+            refuse_mapping()
+        return self._cross(self.layout.split(u), create_graph)
+
+    def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
+        """``(dF/dargs) tangents``."""
+        if self.one_by_one:
+            refuse_mapping()
+        return self.layout.flatten(self._cross_forward(tangents, create_graph), self.lead)
+
+    def dense(self, transpose: bool) -> Tensor:
+        """A, or its transpose, as a matrix ``(*tasks, n, n)``."""
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        return self.dense_of(product)
+
+    def dense_of(self, recorded: Product) -> Tensor:
+        """A recorded product as a matrix."""
+        product = partial(self.replayed, recorded)
+        n = self.layout.n
+        if not self.lead:
+            return dense_by_products(product, self.residual)
+        eye = torch.eye(n, dtype=self.layout.dtype, device=self.layout.device)
+        columns = eye.reshape(n, *[1] * len(self.lead), n).expand(n, *self.lead, n)
+        return product(columns).movedim(0, -1)
+
+    def replayed(self, product: Product, u: Tensor) -> Tensor:
+        """Another product that was recorded with the condition."""
+        return self._apply(product, u, False)
+
+    def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
+        if v.ndim > len(self.lead) + 1:
+            one = partial(self._apply, product, create_graph=create_graph)
+            mapped: Tensor = by_rows(one, v)
+            return mapped
+        if self.one_by_one:
+            refuse_mapping()
+        if create_graph and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self._apply(product, v, create_graph)
+        layout = self.layout
+        return layout.flatten(product(layout.split(v), create_graph), v.shape[:-1])
+
+
+def maps_wrongly(part: Tensor | None) -> bool:
+    """Whether a mapped derivative of a tensor would be wrong in PyTorch itself."""
+    nodes = graph(part).nodes if part is not None else ()
+    return any(node.name() in WRONG_WHEN_MAPPED for node in nodes)
+
+
+def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:
+    """Raise where a second derivative through the solution would be wrong in PyTorch itself.
+
+    It needs the third derivative of the objective. In PyTorch 2.13 that of the fused norm layers
+    is wrong, since their double backward takes the mean and the deviation for constants.
+
+    Raises
+    ------
+    UnsupportedOperation
+        If the condition was computed through such a layer.
+    """
+    for part in residual:
+        for node in graph(part).nodes if part is not None else ():
+            fused = node.name().startswith(_FUSED_NORMS)
+            if fused and getattr(node, "_saved_training", True):
+                raise UnsupportedOperation(
+                    "A second derivative through this solution needs the third derivative of a "
+                    "norm layer, which is wrong in PyTorch for layer_norm, instance_norm and "
+                    "batch_norm with batch statistics. Use GroupNorm (GroupNorm(1, n) in place of "
+                    "LayerNorm) or RMSNorm, or write the norm out in elementary operations."
+                )

@@ -1,0 +1,77 @@
+"""The outer loss: its value, and its gradients by the inner and the outer variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .._autograd.products import gradient_of
+from .._autograd.recording import Recording, record
+from .._errors import NotConnected
+from ..conditions._inner_problem import Problem, scalar, without_aux
+
+
+def outer_gradient(
+    outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
+) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """Evaluate the outer loss once, and differentiate it.
+
+    Parameters
+    ----------
+    outer : callable
+        ``outer(params, hparams)``.
+    problem : Problem
+        Whose tensors these are; with task axes, the loss is that of each task.
+    tensors : list of Tensor
+        Where.
+    has_aux : bool
+        Whether `outer` returns ``(loss, aux)``.
+
+    Returns
+    -------
+    value : Tensor
+        The loss of each task.
+    aux : pytree
+        What was returned beside it.
+    cotangent, direct : list of Tensor or None
+        The gradients by the inner and by the outer variables; None: not connected.
+    captured : list of Tensor
+        Values that depend on something that is differentiated around the call.
+
+    Raises
+    ------
+    NotConnected
+        If the loss does not depend on the inner variables.
+    StructureMismatch
+        If the inner or the outer variables hold no tensor that can carry a derivative.
+    """
+    for tree in problem.trees:
+        tree.refuse_constant()
+    inner = problem.inner
+    places = [*inner, *problem.outer]
+    aux = None
+
+    def loss(params: Any, hparams: Any) -> Tensor:
+        nonlocal aux
+        value, aux = without_aux("outer", outer(params, hparams), has_aux, "loss")
+        return scalar("outer", value)
+
+    def evaluate(recording: Recording) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        value = problem.outputs(loss, recording.placed(tensors, places))
+        recording.returned([value])
+        recording.refuse_past_arguments("outer")
+        found = gradient_of(value, recording.aliases, create_graph=False)
+        return value, found, recording.captured()
+
+    value, found, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
+    cotangent, direct = found[: len(inner)], found[len(inner) :]
+    if all(part is None for part in cotangent):
+        raise NotConnected(
+            "outer does not depend on params, so the inner problem plays no part in its gradient. "
+            "Use params in outer: a module must be called as torch.func.functional_call(module, "
+            "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
+            "connection."
+        )
+    return value.detach(), aux, cotangent, direct, captured

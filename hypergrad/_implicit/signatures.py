@@ -1,0 +1,37 @@
+"""What the overloads of the public functions share: for type checkers, and who reads signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypedDict, TypeVar
+
+from torch import Tensor
+
+from ..conditions._base import Condition
+from ..solvers import Solver
+from .verdict import OnFailure
+
+#: The types of the inner and the outer variables, and so of a solution and of a gradient.
+Params = TypeVar("Params")
+Hparams = TypeVar("Hparams")
+
+# In every overload the same: where they differ, a lambda makes type checkers return Any.
+Outer: TypeAlias = Callable[[Params, Hparams], Tensor | tuple[Tensor, Any]]
+Objective: TypeAlias = Callable[[Params, Hparams], Tensor]
+Inner: TypeAlias = Callable[[Params, Hparams], Tensor] | Condition
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `implicit_grad` that do not change what it returns."""
+
+    solver: Solver | None
+    x0: Any
+    inner_tol: float | None
+    on_failure: OnFailure
+
+
+class RuleOptions(TypedDict, total=False):
+    """Those of `root_vjp` and `root_jvp`."""
+
+    solver: Solver | None
+    on_failure: OnFailure

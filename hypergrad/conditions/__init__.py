@@ -1,0 +1,1 @@
+"""Conditions: what an inner solution satisfies."""

@@ -1,0 +1,142 @@
+"""Whether a solution sits where its derivative jumps, or is not determined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._pytrees import Layout
+from ..solvers._base import norm
+
+if TYPE_CHECKING:
+    from .._implicit.linearisation import Linearisation
+
+#: The relative jump above which an answer counts as one of several.
+DEGENERATE = 1e-2
+# A kink counts as met within so many roundings (in half precision two), or within twice the
+# residual of the condition where that is small enough for params to be next to a solution.
+_ROUNDINGS = 64
+_FAR = 1e-3
+_SOLVED = 1e-4
+
+
+def reach(scale: Tensor, residual: Tensor, precision: torch.dtype) -> Tensor:
+    """How far a kink may be away and still be met, for each task.
+
+    Parameters
+    ----------
+    scale : Tensor
+        The size of the numbers that decide on the side, ``(*tasks,)``.
+    residual : Tensor
+        The condition, ``(*tasks, n)``.
+    precision : torch.dtype
+        In which it was computed.
+
+    Returns
+    -------
+    distance : Tensor
+        ``(*tasks,)``.
+    """
+    missed = norm(residual) / max(residual.shape[-1], 1) ** 0.5
+    missed = torch.where(missed <= _SOLVED * scale, 2 * missed, torch.zeros_like(missed))
+    eps = torch.finfo(precision).eps
+    return max(min(_ROUNDINGS * eps, _FAR), 2 * eps) * scale + missed
+
+
+def directions(layout: Layout) -> Tensor:
+    """A fixed vector ``(n,)`` in general position, with entries from 0.5 to 1.5 of either sign.
+
+    Where a kink is near, the two sides of it lie along almost every direction. All ones would
+    not do: a projection onto the simplex does not see them.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the inner variables.
+
+    Returns
+    -------
+    direction : Tensor
+        The vector.
+    """
+    # A multiplicative hash, so that the caller's random numbers stay as they are.
+    number = torch.arange(1, layout.n + 1, device=layout.device) * 2654435761
+    size = 0.5 + (number % 2**24).to(layout.dtype) / 2**24
+    return torch.where((number >> 27) % 2 == 0, size, -size)
+
+
+def degeneracy(lin: Linearisation, u: Tensor, b: Tensor, *, transpose: bool) -> Tensor | None:
+    """How far the sides of a kink are apart, as a part of the linear system; None: not known.
+
+    With D the derivative that the condition has taken of its map, D' that on another side and u
+    the solution of the system, it is ``||(D' - D)^T u||`` divided by the smaller of ``||b||`` and
+    ``||u||``. A solution of the system with A itself is zero just where the map holds its entries
+    fixed, and so shows nothing of the other side: there a vector in general position takes u's
+    place. Infinite where the gradients of the active constraints are linearly dependent.
+
+    Parameters
+    ----------
+    lin : Linearisation
+        The condition at the solution.
+    u, b : Tensor
+        The solution and the right-hand side of the system, flat.
+    transpose : bool
+        Whether the system's matrix is the transpose of A.
+
+    Returns
+    -------
+    jump : Tensor or None
+        One figure a task.
+    """
+    sides, dependent = lin.record.sides, lin.record.dependent
+    if not sides and dependent is None:
+        return None
+    jump, size = torch.zeros_like(u[..., 0]), torch.minimum(norm(b), norm(u))
+    if not transpose:
+        u = directions(lin.layout).expand_as(u)
+        size = norm(u)
+    for side in sides:
+        jump = torch.maximum(jump, norm(lin.replayed(side, u)))
+    jump = torch.where(jump > 0, jump / size, torch.zeros_like(jump))
+    if dependent is not None:
+        jump = torch.where(dependent(), torch.full_like(jump, math.inf), jump)
+    return jump
+
+
+def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:
+    """Whether the active ones of some vectors are linearly dependent, to the dtype's precision.
+
+    Parameters
+    ----------
+    rows : Tensor
+        The vectors, ``(*tasks, m, n)``.
+    active : Tensor
+        bool, ``(*tasks, m)``.
+
+    Returns
+    -------
+    dependent : Tensor
+        bool, ``(*tasks,)``.
+    """
+    length = norm(rows)
+    unit = rows / torch.where(length > 0, length, torch.ones_like(length))[..., None]
+    unit = torch.where(active[..., None], unit, torch.zeros_like(unit))
+    gram = unit @ unit.mT + torch.diag_embed((~active).to(unit.dtype))
+    sound = torch.isfinite(gram).flatten(-2).all(dim=-1)
+    lowest = torch.linalg.eigvalsh(torch.where(sound[..., None, None], gram, 1.0))[..., 0]
+    return sound & (lowest <= 64 * rows.shape[-2] * torch.finfo(rows.dtype).eps)
+
+
+def largest(parts: Sequence[Tensor], lead: int) -> Tensor:
+    """The largest modulus among the entries of some tensors, for each task."""
+    sizes = [
+        part.detach().abs().reshape(*part.shape[:lead], -1).amax(dim=-1)
+        for part in parts
+        if part.numel()
+    ]
+    widest = max((size.dtype for size in sizes), key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.stack([size.to(widest) for size in sizes]).amax(dim=0)
