@@ -217,7 +217,7 @@ class Tree:
                 f"{what} must have the structure of {self.name}: expected "
                 f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}.{cure}"
             )
-        found = []
+        variables = []
         for index in self.where:
             want, got = self.leaves[index], leaves[index]
             path = what + str(pytree.keystr(self._paths[index]))
@@ -238,8 +238,8 @@ class Tree:
                         f"{figure} {expected}; they must agree."
                         + (cure if figure == "shape" else "")
                     )
-            found.append(got)
-        return found
+            variables.append(got)
+        return variables
 
 
 def refuse_meta(*trees: Tree) -> None:

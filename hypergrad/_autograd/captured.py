@@ -74,12 +74,12 @@ def names_of_captured(
     functions: Sequence[Callable[..., Any]], wanted: Callable[[Tensor], bool]
 ) -> str:
     """The names, for a message, of the wanted ones among the tensors that functions capture."""
-    found: list[str] = []
+    names: list[str] = []
     for function in functions:
         for name, tensor in _captured(function):
-            if wanted(tensor) and name not in found:
-                found.append(name)
-    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            if wanted(tensor) and name not in names:
+                names.append(name)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def refuse_one_level_reduced(

@@ -62,8 +62,8 @@ def call_outside(
     of_init = sum(is_ordinary(leaf) for leaf in pytree.tree_leaves(arguments[0]))
     call = _Call(on_tensors, batching, of_init)
     tensors = [detached(leaves[i]) for i in places]
-    found = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)
-    return call.structure.rebuild(found)
+    results = _Outside.apply(call, *tensors) if transforms_active() else call(tensors)
+    return call.structure.rebuild(results)
 
 
 def _refuse_captured(fit: Callable[..., Any]) -> None:
@@ -124,14 +124,14 @@ class _Call:
         given = [t.clone() if i < self.of_init else t for i, t in enumerate(tensors)]
         before = versions(given[self.of_init :])
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
-            found = mapped(given)
+            results = mapped(given)
         if before != versions(given[self.of_init :]):
             raise UnsupportedOperation(
                 "The inner solver changed one of its arguments in place; only the initial guess "
                 "may be overwritten. Work on a copy: tensor.clone()."
             )
         theirs = {t.data_ptr() for t in given}
-        plain = [t.detach() for t in found]
+        plain = [t.detach() for t in results]
         return tuple(t.clone() if t.data_ptr() in theirs else t for t in plain)
 
     def _one(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -182,5 +182,5 @@ class _Outside(WithoutDerivative):
         dims = in_dims[1:]
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
         own = [None if d is None else 0 for d in dims]
-        found = _Outside.apply(call.under(own, info.batch_size, info.randomness), *moved)
-        return found, (0,) * len(found)
+        results = _Outside.apply(call.under(own, info.batch_size, info.randomness), *moved)
+        return results, (0,) * len(results)

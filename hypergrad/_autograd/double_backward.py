@@ -158,12 +158,12 @@ def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
 
 
 def _refuse_two_dtypes(trees: Sequence[Tree], error: Exception) -> None:
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for tree in trees:
         for i, leaf in enumerate(tree.variables):
-            found.setdefault(str(leaf.dtype), tree.variable_path(i))
-    if found:
-        given = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
+            names.setdefault(str(leaf.dtype), tree.variable_path(i))
+    if names:
+        given = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
         raise StructureMismatch(
             f"A loss puts tensors of several dtypes into one operation: {given}, and the data that "
             "it captures have theirs. Convert them to one, with tensor.to(params.dtype) for the "
@@ -190,8 +190,8 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
     if any(_reaches(node, inputs) for node in compiled):
         raise UnsupportedOperation(_CURES[_COMPILED])
     one = torch.ones_like(value).requires_grad_()
-    found = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
-    for gradient in found:
+    gradients = torch.autograd.grad(value, inputs, one, create_graph=True, allow_unused=True)
+    for gradient in gradients:
         reached = graph(gradient).nodes if gradient is not None else set()
         if any(node.name() == "torch::autograd::Error" for node in reached):
             raise UnsupportedOperation(_CURES["once_differentiable"])

@@ -157,17 +157,17 @@ class Guard(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             args, kwargs = self._allowed(func, args, kwargs)
         try:
-            found = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         except RuntimeError as error:
             if args and self._state.is_copy(args[0]):
                 _refuse_in_transform(args[0], error)
             raise
-        if func in _MAKES_NEW and isinstance(found, Tensor):
+        if func in _MAKES_NEW and isinstance(result, Tensor):
             with torch._C.DisableTorchFunction():
-                memory = _memory(found)
+                memory = _memory(result)
                 if memory is not None and not (args and _memory(args[0]) == memory):
                     self._new.add(memory)
-        return found
+        return result
 
     def _compiled(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation of a compiled function, in which modules are not noticed."""
@@ -175,10 +175,10 @@ class Guard(TorchFunctionMode):
             raise self._running()
         if func in (functional.embedding, torch.embedding):
             args, kwargs = _densely(func, args, kwargs)
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if func is Tensor.add_ and args[0].ndim == 0 and args[0].dtype == torch.int64:
             self._counters.append(args[0])  # of batches, which the layer moves first
-        return found
+        return result
 
     def _allowed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments to call a function with, unless it is refused."""

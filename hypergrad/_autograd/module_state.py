@@ -71,7 +71,7 @@ class _Held:
 
     def before(self, name: str, now: Any) -> Any:
         """What was in a slot before it was replaced by what is there now."""
-        return next((b for found, b in self.replaced.get(name, ()) if found is now), now)
+        return next((b for was, b in self.replaced.get(name, ()) if was is now), now)
 
 
 class ModuleState:

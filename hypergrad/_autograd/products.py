@@ -53,13 +53,13 @@ class Replay:
 
         def form(cotangent: Tensor) -> Tensor:
             try:
-                (found,) = run(
+                (pulled,) = run(
                     outputs, (cotangent,), True, False, inputs, True, accumulate_grad=False
                 )
             except RuntimeError as error:
                 advise(error)
                 raise
-            return torch.zeros_like(cotangent) if found is None else _dense(found)
+            return torch.zeros_like(cotangent) if pulled is None else _dense(pulled)
 
         return form
 
@@ -102,10 +102,10 @@ class ForwardReplay:
 
     def __call__(self, tangents: Parts, create_graph: bool = False) -> Parts:
         """One product; None where an output does not depend on the inputs."""
-        found: list[Tensor | None] = [None] * self._count
+        pushed: list[Tensor | None] = [None] * self._count
         for i, part in zip(self._used, self._transpose(tangents, create_graph), strict=True):
-            found[i] = part
-        return found
+            pushed[i] = part
+        return pushed
 
 
 def gradient_of(
@@ -132,15 +132,15 @@ def _pulled(
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad`, or what it calls."""
     if _wrapped(outputs):
-        found: Parts = torch.autograd.grad(
+        pulled: Parts = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,
         )  # fmt: skip
     else:
-        found = Variable._execution_engine.run_backward(
+        pulled = Variable._execution_engine.run_backward(
             outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False
         )
-    return [None if part is None else _dense(part) for part in found]
+    return [None if part is None else _dense(part) for part in pulled]
 
 
 def _dense(part: Tensor) -> Tensor:

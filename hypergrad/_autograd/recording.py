@@ -132,8 +132,8 @@ def refuse_past_arguments(
     leaves: set[tuple[Any, ...]] = set()
     edges: set[tuple[Any, int]] = set()
     for output in outputs:
-        found, reached = graph(output)
-        leaves |= {_memory(leaf) for leaf in found if id(leaf) not in own}
+        ends, reached = graph(output)
+        leaves |= {_memory(leaf) for leaf in ends if id(leaf) not in own}
         edges |= reached
     leaves.discard(())
     for tree in trees:

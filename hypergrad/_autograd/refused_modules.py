@@ -40,9 +40,9 @@ def refuse_distributed_module(module: nn.Module) -> None:
     UnsupportedOperation
         Naming its class.
     """
-    found = _distributed(type(module))
-    if found is not None:
-        raise UnsupportedOperation(f"A loss runs {_named(type(module), found)}, {_CURES[found]}")
+    kind = _distributed(type(module))
+    if kind is not None:
+        raise UnsupportedOperation(f"A loss runs {_named(type(module), kind)}, {_CURES[kind]}")
 
 
 def refuse_distributed_tensor(what: str, tensor: Tensor | None) -> None:
@@ -53,9 +53,9 @@ def refuse_distributed_tensor(what: str, tensor: Tensor | None) -> None:
     UnsupportedOperation
         Naming it.
     """
-    found = _distributed(type(tensor))
-    if found is not None:
-        raise UnsupportedOperation(f"{what} is a {found}, {_CURES[found]}")
+    kind = _distributed(type(tensor))
+    if kind is not None:
+        raise UnsupportedOperation(f"{what} is a {kind}, {_CURES[kind]}")
 
 
 def moves_without_derivative(module: nn.Module) -> bool:

@@ -146,7 +146,7 @@ def _along(
     spread = torch.tensor(list(sizes), device=x.device)
     direction = drawn * lengths.repeat_interleave(spread, dim=-1)
     here = gradient(x).to(torch.float64)
-    found = product(direction).to(torch.float64)
+    image = product(direction).to(torch.float64)
     step = _STEPS[x.dtype]
     slopes, bends = [], []
     for h in (step, step / 2):
@@ -160,7 +160,7 @@ def _along(
     change, kink = slopes[1] - slopes[0], bends[1] - bends[0] / 2
     floor = torch.finfo(x.dtype).eps * here.abs() / step
 
-    alike = found.shape == x.shape
+    alike = image.shape == x.shape
     units = lengths.to(torch.float64) if alike else torch.ones_like(lengths[..., :1])
 
     def norms(vector: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ def _along(
         by_leaf = torch.stack([p.norm(dim=-1) for p in parts], -1) if alike else vector.norm()
         return (by_leaf * units).reshape(-1, len(parts)).norm(dim=0)
 
-    error, own = norms(found - slope), norms(change) + norms(kink) + norms(floor)
-    larger = torch.maximum(norms(found), norms(slope))
+    error, own = norms(image - slope), norms(change) + norms(kink) + norms(floor)
+    larger = torch.maximum(norms(image), norms(slope))
     whole, whole_own, whole_error = (float(v.norm()) for v in (larger, own, error))
     if not math.isfinite(whole + whole_own + whole_error):
         return Comparison(Verdict.UNDECIDED, math.nan, math.nan)

@@ -107,14 +107,14 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
         with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
             if not transforms_active():
                 return fun([_alias(v) for v in variables])
-            found: list[T] = []
+            results: list[T] = []
 
             def record(*aliases: Tensor) -> Tensor:
-                found.append(fun(list(aliases)))
+                results.append(fun(list(aliases)))
                 return aliases[0]
 
             torch.func.vjp(record, *variables)
-            return found[0]
+            return results[0]
     finally:
         _depth.reset(depth)
         _walked.reset(walked)
@@ -189,10 +189,10 @@ def graph(output: Tensor) -> Graph:
     known = _walked.get()
     if known is None:
         return _walk(output)
-    found = known.get(id(output))
-    if found is None or found[1] is not output.grad_fn:
-        found = known[id(output)] = output, output.grad_fn, _walk(output)
-    return found[2]
+    entry = known.get(id(output))
+    if entry is None or entry[1] is not output.grad_fn:
+        entry = known[id(output)] = output, output.grad_fn, _walk(output)
+    return entry[2]
 
 
 def _walk(output: Tensor) -> Graph:

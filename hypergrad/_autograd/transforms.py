@@ -59,10 +59,10 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 def layers(tensor: Tensor) -> list[Tensor]:
     """The tensor and what it wraps, outermost wrapper first, the plain tensor last."""
-    found = [tensor]
-    while is_wrapped(found[-1]):
-        found.append(_functorch.get_unwrapped(found[-1]))
-    return found
+    peeled = [tensor]
+    while is_wrapped(peeled[-1]):
+        peeled.append(_functorch.get_unwrapped(peeled[-1]))
+    return peeled
 
 
 def without_left(tensor: Tensor) -> Tensor:

@@ -85,11 +85,11 @@ class Vmaps:
         if not torch._C._are_functorch_transforms_active():
             return None
         around = pyfunctorch.retrieve_all_functorch_interpreters()
-        found = [one for one in around if isinstance(one, pyfunctorch.VmapInterpreter)]
-        if len(found) < len(around):
+        vmaps = [one for one in around if isinstance(one, pyfunctorch.VmapInterpreter)]
+        if len(vmaps) < len(around):
             return None
-        found.sort(key=lambda one: one.level())
-        return cls([one.level() for one in found], [one.batch_size() for one in found])
+        vmaps.sort(key=lambda one: one.level())
+        return cls([one.level() for one in vmaps], [one.batch_size() for one in vmaps])
 
     @contextmanager
     def left(self) -> Iterator[None]:
@@ -129,8 +129,8 @@ class Vmaps:
             with self.entered():
                 wrapped = self.wrapped_tree(given)
                 with watch:
-                    found = fun(*wrapped)
-                answer: T = self.unwrapped_tree(found)
+                    result = fun(*wrapped)
+                answer: T = self.unwrapped_tree(result)
         except Exception as error:
             raise StaysInside from error
         if differentiated and watch.seen:

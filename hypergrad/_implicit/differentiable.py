@@ -158,8 +158,8 @@ class LinearSolve(torch.autograd.Function):
                 return Replay([lin.transposed(right, create_graph=True)], lin.aliases)
 
             lin = Linearisation(problem, tensors, rule.draw, tasks=u.shape[:-1], inside=of_product)
-            found = lin.extra([left], create_graph=higher_order())
-            for place, part in zip(places, found, strict=True):
+            crossed = lin.extra([left], create_graph=higher_order())
+            for place, part in zip(places, crossed, strict=True):
                 grads[place] = None if part is None else -part
         return None, None, z, *grads
 
@@ -225,8 +225,8 @@ class ImplicitSolution(torch.autograd.Function):
         info: Any, in_dims: Any, rule: Rule, captured: None, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         axis, moved = _with_axis(rule.problem, info, in_dims[2:], tensors, own=True)
-        found = ImplicitSolution.apply(rule.under(axis), captured, *moved)
-        return found, (0,) * len(found)
+        results = ImplicitSolution.apply(rule.under(axis), captured, *moved)
+        return results, (0,) * len(results)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

@@ -68,30 +68,30 @@ class Evidence:
         lin: Linearisation,
         choices: Choices,
         system: LinearSystem,
-        found: Solution,
+        solution: Solution,
         tensors: Sequence[Tensor],
         use: Use,
         transpose: bool,
         draw: Draw,
     ) -> None:
         self.draw = draw
-        self.lin, self.choices, self.system, self.found = lin, choices, system, found
+        self.lin, self.choices, self.system, self.solution = lin, choices, system, solution
         self.tensors, self.use, self.transpose = tensors, use, transpose
         self.params = lin.layout.flatten([tensors[i] for i in lin.problem.inner], lin.lead)
-        self.length, self.strength = norm(found.x), norm(system.b)
+        self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
-        self.matvecs = found.matvecs
-        self.status = found.status
-        self.success = found.success & torch.isfinite(self.length)
-        self.negative = found.negative_curvature
-        self.cause = torch.zeros_like(found.status)
+        self.matvecs = solution.matvecs
+        self.status = solution.status
+        self.success = solution.success & torch.isfinite(self.length)
+        self.negative = solution.negative_curvature
+        self.cause = torch.zeros_like(solution.status)
         self.degeneracy: Tensor | None = None
 
     def gathered(self) -> SolveInfo:
         """All of it, as far as it is wanted."""
         if not self.choices.judged:
-            return info_of(self.found, solution=None, success=self.success)
-        outer_error = dot(self.found.x, self.lin.residual)
+            return info_of(self.solution, solution=None, success=self.success)
+        outer_error = dot(self.solution.x, self.lin.residual)
         self._judge_curvature()
         self._judge_rank()
         self._judge_units()
@@ -106,18 +106,18 @@ class Evidence:
             figures = {
                 "outer_error": outer_error,
                 "error_estimate": self._estimate(inner, approximation),
-                "eigenvalues": self.found.eigenvalues,
+                "eigenvalues": self.solution.eigenvalues,
             }
         if self.degeneracy is not None:
             figures["degeneracy"] = self.degeneracy
-        found = dataclasses.replace(
-            self.found,
+        solution = dataclasses.replace(
+            self.solution,
             status=self.status,
             matvecs=self.matvecs,
             negative_curvature=self.negative,
         )
         return info_of(
-            found,
+            solution,
             solution=None,
             success=self.success,
             inner_residual=residual,
@@ -138,7 +138,9 @@ class Evidence:
         if rounding is None or not any_task(lost & rounding):
             return
         none = lost & rounding
-        self.found.x = torch.where(none[..., None], torch.zeros_like(self.found.x), self.found.x)
+        self.solution.x = torch.where(
+            none[..., None], torch.zeros_like(self.solution.x), self.solution.x
+        )
         self.status = torch.where(none, int(Status.CONVERGED), self.status)
         self.success = self.success | none
         self.strength = torch.where(none, torch.zeros_like(self.strength), self.strength)
@@ -146,22 +148,24 @@ class Evidence:
 
     def _judge_curvature(self) -> None:
         """Negative curvature: said of a minimum, whatever method has met it."""
-        found, condition = self.found, self.lin.problem.condition
+        solution, condition = self.solution, self.lin.problem.condition
         if not condition.minimum:
             return
         # b . A^-1 b is negative, by more than the residual can be to blame for.
         eps = torch.finfo(self.system.layout.precision).eps
-        doubt = self.length * self.strength * (found.residual_norm.nan_to_num(math.inf) + 100 * eps)
-        self.negative = self.negative | (dot(found.x, self.system.b) < -doubt)
+        doubt = (
+            self.length * self.strength * (solution.residual_norm.nan_to_num(math.inf) + 100 * eps)
+        )
+        self.negative = self.negative | (dot(solution.x, self.system.b) < -doubt)
         if self.choices.looks and self.choices.spends:
             self._look_for_curvature()
         self._fail(self.negative, Cause.CURVATURE)
 
     def _look_for_curvature(self) -> None:
         """Negative curvature that a method has not looked for itself."""
-        solver, found = self.choices.solver, self.found
-        if isinstance(solver, GMRES) and found.spectrum is not None:
-            low, high = found.eigenvalues.unbind(dim=-1)
+        solver, solution = self.choices.solver, self.solution
+        if isinstance(solver, GMRES) and solution.spectrum is not None:
+            low, high = solution.eigenvalues.unbind(dim=-1)
             eps = torch.finfo(self.system.layout.precision).eps
             self.negative = self.negative | (low < -NEGATIVE * eps * high.abs())
         elif isinstance(solver, NormalCG | LSMR):
@@ -173,7 +177,7 @@ class Evidence:
 
     def _judge_rank(self) -> None:
         """Whether the derivative is determined, where the matrix lacks rank."""
-        null = self.found.null
+        null = self.solution.null
         if null is None:
             return
         lacking = null.any(dim=-1).expand_as(self.status)
@@ -187,27 +191,29 @@ class Evidence:
 
     def _judge_units(self) -> None:
         """A residual that is small in units that hide an error."""
-        solver, found = self.choices.solver, self.found
+        solver, solution = self.choices.solver, self.solution
         if not (self.choices.looks and self.choices.spends) or isinstance(solver, Identity):
             return
-        claimed = found.success & (found.iterations > 0)
+        claimed = solution.success & (solution.iterations > 0)
         if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
-            claimed = claimed & (found.status != Status.MAX_ITERATIONS)  # a budget claims nothing
+            claimed = claimed & (
+                solution.status != Status.MAX_ITERATIONS
+            )  # a budget claims nothing
         if not any_task(claimed):
             return
-        if self.found.probe is None and self.found.further is None:
+        if self.solution.probe is None and self.solution.further is None:
             damping = getattr(solver, "damping", 0.0)
-            self.found.probe = probed(self.system, self.found, damping)
-            self.matvecs = self.matvecs + (self.found.probe is not None)
-        if self.found.probe is not None:
-            self._fail(self.found.probe.hides, Cause.UNITS)
+            self.solution.probe = probed(self.system, self.solution, damping)
+            self.matvecs = self.matvecs + (self.solution.probe is not None)
+        if self.solution.probe is not None:
+            self._fail(self.solution.probe.hides, Cause.UNITS)
 
     def _newton(self) -> tuple[Tensor, NewtonStep]:
         """The relative length of the inner Newton step, and the step."""
-        F, found = self.lin.residual, self.found
+        F, solution = self.lin.residual, self.solution
         weighted = self._weighted(self.params)
         self.extent = norm(weighted)
-        newton = found.newton
+        newton = solution.newton
         if newton is not None and self._unreached(newton, F):
             rows = self._rows()
             least = norm(newton.left) / rows.amax(dim=-1)  # the inverse is no smaller than this
@@ -227,7 +233,7 @@ class Evidence:
         return residual.expand_as(self.status), newton
 
     def _weighted(self, v: Tensor) -> Tensor:
-        return v if self.found.metric is None else v * self.found.metric
+        return v if self.solution.metric is None else v * self.solution.metric
 
     def _unreached(self, newton: NewtonStep, F: Tensor) -> bool:
         """Whether the search directions have left out a part of the condition that counts."""
@@ -273,7 +279,7 @@ class Evidence:
 
     def _rows(self) -> Tensor:
         """The size of the rows of A, as far as they were probed."""
-        probe = self.found.probe
+        probe = self.solution.probe
         if probe is not None:
             return probe.rows
         return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
@@ -315,7 +321,7 @@ class Evidence:
         # Of the identity in the place of A there is no Newton step to speak of.
         known = not isinstance(self.choices.solver, Identity)
         if looks and known and any_task(wanted):
-            look = self.use.second_look(newton, self.found, self._left_over())
+            look = self.use.second_look(newton, self.solution, self._left_over())
         # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
         blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
         linear = torch.zeros_like(blamed)
@@ -351,10 +357,10 @@ class Evidence:
 
     def _left_over(self) -> Tensor:
         """``b - A u`` of the answer: what damping, a budget, or another matrix leave by design."""
-        u, solver = self.found.x, self.choices.solver
-        if self.found.residual is not None:
-            return self.found.residual + getattr(solver, "damping", 0.0) * u
-        if self.found.further is not None:  # a factorisation leaves nothing over
+        u, solver = self.solution.x, self.choices.solver
+        if self.solution.residual is not None:
+            return self.solution.residual + getattr(solver, "damping", 0.0) * u
+        if self.solution.further is not None:  # a factorisation leaves nothing over
             return getattr(solver, "damping", 0.0) * u
         self.matvecs = self.matvecs + 1
         return self.system.b - self.system.matvec(u)
@@ -382,16 +388,16 @@ class Evidence:
 
     def _judge_approximation(self) -> Tensor:
         """The relative error of `u` that a curvature in place of the Hessian makes."""
-        hessian, found = self.lin.record.hessian, self.found
+        hessian, solution = self.lin.record.hessian, self.solution
         tol = self.choices.inner_tol
         if hessian is None:
             return torch.zeros_like(self.length)
         if not self.choices.spends or (tol is None and not self.choices.figures):
             return torch.full_like(self.length, math.nan)
-        left = self.system.b - self.lin.replayed(hessian, found.x)
+        left = self.system.b - self.lin.replayed(hessian, solution.x)
         self.matvecs = self.matvecs + 1
-        if found.further is not None:
-            missing = found.further(left)
+        if solution.further is not None:
+            missing = solution.further(left)
             lost = norm(missing) / self.length
         else:
             missing = _BLIND * left * (self.length / self.strength)[..., None]
@@ -421,8 +427,8 @@ class Evidence:
         indefinite : Tensor
             bool, for each task.
         """
-        n, seen = self.params.shape[-1], self.found.iterations
-        if self.found.further is not None and n <= _SMALL:
+        n, seen = self.params.shape[-1], self.solution.iterations
+        if self.solution.further is not None and n <= _SMALL:
             H = self.lin.dense_of(hessian)
             self.matvecs = self.matvecs + n
             factors = Factorisation(H.nan_to_num(), symmetric=True, looks=True)
@@ -438,22 +444,22 @@ class Evidence:
             condition=None,
             explores=False,
         )
-        found = CG(maxiter=_AROUND).run(around)
-        self.matvecs = self.matvecs + found.matvecs
-        return found.negative_curvature.expand_as(self.success)
+        solution = CG(maxiter=_AROUND).run(around)
+        self.matvecs = self.matvecs + solution.matvecs
+        return solution.negative_curvature.expand_as(self.success)
 
     def _judge_degeneracy(self, among: Tensor | bool) -> None:
         """A kink, or constraints that are dependent, for some of the tasks."""
         if self.degeneracy is None:
             self.degeneracy = degeneracy(
-                self.lin, self.found.x, self.system.b, transpose=self.transpose
+                self.lin, self.solution.x, self.system.b, transpose=self.transpose
             )
         if self.degeneracy is not None:
             self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)
 
     def _estimate(self, inner: Tensor, approximation: Tensor) -> Tensor:
         """The relative error of the answer; NaN where the method does not know."""
-        linear = self.found.linear_error
+        linear = self.solution.linear_error
         if linear is None:
             return torch.full_like(self.length, math.nan)
         linear = torch.where(self.strength > 0, linear, torch.zeros_like(linear))

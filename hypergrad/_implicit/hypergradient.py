@@ -267,13 +267,13 @@ class _Hypergradient(Use):
         return self._size(self._leaves) + _CANCELLED * terms
 
     def second_look(
-        self, newton: NewtonStep, found: Solution, planned: Tensor
+        self, newton: NewtonStep, solution: Solution, planned: Tensor
     ) -> SecondLook | None:
         """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
         # What the solver has left over of the system itself, `planned`, is no matter of the step.
         if self.lin.lead != self._lead:
             return None
-        lin, at, lead, u = self.lin, self._at, self.lin.lead, found.x
+        lin, at, lead, u = self.lin, self._at, self.lin.lead, solution.x
         outer = self._outer_at(newton.step)
         unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
         if outer is None:
@@ -287,8 +287,8 @@ class _Hypergradient(Use):
         left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
         there = self._differences(outer.direct, inner.cross(u))
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
-        if found.further is not None:
-            missing = lin.cross(found.further(left))
+        if solution.further is not None:
+            missing = lin.cross(solution.further(left))
             moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
             change = self._size(moved)
         else:  # the size of what is missing, and not its sign

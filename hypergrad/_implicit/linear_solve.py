@@ -104,21 +104,21 @@ def solved(
         check_nodes(lin, tensors, draw)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
-        found = solver.run(system)
-        evidence = Evidence(lin, choices, system, found, tensors, use, transpose, draw)
+        solution = solver.run(system)
+        evidence = Evidence(lin, choices, system, solution, tensors, use, transpose, draw)
         if choices.judged:
             evidence.forgive_rounding()
-        leaves = use.leaves(found.x)
+        leaves = use.leaves(solution.x)
         info = evidence.gathered()
-    answer = Answer(found.x, leaves, info)
-    sound = finite(info.status.shape, found.x, *leaves)
+    answer = Answer(solution.x, leaves, info)
+    sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():
         sound = sound & torch.isfinite(value)
     sound = sound_in_value(lin, sound)
     judge(
         info,
-        found,
+        solution,
         solver,
         inner_tol=choices.inner_tol,
         on_failure=choices.on_failure,

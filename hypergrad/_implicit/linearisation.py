@@ -182,8 +182,9 @@ class Linearisation:
 
 def maps_wrongly(part: Tensor | None) -> bool:
     """Whether a mapped derivative of a tensor would be wrong in PyTorch itself."""
-    nodes = graph(part).nodes if part is not None else ()
-    return any(node.name() in WRONG_WHEN_MAPPED for node in nodes)
+    if part is None:
+        return False
+    return not WRONG_WHEN_MAPPED.isdisjoint({node.name() for node, _ in graph(part).edges})
 
 
 def refuse_third_derivatives(residual: Sequence[Tensor | None]) -> None:

@@ -62,11 +62,11 @@ def outer_gradient(
         value = problem.outputs(loss, recording.placed(tensors, places))
         recording.returned([value])
         recording.refuse_past_arguments("outer")
-        found = gradient_of(value, recording.aliases, create_graph=False)
-        return value, found, recording.captured()
+        gradients = gradient_of(value, recording.aliases, create_graph=False)
+        return value, gradients, recording.captured()
 
-    value, found, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
-    cotangent, direct = found[: len(inner)], found[len(inner) :]
+    value, gradients, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
+    cotangent, direct = gradients[: len(inner)], gradients[len(inner) :]
     if all(part is None for part in cotangent):
         raise NotConnected(
             "outer does not depend on params, so the inner problem plays no part in its gradient. "

@@ -114,9 +114,9 @@ def root_vjp(
     captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
     lin, u, info = _solved(rule, b, transpose=True, return_info=return_info)
-    found = lin.cross(u, create_graph=_tracked(b, problem=problem))
+    crossed = lin.cross(u, create_graph=_tracked(b, problem=problem))
     grads = {
-        place: None if g is None else -g for place, g in zip(problem.outer, found, strict=True)
+        place: None if g is None else -g for place, g in zip(problem.outer, crossed, strict=True)
     }
     start, answer = len(problem.params.tensors), []
     for tree in trees:
@@ -275,22 +275,22 @@ def _chosen(answer: list[Any], argnums: int | Sequence[int] | None) -> Any:
 
 def _captured(rule: Rule) -> list[Tensor]:
     """What depends on what F captures, under plain autograd; elsewhere it is an error."""
-    found = captured_by(rule.problem)
-    if found and (transforms_active() or forward_mode_active()):
+    captured = captured_by(rule.problem)
+    if captured and (transforms_active() or forward_mode_active()):
         raise _lost(rule)
-    return found
+    return captured
 
 
 def _constant_in(captured: list[Tensor], rule: Rule, answer: Any) -> Any:
     """The answer, whose differentiation by what F captures raises."""
     leaves, spec = pytree.tree_flatten(answer)
-    found = [
+    leaves = [
         refuse_derivatives([leaf], captured, lambda: _lost(rule), plain=True)[0]
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
         else leaf
         for leaf in leaves
     ]
-    return pytree.tree_unflatten(found, spec)
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _lost(rule: Rule) -> Exception:

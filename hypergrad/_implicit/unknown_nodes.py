@@ -80,37 +80,38 @@ def check_nodes(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> No
         return
     for what, gradient, product, point, sizes in _comparisons(lin, tensors, draw):
         try:
-            found = compare_product(gradient, point, product, sizes)
+            comparison = compare_product(gradient, point, product, sizes)
         except Exception:  # the function does not like what it gets beside the point
             return
-        if found.verdict is Verdict.WRONG:
+        if comparison.verdict is Verdict.WRONG:
             names = ", ".join(sorted(kinds.values()))
             raise UnsupportedOperation(
                 f"The inner problem goes through {names}, and its derivative by {what} is wrong "
-                f"there: a product differs from a difference of the gradient by {found.error:.0%} "
-                f"(the difference is known to {found.resolution:.1%}). The backward of such an "
-                "operation treats as constant what is not (a detached tensor, a saved number, or a "
-                "fused kernel of PyTorch's). Write the operation in elementary ones, or its "
-                "backward in differentiable operations of its inputs; estimators that need first "
-                "derivatives alone, such as hypergrad.penalty_grad, work with it as it is."
+                "there: a product differs from a difference of the gradient by "
+                f"{comparison.error:.0%} (the difference is known to {comparison.resolution:.1%}). "
+                "The backward of such an operation treats as constant what is not (a detached "
+                "tensor, a saved number, or a fused kernel of PyTorch's). Write the operation in "
+                "elementary ones, or its backward in differentiable operations of its inputs; "
+                "estimators that need first derivatives alone, such as hypergrad.penalty_grad, "
+                "work with it as it is."
             )
     for kind in kinds:
-        _met.note(kind, found.verdict)
+        _met.note(kind, comparison.verdict)
 
 
 def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
     """The kinds of nodes in a graph that are not on the tested list, with their names."""
-    found: list[tuple[type | str, str]] = []
+    unknown: list[tuple[type | str, str]] = []
     for value in values:
         for node, _ in graph(value)[1]:
             name = node.name()
             if isinstance(node, BackwardCFunction):
                 made_by = getattr(type(node), "_forward_cls", None)
                 if not getattr(made_by, "__module__", "").startswith("hypergrad."):
-                    found.append((type(node), name))
+                    unknown.append((type(node), name))
             elif name not in TESTED_NODES and not name.startswith(_PLUMBING):
-                found.append((name, name))
-    return found
+                unknown.append((name, name))
+    return unknown
 
 
 # What autograd itself puts into a graph.
@@ -130,10 +131,10 @@ def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> l
         return Linearisation(problem, shifted(lin, tensors, params - x), draw).residual
 
     w = signs(params)
-    found: list[_Comparison] = []
+    comparisons: list[_Comparison] = []
     if problem.condition.symmetric:
         product = lin.record.hessian or lin.record.transposed
-        found.append((
+        comparisons.append((
             "params",
             condition,
             lambda v: lin.replayed(product, v),
@@ -142,7 +143,7 @@ def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> l
         ))
     else:  # only products with the transpose are at hand
         back = lin.transposed(w)
-        found.append((
+        comparisons.append((
             "params", lambda x: (condition(x) @ w)[None], lambda v: (back @ v)[None], params,
             layout.sizes,
         ))  # fmt: skip
@@ -150,7 +151,7 @@ def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> l
     moving = [p for p, part in zip(problem.outer, cross, strict=True) if part is not None]
     dtypes = {tensors[p].dtype for p in moving}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        return found
+        return comparisons
     sizes = [tensors[p].numel() for p in moving]
     point = torch.cat([tensors[p].detach().reshape(-1) for p in moving])
     slope = torch.cat([part.reshape(-1) for part in cross if part is not None])
@@ -161,5 +162,5 @@ def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> l
             given[place] = part.reshape(tensors[place].shape)
         return (Linearisation(problem, given, draw).residual @ w.to(layout.dtype))[None]
 
-    found.append(("hparams", by_hparams, lambda v: (slope @ v)[None], point, sizes))
-    return found
+    comparisons.append(("hparams", by_hparams, lambda v: (slope @ v)[None], point, sizes))
+    return comparisons

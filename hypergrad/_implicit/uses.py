@@ -43,7 +43,7 @@ class Use:
         return lost
 
     def second_look(
-        self, newton: NewtonStep, found: Solution, planned: Tensor
+        self, newton: NewtonStep, solution: Solution, planned: Tensor
     ) -> SecondLook | None:
         """The same a Newton step further on; None: there is no more to it."""
         return None

@@ -68,10 +68,10 @@ class GaussNewton(Condition):
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The loss and the regulariser."""
         outputs = problem.outputs(self.outputs, tensors)
-        found = [problem.objective("loss", self.loss, tensors, first=outputs)]
+        values = [problem.objective("loss", self.loss, tensors, first=outputs)]
         if self.regulariser is not None:
-            found.append(problem.objective("regulariser", self.regulariser, tensors))
-        return found
+            values.append(problem.objective("regulariser", self.regulariser, tensors))
+        return values
 
     def record(
         self,
@@ -105,10 +105,10 @@ class GaussNewton(Condition):
         pullback = Replay(leaves, params)
 
         def product(v: Parts, create_graph: bool = False) -> Parts:
-            found = pullback(curvature(jacobian(v)))
+            image = pullback(curvature(jacobian(v)))
             if regular is not None:
-                found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]
-            return found
+                image = [plus(a, b) for a, b in zip(image, regular(v), strict=True)]
+            return image
 
         return Record(values, gradient, product, product, hessian=Replay(gradient, params))
 

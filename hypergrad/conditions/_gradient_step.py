@@ -126,13 +126,13 @@ class GradientStep(Condition):
         missed = layout.flatten([part.detach() for part in residual], lead)
         distance = reach(flat.abs().amax(dim=-1), missed, layout.precision)
         away = layout.split(distance[..., None] * directions(layout))
-        found = []
+        sides = []
         for sign in (1, -1):
             moved = [part + sign * a for part, a in zip(v, away, strict=True)]
             there = self.applied(problem, tensors, moved)
             self._refuse_lost(v, stepped, there)
-            found.append(Replay([a - b for a, b in zip(there, stepped, strict=True)], v))
-        return found
+            sides.append(Replay([a - b for a, b in zip(there, stepped, strict=True)], v))
+        return sides
 
     def _refuse_lost(
         self, v: Sequence[Tensor], stepped: Sequence[Tensor], there: Sequence[Tensor]

@@ -175,8 +175,8 @@ class Problem:
         def one(first: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
             return self.params.match(what, fun(*self.arguments(tensors)), cure)
 
-        found: list[Tensor] = self._over_tasks(one, None, tensors)
-        return found
+        values: list[Tensor] = self._over_tasks(one, None, tensors)
+        return values
 
     def outputs(self, fun: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         """Whatever a function of ``(params, *args)`` returns, with task dimensions in front."""
@@ -209,7 +209,7 @@ class Problem:
         some = 0 not in tensors[self.inner[0]].shape[: len(self.own_axes)]
         try:
             with draw.evaluation():
-                found = mapped(first, list(tensors))
+                results = mapped(first, list(tensors))
         except HypergradError:
             raise
         except Exception:  # a function that leaves PyTorch, or one that fails by itself too
@@ -217,7 +217,7 @@ class Problem:
                 raise
         else:
             if not (watch.seen and some):
-                return found
+                return results
         with draw.evaluation():
             return self._looped(one, first, tensors)
 

@@ -187,12 +187,12 @@ def _priced(
 
 def _places(params: Tree) -> tuple[list[int], list[int], list[int]]:
     """The positions, among the variables, of x, nu and lam."""
-    found: tuple[list[int], list[int], list[int]] = ([], [], [])
+    places: tuple[list[int], list[int], list[int]] = ([], [], [])
     sizes = [len(pytree.tree_leaves(part)) for part in _three(params.rebuild(params.variables))]
     for position, leaf in enumerate(params.where):
         part = 0 if leaf < sizes[0] else 1 if leaf < sizes[0] + sizes[1] else 2
-        found[part].append(position)
-    return found
+        places[part].append(position)
+    return places
 
 
 def _sides(shifted: dict[int, Tensor], distance: Tensor, count: int) -> list[Product]:
@@ -207,11 +207,11 @@ def _sides(shifted: dict[int, Tensor], distance: Tensor, count: int) -> list[Pro
 
     def side(change: dict[int, Tensor]) -> Product:
         def product(u: Parts, create_graph: bool = False) -> list[Tensor | None]:
-            found: list[Tensor | None] = [None] * count
+            scaled: list[Tensor | None] = [None] * count
             for i, c in change.items():
                 part = u[i]
-                found[i] = None if part is None else c * part
-            return found
+                scaled[i] = None if part is None else c * part
+            return scaled
 
         return product
 
@@ -241,10 +241,10 @@ class _Dependence:
                 part.to(c.dtype).expand(*tasks, size).reshape(c.shape)
                 for part, size, c in zip(weights.split(sizes), sizes, self.constraints, strict=True)
             ]
-            found = self.pullback(given)
+            pulled = self.pullback(given)
             parts = [
                 torch.zeros_like(x) if part is None else part
-                for part, x in zip(found, self.x, strict=True)
+                for part, x in zip(pulled, self.x, strict=True)
             ]
             return torch.cat([part.reshape(*tasks, -1).to(dtype) for part in parts], dim=-1)
 
