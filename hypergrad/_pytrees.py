@@ -61,6 +61,8 @@ class Tree:
         self.places: list[int] = []
         #: Where a variable stands.
         self.where: list[int] = []
+        #: The positions of the variables among `tensors`.
+        self.variables_among_tensors: list[int] = []
         self._same: dict[int, int] = {}  # further places of a variable, and its first
         frozen = _frozen(self.leaves, of_autograd) if skip_frozen else lambda leaf: False
         first: dict[int, int] = {}
@@ -80,14 +82,14 @@ class Tree:
                 if counts and first.setdefault(id(own), index) != index:
                     self._same[index] = first[id(own)]
                     continue
-            self.places.append(index)
             if variable:
+                self.variables_among_tensors.append(len(self.places))
                 self.where.append(index)
-
-    @property
-    def variables(self) -> list[Tensor]:
-        """The tensors that carry derivatives, in the order of the pytree."""
-        return [self.leaves[i] for i in self.where]
+            self.places.append(index)
+        #: All tensors of the argument, variables and constants, each variable once.
+        self.tensors: list[Tensor] = [self.leaves[i] for i in self.places]
+        #: The tensors that carry derivatives, in the order of the pytree.
+        self.variables: list[Tensor] = [self.leaves[i] for i in self.where]
 
     def path(self, index: int) -> str:
         """The name of a leaf for a message, such as ``params['0.weight']``."""
@@ -156,16 +158,6 @@ class Tree:
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
         return self._unflattened(leaves)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the argument, variables and constants, each variable once."""
-        return [self.leaves[i] for i in self.places]
-
-    @property
-    def variables_among_tensors(self) -> list[int]:
-        """The positions of the variables among `tensors`."""
-        return [self.places.index(i) for i in self.where]
 
     def rebuild_tensors(self, tensors: Sequence[Any]) -> Any:
         """The argument with other tensors in it."""

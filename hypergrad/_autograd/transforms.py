@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 Fun = TypeVar("Fun", bound=Callable[..., Any])
 
 
-def transforms_active() -> bool:
-    """Whether the caller is inside `torch.func.grad`, `vmap`, `jvp` or another transform."""
-    return bool(torch._C._are_functorch_transforms_active())
+#: Whether the caller is inside `torch.func.grad`, `vmap`, `jvp` or another transform.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: Whether a tensor belongs to a function transform: its values may not be looked at.
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
 def inside_vmap() -> bool:
@@ -50,11 +51,6 @@ def lower_levels() -> Iterator[None]:
     """
     with forward_ad._set_fwd_grad_enabled(True):
         yield
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a function transform: its values may not be looked at."""
-    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def layers(tensor: Tensor) -> list[Tensor]:
