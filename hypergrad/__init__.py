@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import inner as inner
+from . import inner_solvers as inner_solvers
 from . import projections as projections
 from . import prox as prox
 from ._check.report import Report, check_hypergrad

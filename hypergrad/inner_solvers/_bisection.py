@@ -42,7 +42,7 @@ class Bisection(InnerSolver):
     --------
     >>> import torch, hypergrad
     >>> F = lambda x, a: x**3 + x - a
-    >>> bisection = hypergrad.inner.Bisection(lower=-10.0, upper=10.0)
+    >>> bisection = hypergrad.inner_solvers.Bisection(lower=-10.0, upper=10.0)
     >>> @hypergrad.custom_root(F, has_aux=True)
     ... def solve(init, a):
     ...     return bisection(F, init, a)

@@ -40,9 +40,10 @@ class NewtonCG(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> f = lambda x, a: x.exp().sum() - (a * x).sum()
-    >>> x, info = hypergrad.inner.NewtonCG()(f, torch.zeros(2), torch.tensor([1.0, 2.0]))
+    >>> x, info = inner_solvers.NewtonCG()(f, torch.zeros(2), torch.tensor([1.0, 2.0]))
     >>> x  # log(a)
     tensor([0.0000, 0.6931])
     """

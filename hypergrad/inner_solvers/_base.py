@@ -40,9 +40,9 @@ class InnerSolver(Fields, ABC):
     Examples
     --------
     >>> import torch
-    >>> from hypergrad import inner
+    >>> from hypergrad import inner_solvers
     >>> loss = lambda w, t: ((w - t) ** 2).sum()
-    >>> for solver in (inner.LBFGS(), inner.Nesterov(tol=1e-4)):
+    >>> for solver in (inner_solvers.LBFGS(), inner_solvers.Nesterov(tol=1e-4)):
     ...     w, info = solver(loss, torch.zeros(2), torch.ones(2))
     ...     print(info.method, info.success.item(), torch.allclose(w, torch.ones(2)))
     LBFGS True True

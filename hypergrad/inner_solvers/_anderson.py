@@ -43,8 +43,9 @@ class Anderson(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
-    >>> x, info = hypergrad.inner.Anderson()(lambda x, a: torch.cos(a * x), *torch.ones(2, 1))
+    >>> import torch
+    >>> from hypergrad import inner_solvers
+    >>> x, info = inner_solvers.Anderson()(lambda x, a: torch.cos(a * x), *torch.ones(2, 1))
     >>> x, bool(info.success)
     (tensor([0.7391]), True)
     """

@@ -34,10 +34,11 @@ class LBFGS(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> def rosenbrock(x):
     ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
-    >>> x, info = hypergrad.inner.LBFGS()(rosenbrock, torch.zeros(2, dtype=torch.float64))
+    >>> x, info = inner_solvers.LBFGS()(rosenbrock, torch.zeros(2, dtype=torch.float64))
     >>> torch.allclose(x, torch.ones(2, dtype=torch.float64)), bool(info.success)
     (True, True)
     """

@@ -43,10 +43,11 @@ class Nesterov(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> steep = torch.tensor([1.0, 100.0])
     >>> f = lambda x, c: (steep * (x - c) ** 2).sum() / 2
-    >>> x, info = hypergrad.inner.Nesterov()(f, torch.zeros(2), torch.ones(2))
+    >>> x, info = inner_solvers.Nesterov()(f, torch.zeros(2), torch.ones(2))
     >>> torch.allclose(x, torch.ones(2), rtol=1e-4), bool(info.success)
     (True, True)
     """
@@ -82,10 +83,11 @@ class FISTA(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers, prox
     >>> y = torch.tensor([3.0, 0.5])
     >>> f = lambda w, lam: ((w - y) ** 2).sum() / 2
-    >>> w, info = hypergrad.inner.FISTA(hypergrad.prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
+    >>> w, info = inner_solvers.FISTA(prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
     >>> w.round(decimals=3)
     tensor([2., 0.])
     """

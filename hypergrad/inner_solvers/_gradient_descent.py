@@ -37,10 +37,11 @@ class GradientDescent(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> def ridge(w, lam):
     ...     return ((w - 1) ** 2).sum() / 2 + lam * (w**2).sum() / 2
-    >>> w, info = hypergrad.inner.GradientDescent()(ridge, torch.zeros(2), torch.tensor(1.0))
+    >>> w, info = inner_solvers.GradientDescent()(ridge, torch.zeros(2), torch.tensor(1.0))
     >>> w, bool(info.success)
     (tensor([0.5000, 0.5000]), True)
     """

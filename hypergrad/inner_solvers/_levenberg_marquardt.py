@@ -49,7 +49,7 @@ class LevenbergMarquardt(InnerSolver):
     ...     return p[0] * torch.exp(-p[1] * t) - y
     >>> @hypergrad.custom_argmin(lambda p, y: (misfit(p, y) ** 2).sum() / 2, has_aux=True)
     ... def fit(init, y):
-    ...     return hypergrad.inner.LevenbergMarquardt()(misfit, init, y)
+    ...     return hypergrad.inner_solvers.LevenbergMarquardt()(misfit, init, y)
     >>> y = 2 * torch.exp(-0.5 * t)
     >>> (p, info) = fit(torch.ones(2), y)
     >>> p.round(decimals=3), bool(info.success)
