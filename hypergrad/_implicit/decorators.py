@@ -107,7 +107,7 @@ def custom_argmin(
     >>> torch.func.grad(lambda lam: fit(None, X, y, lam).sum())(torch.tensor(1.0))
     tensor(-0.0833)
     """
-    return _decorator(
+    return differentiable(
         as_condition(inner, Minimum),
         argnums=argnums,
         has_aux=has_aux,
@@ -154,7 +154,7 @@ def custom_root(
     >>> torch.func.grad(lambda a: sqrt(None, a))(torch.tensor(4.0))
     tensor(0.2500)
     """
-    return _decorator(
+    return differentiable(
         as_condition(F, Root),
         argnums=argnums,
         has_aux=has_aux,
@@ -209,7 +209,7 @@ def custom_fixed_point(
     >>> a.grad
     tensor(-0.3218)
     """
-    return _decorator(
+    return differentiable(
         as_condition(T, FixedPoint),
         argnums=argnums,
         has_aux=has_aux,
@@ -232,7 +232,8 @@ class _Options:
     callback: Callable[[SolveInfo], Any] | None
 
 
-def _decorator(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+def differentiable(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+    """Make the decorator of a condition, whose options are those of `custom_argmin`."""
     check_on_failure(options["on_failure"])
     if options["batching"] not in ("vmap", "loop"):
         raise ValueError(f"batching must be 'vmap' or 'loop'; got {options['batching']!r}.")
@@ -301,9 +302,9 @@ def _solve(
     except TypeError as error:
         refuse_signatures("inner", condition, ("params", *call.names), error)
         raise
-    found = ImplicitSolution.apply(rule, captured, *problem.tensors)
-    answer = params.rebuild(found)
-    return (answer, aux) if options.has_aux else answer
+    leaves = ImplicitSolution.apply(rule, captured, *problem.tensors)
+    rebuilt = params.rebuild(leaves)
+    return (rebuilt, aux) if options.has_aux else rebuilt
 
 
 def _refuse_keywords(keywords: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.transforms import any_task
+from .._maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm
@@ -66,13 +68,15 @@ class FISTA(InnerSolver):
 
     Call it with the smooth part: ``FISTA(prox)(f, init, *args)``. The arguments of `prox` are those
     of `ProximalGradient`, which differentiates the answer; a projection is
-    ``prox=lambda v, step_size, *args: project(v, *args)``. Coordinates that the map holds at zero
-    or at a bound are there exactly.
+    ``prox=hypergrad.prox.from_projection(project)``. Coordinates that the map holds at zero or at a
+    bound are there exactly.
 
     Parameters
     ----------
-    prox : callable
-        ``prox(v, step_size, *args)``, shaped like the parameters.
+    prox : callable, optional
+        ``prox(v, step_size, *args)``, shaped like the parameters. One that takes no more than
+        ``prox(v, step_size)`` or ``prox(v)`` is called so. None: that of `hypergrad.argmin`, which
+        the solver is passed to.
     step_size, maxiter, tol
         As in `Nesterov`.
 
@@ -92,21 +96,33 @@ class FISTA(InnerSolver):
     tensor([2., 0.])
     """
 
-    prox: Callable[..., Any]
+    prox: Callable[..., Any] | None = None
     step_size: float | Tensor | None = None
     maxiter: int = 10_000
     tol: float | None = None
 
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
-        def backward(v: Tensor, step: Any) -> Tensor:
-            def prox(v: Any, *found: Tensor) -> Any:
-                own = self.step_size  # as the caller gave it
-                if own is not None:
-                    found = (torch.as_tensor(own, dtype=x.dtype, device=x.device).detach(),)
-                return self.prox(v, *found, *evaluator.args)
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return None if self.prox is None else most_positional(self.prox, 2)
 
-            found = () if self.step_size is not None else (step[..., 0],)
-            return evaluator.plain("prox(v, ...)", prox, v, *found)
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        prox = self.prox
+        if prox is None:
+            raise TypeError(
+                "FISTA needs a proximal map: FISTA(prox), or argmin(objective, solver=FISTA(), "
+                "prox=...). A projection is FISTA(hypergrad.prox.from_projection(project)). For "
+                "neither take Nesterov()."
+            )
+
+        def backward(v: Tensor, step: Tensor) -> Tensor:
+            def mapped(v: Any, *steps: Tensor) -> Any:
+                fixed = self.step_size  # as the caller has passed it
+                if fixed is not None:
+                    steps = (torch.as_tensor(fixed, dtype=x.dtype, device=x.device).detach(),)
+                return prox(*selected(self._most, (v, *steps), evaluator.args))
+
+            steps = () if self.step_size is not None else (step[..., 0],)
+            return evaluator.plain("prox(v, ...)", mapped, v, *steps)
 
         return _accelerated(self, evaluator, x, backward)
 
