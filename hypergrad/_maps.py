@@ -36,13 +36,13 @@ def most_positional(function: Callable[..., Any], first: int) -> int | None:
     """
     called = function.forward if isinstance(function, nn.Module) else function
     try:
-        own = inspect.signature(called, follow_wrapped=False).parameters.values()
-        kinds = {parameter.kind for parameter in own}
+        parameters = inspect.signature(called, follow_wrapped=False).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
         if inspect.Parameter.VAR_POSITIONAL in kinds and kinds.isdisjoint(_POSITIONAL):
-            own = inspect.signature(called).parameters.values()  # that of what is wrapped
+            parameters = inspect.signature(called).parameters.values()  # that of what is wrapped
     except (TypeError, ValueError):
         return _most_of_operation(called)
-    return _count(own, first)
+    return _count(parameters, first)
 
 
 def selected(most: int | None, first: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:

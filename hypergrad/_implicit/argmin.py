@@ -77,8 +77,8 @@ def argmin(
     Returns
     -------
     fit : callable
-        ``fit(init, *args)``, from an initial guess: a pytree of tensors, which may be
-        overwritten by none. Arguments may be passed by the names that they have in `objective`.
+        ``fit(init, *args)``, with `init` a pytree of tensors where the iteration starts. Arguments
+        may be passed by the names that they have in `objective`.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def argmin(
 
     See Also
     --------
-    custom_argmin : The same for any solver of the caller's own.
+    custom_argmin : The same for any solver that the caller has written.
 
     Notes
     -----
@@ -99,8 +99,8 @@ def argmin(
     objective, as eight products with its Hessian see it. The solution and its derivatives are the
     same for every length; it decides on how well the linear system is conditioned.
 
-    Nothing is raised where the inner solver fails. A derivative of its answer is then warned of, or
-    an error, as `on_failure` says; ``has_aux=True`` shows how each task has ended.
+    Nothing is raised where the inner solver fails. A derivative is then warned of, or is an
+    error, as `on_failure` says; ``has_aux=True`` shows how each task has ended.
 
     References
     ----------
@@ -237,7 +237,7 @@ def _fit(objective: Function, minimise: Function, *, has_aux: bool) -> Function:
 
 
 def _with_prox() -> str:
-    """The inner solvers that have a proximal map."""
+    """Name the inner solvers that have a proximal map."""
     classes = [getattr(inner_solvers, name) for name in inner_solvers.__all__]
     return ", ".join(c.__name__ for c in classes if "prox" in getattr(c, "__match_args__", ()))
 
@@ -291,7 +291,7 @@ def _refuse_no_solver(solver: Any) -> None:
     elif isinstance(solver, str):
         cure = f"Pass a value: solver=hypergrad.inner_solvers.{_closest(solver)}()."
     elif callable(solver):
-        cure = "A solver of your own is made differentiable by custom_argmin(objective)(solver)."
+        cure = "A solver that you wrote is made differentiable by custom_argmin(objective)(solver)."
     else:
         cure = "Pass one such as solver=hypergrad.inner_solvers.LBFGS(), or leave it out."
     raise TypeError(
@@ -300,12 +300,12 @@ def _refuse_no_solver(solver: Any) -> None:
 
 
 def _is_of(value: Any, kind: type) -> bool:
-    """Whether a value is of a class, or is a class that derives from it."""
+    """Say if a value is of a class, or is a class that derives from it."""
     return issubclass(value if isinstance(value, type) else type(value), kind)
 
 
 def _closest(word: str) -> str:
-    """The inner solver that a word is closest to."""
+    """Name the inner solver that a word is closest to."""
     names = {
         name.lower(): name
         for name in inner_solvers.__all__

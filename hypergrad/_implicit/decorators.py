@@ -1,4 +1,4 @@
-"""The decorators that make an inner solver's answer differentiable."""
+"""The decorators that make an inner solver's solution differentiable."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def custom_argmin(
 ) -> Callable[[Fit], Fit]:
     """Make a minimiser differentiable: ``fit(init, *args)`` minimises ``inner(params, *args)``.
 
-    The decorated function is called as before. Its answer takes part in autograd and in
+    The decorated function is called as before. Its solution takes part in autograd and in
     `torch.func`: first and higher derivatives, forward and reverse, and `vmap`, by implicit
     differentiation of the inner problem; how `fit` finds it plays no part.
 
@@ -178,7 +178,7 @@ def custom_fixed_point(
     batching: Batching = "vmap",
     callback: Callable[[SolveInfo], Any] | None = None,
 ) -> Callable[[Fit], Fit]:
-    """Make a fixed-point solver differentiable: ``T(params, *args) = params`` at its answer.
+    """Make a fixed-point solver differentiable: ``T(params, *args) = params`` at its solution.
 
     Parameters
     ----------

@@ -47,10 +47,10 @@ class GradientStep(Condition):
     @property
     @abstractmethod
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """What P is called in messages, and ``P(v, step_size, *args)``."""
+        """Give P, as ``P(v, step_size, *args)``, and its name in messages."""
 
     def step(self, args: Sequence[Any]) -> Any:
-        """The caller's step size, a constant for derivatives; one where there is none."""
+        """Take the caller's step size, a constant for derivatives; one where there is none."""
         if self.step_size is None:
             return 1.0
         step = self.step_size(*args) if callable(self.step_size) else self.step_size
@@ -69,7 +69,7 @@ class GradientStep(Condition):
         v: Sequence[Tensor],
         step: Tensor | None = None,
     ) -> list[Tensor]:
-        """P at `v` in place of the inner variables; `step`: each task's, None: the caller's."""
+        """Apply P at `v`, in place of the inner variables, with each task's step or the caller's."""
         arguments = list(tensors)
         for place, leaf in zip(problem.inner, v, strict=True):
             arguments[place] = leaf
@@ -86,7 +86,7 @@ class GradientStep(Condition):
         return problem.equation(f"{name}(v, ...)", of_tasks, arguments, first=(step,))
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The smooth part and P at the inner variables."""
+        """Evaluate the smooth part and P at the inner variables."""
         value = problem.objective("inner", self.f, tensors)
         return [value, *self.applied(problem, tensors, [tensors[i] for i in problem.inner])]
 
@@ -99,7 +99,7 @@ class GradientStep(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The step, recorded: `f` is evaluated once, P three times."""
+        """Record the step: `f` is evaluated once, P three times."""
         value = problem.objective("inner", self.f, tensors)
         gradient = _gradient(value, params)
         _require_all(problem, gradient)
@@ -127,14 +127,14 @@ class GradientStep(Condition):
         )
 
     def _lengths(self, problem: Problem, tensors: Sequence[Tensor]) -> Tensor:
-        """The caller's step, for each task."""
+        """Take the caller's step, for each task."""
         layout = problem.layout()
 
         def length(params: Any, *args: Any) -> Tensor:
             step = self.step(args)
             if isinstance(step, Tensor):
                 return step
-            # With all digits of a number: what prox is given must be the same.
+            # With all digits of a number: what is passed to prox must be the same.
             return torch.tensor(step, dtype=layout.dtype, device=layout.device)
 
         lengths: Tensor = problem.outputs(length, tensors)
@@ -148,7 +148,7 @@ class GradientStep(Condition):
         stepped: Sequence[Tensor],
         residual: Sequence[Tensor],
     ) -> list[Replay]:
-        """``u -> (D' - D)^T u`` with D' the derivative of P a little to either side of `v`."""
+        """Record ``u -> (D' - D)^T u``, D' the derivative of P a little to either side of `v`."""
         layout, lead = problem.layout(), v[0].shape[: len(problem.own_axes)]
         if not layout.n:
             return []
@@ -182,7 +182,7 @@ class GradientStep(Condition):
 def _inverse_curvature(
     hessian: Callable[[Parts], Parts], layout: Layout, lead: Sequence[int]
 ) -> Tensor:
-    """One over the largest curvature, of each task, as a few power steps see it; one for none."""
+    """Estimate one over the largest curvature of each task by power steps; one for none."""
     v = directions(layout).expand(*lead, layout.n)
     seen = torch.zeros_like(v[..., 0])
     for _ in range(_POWER_STEPS):
@@ -256,7 +256,7 @@ class ProximalGradient(GradientStep):
 
     @property
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """The proximal map."""
+        """Give the proximal map."""
         return "prox", self._prox
 
     @functools.cached_property
@@ -267,7 +267,7 @@ class ProximalGradient(GradientStep):
         return self.prox(*selected(self._most, (v, step_size), args))
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The smooth part and the proximal map."""
+        """List the smooth part and the proximal map."""
         return [self.f, self.prox]
 
 
@@ -324,7 +324,7 @@ class ProjectedGradient(GradientStep):
 
     @property
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """The projection, which does not depend on the step."""
+        """Give the projection, which does not depend on the step."""
         return "project", self._project
 
     @functools.cached_property
@@ -335,7 +335,7 @@ class ProjectedGradient(GradientStep):
         return self.project(*selected(self._most, (v,), args))
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The objective and the projection."""
+        """List the objective and the projection."""
         return [self.f, self.project]
 
 

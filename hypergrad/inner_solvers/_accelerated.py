@@ -67,7 +67,7 @@ class FISTA(InnerSolver):
     """The accelerated proximal gradient method with restarts, for ``f + g`` with g's proximal map.
 
     Call it with the smooth part: ``FISTA(prox)(f, init, *args)``. The arguments of `prox` are those
-    of `ProximalGradient`, which differentiates the answer; a projection is
+    of `ProximalGradient`, which differentiates the solution; a projection is
     ``prox=hypergrad.prox.from_projection(project)``. Coordinates that the map holds at zero or at a
     bound are there exactly.
 
@@ -178,7 +178,7 @@ def _accelerated(
 
 
 def _safe_step(evaluator: Evaluator, x: Tensor, value: Tensor, g: Tensor) -> tuple[Tensor, int]:
-    """One over the largest curvature, as a few power steps see it; gradients that it took."""
+    """Estimate one over the largest curvature by power steps; count the gradients that it took."""
     v, seen, probes = g, torch.zeros_like(norm(g)), 0
     for _ in range(_PROBES):
         v, used = evaluator.curved(x, value, g, v)
@@ -198,7 +198,7 @@ def _forward_backward(
     fixed: bool,
     active: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A step from `y`: its end, the value there, its length, and how often the value was taken."""
+    """Step from `y`: to the end, the value there, the length, and how often the value was taken."""
 
     def end(step: Tensor) -> Tensor:
         return y - step * g if backward is None else backward(y - step * g, step)

@@ -102,7 +102,7 @@ class Anderson(InnerSolver):
 
 
 def _least_squares(rows: Tensor, r: Tensor) -> Tensor:
-    """Weights ``(m,)`` for which the weighted sum of the rows ``(m, n)`` comes closest to r."""
+    """Find weights ``(m,)`` whose weighted sum of the rows ``(m, n)`` comes closest to r."""
     length = _base.norm(rows)
     unit = rows / torch.where(length > 0, length, torch.ones_like(length))[..., None]
     m = rows.shape[-2]

@@ -18,7 +18,7 @@ _MEMORY = 10
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent(InnerSolver):
-    """Steps along the negative gradient, of a length that is given or found.
+    """Steps along the negative gradient, of a fixed length or by a line search.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class GradientDescent(InnerSolver):
                 # Not below the last value but below one of the last ten, which these steps need.
                 reference = torch.stack(values).amax(dim=0)
                 step = backtrack(evaluator, progress, x, value, g, -g, length, reference)
-                new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.found
+                new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.success
             else:
                 new = torch.where(active, x - fixed * g, x)
                 new_value, new_g = evaluator.objective(new)

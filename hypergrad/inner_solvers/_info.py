@@ -1,4 +1,4 @@
-"""What an inner solver says about its answer."""
+"""The evidence of an inner solver."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class InnerInfo:
     method: str = ""
 
     def __str__(self) -> str:
-        """One line for people; of a batch, how many tasks ended in which way."""
+        """Write one line for people; of a batch, how many tasks ended in which way."""
         if self.status.ndim:
             ends = self.status.flatten().tolist()
             counts = [f"{ends.count(s)} {Status(s).name}" for s in sorted(set(ends))]

@@ -66,7 +66,7 @@ class LBFGS(InnerSolver):
             one = torch.ones_like(value)
             step = backtrack(evaluator, progress, x, value, g, direction, one)
             s, y = step.x - x, step.gradient - g
-            progress.update(step.x, s, y, norm(step.gradient), step.value, stuck=~step.found)
+            progress.update(step.x, s, y, norm(step.gradient), step.value, stuck=~step.success)
             # A pair without positive curvature is left out: with a weight of zero, in its task.
             along = dot(s, y)
             good = along > 1e-10 * norm(s) * norm(y)
@@ -78,7 +78,7 @@ class LBFGS(InnerSolver):
 
 
 def _two_loops(memory: list[tuple[Tensor, Tensor, Tensor]], scale: Tensor, g: Tensor) -> Tensor:
-    """The inverse Hessian that the memory stands for, times the gradient."""
+    """Multiply the gradient by the inverse Hessian that the memory stands for."""
     q, shares = g, []
     for s, y, weight in reversed(memory):
         share = weight * dot(s, q)
