@@ -46,9 +46,10 @@ def argmin(
 ) -> Function:
     """Make a differentiable minimiser of an objective: ``fit(init, *args)`` returns its argmin.
 
-    It is `custom_argmin` around an inner solver, with the condition that belongs to it, so that
-    all that holds there holds here: first and higher derivatives in every argument but `init`,
-    forward and reverse, plain or by `torch.func`, and `vmap` over tasks.
+    It is `custom_argmin`, which is for any solver, around one of `hypergrad.inner_solvers`, with
+    the condition that belongs to it. All that holds there holds here: first and higher derivatives
+    in every argument but `init`, forward and reverse, plain or by `torch.func`, and `vmap` over
+    tasks.
 
     Parameters
     ----------
@@ -86,10 +87,6 @@ def argmin(
         If an argument is of the wrong kind, such as a linear solver passed as `solver`.
     ValueError
         If both `project` and `prox` are passed, or two proximal maps.
-
-    See Also
-    --------
-    custom_argmin : The same for any solver that the caller has written.
 
     Notes
     -----
@@ -213,6 +210,7 @@ def _fit(objective: Function, minimise: Function, *, has_aux: bool) -> Function:
     """Make the function that is decorated, with the names that the objective's arguments have."""
 
     def fit(init: Any, *args: Any, **keywords: Any) -> Any:
+        """Minimise the objective from an initial guess; differentiable in all other arguments."""
         if init is None:
             raise StructureMismatch(
                 "fit needs an initial guess, a pytree of tensors shaped like the solution; got "

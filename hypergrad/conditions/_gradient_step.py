@@ -69,7 +69,7 @@ class GradientStep(Condition):
         v: Sequence[Tensor],
         step: Tensor | None = None,
     ) -> list[Tensor]:
-        """Apply P at `v`, in place of the inner variables, with each task's step or the caller's."""
+        """Apply P at `v` in place of the inner variables, with these steps or the caller's."""
         arguments = list(tensors)
         for place, leaf in zip(problem.inner, v, strict=True):
             arguments[place] = leaf

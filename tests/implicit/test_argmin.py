@@ -281,6 +281,31 @@ def test_gradients_reach_through_a_vmap_of_tasks():
     close(gradient, differences(total, lam.detach()), rtol=1e-5)
 
 
+def test_a_condition_without_a_step_measures_one_for_each_task_of_a_vmap():
+    def gradient(X, y, lam, step_size):
+        f = lambda w, lam: ((X @ w - y) ** 2).sum() / 2
+        w, _ = FISTA(prox.l1, tol=1e-12)(f, START, lam)
+        condition = hypergrad.ProximalGradient(f, prox.l1, step_size)
+        return hypergrad.implicit_grad(lambda w, lam: w.square().sum(), condition, w, lam)
+
+    lams = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    tasks = TASKS["steep"][1]
+    mapped = vmap(lambda *task: gradient(*task, None))(*tasks, lams)
+    each = zip(*tasks, lams, strict=True)
+    looped = [gradient(*task, 0.02 / 100.0**i) for i, task in enumerate(each)]
+    close(mapped, torch.stack(looped), rtol=1e-5)
+
+
+def test_one_argmin_may_lie_inside_of_another():
+    # The lower x is z, inside of the box; the upper z is b / 1.2.
+    lower = argmin(lambda x, z: ((x - z) ** 2).sum() / 2, project=lambda v: box(v, 0.0, 1.0))
+    zero = torch.zeros(2, dtype=F64)
+    upper = argmin(lambda z, b: (lower(zero, z) - b).square().sum() / 2 + 0.1 * (z**2).sum())
+    b = torch.tensor([0.5, 0.3], dtype=F64)
+    close(upper(zero + 0.2, b), b / 1.2)
+    close(jacrev(lambda b: upper(zero + 0.2, b))(b), torch.eye(2, dtype=F64) / 1.2)
+
+
 # What it takes
 
 
