@@ -17,8 +17,9 @@ from .. import inner_solvers
 from .._errors import StructureMismatch
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_unknown
-from ..conditions._base import Condition, Minimum
+from ..conditions._base import Condition
 from ..conditions._gradient_step import ProjectedGradient, ProximalGradient
+from ..conditions._minimum import Minimum
 from ..inner_solvers import FISTA, LBFGS, Anderson, Bisection, InnerSolver, LevenbergMarquardt
 from ..prox import from_projection
 from ..solvers import Solver

@@ -18,7 +18,7 @@ from .._errors import NotConnected, StructureMismatch
 from .._maps import most_positional, selected
 from .._pytrees import Layout
 from ..solvers._base import norm
-from ._base import Condition, Record, _gradient, _require_all
+from ._base import Condition, Record, recorded_gradient, require_all
 from ._inner_problem import Problem
 from ._kinks import directions, reach
 
@@ -101,8 +101,8 @@ class GradientStep(Condition):
     ) -> Record:
         """Record the step: `f` is evaluated once, P three times."""
         value = problem.objective("inner", self.f, tensors)
-        gradient = _gradient(value, params)
-        _require_all(problem, gradient)
+        gradient = recorded_gradient(value, params)
+        require_all(problem, gradient)
         lead = params[0].shape[: len(problem.own_axes)]
         estimated = None
         if self.step_size is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
