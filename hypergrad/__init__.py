@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import inner as inner
+from . import inner_solvers as inner_solvers
 from . import projections as projections
 from . import prox as prox
 from ._check.report import Report, check_hypergrad
@@ -26,6 +27,7 @@ from ._errors import (
     StructureMismatch,
     UnsupportedOperation,
 )
+from ._implicit.argmin import argmin
 from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
 from ._implicit.root_rules import root_jvp, root_vjp
@@ -123,6 +125,7 @@ __all__ = [
     "UnsupportedOperation",
     "ValueFunctionInfo",
     "all_reduced",
+    "argmin",
     "check_hypergrad",
     "custom_argmin",
     "custom_fixed_point",
@@ -146,8 +149,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import bilevel
 
-    found = globals()[name] = getattr(bilevel, name)
-    return found
+    method = globals()[name] = getattr(bilevel, name)
+    return method
 
 
 def __dir__() -> list[str]:

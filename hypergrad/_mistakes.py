@@ -65,8 +65,13 @@ def refuse_unknown(name: str, known: Collection[str], given: Collection[str]) ->
         if meant is not None:
             text += f"Did you mean {meant!r}? "
         exact = meant is not None and meant.replace("_", "") == word.replace("_", "")
+        linear = "linear_solver" in known
+        if linear and not exact and (field := _meant(word, ("maxiter", "tol"))) is not None:
+            solver = f"solver=hypergrad.inner_solvers.LBFGS({field}=...)"
+            text += f"The inner solver has it as a field: {solver}. "
         if "solver" in known and not exact and (field := _meant(word, _OF_SOLVERS)) is not None:
-            text += f"The linear solver has it as a field: solver=hypergrad.CG({field}=...). "
+            solver = f"{'linear_' * linear}solver=hypergrad.CG({field}=...)"
+            text += f"The linear solver has it as a field: {solver}. "
         if "inner_optimizer" in known and meant is None:
             text += "A learning rate is the optimiser's: torch.optim.SGD(variables, lr=...). "
         raise TypeError(f"{text}There are {', '.join(known)}.")
@@ -79,10 +84,8 @@ def _meant(word: str, known: Collection[str]) -> str | None:
     if plain in bare:
         return bare[plain]
     for group in _SAME:
-        if plain in group:
-            for other, original in bare.items():
-                if other in group:
-                    return original
+        if plain in group and (meant := group & bare.keys()):
+            return bare[difflib.get_close_matches(plain, sorted(meant), n=1, cutoff=0.0)[0]]
     close = difflib.get_close_matches(plain, bare, n=1, cutoff=0.75)
     return bare[close[0]] if close else None
 
@@ -142,6 +145,8 @@ def _explain(
     entrance: str, known: Sequence[str], given: Mapping[str, Any], error: Exception
 ) -> None:
     """Raise a better error where one can be had."""
+    if known[0] != "F" and known[3] != "hparams":  # a decorator, which calls no function yet
+        return
     if any(name not in given for name in known[:4]) or "self" in given:
         return
     if known[0] == "F":

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd.singular_values import shrunk_singular_values
 from ._errors import StructureMismatch
+from ._maps import most_positional, selected
 
 __all__ = [
     "elastic_net",
@@ -292,7 +293,7 @@ def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
     Parameters
     ----------
     project : callable
-        ``project(v, *args)``, such as those of `hypergrad.projections`.
+        ``project(v, *args)`` or ``project(v)``, such as those of `hypergrad.projections`.
 
     Returns
     -------
@@ -306,10 +307,11 @@ def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
     >>> prox.from_projection(projections.non_negative)(torch.tensor([2.0, -1.0]), 0.5)
     tensor([2., 0.])
     """
+    most = most_positional(project, 1)
 
     @functools.wraps(project)
     def of_set(v: Any, step_size: Number, *args: Any, **keywords: Any) -> Any:
-        return project(v, *args, **keywords)
+        return project(*selected(most, (v,), args), **keywords)
 
     return of_set
 

@@ -623,7 +623,7 @@ def test_tensors_that_a_decorated_solver_captures():
 def test_newton_cg(batched):
     def solve(x, y, p, h, attend=F.scaled_dot_product_attention):
         task = Problem(attend, data=(x, y))
-        return hypergrad.inner.NewtonCG(tol=1e-10)(task.inner, p, h)[0]
+        return hypergrad.inner_solvers.NewtonCG(tol=1e-10)(task.inner, p, h)[0]
 
     problems, *stacked = _batch(2)
     if batched:

@@ -386,7 +386,7 @@ def test_central_differences_of_a_solution():
 
     @hypergrad.custom_argmin(inner, solver=Exact())
     def solve(p, h):
-        return hypergrad.inner.NewtonCG(maxiter=50, tol=1e-12)(plain, p, h)[0]
+        return hypergrad.inner_solvers.NewtonCG(maxiter=50, tol=1e-12)(plain, p, h)[0]
 
     start = away(net)
     h = H.clone().requires_grad_()
@@ -454,9 +454,9 @@ def test_estimators(estimator, kind):
 @pytest.mark.parametrize(
     "solver",
     [
-        hypergrad.inner.LBFGS(maxiter=4),
-        hypergrad.inner.NewtonCG(maxiter=3),
-        hypergrad.inner.GradientDescent(step_size=0.01, maxiter=4),
+        hypergrad.inner_solvers.LBFGS(maxiter=4),
+        hypergrad.inner_solvers.NewtonCG(maxiter=3),
+        hypergrad.inner_solvers.GradientDescent(step_size=0.01, maxiter=4),
     ],
     ids=lambda solver: type(solver).__name__,
 )

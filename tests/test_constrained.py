@@ -96,7 +96,7 @@ def test_a_system_too_large_to_be_formed_at_once_is_solved():
     y = X[:, :20].sum(dim=1) + 0.1 * data(42, 800, dtype=F64)
     f = lambda w, lam: (X @ w - y).square().sum() / 2
     lam = torch.tensor(0.1, dtype=F64)
-    w, solved = hypergrad.inner.FISTA(prox.l1, tol=1e-11)(f, torch.zeros(n, dtype=F64), lam)
+    w, solved = hypergrad.inner_solvers.FISTA(prox.l1, tol=1e-11)(f, torch.zeros(n, dtype=F64), lam)
     assert solved.success
     on = w != 0
     u = torch.linalg.solve(X[:, on].T @ X[:, on], (w - target)[on])
@@ -169,7 +169,7 @@ def test_a_pytree_of_parameters_keeps_its_structure():
 
     def solve(lam):
         start = {"weight": torch.zeros(4, dtype=F64), "bias": torch.zeros((), dtype=F64)}
-        return hypergrad.inner.FISTA(shrink, tol=1e-12)(f, start, lam)[0]
+        return hypergrad.inner_solvers.FISTA(shrink, tol=1e-12)(f, start, lam)[0]
 
     lam = torch.tensor(0.15, dtype=F64)
     outer = lambda p, lam: (p["weight"].sum() + p["bias"]) ** 2
@@ -186,7 +186,8 @@ def test_the_group_lasso_agrees_with_differences():
     f = lambda w, lam: quadratic(H, c)(w)
 
     def solve(lam):
-        return hypergrad.inner.FISTA(shrink, tol=1e-12)(f, torch.zeros(6, dtype=F64), lam)[0]
+        fista = hypergrad.inner_solvers.FISTA(shrink, tol=1e-12)
+        return fista(f, torch.zeros(6, dtype=F64), lam)[0]
 
     outer = lambda w, lam: (w - target).square().sum() / 2
     lam = torch.tensor(0.5, dtype=F64)

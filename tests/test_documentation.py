@@ -9,7 +9,7 @@ import torch
 
 import hypergrad
 from docs.links import dead_links
-from hypergrad import inner, projections, prox
+from hypergrad import inner_solvers, projections, prox
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -17,7 +17,7 @@ PUBLIC = {
     **{f"hypergrad.{name}": getattr(hypergrad, name) for name in hypergrad.__all__},
     **{
         f"{module.__name__}.{name}": getattr(module, name)
-        for module in (inner, prox, projections)
+        for module in (inner_solvers, prox, projections)
         for name in module.__all__
     },
 }

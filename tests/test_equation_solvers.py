@@ -11,7 +11,7 @@ from torch.func import jacrev, vmap
 
 import hypergrad
 from hypergrad import Status
-from hypergrad.inner import Bisection, LevenbergMarquardt
+from hypergrad.inner_solvers import Bisection, LevenbergMarquardt
 from tests.problems import F64, data
 
 TIMES = torch.linspace(0, 4, 25, dtype=F64)

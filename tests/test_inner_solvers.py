@@ -14,9 +14,9 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import Status, implicit_grad, inner, projections, prox
-from hypergrad.inner import FISTA, LBFGS, Anderson, GradientDescent, Nesterov, NewtonCG
-from hypergrad.inner._lbfgs import _two_loops
+from hypergrad import Status, implicit_grad, inner_solvers, projections, prox
+from hypergrad.inner_solvers import FISTA, LBFGS, Anderson, GradientDescent, Nesterov, NewtonCG
+from hypergrad.inner_solvers._lbfgs import _two_loops
 from tests.constrained import box_qp, elastic_net, lasso
 from tests.problems import F64, data, equilibrium, logistic, relative_error, ridge
 
@@ -472,7 +472,7 @@ def test_the_info_is_a_pytree_and_reads_well():
     assert str(info).startswith("LBFGS: CONVERGED after")
     _, info = vmap(lambda c: LBFGS()(bowl, torch.zeros(12, dtype=F64), c))(torch.arange(3.0))
     assert str(info).startswith("LBFGS, 3 tasks: 3 CONVERGED; at most")
-    assert isinstance(info, inner.InnerInfo)
+    assert isinstance(info, inner_solvers.InnerInfo)
 
 
 def test_a_projection_makes_fista_projected_gradient_descent():

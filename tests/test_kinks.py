@@ -68,7 +68,7 @@ def test_the_solution_has_these_slopes_on_its_sides(kind):
     _, outer_map = condition.outer_map
 
     def value(t):
-        x, info = hypergrad.inner.FISTA(outer_map, tol=1e-12)(condition.f, params, t)
+        x, info = hypergrad.inner_solvers.FISTA(outer_map, tol=1e-12)(condition.f, params, t)
         assert info.success
         return outer(x, t)
 

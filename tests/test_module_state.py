@@ -613,8 +613,8 @@ def everywhere(net):
             outer, step, params, h, steps=1, pairs=2, on_failure="ignore", batching="loop"
         ),
         "bilevel": bilevel,
-        "inner solver": lambda: hypergrad.inner.LBFGS(maxiter=3)(inner, params, h),
-        "newton": lambda: hypergrad.inner.NewtonCG(maxiter=2)(inner, params, h),
+        "inner solver": lambda: hypergrad.inner_solvers.LBFGS(maxiter=3)(inner, params, h),
+        "newton": lambda: hypergrad.inner_solvers.NewtonCG(maxiter=2)(inner, params, h),
         "check": lambda: hypergrad.check_hypergrad(outer, inner, lambda h: params, h),
     }
 

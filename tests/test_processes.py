@@ -147,7 +147,7 @@ def everywhere(net):
         "fixed point": lambda: decorated(hypergrad.custom_fixed_point(step)),
         "bilevel": bilevel,
         **{
-            f"inner solver {name}": lambda name=name: getattr(hypergrad.inner, name)()(
+            f"inner solver {name}": lambda name=name: getattr(hypergrad.inner_solvers, name)()(
                 inner, params, h
             )
             for name in ("GradientDescent", "LBFGS", "NewtonCG")

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import hessian, jacrev, vmap
 
 import hypergrad
-from hypergrad import inner, projections, prox
+from hypergrad import inner_solvers, projections, prox
 from tests.problems import F64, data
 
 SCALES = pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
@@ -391,7 +391,7 @@ def test_a_minimum_over_the_set_has_its_derivative(name):
     }[name]
     objective = lambda x, c: x @ Q @ x / 2 - c @ x
     condition = hypergrad.ProjectedGradient(objective, lambda v, c: project(v), step_size=0.1)
-    solver = inner.FISTA(prox.from_projection(lambda v, c: project(v)), tol=1e-13)
+    solver = inner_solvers.FISTA(prox.from_projection(lambda v, c: project(v)), tol=1e-13)
 
     @hypergrad.custom_argmin(condition)
     def fit(init, c):

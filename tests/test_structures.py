@@ -367,7 +367,7 @@ def test_row_52_odd_tensors_are_refused_by_name_with_the_cure(kind):
             lambda: implicit_grad(square, square, one, leaf),
             lambda: hypergrad.unrolled_grad(square, lambda w, h: w, one, leaf, steps=2),
         ],
-        "init": [lambda: hypergrad.inner.LBFGS()(lambda p: loss(p, None), leaf)],
+        "init": [lambda: hypergrad.inner_solvers.LBFGS()(lambda p: loss(p, None), leaf)],
         "b": [lambda: CG().solve(lambda v: v, leaf)],
     }
     if kind == "meta":  # refused where values are read, and by the first leaf

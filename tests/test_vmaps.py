@@ -26,7 +26,7 @@ from hypergrad import (
     custom_argmin,
     implicit_grad,
 )
-from hypergrad.inner import LBFGS, GradientDescent, NewtonCG
+from hypergrad.inner_solvers import LBFGS, GradientDescent, NewtonCG
 
 D = torch.float64
 

@@ -68,7 +68,7 @@ losses = [loop.step().outer_value.item() for _ in range(60)]
 
 
 def fitted(loss, *args):
-    w, _ = hypergrad.inner.LBFGS()(loss, torch.zeros(65, 10), *args)
+    w, _ = hypergrad.inner_solvers.LBFGS()(loss, torch.zeros(65, 10), *args)
     right = (x[test] @ w).argmax(1) == y[test]
     return torch.stack([right[y[test] == digit].float().mean() for digit in range(10)])
 

@@ -45,7 +45,7 @@ def outer(w, logits):
 # The loop: solve the inner problem from where the last solution was, take the hypergradient by
 # :func:`~hypergrad.implicit_grad`, let Adam make a step.
 
-solve = hypergrad.inner.LBFGS()
+solve = hypergrad.inner_solvers.LBFGS()
 logits = torch.zeros(1000)
 optimizer = torch.optim.Adam([logits], lr=0.3)
 w, _ = solve(inner, torch.zeros(65, 10), logits)

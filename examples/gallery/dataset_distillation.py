@@ -41,7 +41,7 @@ def outer(w, pictures):
 # %%
 # Learning the pictures. :func:`~hypergrad.implicit_grad` asks for no more than the inner solution.
 
-solve = hypergrad.inner.LBFGS()
+solve = hypergrad.inner_solvers.LBFGS()
 pictures = means.clone()
 optimizer = torch.optim.Adam([pictures], lr=0.03)
 w, losses = torch.zeros(64, 10), []

@@ -29,7 +29,7 @@ def layer(z, x, V, U, b):
 
 @hypergrad.custom_fixed_point(layer)
 def equilibrium(z, *args):
-    return hypergrad.inner.Anderson()(layer, z, *args)[0]
+    return hypergrad.inner_solvers.Anderson()(layer, z, *args)[0]
 
 
 def once(z, *args):  # the baseline: an ordinary layer

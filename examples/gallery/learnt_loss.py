@@ -59,7 +59,7 @@ def outer(w, hparams):
 # Learning it, from nearly squares on. Hyperparameters may be a dict; so are the gradients of
 # :func:`~hypergrad.implicit_grad` then.
 
-solve = hypergrad.inner.LBFGS()
+solve = hypergrad.inner_solvers.LBFGS()
 hparams = {"shape": torch.tensor(1.8), "log_scale": torch.tensor(0.0)}
 optimizer = torch.optim.Adam(hparams.values(), lr=0.1)
 w, path = torch.zeros(8), []

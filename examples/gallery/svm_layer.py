@@ -49,7 +49,7 @@ def project(v, K, C):
 
 @hypergrad.custom_argmin(hypergrad.ProjectedGradient(dual, project, step_size=0.02))
 def multipliers(init, K, C):
-    fista = hypergrad.inner.FISTA(lambda v, step_size, K, C: project(v, K, C), tol=1e-6)
+    fista = hypergrad.inner_solvers.FISTA(lambda v, step_size, K, C: project(v, K, C), tol=1e-6)
     return fista(dual, init, K, C)[0]
 
 

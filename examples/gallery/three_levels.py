@@ -60,7 +60,7 @@ def of_penalties(log_penalty, log_strength):
 
 @hypergrad.custom_argmin(of_penalties)
 def penalties(init, log_strength):
-    return hypergrad.inner.LBFGS(tol=1e-6)(of_penalties, init, log_strength)[0]
+    return hypergrad.inner_solvers.LBFGS(tol=1e-6)(of_penalties, init, log_strength)[0]
 
 
 # %%

@@ -1,4 +1,4 @@
-"""The decorators that make an inner solver's answer differentiable."""
+"""The decorators that make an inner solver's solution differentiable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def custom_argmin(
 ) -> Callable[[Fit], Fit]:
     """Make a minimiser differentiable: ``fit(init, *args)`` minimises ``inner(params, *args)``.
 
-    The decorated function is called as before. Its answer takes part in autograd and in
+    The decorated function is called as before. Its solution takes part in autograd and in
     `torch.func`: first and higher derivatives, forward and reverse, and `vmap`, by implicit
     differentiation of the inner problem; how `fit` finds it plays no part.
 
@@ -111,7 +111,7 @@ def custom_argmin(
     >>> torch.func.grad(lambda lam: fit(None, X, y, lam).sum())(torch.tensor(1.0))
     tensor(-0.0833)
     """
-    return _decorator(
+    return differentiable(
         as_condition(inner, Minimum),
         argnums=argnums,
         has_aux=has_aux,
@@ -158,7 +158,7 @@ def custom_root(
     >>> torch.func.grad(lambda a: sqrt(None, a))(torch.tensor(4.0))
     tensor(0.2500)
     """
-    return _decorator(
+    return differentiable(
         as_condition(F, Root),
         argnums=argnums,
         has_aux=has_aux,
@@ -182,7 +182,7 @@ def custom_fixed_point(
     batching: Batching = "vmap",
     callback: Callable[[SolveInfo], Any] | None = None,
 ) -> Callable[[Fit], Fit]:
-    """Make a fixed-point solver differentiable: ``T(params, *args) = params`` at its answer.
+    """Make a fixed-point solver differentiable: ``T(params, *args) = params`` at its solution.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def custom_fixed_point(
     >>> a.grad
     tensor(-0.3218)
     """
-    return _decorator(
+    return differentiable(
         as_condition(T, FixedPoint),
         argnums=argnums,
         has_aux=has_aux,
@@ -236,7 +236,8 @@ class _Options:
     callback: Callable[[SolveInfo], Any] | None
 
 
-def _decorator(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+def differentiable(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+    """Make the decorator of a condition, whose options are those of `custom_argmin`."""
     check_on_failure(options["on_failure"])
     if options["batching"] not in ("vmap", "loop"):
         raise ValueError(f"batching must be 'vmap' or 'loop'; got {options['batching']!r}.")
@@ -305,9 +306,9 @@ def _solve(
     except TypeError as error:
         refuse_signatures("inner", condition, ("params", *call.names), error)
         raise
-    found = ImplicitSolution.apply(rule, captured, *problem.tensors)
-    answer = params.rebuild(found)
-    return (answer, aux) if options.has_aux else answer
+    leaves = ImplicitSolution.apply(rule, captured, *problem.tensors)
+    rebuilt = params.rebuild(leaves)
+    return (rebuilt, aux) if options.has_aux else rebuilt
 
 
 def _refuse_keywords(keywords: dict[str, Any]) -> None:

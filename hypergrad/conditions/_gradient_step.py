@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,14 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay, Replay
+from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
+from .._maps import most_positional, selected
+from .._pytrees import Layout
+from ..solvers._base import norm
 from ._base import Condition, Record, recorded_gradient, require_all
 from ._inner_problem import Problem
 from ._kinks import directions, reach
 
-StepSize = float | Tensor | Callable[..., Any]
+StepSize = float | Tensor | Callable[..., Any] | None
+
+_POWER_STEPS = 8  # for the largest curvature
 
 
 class GradientStep(Condition):
@@ -28,7 +34,7 @@ class GradientStep(Condition):
     ----------
     f : callable
         The smooth part.
-    step_size : float, Tensor or callable
+    step_size : float, Tensor, callable or None
         The length of the step.
     """
 
@@ -41,10 +47,12 @@ class GradientStep(Condition):
     @property
     @abstractmethod
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """What P is called in messages, and ``P(v, step_size, *args)``."""
+        """Give P, as ``P(v, step_size, *args)``, and its name in messages."""
 
     def step(self, args: Sequence[Any]) -> Any:
-        """The step size, a constant for derivatives: the solution does not depend on it."""
+        """Take the caller's step size, a constant for derivatives; one where there is none."""
+        if self.step_size is None:
+            return 1.0
         step = self.step_size(*args) if callable(self.step_size) else self.step_size
         if isinstance(step, Tensor):
             if step.numel() != 1:
@@ -55,19 +63,30 @@ class GradientStep(Condition):
         return step
 
     def applied(
-        self, problem: Problem, tensors: Sequence[Tensor], v: Sequence[Tensor]
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        v: Sequence[Tensor],
+        step: Tensor | None = None,
     ) -> list[Tensor]:
-        """P at `v`, which takes the place of the inner variables."""
-        given = list(tensors)
-        for place, part in zip(problem.inner, v, strict=True):
-            given[place] = part
+        """Apply P at `v` in place of the inner variables, with these steps or the caller's."""
+        arguments = list(tensors)
+        for place, leaf in zip(problem.inner, v, strict=True):
+            arguments[place] = leaf
         name, outer_map = self.outer_map
-        return problem.equation(
-            f"{name}(v, ...)", lambda v, *args: outer_map(v, self.step(args), *args), given
-        )
+
+        def of_callers(v: Any, *args: Any) -> Any:
+            return outer_map(v, self.step(args), *args)
+
+        def of_tasks(step: Tensor, v: Any, *args: Any) -> Any:
+            return outer_map(v, step, *args)
+
+        if step is None:
+            return problem.equation(f"{name}(v, ...)", of_callers, arguments)
+        return problem.equation(f"{name}(v, ...)", of_tasks, arguments, first=(step,))
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The smooth part and P at the inner variables."""
+        """Evaluate the smooth part and P at the inner variables."""
         value = problem.objective("inner", self.f, tensors)
         return [value, *self.applied(problem, tensors, [tensors[i] for i in problem.inner])]
 
@@ -80,56 +99,66 @@ class GradientStep(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The step, recorded: `f` is evaluated once, P three times."""
+        """Record the step: `f` is evaluated once, P three times."""
         value = problem.objective("inner", self.f, tensors)
         gradient = recorded_gradient(value, params)
         require_all(problem, gradient)
+        lead = params[0].shape[: len(problem.own_axes)]
+        estimated = None
+        if self.step_size is None:
+            estimated = _inverse_curvature(Replay(gradient, params), problem.layout(), lead)
+        step = self._lengths(problem, tensors) if estimated is None else estimated
+        v = [
+            p - step.reshape(step.shape + (1,) * (p.ndim - step.ndim)).to(p.dtype) * g
+            for p, g in zip(params, gradient, strict=True)
+            if g is not None
+        ]
+        stepped = self.applied(problem, tensors, v, estimated)
+        residual = [p - new for p, new in zip(params, stepped, strict=True)]
+        outputs: list[Tensor | None] = list(residual)
+        # What lies to either side of v is looked at by the same map.
+        applied = functools.partial(self.applied, problem, tensors, step=estimated)
+        return Record(
+            values=[value, *stepped],
+            residual=outputs,
+            transposed=Replay(residual, params),
+            product=ForwardReplay(outputs, params, seed) if forward and seed is not None else None,
+            sides=self._sides(problem, applied, v, stepped, residual),
+        )
+
+    def _lengths(self, problem: Problem, tensors: Sequence[Tensor]) -> Tensor:
+        """Take the caller's step, for each task."""
         layout = problem.layout()
 
         def length(params: Any, *args: Any) -> Tensor:
             step = self.step(args)
             if isinstance(step, Tensor):
                 return step
-            # With all digits of a number: what prox is given must be the same.
+            # With all digits of a number: what is passed to prox must be the same.
             return torch.tensor(step, dtype=layout.dtype, device=layout.device)
 
-        step = problem.outputs(length, tensors)
-        v = [
-            p - step.reshape(step.shape + (1,) * (p.ndim - step.ndim)).to(p.dtype) * g
-            for p, g in zip(params, gradient, strict=True)
-            if g is not None
-        ]
-        stepped = self.applied(problem, tensors, v)
-        residual = [p - new for p, new in zip(params, stepped, strict=True)]
-        outputs: list[Tensor | None] = list(residual)
-        return Record(
-            values=[value, *stepped],
-            residual=outputs,
-            transposed=Replay(residual, params),
-            product=ForwardReplay(outputs, params, seed) if forward and seed is not None else None,
-            sides=self._sides(problem, tensors, v, stepped, residual),
-        )
+        lengths: Tensor = problem.outputs(length, tensors)
+        return lengths
 
     def _sides(
         self,
         problem: Problem,
-        tensors: Sequence[Tensor],
+        applied: Callable[[Sequence[Tensor]], list[Tensor]],
         v: Sequence[Tensor],
         stepped: Sequence[Tensor],
         residual: Sequence[Tensor],
     ) -> list[Replay]:
-        """``u -> (D' - D)^T u`` with D' the derivative of P a little to either side of `v`."""
+        """Record ``u -> (D' - D)^T u``, D' the derivative of P a little to either side of `v`."""
         layout, lead = problem.layout(), v[0].shape[: len(problem.own_axes)]
         if not layout.n:
             return []
-        flat = layout.flatten([part.detach() for part in v], lead)
-        missed = layout.flatten([part.detach() for part in residual], lead)
+        flat = layout.flatten([leaf.detach() for leaf in v], lead)
+        missed = layout.flatten([leaf.detach() for leaf in residual], lead)
         distance = reach(flat.abs().amax(dim=-1), missed, layout.precision)
         away = layout.split(distance[..., None] * directions(layout))
         sides = []
         for sign in (1, -1):
-            moved = [part + sign * a for part, a in zip(v, away, strict=True)]
-            there = self.applied(problem, tensors, moved)
+            there = applied([leaf + sign * a for leaf, a in zip(v, away, strict=True)])
             self._refuse_lost(v, stepped, there)
             sides.append(Replay([a - b for a, b in zip(there, stepped, strict=True)], v))
         return sides
@@ -138,8 +167,8 @@ class GradientStep(Condition):
         self, v: Sequence[Tensor], stepped: Sequence[Tensor], there: Sequence[Tensor]
     ) -> None:
         """Raise where P moves with `v` and autograd does not see it."""
-        reached = set().union(*(graph(part).edges for part in stepped))
-        if any((part.grad_fn, part.output_nr) in reached for part in v):
+        reached = set().union(*(graph(leaf).edges for leaf in stepped))
+        if any((leaf.grad_fn, leaf.output_nr) in reached for leaf in v):
             return
         if not all(torch.equal(a, b) for a, b in zip(there, stepped, strict=True)):
             raise NotConnected(
@@ -148,6 +177,20 @@ class GradientStep(Condition):
                 "Write it in differentiable operations, or take one of hypergrad.prox or "
                 "hypergrad.projections."
             )
+
+
+def _inverse_curvature(
+    hessian: Callable[[Parts], Parts], layout: Layout, lead: Sequence[int]
+) -> Tensor:
+    """Estimate one over the largest curvature of each task by power steps; one for none."""
+    v = directions(layout).expand(*lead, layout.n)
+    seen = torch.zeros_like(v[..., 0])
+    for _ in range(_POWER_STEPS):
+        unit = v / torch.where(seen > 0, seen, norm(v))[..., None]
+        v = layout.flatten(hessian(layout.split(unit)), lead).detach()
+        seen = norm(v)
+    usable = torch.isfinite(seen) & (seen > 0)
+    return torch.where(usable, 1 / torch.where(usable, seen, 1.0), 1.0).detach()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +215,13 @@ class ProximalGradient(GradientStep):
     prox : callable
         ``prox(v, step_size, hparams)``, shaped like `params`: the minimiser over x of
         ``||x - v||^2 / 2 + step_size g(x, hparams)``. In the decorators ``prox(v, step_size,
-        *args)``. `hypergrad.prox` has the usual ones.
-    step_size : float, Tensor or callable
+        *args)``. One that takes no more than ``prox(v, step_size)`` or ``prox(v)`` is called so.
+        `hypergrad.prox` has the usual ones.
+    step_size : float, Tensor or callable, optional
         A number or ``step_size(hparams)`` (in the decorators ``step_size(*args)``), greater than 0.
         The derivative of the solution does not depend on it, and it is taken for a constant. One
-        over the largest eigenvalue of H makes the best conditioned A.
+        over the largest eigenvalue of H makes the best conditioned A. None: that, for each task, as
+        eight products with H see it.
 
     Raises
     ------
@@ -203,7 +248,7 @@ class ProximalGradient(GradientStep):
 
     f: Callable[..., Any]
     prox: Callable[..., Any]
-    step_size: StepSize
+    step_size: StepSize = None
 
     def __post_init__(self) -> None:
         """Refuse a step that is none."""
@@ -211,11 +256,18 @@ class ProximalGradient(GradientStep):
 
     @property
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """The proximal map."""
-        return "prox", self.prox
+        """Give the proximal map."""
+        return "prox", self._prox
+
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return most_positional(self.prox, 2)
+
+    def _prox(self, v: Any, step_size: Any, *args: Any) -> Any:
+        return self.prox(*selected(self._most, (v, step_size), args))
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The smooth part and the proximal map."""
+        """List the smooth part and the proximal map."""
         return [self.f, self.prox]
 
 
@@ -236,8 +288,9 @@ class ProjectedGradient(GradientStep):
         evaluated once, `project` three times.
     project : callable
         ``project(v, hparams)``, shaped like `params`: the closest point of the set. In the
-        decorators ``project(v, *args)``. `hypergrad.projections` has the usual ones.
-    step_size : float, Tensor or callable
+        decorators ``project(v, *args)``. One that takes no more than ``project(v)`` is called so.
+        `hypergrad.projections` has the usual ones.
+    step_size : float, Tensor or callable, optional
         As in `ProximalGradient`.
 
     Raises
@@ -254,8 +307,7 @@ class ProjectedGradient(GradientStep):
     >>> import torch, hypergrad
     >>> bounded = hypergrad.ProjectedGradient(
     ...     lambda x, y: ((x - y) ** 2).sum() / 2,
-    ...     lambda v, y: hypergrad.projections.box(v, 0.0, 1.0),
-    ...     step_size=0.5,
+    ...     lambda v: hypergrad.projections.box(v, 0.0, 1.0),
     ... )
     >>> x, y = torch.tensor([1.0, 0.25]), torch.tensor([3.0, 0.25])
     >>> hypergrad.implicit_grad(lambda x, y: x.sum(), bounded, x, y).abs().round(decimals=3)
@@ -264,7 +316,7 @@ class ProjectedGradient(GradientStep):
 
     f: Callable[..., Any]
     project: Callable[..., Any]
-    step_size: StepSize
+    step_size: StepSize = None
 
     def __post_init__(self) -> None:
         """Refuse a step that is none."""
@@ -272,11 +324,18 @@ class ProjectedGradient(GradientStep):
 
     @property
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """The projection, which does not depend on the step."""
-        return "project", lambda v, step_size, *args: self.project(v, *args)
+        """Give the projection, which does not depend on the step."""
+        return "project", self._project
+
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return most_positional(self.project, 1)
+
+    def _project(self, v: Any, step_size: Any, *args: Any) -> Any:
+        return self.project(*selected(self._most, (v,), args))
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The objective and the projection."""
+        """List the objective and the projection."""
         return [self.f, self.project]
 
 

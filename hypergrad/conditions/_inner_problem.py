@@ -168,14 +168,36 @@ class Problem:
         return self._over_tasks(one, first, tensors).sum()
 
     def equation(
-        self, what: str, fun: Callable[..., Any], tensors: Sequence[Tensor], cure: str = ""
+        self,
+        what: str,
+        fun: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        cure: str = "",
+        first: tuple[Tensor, ...] | None = None,
     ) -> list[Tensor]:
-        """The values of a function shaped like ``params``; `cure` is for one that is not."""
+        """The values of a function shaped like ``params``; `cure` is for one that is not.
+
+        Parameters
+        ----------
+        what, fun : str, callable
+            The function, and what it is called in messages.
+        tensors : sequence of Tensor
+            Its arguments, as tensors of the problem.
+        cure : str
+            What a message ends with.
+        first : tuple of Tensor, optional
+            With task dimensions: what the function takes before ``params``.
+
+        Returns
+        -------
+        values : list of Tensor
+            With task dimensions, one for each inner variable.
+        """
 
         def one(first: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-            return self.params.match(what, fun(*self.arguments(tensors)), cure)
+            return self.params.match(what, fun(*(first or ()), *self.arguments(tensors)), cure)
 
-        values: list[Tensor] = self._over_tasks(one, None, tensors)
+        values: list[Tensor] = self._over_tasks(one, first, tensors)
         return values
 
     def outputs(self, fun: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
@@ -217,7 +239,7 @@ class Problem:
                 raise
         else:
             if not (watch.seen and some):
-                return results
+                return found
         with draw.evaluation():
             return self._looped(one, first, tensors)
 

@@ -185,8 +185,8 @@ def test_conditions_with_penalties_and_constraints() -> None:
 
 
 def test_inner_solvers_return_the_solution_and_an_info() -> None:
-    w, info = hypergrad.inner.LBFGS(tol=1e-4)(inner, torch.zeros(3), DECAY)
-    assert_type(info, hypergrad.inner.InnerInfo)
+    w, info = hypergrad.inner_solvers.LBFGS(tol=1e-4)(inner, torch.zeros(3), DECAY)
+    assert_type(info, hypergrad.inner_solvers.InnerInfo)
     assert isinstance(w, Tensor)
 
 

@@ -34,10 +34,11 @@ class LBFGS(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> def rosenbrock(x):
     ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
-    >>> x, info = hypergrad.inner.LBFGS()(rosenbrock, torch.zeros(2, dtype=torch.float64))
+    >>> x, info = inner_solvers.LBFGS()(rosenbrock, torch.zeros(2, dtype=torch.float64))
     >>> torch.allclose(x, torch.ones(2, dtype=torch.float64)), bool(info.success)
     (True, True)
     """
@@ -65,7 +66,7 @@ class LBFGS(InnerSolver):
             one = torch.ones_like(value)
             step = backtrack(evaluator, progress, x, value, g, direction, one)
             s, y = step.x - x, step.gradient - g
-            progress.update(step.x, s, y, norm(step.gradient), step.value, stuck=~step.found)
+            progress.update(step.x, s, y, norm(step.gradient), step.value, stuck=~step.success)
             # A pair without positive curvature is left out: with a weight of zero, in its task.
             along = dot(s, y)
             good = along > 1e-10 * norm(s) * norm(y)
@@ -77,7 +78,7 @@ class LBFGS(InnerSolver):
 
 
 def _two_loops(memory: list[tuple[Tensor, Tensor, Tensor]], scale: Tensor, g: Tensor) -> Tensor:
-    """The inverse Hessian that the memory stands for, times the gradient."""
+    """Multiply the gradient by the inverse Hessian that the memory stands for."""
     q, shares = g, []
     for s, y, weight in reversed(memory):
         share = weight * dot(s, q)

@@ -1,4 +1,4 @@
-"""What an inner solver says about its answer."""
+"""The evidence of an inner solver."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class InnerInfo:
 
     Examples
     --------
-    >>> import torch, hypergrad
-    >>> params, info = hypergrad.inner.LBFGS()(lambda x: ((x - 1) ** 2).sum(), torch.zeros(2))
+    >>> import torch
+    >>> from hypergrad import inner_solvers
+    >>> params, info = inner_solvers.LBFGS()(lambda x: ((x - 1) ** 2).sum(), torch.zeros(2))
     >>> print(info)
     LBFGS: CONVERGED after ... iterations, ... evaluations; relative residual ...
     """
@@ -58,7 +59,7 @@ class InnerInfo:
     method: str = ""
 
     def __str__(self) -> str:
-        """One line for people; of a batch, how many tasks ended in which way."""
+        """Write one line for people; of a batch, how many tasks ended in which way."""
         if self.status.ndim:
             ends = self.status.flatten().tolist()
             counts = [f"{ends.count(s)} {Status(s).name}" for s in sorted(set(ends))]
@@ -90,6 +91,6 @@ pytree.register_pytree_node(
     InnerInfo,
     _flatten,
     _unflatten,
-    serialized_type_name="hypergrad.inner.InnerInfo",
+    serialized_type_name="hypergrad.inner_solvers.InnerInfo",
     flatten_with_keys_fn=_flatten_with_keys,
 )

@@ -18,13 +18,13 @@ _TRIALS = 40
 
 @dataclasses.dataclass
 class Step:
-    """Where a line search has led; the old point where it has found nothing."""
+    """Where a line search has led; the old point where there was none that does."""
 
     x: Tensor
     value: Tensor
     gradient: Tensor
     length: Tensor
-    found: Tensor
+    success: Tensor
 
 
 def backtrack(
@@ -84,7 +84,7 @@ def backtrack(
             torch.where(fine, new_value, taken.value),
             torch.where(fine, new_gradient, taken.gradient),
             torch.where(fine, length, taken.length),
-            taken.found | fine,
+            taken.success | fine,
         )
         searching = searching & ~fine
         # The minimum of the parabola through both values, within reason.

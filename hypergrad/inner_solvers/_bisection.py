@@ -42,7 +42,7 @@ class Bisection(InnerSolver):
     --------
     >>> import torch, hypergrad
     >>> F = lambda x, a: x**3 + x - a
-    >>> bisection = hypergrad.inner.Bisection(lower=-10.0, upper=10.0)
+    >>> bisection = hypergrad.inner_solvers.Bisection(lower=-10.0, upper=10.0)
     >>> @hypergrad.custom_root(F, has_aux=True)
     ... def solve(init, a):
     ...     return bisection(F, init, a)
@@ -97,7 +97,7 @@ class Bisection(InnerSolver):
             at_high = torch.where((open_ & above) | exact, value, at_high)
             at_low = torch.where((open_ & ~above) | exact, value, at_low)
         best = torch.where(at_low.abs() <= at_high.abs(), low, high)
-        found = torch.where(sound, best, math.nan)
+        root = torch.where(sound, best, math.nan)
         width = torch.where(sound, high - low, 0.0)
         ends = torch.maximum(low.abs(), high.abs())
         relative = (width / torch.where(ends > 0, ends, 1.0)).amax(dim=-1, keepdim=True)
@@ -109,25 +109,25 @@ class Bisection(InnerSolver):
         progress.active = torch.zeros_like(closed)
         progress.relative = torch.where(sound.all(dim=-1, keepdim=True), relative, math.nan)
         progress.size = norm(torch.where(at_low.abs() <= at_high.abs(), at_low, at_high))
-        return found, progress
+        return root, progress
 
     def _end(self, name: str, evaluator: Evaluator, x: Tensor) -> Tensor:
-        """An end of the brackets, shaped like the parameters."""
-        given = getattr(self, name)
+        """Shape an end of the brackets like the parameters."""
+        passed = getattr(self, name)
 
-        def end(params: Any, *found: Tensor) -> Any:
-            bound = given(*evaluator.args) if callable(given) else given
-            parts = []
-            for part in evaluator.tree.match("params", params):
-                value = torch.as_tensor(bound, dtype=part.dtype, device=part.device)
+        def end(params: Any) -> Any:
+            bound = passed(*evaluator.args) if callable(passed) else passed
+            leaves = []
+            for leaf in evaluator.tree.match("params", params):
+                value = torch.as_tensor(bound, dtype=leaf.dtype, device=leaf.device)
                 try:
-                    parts.append(value.expand_as(part).clone())
+                    leaves.append(value.expand_as(leaf).clone())
                 except RuntimeError:
                     raise StructureMismatch(
                         f"{name} has the shape {tuple(value.shape)}, which cannot be broadcast "
-                        f"against params of shape {tuple(part.shape)}."
+                        f"against params of shape {tuple(leaf.shape)}."
                     ) from None
-            return evaluator.tree.rebuild(parts)
+            return evaluator.tree.rebuild(leaves)
 
         return evaluator.plain(name, end, x)
 

@@ -49,7 +49,7 @@ class LevenbergMarquardt(InnerSolver):
     ...     return p[0] * torch.exp(-p[1] * t) - y
     >>> @hypergrad.custom_argmin(lambda p, y: (misfit(p, y) ** 2).sum() / 2, has_aux=True)
     ... def fit(init, y):
-    ...     return hypergrad.inner.LevenbergMarquardt()(misfit, init, y)
+    ...     return hypergrad.inner_solvers.LevenbergMarquardt()(misfit, init, y)
     >>> y = 2 * torch.exp(-0.5 * t)
     >>> (p, info) = fit(torch.ones(2), y)
     >>> p.round(decimals=3), bool(info.success)
@@ -114,7 +114,7 @@ class LevenbergMarquardt(InnerSolver):
 
 
 def _damped(J: Tensor, r: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
-    """The step ``(J^T J + damping D^2)^-1 (-J^T r)`` by QR, with columns of length one."""
+    """Solve for the step ``(J^T J + damping D^2)^-1 (-J^T r)`` by QR, columns of length one."""
     unit = torch.where(slopes > 0, slopes, torch.ones_like(slopes))
     n = J.shape[-1]
     # Without any damping the least is what keeps the factor regular.
@@ -125,8 +125,8 @@ def _damped(J: Tensor, r: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
     )
     Q, R = torch.linalg.qr(scaled)
     target = -_times(Q[..., : J.shape[-2], :].mT, r.nan_to_num(0.0))
-    found = torch.linalg.solve_triangular(R, target[..., None], upper=True)[..., 0]
-    return found / unit
+    scaled_step = torch.linalg.solve_triangular(R, target[..., None], upper=True)[..., 0]
+    return scaled_step / unit
 
 
 def _times(A: Tensor, v: Tensor) -> Tensor:
@@ -138,5 +138,5 @@ def _square(v: Tensor) -> Tensor:
 
 
 def _difference(r: Tensor, other: Tensor) -> Tensor:
-    """``(||r||^2 - ||other||^2) / 2``, without the cancellation of two sums."""
+    """Compute ``(||r||^2 - ||other||^2) / 2`` without the cancellation of two sums."""
     return dot(r - other, r + other) / 2

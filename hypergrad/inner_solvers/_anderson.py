@@ -43,8 +43,9 @@ class Anderson(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
-    >>> x, info = hypergrad.inner.Anderson()(lambda x, a: torch.cos(a * x), *torch.ones(2, 1))
+    >>> import torch
+    >>> from hypergrad import inner_solvers
+    >>> x, info = inner_solvers.Anderson()(lambda x, a: torch.cos(a * x), *torch.ones(2, 1))
     >>> x, bool(info.success)
     (tensor([0.7391]), True)
     """
@@ -101,7 +102,7 @@ class Anderson(InnerSolver):
 
 
 def _least_squares(rows: Tensor, r: Tensor) -> Tensor:
-    """Weights ``(m,)`` for which the weighted sum of the rows ``(m, n)`` comes closest to r."""
+    """Find weights ``(m,)`` whose weighted sum of the rows ``(m, n)`` comes closest to r."""
     length = _base.norm(rows)
     unit = rows / torch.where(length > 0, length, torch.ones_like(length))[..., None]
     m = rows.shape[-2]

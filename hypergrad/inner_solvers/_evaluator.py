@@ -53,14 +53,14 @@ class Evaluator:
         self._known: set[str] = set()
 
     def start(self) -> Tensor:
-        """Where the iteration starts."""
+        """Detach the point where the iteration starts."""
         variables = [detached(self._plain(v)).clone() for v in self.tree.variables]
         return self._flat(variables)
 
-    def step_size(self, given: float | Tensor) -> Tensor:
-        """The caller's step, for each task where it is batched: one number, or n of them."""
+    def step_size(self, length: float | Tensor) -> Tensor:
+        """Take the caller's step, for each task where it is batched: one number, or n of them."""
         n = self.layout.n
-        number = torch.as_tensor(given, device=self.layout.device)
+        number = torch.as_tensor(length, device=self.layout.device)
         if number.shape not in ((), (1,), (n,)):
             raise ValueError(
                 f"step_size must be a number, or a tensor of shape () or ({n},), a step for every "
@@ -71,19 +71,19 @@ class Evaluator:
         return number.unsqueeze(-1) if single else number
 
     def objective(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective's value and its gradient."""
+        """Evaluate the objective and its gradient."""
         value, gradient, _ = self._differentiated(x, twice=False)
         return value, gradient
 
     def with_hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """The objective's value, its gradient, and products with its Hessian."""
+        """Evaluate the objective and its gradient, and record products with its Hessian."""
         value, gradient, hessian = self._differentiated(x, twice=True)
         assert hessian is not None
         replay = hessian
         return value, gradient, lambda v: self._flat_gradient(replay(self.layout.split(v)), v)
 
     def curved(self, x: Tensor, value: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, int]:
-        """The Hessian along `v`, by a difference of gradients.
+        """Form the Hessian along `v` by a difference of gradients.
 
         An objective may be so steep that the difference reaches too far: its value there is then
         not what the slopes at both ends say. The reach is shortened until it is.
@@ -107,7 +107,7 @@ class Evaluator:
         unit = v / torch.where(size > 0, size, torch.ones_like(size))
         reach = eps**0.5 * norm(x).clamp(min=1.0)
         slope = dot(g, unit)
-        found, open_ = torch.full_like(x, math.nan), torch.ones_like(value, dtype=torch.bool)
+        along, open_ = torch.full_like(x, math.nan), torch.ones_like(value, dtype=torch.bool)
         for used in range(1, _REACHES + 1):
             end_value, end = self.objective(x + reach * unit)
             product, bend = (end - g) / reach, reach / 2 * dot(end - g, unit)
@@ -115,15 +115,15 @@ class Evaluator:
             noise = 10 * eps * (value.abs() + end_value.abs())
             sound = missed <= torch.maximum(bend.abs() / 2, (reach * slope).abs()) + noise
             # Where no reach is sound the first one stands.
-            found = torch.where(open_ & (sound if used > 1 else open_), product, found)
+            along = torch.where(open_ & (sound if used > 1 else open_), product, along)
             open_ = open_ & ~sound & torch.isfinite(value)
             if not any_task(open_):
                 break
             reach = reach / _SHORTER
-        return found, used
+        return along, used
 
     def residuals(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals ``(*tasks, m)`` and their Jacobian ``(*tasks, m, n)``.
+        """Evaluate residuals ``(*tasks, m)`` and their Jacobian ``(*tasks, m, n)``.
 
         It takes as many products as there are residuals, or parameters if those are fewer.
 
@@ -142,14 +142,14 @@ class Evaluator:
         def evaluate(recording: Recording) -> tuple[Tensor, Tensor]:
             aliases = recording.aliases
             first = _RESIDUALS not in self._known
-            parts: list[Tensor] = self._called(
+            leaves: list[Tensor] = self._called(
                 _RESIDUALS, self._residual_leaves, aliases, differentiated=True
             )
-            recording.returned(parts)
+            recording.returned(leaves)
             if first:  # find what is differentiated around the call
                 recording.refuse_past_arguments("The inner solver's function")
                 self.captured += recording.captured()
-            r = torch.cat([part.reshape(*lead, -1).to(x.dtype) for part in parts], dim=-1)
+            r = torch.cat([leaf.reshape(*lead, -1).to(x.dtype) for leaf in leaves], dim=-1)
             m, n = r.shape[-1], x.shape[-1]
             if not r.requires_grad:
                 return r, r.new_zeros(*lead, m, n)
@@ -172,73 +172,73 @@ class Evaluator:
         r, J = record(evaluate, self.layout.split(x), [self.tree])
         return alive(r.detach()), alive(J.detach())
 
-    def _residual_leaves(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        found = pytree.tree_leaves(self.fun(self.tree.rebuild(parts), *self.args))
-        for leaf in found:
+    def _residual_leaves(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        residuals = pytree.tree_leaves(self.fun(self.tree.rebuild(leaves), *self.args))
+        for leaf in residuals:
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
                 raise StructureMismatch(
                     "The residuals must be floating-point tensors; got a "
                     f"{leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}."
                 )
-        return [leaf.reshape(-1) for leaf in found]
+        return [leaf.reshape(-1) for leaf in residuals]
 
     def value(self, x: Tensor) -> Tensor:
-        """The objective's value alone."""
-        found: Tensor = self._called(_OBJECTIVE, self._scalar, self.layout.split(x))
-        return found.detach().to(x.dtype).unsqueeze(-1)
+        """Evaluate the objective alone."""
+        value: Tensor = self._called(_OBJECTIVE, self._scalar, self.layout.split(x))
+        return value.detach().to(x.dtype).unsqueeze(-1)
 
     def mapped(self, x: Tensor) -> Tensor:
-        """A map's value."""
+        """Evaluate a map."""
         return self.plain("T(params, ...)", lambda params: self.fun(params, *self.args), x)
 
-    def plain(self, what: str, fun: Callable[..., Any], x: Tensor, *given: Tensor) -> Tensor:
-        """What a function of ``(params, *given)`` that is not differentiated returned, flat."""
+    def plain(self, what: str, fun: Callable[..., Any], x: Tensor, *others: Tensor) -> Tensor:
+        """Evaluate a function of ``(params, *others)`` that is not differentiated, flat."""
         first = what not in self._known
 
-        def evaluate(parts: list[Tensor], *given: Tensor) -> list[Tensor]:
-            value = fun(self.tree.rebuild(parts), *given)
+        def evaluate(leaves: list[Tensor], *others: Tensor) -> list[Tensor]:
+            value = fun(self.tree.rebuild(leaves), *others)
             if first:
-                leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-                self.captured += [leaf for leaf in leaves if carries_derivative(leaf)]
+                tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+                self.captured += [tensor for tensor in tensors if carries_derivative(tensor)]
             return self.tree.match(what, value)
 
         with torch.set_grad_enabled(first):
-            found = self._called(what, evaluate, self.layout.split(x), *given)
-        return self._flat([part.detach() for part in found])
+            returned = self._called(what, evaluate, self.layout.split(x), *others)
+        return self._flat([leaf.detach() for leaf in returned])
 
-    def _scalar(self, parts: Sequence[Tensor]) -> Tensor:
-        return scalar("objective", self.fun(self.tree.rebuild(parts), *self.args))
+    def _scalar(self, leaves: Sequence[Tensor]) -> Tensor:
+        return scalar("objective", self.fun(self.tree.rebuild(leaves), *self.args))
 
     def _called(
         self,
         what: str,
         fun: Callable[..., Any],
-        parts: Sequence[Tensor],
-        *given: Tensor,
+        leaves: Sequence[Tensor],
+        *others: Tensor,
         differentiated: bool = False,
     ) -> Any:
         """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
-        held = [] if what in self._known else [*self._held, *parts]
+        held = [] if what in self._known else [*self._held, *leaves]
         before = versions(held)
 
-        def guarded(*given: Any) -> Any:
+        def guarded(*others: Any) -> Any:
             with Guard():
-                return fun(*given)
+                return fun(*others)
 
         if self.vmaps is None:
-            found = guarded(parts, *given)
+            returned = guarded(leaves, *others)
         else:
-            found = self.vmaps.inside(guarded, parts, *given, differentiated=differentiated)
+            returned = self.vmaps.inside(guarded, leaves, *others, differentiated=differentiated)
         if before != versions(held):
             raise changed_in_place(what)
         self._known.add(what)
-        return found
+        return returned
 
     def _plain(self, tensor: Tensor) -> Tensor:
         return tensor if self.vmaps is None else self.vmaps.unwrapped(tensor)
 
-    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.layout.flatten(parts, () if self.vmaps is None else self.vmaps.sizes)
+    def _flat(self, leaves: Sequence[Tensor]) -> Tensor:
+        return self.layout.flatten(leaves, () if self.vmaps is None else self.vmaps.sizes)
 
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
         def evaluate(recording: Recording) -> tuple[Tensor, Any, Replay | None]:
@@ -251,23 +251,23 @@ class Evaluator:
                 self.captured += recording.captured()
             if twice:
                 has_fused(graph(value).nodes, again=True)
-            found = gradient_of(value, aliases, create_graph=twice)
-            for position, part in enumerate(found):
-                if part is None:
+            gradient = gradient_of(value, aliases, create_graph=twice)
+            for position, leaf in enumerate(gradient):
+                if leaf is None:
                     raise NotConnected(
                         f"The objective does not depend on {self.tree.variable_path(position)}. "
                         "Leave that leaf out of init, or use it: a module must be called as torch."
                         "func.functional_call(module, params, args), and a .detach(), .item() or "
                         "torch.no_grad() inside cuts the connection."
                     )
-            return value.detach(), found, Replay(found, aliases) if twice else None
+            return value.detach(), gradient, Replay(gradient, aliases) if twice else None
 
-        value, found, hessian = record(evaluate, self.layout.split(x), [self.tree])
+        value, gradient, hessian = record(evaluate, self.layout.split(x), [self.tree])
         value = alive(value).to(x.dtype).unsqueeze(-1)
-        return value, self._flat_gradient(found, x), hessian
+        return value, self._flat_gradient(gradient, x), hessian
 
-    def _flat_gradient(self, parts: Any, x: Tensor) -> Tensor:
+    def _flat_gradient(self, leaves: Any, x: Tensor) -> Tensor:
         return self._flat([
-            torch.zeros_like(like) if part is None else alive(part.detach())
-            for part, like in zip(parts, self.layout.split(x), strict=True)
+            torch.zeros_like(like) if leaf is None else alive(leaf.detach())
+            for leaf, like in zip(leaves, self.layout.split(x), strict=True)
         ])

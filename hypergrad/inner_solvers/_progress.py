@@ -64,7 +64,7 @@ class Progress:
             self.lowest = torch.full_like(size, math.nan)
 
     def begin(self, evaluator: Evaluator, x: Tensor, g: Tensor) -> Tensor:
-        """Look at the curvature along the gradient once; what a first step is to be as long as."""
+        """Look at the curvature along the gradient once, for the length of a first step."""
         if not any_task(self.active):
             return torch.ones_like(self.size)
         product, used = evaluator.curved(x, self.value, g, g)
@@ -146,7 +146,7 @@ class Progress:
         self.active = active & (ended == Status.MAX_ITERATIONS)
 
     def info(self, method: str) -> InnerInfo:
-        """The evidence."""
+        """Collect the evidence."""
         success = self.status == Status.CONVERGED
         if self.tol is None:
             success = success | ((self.status == Status.STAGNATED) & (self.relative <= _ENOUGH))
@@ -163,5 +163,5 @@ class Progress:
 
 
 def going_on(progress: Progress, iteration: int, maxiter: int) -> bool:
-    """Whether another iteration is to be made. Synchronises with the host once."""
+    """Say if another iteration is to be made. Synchronises with the host once."""
     return iteration < maxiter and any_task(progress.active)

@@ -5,7 +5,7 @@ All are frozen dataclasses and are called alike, ``solver(objective, init, *args
 system of scalar equations, `LevenbergMarquardt` residuals. They work under
 `torch.func.vmap` over tasks, where each task stops by itself, and inside the `fit` of the
 decorators. One that fails does not raise or warn: look at ``info.success``. What they return is
-detached; the decorators differentiate it.
+detached; `hypergrad.argmin` and the decorators differentiate it.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from ..solvers import _base
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each task's vectors."""
+    """Take the inner product of each task's vectors."""
     return torch.linalg.vecdot(a, b).unsqueeze(-1)
 
 
 def norm(v: Tensor) -> Tensor:
-    """The Euclidean norm of each task's vector."""
+    """Take the Euclidean norm of each task's vector."""
     return _base.norm(v).unsqueeze(-1)

@@ -40,9 +40,9 @@ class InnerSolver(Fields, ABC):
     Examples
     --------
     >>> import torch
-    >>> from hypergrad import inner
+    >>> from hypergrad import inner_solvers
     >>> loss = lambda w, t: ((w - t) ** 2).sum()
-    >>> for solver in (inner.LBFGS(), inner.Nesterov(tol=1e-4)):
+    >>> for solver in (inner_solvers.LBFGS(), inner_solvers.Nesterov(tol=1e-4)):
     ...     w, info = solver(loss, torch.zeros(2), torch.ones(2))
     ...     print(info.method, info.success.item(), torch.allclose(w, torch.ones(2)))
     LBFGS True True
@@ -76,14 +76,14 @@ class InnerSolver(Fields, ABC):
         Returns
         -------
         params : pytree of Tensor
-            The answer, shaped like `init` and detached.
+            The solution, shaped like `init` and detached.
         info : InnerInfo
             How it ended.
 
         Raises
         ------
         TypeError
-            If `fun` does not take what it is given.
+            If `fun` does not take its arguments.
         RuntimeError
             Whatever `fun` raises.
         """
@@ -101,11 +101,11 @@ class InnerSolver(Fields, ABC):
     def _solve(self, fun: Callable[..., Any], init: Any, args: Any) -> tuple[Any, InnerInfo]:
         tree = Tree("init", init)
         layout = Layout(tree, tree.variables)
-        given = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
-        sources = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+        leaves = pytree.tree_leaves((init, args, getattr(self, "step_size", None)))
+        sources = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         args = pytree.tree_map_only(Tensor, detached, args)
 
-        def answer(vmaps: Vmaps | None) -> tuple[Any, InnerInfo]:
+        def solved(vmaps: Vmaps | None) -> tuple[Any, InnerInfo]:
             evaluator = Evaluator(fun, tree, layout, args, vmaps)
             with torch.no_grad():
                 x, progress = self._run(evaluator, evaluator.start())
@@ -120,7 +120,7 @@ class InnerSolver(Fields, ABC):
                 )
             return tree.rebuild(leaves), info
 
-        return outside_of_vmaps(answer)
+        return outside_of_vmaps(solved)
 
     @abstractmethod
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:

@@ -40,9 +40,10 @@ class NewtonCG(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> f = lambda x, a: x.exp().sum() - (a * x).sum()
-    >>> x, info = hypergrad.inner.NewtonCG()(f, torch.zeros(2), torch.tensor([1.0, 2.0]))
+    >>> x, info = inner_solvers.NewtonCG()(f, torch.zeros(2), torch.tensor([1.0, 2.0]))
     >>> x  # log(a)
     tensor([0.0000, 0.6931])
     """
@@ -70,11 +71,13 @@ class NewtonCG(InnerSolver):
             _, _, hessian = evaluator.with_hessian(x)
             # A right-hand side of zero takes no part.
             b = torch.where(active, -g, torch.zeros_like(g))
-            found = cg.run(
+            solution = cg.run(
                 LinearSystem(hessian, b, evaluator.layout, evaluator.tree, symmetric=True)
             )
-            progress.evaluated(active, 1 + found.matvecs)
-            newton = torch.where(torch.isfinite(found.x), found.x, torch.zeros_like(found.x))
+            progress.evaluated(active, 1 + solution.matvecs)
+            newton = torch.where(
+                torch.isfinite(solution.x), solution.x, torch.zeros_like(solution.x)
+            )
             downhill = dot(newton, g) < -1e-12 * norm(newton) * norm(g)
             direction = torch.where(downhill, newton, -length * g)
             step = backtrack(evaluator, progress, x, value, g, direction, torch.ones_like(value))
@@ -84,7 +87,7 @@ class NewtonCG(InnerSolver):
                 step.gradient - g,
                 norm(step.gradient),
                 step.value,
-                stuck=~step.found,
+                stuck=~step.success,
             )
             x, value, g = step.x, step.value, step.gradient
         return x, progress

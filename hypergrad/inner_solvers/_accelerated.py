@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
+from .._maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm
@@ -43,10 +45,11 @@ class Nesterov(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> steep = torch.tensor([1.0, 100.0])
     >>> f = lambda x, c: (steep * (x - c) ** 2).sum() / 2
-    >>> x, info = hypergrad.inner.Nesterov()(f, torch.zeros(2), torch.ones(2))
+    >>> x, info = inner_solvers.Nesterov()(f, torch.zeros(2), torch.ones(2))
     >>> torch.allclose(x, torch.ones(2), rtol=1e-4), bool(info.success)
     (True, True)
     """
@@ -64,14 +67,16 @@ class FISTA(InnerSolver):
     """The accelerated proximal gradient method with restarts, for ``f + g`` with g's proximal map.
 
     Call it with the smooth part: ``FISTA(prox)(f, init, *args)``. The arguments of `prox` are those
-    of `ProximalGradient`, which differentiates the answer; a projection is
-    ``prox=lambda v, step_size, *args: project(v, *args)``. Coordinates that the map holds at zero
-    or at a bound are there exactly.
+    of `ProximalGradient`, which differentiates the solution; a projection is
+    ``prox=hypergrad.prox.from_projection(project)``. Coordinates that the map holds at zero or at a
+    bound are there exactly.
 
     Parameters
     ----------
-    prox : callable
-        ``prox(v, step_size, *args)``, shaped like the parameters.
+    prox : callable, optional
+        ``prox(v, step_size, *args)``, shaped like the parameters. One that takes no more than
+        ``prox(v, step_size)`` or ``prox(v)`` is called so. None: that of `hypergrad.argmin`, which
+        the solver is passed to.
     step_size, maxiter, tol
         As in `Nesterov`.
 
@@ -82,29 +87,42 @@ class FISTA(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers, prox
     >>> y = torch.tensor([3.0, 0.5])
     >>> f = lambda w, lam: ((w - y) ** 2).sum() / 2
-    >>> w, info = hypergrad.inner.FISTA(hypergrad.prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
+    >>> w, info = inner_solvers.FISTA(prox.l1)(f, torch.zeros(2), torch.tensor(1.0))
     >>> w.round(decimals=3)
     tensor([2., 0.])
     """
 
-    prox: Callable[..., Any]
+    prox: Callable[..., Any] | None = None
     step_size: float | Tensor | None = None
     maxiter: int = 10_000
     tol: float | None = None
 
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
-        def backward(v: Tensor, step: Any) -> Tensor:
-            def prox(v: Any, *found: Tensor) -> Any:
-                own = self.step_size  # as the caller gave it
-                if own is not None:
-                    found = (torch.as_tensor(own, dtype=x.dtype, device=x.device).detach(),)
-                return self.prox(v, *found, *evaluator.args)
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return None if self.prox is None else most_positional(self.prox, 2)
 
-            found = () if self.step_size is not None else (step[..., 0],)
-            return evaluator.plain("prox(v, ...)", prox, v, *found)
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+        prox = self.prox
+        if prox is None:
+            raise TypeError(
+                "FISTA needs a proximal map: FISTA(prox), or argmin(objective, solver=FISTA(), "
+                "prox=...). A projection is FISTA(hypergrad.prox.from_projection(project)). For "
+                "neither take Nesterov()."
+            )
+
+        def backward(v: Tensor, step: Tensor) -> Tensor:
+            def mapped(v: Any, *steps: Tensor) -> Any:
+                fixed = self.step_size  # as the caller has passed it
+                if fixed is not None:
+                    steps = (torch.as_tensor(fixed, dtype=x.dtype, device=x.device).detach(),)
+                return prox(*selected(self._most, (v, *steps), evaluator.args))
+
+            steps = () if self.step_size is not None else (step[..., 0],)
+            return evaluator.plain("prox(v, ...)", mapped, v, *steps)
 
         return _accelerated(self, evaluator, x, backward)
 
@@ -160,7 +178,7 @@ def _accelerated(
 
 
 def _safe_step(evaluator: Evaluator, x: Tensor, value: Tensor, g: Tensor) -> tuple[Tensor, int]:
-    """One over the largest curvature, as a few power steps see it; gradients that it took."""
+    """Estimate one over the largest curvature by power steps; count the gradients that it took."""
     v, seen, probes = g, torch.zeros_like(norm(g)), 0
     for _ in range(_PROBES):
         v, used = evaluator.curved(x, value, g, v)
@@ -180,7 +198,7 @@ def _forward_backward(
     fixed: bool,
     active: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A step from `y`: its end, the value there, its length, and how often the value was taken."""
+    """Step from `y`: to the end, the value there, the length, and how often the value was taken."""
 
     def end(step: Tensor) -> Tensor:
         return y - step * g if backward is None else backward(y - step * g, step)

@@ -18,7 +18,7 @@ _MEMORY = 10
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent(InnerSolver):
-    """Steps along the negative gradient, of a length that is given or found.
+    """Steps along the negative gradient, of a fixed length or by a line search.
 
     Parameters
     ----------
@@ -37,10 +37,11 @@ class GradientDescent(InnerSolver):
 
     Examples
     --------
-    >>> import torch, hypergrad
+    >>> import torch
+    >>> from hypergrad import inner_solvers
     >>> def ridge(w, lam):
     ...     return ((w - 1) ** 2).sum() / 2 + lam * (w**2).sum() / 2
-    >>> w, info = hypergrad.inner.GradientDescent()(ridge, torch.zeros(2), torch.tensor(1.0))
+    >>> w, info = inner_solvers.GradientDescent()(ridge, torch.zeros(2), torch.tensor(1.0))
     >>> w, bool(info.success)
     (tensor([0.5000, 0.5000]), True)
     """
@@ -62,7 +63,7 @@ class GradientDescent(InnerSolver):
                 # Not below the last value but below one of the last ten, which these steps need.
                 reference = torch.stack(values).amax(dim=0)
                 step = backtrack(evaluator, progress, x, value, g, -g, length, reference)
-                new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.found
+                new, new_value, new_g, stuck = step.x, step.value, step.gradient, ~step.success
             else:
                 new = torch.where(active, x - fixed * g, x)
                 new_value, new_g = evaluator.objective(new)
