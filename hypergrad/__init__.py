@@ -27,7 +27,6 @@ from ._errors import (
     StructureMismatch,
     UnsupportedOperation,
 )
-from ._implicit.argmin import argmin
 from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
 from ._implicit.root_rules import root_jvp, root_vjp
@@ -48,6 +47,7 @@ from .estimators import (
     unrolled_grad,
     value_function_grad,
 )
+from .inner_solvers._argmin import argmin
 from .solvers import (
     CG,
     GMRES,

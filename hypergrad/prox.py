@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._autograd.maps import most_positional, selected
 from ._autograd.singular_values import shrunk_singular_values
 from ._errors import StructureMismatch
-from ._maps import most_positional, selected
 
 __all__ = [
     "elastic_net",

@@ -16,8 +16,8 @@ FLOORS = [
     {"prox", "projections", "solvers"},
     {"conditions"},
     {"_implicit"},
-    {"inner", "inner_solvers", "estimators", "_distributed"},
-    {"bilevel"},
+    {"inner_solvers", "estimators", "_distributed"},
+    {"bilevel", "inner"},
     {"_check"},
     {"__init__"},
 ]

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.maps import most_positional, selected
 from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
-from .._maps import most_positional, selected
 from .._pytrees import Layout
 from ..solvers._base import norm
 from ._base import Condition, Record, recorded_gradient, require_all

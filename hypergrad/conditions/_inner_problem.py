@@ -239,7 +239,7 @@ class Problem:
                 raise
         else:
             if not (watch.seen and some):
-                return found
+                return results
         with draw.evaluation():
             return self._looped(one, first, tensors)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from .._maps import most_positional, selected
+from .._autograd.maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm

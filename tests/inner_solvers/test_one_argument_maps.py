@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hypergrad
 from hypergrad import ProjectedGradient, ProximalGradient, implicit_grad, projections, prox
-from hypergrad._maps import most_positional
+from hypergrad._autograd.maps import most_positional
 from hypergrad.inner_solvers import FISTA
 from tests.problems import F64
 

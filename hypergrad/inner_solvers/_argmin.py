@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from .. import inner_solvers
 from .._errors import StructureMismatch
+from .._implicit.decorators import Batching, differentiable
+from .._implicit.keywords import bound
+from .._implicit.verdict import OnFailure
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_unknown
 from ..conditions._base import Condition
@@ -23,9 +26,6 @@ from ..conditions._minimum import Minimum
 from ..inner_solvers import FISTA, LBFGS, Anderson, Bisection, InnerSolver, LevenbergMarquardt
 from ..prox import from_projection
 from ..solvers import Solver
-from .decorators import Batching, differentiable
-from .keywords import bound
-from .verdict import OnFailure
 
 Function = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ._autograd.schemas import positional_names
+from .schemas import positional_names
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
