@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..solvers._base import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
 from ._optimisers import Optimiser, gradients, scaled, take
+from ._step_info import StepInfo
 
 Parts = list[Tensor]
 _TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
@@ -94,12 +95,12 @@ class Levels:
         self.hparams_projection = hparams_projection
         self.steps = 0
         self.state: State = {}
-        self.given: tuple[Batch | None, Batch | None] = (None, None)
-        self.checked = False
+        self.passed: tuple[Batch | None, Batch | None] = (None, None)
+        self._checked = False
         self.warned: dict[str, int] = {}
         self._heard: set[str] = set()  # in this step
 
-    def hear(self, text: str) -> bool:
+    def _hear(self, text: str) -> bool:
         """Count a warning; whether it is the first of its kind in this run."""
         kind = re.split(r"[:.(]", _TASKS.sub("", text))[0].strip()
         if kind not in self._heard:
@@ -112,11 +113,11 @@ class Levels:
 
     def inner_batch(self) -> Batch:
         """The next batch of the inner problem."""
-        return self.given[0] or self.inner_batches.draw(self.generator)
+        return self.passed[0] or self.inner_batches.draw(self.generator)
 
     def outer_batch(self) -> Batch:
         """The next batch of the outer problem."""
-        return self.given[1] or self.outer_batches.draw(self.generator)
+        return self.passed[1] or self.outer_batches.draw(self.generator)
 
     def inner_on(self, batch: Batch) -> Condition:
         """The inner problem on one batch, as a function of params and hparams."""
@@ -135,11 +136,11 @@ class Levels:
         """The outer loss on one batch, as a function of params and hparams."""
         return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
 
-    def refuse_signatures(self, error: TypeError) -> None:
+    def _refuse_signatures(self, error: TypeError) -> None:
         """Raise where a loss cannot be called with its arguments."""
         for name, value, given, source in (
-            ("outer", self.outer, self.given[1], self.outer_batches),
-            ("inner", self.condition, self.given[0], self.inner_batches),
+            ("outer", self.outer, self.passed[1], self.outer_batches),
+            ("inner", self.condition, self.passed[0], self.inner_batches),
         ):
             batch = ["batch"] if given is not None or source.given else []
             refuse_signatures(name, value, ("params", "hparams", *batch), error)
@@ -167,9 +168,10 @@ class Levels:
         value, found = self._first_order(batch, by_hparams=False)
         return value, found
 
-    def size(self, condition: Parts) -> Tensor:
-        """The norm of the inner condition."""
-        return norm(self.layout.flatten(condition))
+    def size(self, condition: Tensor | Parts) -> Tensor:
+        """The norm of the inner condition, flat or as it is returned by `inner_step`."""
+        flat = condition if isinstance(condition, Tensor) else self.layout.flatten(condition)
+        return norm(flat)
 
     def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Parts:
         """First derivatives of the inner loss, by the inner and then the outer variables."""
@@ -238,7 +240,7 @@ class Levels:
 
     def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
-        if not self.checked:
+        if not self._checked:
             refuse_past_arguments(what, values, aliases, [self.params, self.hparams])
 
     # --- moves ---------------------------------------------------------------------------
@@ -282,6 +284,25 @@ class Levels:
                 self.inner_optimizer.step(closure)
         return parts, True
 
+    def inner_steps(self, count: int, factor: float = 1.0) -> Parts:
+        """Make steps of the inner optimiser, each on a batch of its own.
+
+        Parameters
+        ----------
+        count : int
+            How many, at least one.
+        factor : float
+            What the learning rate is multiplied by.
+
+        Returns
+        -------
+        condition : list of Tensor
+            Its value before the last of them.
+        """
+        for _ in range(count):
+            condition, _ = self.inner_step(self.inner_batch(), factor)
+        return condition
+
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
         """One step of the inner optimiser along a flat direction."""
         with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
@@ -312,30 +333,103 @@ class Levels:
         for variable, value in zip(self.hparams.variables, projected, strict=True):
             variable.copy_(value)
 
-    def require_finite(self, **named: Tensor | Sequence[Tensor]) -> None:
+    def outer_step(
+        self,
+        grads: Sequence[Tensor],
+        value: Tensor,
+        condition: Tensor | Parts,
+        inner_steps: int = 1,
+        *,
+        factor: float = 1.0,
+        finite: Mapping[str, Tensor | Sequence[Tensor]] | None = None,
+        **known: Any,
+    ) -> StepInfo:
+        """Move the hyperparameters along a hypergradient, if it is finite, and record the step.
+
+        Parameters
+        ----------
+        grads : list of Tensor
+            The hypergradient, a tensor for each hyperparameter.
+        value : Tensor
+            The outer loss, where the gradient was taken.
+        condition : Tensor or list of Tensor
+            The inner condition where it was last evaluated, flat or not.
+        inner_steps : int
+            How many steps the inner optimiser made.
+        factor : float
+            What the learning rate is multiplied by.
+        finite : dict of str, optional
+            Tensors, or lists of them, that must be finite too, by what they are called.
+        **known
+            The further fields of a `StepInfo`: `info` and `tolerance`.
+
+        Returns
+        -------
+        info : StepInfo
+            For `step` to return.
+        """
+        self.require_finite({**(finite or {}), "the hypergradient": grads})
+        self.move_outer(grads, factor)
+        return self.record(grads, value, condition, inner_steps, **known)
+
+    def record(
+        self,
+        grads: Sequence[Tensor],
+        value: Tensor,
+        condition: Tensor | Parts,
+        inner_steps: int = 1,
+        **known: Any,
+    ) -> StepInfo:
+        """The record of a step whose moves are made.
+
+        Parameters
+        ----------
+        grads : list of Tensor
+            What the outer optimiser was given.
+        value : Tensor
+            The outer loss, where the gradient was taken.
+        condition : Tensor or list of Tensor
+            The inner condition where it was last evaluated, flat or not.
+        inner_steps : int
+            How many steps the inner optimiser made.
+        **known
+            The further fields of a `StepInfo`: `info` and `tolerance`.
+
+        Returns
+        -------
+        info : StepInfo
+            For `step` to return.
+        """
+        size = self.size(condition)
+        return StepInfo(self.steps + 1, value, self.shaped(grads), size, inner_steps, **known)
+
+    def require_finite(self, named: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
         """Raise if a number is not finite, unless that is to be ignored.
+
+        Parameters
+        ----------
+        named : dict of str
+            Tensors, or lists of them, by what they are called. All are looked at together.
 
         Raises
         ------
         NotFinite
-            Naming the first of the arguments that is not.
+            Naming the first of them that is not.
         """
-        if self.on_failure == "ignore":
+        tensors = [
+            (name, t) for name, v in named.items() for t in ([v] if isinstance(v, Tensor) else v)
+        ]
+        if self.on_failure == "ignore" or bool(finite((), *[t for _, t in tensors])):
             return
-        flat = [t for v in named.values() for t in ([v] if isinstance(v, Tensor) else v)]
-        if bool(finite((), *flat)):
-            return
-        for name, value in named.items():
-            for leaf in [value] if isinstance(value, Tensor) else value:
-                if not bool(torch.isfinite(leaf).all()):
-                    raise NotFinite(
-                        f"{name.replace('_', ' ')} holds NaN or infinity at outer step "
-                        f"{self.steps + 1}. A learning rate is too large for its problem (the "
-                        "inner one and that of the linear system must lie below 2 divided by the "
-                        "largest eigenvalue of the inner Hessian), the data are not finite, or a "
-                        "batch is empty (a mean over nothing is NaN). "
-                        "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
-                    )
+        for name, tensor in tensors:
+            if not bool(torch.isfinite(tensor).all()):
+                raise NotFinite(
+                    f"{name} holds NaN or infinity at outer step {self.steps + 1}. A learning rate "
+                    "is too large for its problem (the inner one and that of the linear system "
+                    "must lie below 2 divided by the largest eigenvalue of the inner Hessian), the "
+                    "data are not finite, or a batch is empty (a mean over nothing is NaN). "
+                    "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
+                )
 
     def now(self, name: str) -> Any:
         """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
@@ -346,7 +440,7 @@ class Levels:
             aliases = [alias.requires_grad_() for alias in aliases]
         return tree.rebuild(aliases)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Begin a step: what was heard, and taken for curvature, belongs to the last one."""
         self._heard.clear()
         if isinstance(self.inner_optimizer, torch.optim.LBFGS):
@@ -359,6 +453,11 @@ class Levels:
     def zeros(self) -> Tensor:
         """A flat vector of zeros, shaped like the inner variables."""
         return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
+
+
+def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Parts:
+    """The difference of two lists of tensors."""
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
