@@ -43,7 +43,8 @@ def _refuse_method(word: str) -> None:
 
     named = {name.lower(): name for name in methods.__all__}
     name = named.get(str(word).lower().replace("-", "").replace("_", ""))
-    if name is not None and issubclass(getattr(methods, name), Method):
+    of = getattr(methods, name or "Method")
+    if issubclass(of, Method) and not inspect.isabstract(of):
         raise TypeError(
             f"{word!r} is a method and no estimator: pass method=hypergrad.{name}(), a value."
         )

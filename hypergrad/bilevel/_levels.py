@@ -54,10 +54,68 @@ class Products:
 
 
 class Levels:
-    """What a method works with: variables, batches, derivatives, optimisers and its own state.
+    """The two levels of a problem as a `Method` sees them; `Bilevel` makes it.
 
-    Vectors shaped like the inner variables are flat; what is shaped like the hyperparameters is
-    a list of tensors.
+    In formulas F is the inner condition, for an objective its gradient by the parameters, and A is
+    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``;
+    what is shaped like the hyperparameters is a list of tensors, one for each. Everything that is
+    returned is detached.
+
+    Attributes
+    ----------
+    state : dict
+        What the method remembers, for `Method.step` to read and to write.
+    steps : int
+        How many outer steps have been made.
+    params, hparams : object
+        The two levels; ``params.variables`` and ``hparams.variables`` are the tensors that move.
+    inner_optimizer, outer_optimizer : torch.optim.Optimizer
+        What moves them.
+    condition : condition
+        The inner problem; ``condition.symmetric`` says whether A is known to be symmetric.
+    passed : tuple
+        The batches that `Bilevel.step` was called with, inner and outer; None where there is none.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do where a hypergradient may be wrong.
+
+    Notes
+    -----
+    Batches
+        `inner_batch` and `outer_batch` draw one, or hand on the one that the step was called with.
+        A batch is nothing to look into: it is passed to a derivative. `inner_on` and `outer_on`
+        are the two functions on a batch, with the arguments ``(params, hparams)``, and `now` the
+        variables to call them with.
+    Derivatives, all at the variables as they are
+        `outer_slopes`, `product`, `cross`, and `products`, which gives F and both products from
+        one evaluation; `inner_gradient` and `inner_slopes` of first order.
+    Moves
+        `inner_step`, `inner_steps`, `move_inner`, `move_outer`, and `outer_step`, which looks,
+        moves and records.
+    Shapes
+        `zeros` is flat; `size` is the norm of F; `shaped` makes a pytree like the hyperparameters.
+    Records
+        `record`, and `require_finite`, which raises before anything is moved.
+
+    Examples
+    --------
+    >>> import dataclasses, torch, hypergrad
+    >>> from hypergrad.bilevel import Levels, Method
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Look(Method):
+    ...     def step(self, levels: Levels):
+    ...         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+    ...         print(levels.steps, by_params, levels.product(levels.inner_batch(), by_params))
+    ...         return levels.record(direct, value, levels.zeros())
+    >>> loop = hypergrad.Bilevel(
+    ...     lambda w, t: (w * t).sum(), lambda w, t: (w**2).sum(),
+    ...     torch.zeros(2), torch.ones(2),
+    ...     inner_optimizer=lambda v: torch.optim.SGD(v, lr=0.1),
+    ...     outer_optimizer=lambda v: torch.optim.SGD(v, lr=0.1),
+    ...     method=Look(),
+    ... )
+    >>> loop.step().step
+    0 tensor([1., 1.]) tensor([2., 2.])
+    1
     """
 
     def __init__(
