@@ -134,7 +134,8 @@ def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
     >>> prox.elastic_net(torch.tensor([3.0, -0.5]), 1.0, 1.0, 3.0)
     tensor([0.5000, 0.0000])
     """
-    return _shrunk(soft_threshold(v, _times(step_size, l1)), step_size, l2, "l2")
+    at = soft_threshold(v, _times(step_size, l1))
+    return _with_each(lambda x, p: x / _growth(step_size, p, "l2"), at, l2)
 
 
 def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -161,11 +162,8 @@ def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.non_negative_l1(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([1., 0., 0.])
     """
-
-    def one(v: Tensor, penalty: Number) -> Tensor:
-        return torch.relu(v - step_size * not_negative("penalty", penalty))
-
-    return _with_each(one, v, penalty)
+    least = functools.partial(not_negative, "penalty")
+    return _with_each(lambda x, p: torch.relu(x - step_size * least(p)), v, penalty)
 
 
 def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -192,7 +190,7 @@ def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    return _shrunk(v, step_size, penalty, "penalty")
+    return _with_each(lambda x, p: x / _growth(step_size, p), v, penalty)
 
 
 def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -219,7 +217,7 @@ def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.non_negative_ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([1.0000, 0.0000, 0.2500])
     """
-    return _shrunk(v, step_size, penalty, "penalty", torch.relu)
+    return _with_each(lambda x, p: torch.relu(x) / _growth(step_size, p), v, penalty)
 
 
 def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -392,19 +390,9 @@ def not_negative(name: str, value: Number) -> Number:
     return value
 
 
-def _shrunk(
-    v: Any,
-    step_size: Number,
-    penalty: Any,
-    name: str,
-    of: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Any:
-    """``of(v) / (1 + step_size penalty)``, entry by entry."""
-
-    def one(x: Tensor, penalty: Number) -> Tensor:
-        return of(x) / (1 + step_size * not_negative(name, penalty))
-
-    return _with_each(one, v, penalty)
+def _growth(step_size: Number, penalty: Number, name: str = "penalty") -> Number:
+    """What a squared penalty divides by."""
+    return 1 + step_size * not_negative(name, penalty)
 
 
 def _times(step_size: Number, penalty: Any) -> Any:

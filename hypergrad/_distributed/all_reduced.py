@@ -159,17 +159,17 @@ class AllReduced:
         dtype, numel, device = _payload(self._kind, args)
         try:
             value = self._share(*arguments)
-            parts = _floating(value) if self._kind == "equation" else [scalar("A share", value)]
+            terms = _floating(value) if self._kind == "equation" else [scalar("A share", value)]
             if self._reduction == "mean":
                 number = torch.distributed.get_world_size(self._group)
-                parts = [part / number for part in parts]
+                terms = [term / number for term in terms]
         except Exception:
             stand_in(session, len(variables), dtype, numel, device)
             raise
         # An empty share may not depend on its outputs; the way to them is there all the same.
         anchors += [leaf.sum() for leaf in _floating(args[0])] if per_process else []
         tie = _tie(anchors) if anchors else torch.zeros((), device=device)
-        whole = summed(session, _connected(parts, variables), dtype, tie, parts)
+        whole = summed(session, _connected(terms, variables), dtype, tie, terms)
         if self._kind != "equation":
             return whole[0]
         leaves, spec = pytree.tree_flatten(value)
@@ -225,9 +225,9 @@ def _tied(outputs: Any, tie: Tensor) -> Any:
     return pytree.tree_map(lambda x: x + tie.to(x.dtype) if _is_float(x) else x, outputs)
 
 
-def _connected(parts: Sequence[Tensor], variables: Sequence[Tensor]) -> list[bool]:
+def _connected(terms: Sequence[Tensor], variables: Sequence[Tensor]) -> list[bool]:
     """Which of the variables this process's values depend on."""
-    edges = set[tuple[Any, int]]().union(*(graph(part).edges for part in parts))
+    edges = set[tuple[Any, int]]().union(*(graph(term).edges for term in terms))
     return [(v.grad_fn, v.output_nr) in edges for v in variables]
 
 

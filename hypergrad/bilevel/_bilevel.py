@@ -144,19 +144,10 @@ class Bilevel:
             )
         self.method = method if isinstance(method, Method) else _by_estimator(method)
         self._callback = callback
-        self._levels = Levels(
-            outer,
-            inner,
-            params,
-            hparams,
-            inner_optimizer,
-            outer_optimizer,
-            inner_batches,
-            outer_batches,
-            on_failure,
-            torch.Generator().manual_seed(seed),
-            hparams_projection,
-        )
+        optimizers, batches = (inner_optimizer, outer_optimizer), (inner_batches, outer_batches)
+        drawing = torch.Generator().manual_seed(seed), hparams_projection
+        problem = outer, inner, params, hparams
+        self._levels = Levels(*problem, optimizers, batches, on_failure, *drawing)
         self._levels.state = self.method.start(self._levels)
 
     @property

@@ -120,7 +120,7 @@ def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
     """The public estimators with the call of `implicit_grad`, by the word before ``_grad``."""
     import hypergrad
 
-    found: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}
+    words: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}
     for name in hypergrad.__all__:
         call = getattr(hypergrad, name)
         if not (name.endswith("_grad") and inspect.isfunction(call)):
@@ -129,5 +129,5 @@ def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
         names = [p.name for p in parameters[:4]]
         optional = all(p.default is not p.empty for p in parameters[4:])
         if names == ["outer", "inner", "params", "hparams"] and optional:
-            found[name.removesuffix("_grad")] = call
-    return found
+            words[name.removesuffix("_grad")] = call
+    return words

@@ -30,7 +30,7 @@ from ._method import State
 from ._optimisers import Optimiser, gradients, scaled, take
 from ._step_info import StepInfo
 
-Parts = list[Tensor]
+Leaves = list[Tensor]
 _TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
 
 
@@ -50,7 +50,7 @@ class Products:
 
     residual: Tensor
     product: Tensor
-    cross: Parts
+    cross: Leaves
 
 
 class Levels:
@@ -124,31 +124,22 @@ class Levels:
         inner: Any,
         params: Any,
         hparams: Any,
-        inner_optimizer: Optimiser,
-        outer_optimizer: Optimiser,
-        inner_batches: Source,
-        outer_batches: Source,
+        optimizers: tuple[Optimiser, Optimiser],
+        batches: tuple[Source, Source],
         on_failure: OnFailure,
         generator: torch.Generator,
         hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
         refuse_one_level_reduced(self.condition.functions(), outer)
-        self.params, self.inner_optimizer = take(
-            "params",
-            params,
-            inner_optimizer,
-            skip_frozen=True,
-            of_autograd=self.condition.of_objective,
-        )
-        self.hparams, self.outer_optimizer = take(
-            "hparams", hparams, outer_optimizer, skip_frozen=False, of_autograd=True
-        )
+        names = self.condition.of_objective
+        self.params, self.inner_optimizer = take("params", params, optimizers[0], True, names)
+        self.hparams, self.outer_optimizer = take("hparams", hparams, optimizers[1], False, True)
         _refuse_shared(self)
         self.problem = Problem.of(self.condition, self.params, [self.hparams])
         self.layout = self.problem.layout()
-        self.inner_batches = Batches("inner_batches", inner_batches)
-        self.outer_batches = Batches("outer_batches", outer_batches)
+        self.inner_batches = Batches("inner_batches", batches[0])
+        self.outer_batches = Batches("outer_batches", batches[1])
         self.on_failure, self.generator = on_failure, generator
         self.hparams_projection = hparams_projection
         self.steps = 0
@@ -196,16 +187,16 @@ class Levels:
 
     def _refuse_signatures(self, error: TypeError) -> None:
         """Raise where a loss cannot be called with its arguments."""
-        for name, value, given, source in (
+        for name, value, passed, source in (
             ("outer", self.outer, self.passed[1], self.outer_batches),
             ("inner", self.condition, self.passed[0], self.inner_batches),
         ):
-            batch = ["batch"] if given is not None or source.given else []
+            batch = ["batch"] if passed is not None or source.there else []
             refuse_signatures(name, value, ("params", "hparams", *batch), error)
 
     # --- derivatives ---------------------------------------------------------------------
 
-    def inner_gradient(self, batch: Batch) -> tuple[Tensor, Parts]:
+    def inner_gradient(self, batch: Batch) -> tuple[Tensor, Leaves]:
         """The inner condition at the variables, and a value for optimisers that ask for one.
 
         Parameters
@@ -223,21 +214,20 @@ class Levels:
         if not isinstance(self.condition, Minimum | GaussNewton):
             residual = self._linearised(batch).residual
             return residual.square().sum() / 2, self.layout.split(residual)
-        value, found = self._first_order(batch, by_hparams=False)
-        return value, found
+        return self._first_order(batch, by_hparams=False)
 
-    def size(self, condition: Tensor | Parts) -> Tensor:
+    def size(self, condition: Tensor | Leaves) -> Tensor:
         """The norm of the inner condition, flat or as it is returned by `inner_step`."""
         flat = condition if isinstance(condition, Tensor) else self.layout.flatten(condition)
         return norm(flat)
 
-    def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Parts:
+    def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Leaves:
         """First derivatives of the inner loss, by the inner and then the outer variables."""
         return self._first_order(batch, by_hparams=True, params=params)[1]
 
     def _first_order(
         self, batch: Batch, *, by_hparams: bool, params: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Parts]:
+    ) -> tuple[Tensor, Leaves]:
         problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
         places = [*problem.inner, *(problem.outer if by_hparams else ())]
         tensors = self._tensors(params)
@@ -249,19 +239,19 @@ class Levels:
             self._check("inner", values, recording.aliases)
             return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
 
-        value, found = record(evaluate, [tensors[i] for i in places], problem.trees)
-        _require_all(problem, found[: len(problem.inner)])
-        return value, _filled(found, [tensors[i] for i in places])
+        value, slopes = record(evaluate, [tensors[i] for i in places], problem.trees)
+        _require_all(problem, slopes[: len(problem.inner)])
+        return value, _filled(slopes, [tensors[i] for i in places])
 
     def products(self, batch: Batch, u: Tensor) -> Products:
         """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
         lin = self._linearised(batch)
-        parts, count = self.layout.split(u), len(self.problem.inner)
+        leaves, count = self.layout.split(u), len(self.problem.inner)
         cross: Sequence[Tensor | None]
         if isinstance(lin.record.transposed, Replay) and self.condition.twice:
             # A is the derivative of F: one pass backward gives both.
-            found = Replay(lin.record.residual, lin.aliases, lin.notes.around)(parts)
-            product, cross = self.layout.flatten(found[:count]), found[count:]
+            pulled = Replay(lin.record.residual, lin.aliases, lin.notes.around)(leaves)
+            product, cross = self.layout.flatten(pulled[:count]), pulled[count:]
         else:
             product, cross = lin.transposed(u), lin.cross(u)
         return Products(lin.residual, product, _filled(cross, self.hparams.variables))
@@ -270,13 +260,13 @@ class Levels:
         """``A^T u`` on one batch."""
         return self._linearised(batch).transposed(u)
 
-    def cross(self, batch: Batch, u: Tensor) -> Parts:
+    def cross(self, batch: Batch, u: Tensor) -> Leaves:
         """``(dF/dhparams)^T u`` on one batch."""
         return _filled(self._linearised(batch).cross(u), self.hparams.variables)
 
     def outer_slopes(
         self, batch: Batch, params: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Parts]:
+    ) -> tuple[Tensor, Tensor, Leaves]:
         """The outer loss on one batch, its gradient by params (flat), and that by hparams."""
         value, _, by_params, by_hparams, _ = outer_gradient(
             self.outer_on(batch), self.problem, self._tensors(params), False
@@ -290,11 +280,11 @@ class Levels:
         return lin
 
     def _tensors(self, params: Sequence[Tensor] | None = None) -> list[Tensor]:
-        found = [detached(t) for t in self.problem.tensors]
+        tensors = [detached(t) for t in self.problem.tensors]
         if params is not None:
             for place, value in zip(self.problem.inner, params, strict=True):
-                found[place] = value
-        return found
+                tensors[place] = value
+        return tensors
 
     def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
@@ -305,7 +295,7 @@ class Levels:
 
     def inner_step(
         self, batch: Batch, factor: float = 1.0, *, above: float | None = None
-    ) -> tuple[Parts, bool]:
+    ) -> tuple[Leaves, bool]:
         """One step of the inner optimiser, unless the condition's norm is below a bound.
 
         Parameters
@@ -324,25 +314,25 @@ class Levels:
         made : bool
             Whether the step was made.
         """
-        value, parts = self.inner_gradient(batch)
-        if above is not None and float(self.size(parts)) <= above:
-            return parts, False
+        value, condition = self.inner_gradient(batch)
+        if above is not None and float(self.size(condition)) <= above:
+            return condition, False
         with gradients(self.params.variables) as fill:
             known = [value]
 
             def closure() -> Tensor:
                 if known:
                     return known.pop()
-                value, parts = self.inner_gradient(batch)
-                fill(parts)
+                value, condition = self.inner_gradient(batch)
+                fill(condition)
                 return value
 
-            fill(parts)
+            fill(condition)
             with scaled(self.inner_optimizer, factor):
                 self.inner_optimizer.step(closure)
-        return parts, True
+        return condition, True
 
-    def inner_steps(self, count: int, factor: float = 1.0) -> Parts:
+    def inner_steps(self, count: int, factor: float = 1.0) -> Leaves:
         """Make steps of the inner optimiser, each on a batch of its own.
 
         Parameters
@@ -365,13 +355,13 @@ class Levels:
         """One step of the inner optimiser along a flat direction."""
         with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
             # Copies: one that is all of the vector may be kept by the optimiser.
-            fill([part.clone() for part in self.layout.split(direction)])
+            fill([leaf.clone() for leaf in self.layout.split(direction)])
             self.inner_optimizer.step()
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
         """One step of the outer optimiser, and the way back to where hyperparameters may be."""
         with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
-            fill([part.clone() for part in direction])
+            fill([leaf.clone() for leaf in direction])
             self.outer_optimizer.step()
         if self.hparams_projection is not None:
             self._project(self.hparams_projection)
@@ -395,7 +385,7 @@ class Levels:
         self,
         grads: Sequence[Tensor],
         value: Tensor,
-        condition: Tensor | Parts,
+        condition: Tensor | Leaves,
         inner_steps: int = 1,
         *,
         factor: float = 1.0,
@@ -434,7 +424,7 @@ class Levels:
         self,
         grads: Sequence[Tensor],
         value: Tensor,
-        condition: Tensor | Parts,
+        condition: Tensor | Leaves,
         inner_steps: int = 1,
         **known: Any,
     ) -> StepInfo:
@@ -504,16 +494,16 @@ class Levels:
         if isinstance(self.inner_optimizer, torch.optim.LBFGS):
             self.inner_optimizer.state.clear()
 
-    def shaped(self, parts: Sequence[Tensor]) -> Any:
+    def shaped(self, leaves: Sequence[Tensor]) -> Any:
         """What is shaped like the hyperparameters, as a pytree."""
-        return self.hparams.fill(parts)
+        return self.hparams.fill(leaves)
 
     def zeros(self) -> Tensor:
         """A flat vector of zeros, shaped like the inner variables."""
         return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
 
 
-def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Parts:
+def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Leaves:
     """The difference of two lists of tensors."""
     return [x - y for x, y in zip(a, b, strict=True)]
 
@@ -523,10 +513,10 @@ def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
     return function(*args, *batch.args)
 
 
-def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Parts:
+def _filled(leaves: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
     return [
-        torch.zeros_like(v, requires_grad=False) if part is None else part.detach()
-        for part, v in zip(parts, like, strict=True)
+        torch.zeros_like(v, requires_grad=False) if leaf is None else leaf.detach()
+        for leaf, v in zip(leaves, like, strict=True)
     ]
 
 

@@ -7,11 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ._levels import Levels, minus
+from ._levels import Leaves, Levels, minus
 from ._method import Decaying, State, checked, exponent, positive
 from ._step_info import StepInfo
-
-Parts = list[Tensor]
 
 
 @dataclasses.dataclass
@@ -20,7 +18,7 @@ class Directions:
 
     inner: Tensor
     linear: Tensor
-    outer: Parts
+    outer: Leaves
     value: Tensor
 
 
@@ -37,7 +35,7 @@ class SingleLoop(Decaying):
         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
         return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
 
-    def averaged(self, levels: Levels, outer: Parts, decay: float) -> Parts:
+    def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
         """What the hyperparameters move along: the outer direction."""
         return outer
 
@@ -141,9 +139,9 @@ class MASOBA(SingleLoop):
         zeros = [torch.zeros_like(v, requires_grad=False) for v in levels.hparams.variables]
         return {"u": levels.zeros(), "h": zeros}
 
-    def averaged(self, levels: Levels, outer: Parts, decay: float) -> Parts:
+    def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
         """The average as it was; it goes on to the outer direction."""
-        average: Parts = levels.state["h"]
+        average: Leaves = levels.state["h"]
         levels.state["h"] = [
             torch.lerp(h, d, self.theta * decay) for h, d in zip(average, outer, strict=True)
         ]

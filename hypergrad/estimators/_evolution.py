@@ -191,7 +191,7 @@ def evolution_strategies_grad(
         If `step` changes the structure of the inner variables, `outer` is no scalar, or `hparams`
         holds no floating-point tensor.
     UnsupportedOperation
-        If the answer is differentiated.
+        If the hypergradient is differentiated.
     ValueError
         If a number is out of its range.
 
@@ -235,16 +235,16 @@ def evolution_strategies_grad(
         moments.add(evaluate, min(chunk_size or pairs, pairs - first), generator)
     value, grads, errors = moments.value, moments.mean(), moments.standard_error()
     estimate = Estimate(list(grads), value, None, None, evaluate.captured)
-    answer = hypergradient("evolution_strategies_grad", H, estimate, on_failure, _CURE)
+    filled = hypergradient("evolution_strategies_grad", H, estimate, on_failure, _CURE)
     rounding = moments.rounding()
     judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _LOST)
     if not return_info:
-        return answer
+        return filled
     squares = [
         torch.stack([t.to(value).square().sum() for t in of]).sum() for of in (errors, grads)
     ]
     fill = H.fill([e.to(v.dtype) for e, v in zip(errors, H.variables, strict=True)])
-    return answer, EvolutionInfo(value, fill, (squares[0] / squares[1]).sqrt(), rounding)
+    return filled, EvolutionInfo(value, fill, (squares[0] / squares[1]).sqrt(), rounding)
 
 
 def _no_step(params: Any, hparams: Any) -> Any:

@@ -157,7 +157,7 @@ def finite_difference_grad(
     StructureMismatch
         If a loss is no scalar, or the preconditioner's answer is not shaped like `params`.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If more than one of `scale`, `lr` and `preconditioner` is given, or one is no number.
 

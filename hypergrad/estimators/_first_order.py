@@ -11,7 +11,7 @@ from .._errors import HypergradError, NotConnected, NotConverged
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import plus
 from ._answer import Estimate, handed_out, hypergradient, judge_figure
-from ._loss import Arguments, Loss, Parts, Slopes
+from ._loss import Arguments, Leaves, Loss, Slopes
 
 _CURE = "The gradient steps may diverge: make lr smaller, or look at the data."
 #: A figure, its limit, and what is said above it.
@@ -82,7 +82,7 @@ class FirstOrder:
 
     def finish(
         self,
-        grads: Parts,
+        grads: Leaves,
         slopes: Sequence[Slopes],
         figures: Sequence[Figure],
         params: Any = None,
@@ -115,20 +115,20 @@ class FirstOrder:
         H, (outer, inner, *_) = self.at.H, slopes
         captured = [t for of in slopes for t in of.captured]
         estimate = Estimate(grads, outer.value, params, outer.aux, captured)
-        answer = hypergradient(self._name, H, estimate, self._on_failure, _CURE)
+        filled = hypergradient(self._name, H, estimate, self._on_failure, _CURE)
         for figure, limit, text in figures:
             judge_figure(figure, limit, self._on_failure, error, text)
         if self._on_failure != "ignore":
             warn_of_unused(H, "Neither outer nor inner", outer.by_hparams, inner.by_hparams)
-        return handed_out(answer, estimate, self._has_aux, return_params, info)
+        return handed_out(filled, estimate, self._has_aux, return_params, info)
 
 
-def difference(a: Parts, b: Parts) -> Parts:
+def difference(a: Leaves, b: Leaves) -> Leaves:
     """The difference of two gradients; None where one of them is."""
     return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
 
 
-def added(direct: Parts, weight: Tensor | float, leaves: Parts) -> Parts:
+def added(direct: Leaves, weight: Tensor | float, leaves: Leaves) -> Leaves:
     """``direct + weight * leaves``, where None stands for zero."""
     factors = [
         weight.to(x.dtype) if isinstance(weight, Tensor) and x is not None else weight

@@ -111,11 +111,6 @@ class Forward:
 
 def _basis(constants: list[Tensor]) -> list[Tensor]:
     """For each hyperparameter, its entry in every one of the ``n`` unit directions."""
-    n = sum(c.numel() for c in constants)
-    basis, start = [], 0
-    for c in constants:
-        part = torch.zeros(n, c.numel(), dtype=c.dtype, device=c.device)
-        part[start : start + c.numel()] = torch.eye(c.numel(), dtype=c.dtype, device=c.device)
-        basis.append(part.reshape(n, *c.shape))
-        start += c.numel()
-    return basis
+    sizes = [c.numel() for c in constants]
+    columns = torch.eye(sum(sizes), device=constants[0].device).split(sizes, dim=1)
+    return [b.to(c.dtype).reshape(-1, *c.shape) for b, c in zip(columns, constants, strict=True)]

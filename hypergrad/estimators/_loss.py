@@ -20,7 +20,7 @@ from ..conditions._inner_problem import scalar, without_aux
 from ..solvers._base import norm
 from ._inner_loop import map_tensors, own_constants
 
-Parts = list[Tensor | None]
+Leaves = list[Tensor | None]
 
 #: How much larger the rounding of a gradient is than its last digit. Measured on a linear
 #: classifier and a small network.
@@ -85,8 +85,8 @@ class Slopes:
     """
 
     value: Tensor
-    by_params: Parts
-    by_hparams: Parts
+    by_params: Leaves
+    by_hparams: Leaves
     aux: Any
     captured: list[Tensor]
 

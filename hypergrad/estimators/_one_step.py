@@ -101,7 +101,7 @@ def one_step_grad(
     StructureMismatch
         If `step` changes the structure of the inner variables, or `outer` is no scalar.
     UnsupportedOperation
-        If the answer is differentiated.
+        If the hypergradient is differentiated.
 
     References
     ----------

@@ -17,7 +17,7 @@ from .._mistakes import explained
 from ..solvers._base import dot, norm
 from ._answer import check_not_negative, check_positive, evidence
 from ._first_order import FirstOrder, added, difference
-from ._loss import MOSTLY_ROUNDING, Arguments, Parts, Slopes, descend, rounding_share
+from ._loss import MOSTLY_ROUNDING, Arguments, Leaves, Slopes, descend, rounding_share
 
 _UNSOLVED = (
     "params does not solve the inner problem: its relative inner residual is {}, above inner_tol. "
@@ -169,7 +169,7 @@ def penalty_grad(
     StructureMismatch
         If a loss is no scalar, or `penalised` is not shaped like `params`.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If a number is out of its range, or neither `penalised` nor `lr` is given, or both.
 
@@ -230,7 +230,7 @@ def _unsolved(at: Arguments, b: Tensor, F: Tensor, u: Tensor) -> Tensor:
     return torch.where((norm(b) == 0) | (norm(F) == 0), torch.zeros_like(unsolved), unsolved)
 
 
-def _rounding(at: Arguments, b: Tensor, there: Slopes, grads: Parts, penalty: float) -> Tensor:
+def _rounding(at: Arguments, b: Tensor, there: Slopes, grads: Leaves, penalty: float) -> Tensor:
     """The share of the answer that rounding may be, where there is an outer gradient."""
     share = rounding_share(at.layout, there.by_hparams, grads, penalty)
     return torch.where(norm(b) == 0, torch.zeros_like(share), share)

@@ -122,7 +122,7 @@ def unrolled_grad(
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
     UnsupportedOperation
-        If the answer is differentiated, or `mode` is none of the two.
+        If the hypergradient is differentiated, or `mode` is none of the two.
     ValueError
         If `steps` or `truncate` is negative, or `checkpoint` goes with the forward mode.
 

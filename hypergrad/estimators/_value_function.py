@@ -17,7 +17,7 @@ from .._implicit.verdict import OnFailure
 from .._mistakes import explained
 from ._answer import check_not_negative, check_positive
 from ._first_order import FirstOrder, added, difference
-from ._loss import Parts, descend, wide
+from ._loss import Leaves, descend, wide
 
 #: By how much of its size the inner objective may rise before the steps count as diverging.
 _RISE = 1e-3
@@ -193,7 +193,7 @@ def value_function_grad(
     StructureMismatch
         If a loss is no scalar.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If a number is out of its range.
 
@@ -246,7 +246,7 @@ def value_function_grad(
     return call.finish(grads, [slopes, here, there], figures, kept, info=info, error=Diverged)
 
 
-def _dot(a: Parts, b: Parts, like: Tensor) -> Tensor:
+def _dot(a: Leaves, b: Leaves, like: Tensor) -> Tensor:
     total = torch.zeros_like(wide(like))
     for x, y in zip(a, b, strict=True):
         if x is not None and y is not None:
