@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -119,19 +118,14 @@ class SABA(SingleLoop):
     def _fill(self, levels: Levels) -> None:
         """Fill the memory at the first point, from every batch of both levels."""
         memory, means = levels.state["memory"], levels.state["means"]
-        for i, j in _pairs(levels):
-            for name, (index, now) in self._seen(levels, i, j)[0].items():
+        inner, outer = levels.inner_batches, levels.outer_batches
+        n, m = _count(inner), _count(outer)
+        for k in range(max(n, m)):  # the shorter sequence is gone through again
+            for name, (index, now) in self._seen(levels, inner[k % n], outer[k % m])[0].items():
                 memory[name][index] = now
         for name, table in memory.items():
             means[name] = table.mean(dim=0)
         levels.state["filled"] = True
-
-
-def _pairs(levels: Levels) -> Iterator[tuple[Batch, Batch]]:
-    """Every batch of both levels, the shorter sequence gone through again."""
-    n, m = (_count(b) for b in (levels.inner_batches, levels.outer_batches))
-    for k in range(max(n, m)):
-        yield levels.inner_batches[k % n], levels.outer_batches[k % m]
 
 
 def _count(batches: Batches) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class Arguments:
         """The last digit of the coarsest dtype, in which a difference of gradients is rounded."""
         return max(torch.finfo(v.dtype).eps for v in [*self.params, *self.hparams])
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """How the inner variables lie in a vector."""
         return Layout(self.P, self.params)

@@ -152,7 +152,7 @@ def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
     return array
 
 
-def refuse_empty(empty: Tensor, message: str, figure: Tensor | None = None) -> None:
+def refuse_empty(empty: Tensor, message: str, *figures: Tensor) -> None:
     """Raise where a set is seen to be empty; on an accelerator, whose host must not wait, never.
 
     Parameters
@@ -161,8 +161,8 @@ def refuse_empty(empty: Tensor, message: str, figure: Tensor | None = None) -> N
         Where it is.
     message : str
         It names the argument, and has ``{}`` in place of the figure.
-    figure : Tensor, optional
-        The argument's value; of several the least is said.
+    *figures : Tensor
+        The argument's value, and what is subtracted from it; of several the least is said.
 
     Raises
     ------
@@ -170,8 +170,8 @@ def refuse_empty(empty: Tensor, message: str, figure: Tensor | None = None) -> N
         With the message.
     """
     if empty.device.type == "cpu" and not torch.compiler.is_compiling() and any_task(empty):
-        least = None if figure is None else float(layers(figure.detach())[-1].min())
-        raise ValueError(message.format(f"{least:.6g}" if least is not None else ""))
+        figure = functools.reduce(torch.sub, figures or (empty,))
+        raise ValueError(message.format(f"{float(layers(figure.detach())[-1].min()):.6g}"))
 
 
 def vector(v: Any) -> Tensor:

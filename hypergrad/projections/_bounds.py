@@ -134,8 +134,9 @@ def _held(v: Tensor, lower: Any, upper: Any, message: str | None = None) -> Tens
         x = torch.where(v >= high, high, x)
     if low is not None:
         x = torch.where(v <= low, low, x)
-    if low is None or high is None:
+    numbers = isinstance(lower, float | int) and isinstance(upper, float | int)
+    if low is None or high is None or (numbers and lower <= upper):
         return x
     if message is not None:
-        refuse_empty(low > high, message, high - low)
+        refuse_empty(low > high, message, high, low)
     return nan_where(~(low <= high), x)  # true of NaN too
