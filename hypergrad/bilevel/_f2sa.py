@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from .._errors import UnsupportedOperation
-from ..conditions._base import GaussNewton, Minimum
+from ..conditions._gauss_newton import GaussNewton
+from ..conditions._minimum import Minimum
 from ._levels import Levels
 from ._method import Decaying, State, checked, exponent, least, positive
 from ._step_info import StepInfo

@@ -8,8 +8,8 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
-from .._autograd.transforms import never_compiled
 from .._implicit.signatures import Hparams, Objective, Outer
 from .._implicit.verdict import OnFailure
 from .._info import SolveInfo
