@@ -135,12 +135,8 @@ def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
     >>> prox.elastic_net(torch.tensor([3.0, -0.5]), 1.0, 1.0, 3.0)
     tensor([0.5000, 0.0000])
     """
-
-    def shrunk(x: Tensor, l2: Number) -> Tensor:
-        return x / (1 + step_size * not_negative("l2", l2))
-
     at = soft_threshold(v, _times(step_size, l1))
-    return _with_each(shrunk, at, l2)
+    return _with_each(lambda x, p: x / _growth(step_size, p, "l2"), at, l2)
 
 
 def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -167,11 +163,8 @@ def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.non_negative_l1(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([1., 0., 0.])
     """
-
-    def one(v: Tensor, penalty: Number) -> Tensor:
-        return torch.relu(v - step_size * not_negative("penalty", penalty))
-
-    return _with_each(one, v, penalty)
+    least = functools.partial(not_negative, "penalty")
+    return _with_each(lambda x, p: torch.relu(x - step_size * least(p)), v, penalty)
 
 
 def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -198,11 +191,7 @@ def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-
-    def one(v: Tensor, penalty: Number) -> Tensor:
-        return v / (1 + step_size * not_negative("penalty", penalty))
-
-    return _with_each(one, v, penalty)
+    return _with_each(lambda x, p: x / _growth(step_size, p), v, penalty)
 
 
 def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -229,11 +218,7 @@ def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     >>> prox.non_negative_ridge(torch.tensor([2.0, -1.0, 0.5]), 0.5, 2.0)
     tensor([1.0000, 0.0000, 0.2500])
     """
-
-    def one(v: Tensor, penalty: Number) -> Tensor:
-        return torch.relu(v) / (1 + step_size * not_negative("penalty", penalty))
-
-    return _with_each(one, v, penalty)
+    return _with_each(lambda x, p: torch.relu(x) / _growth(step_size, p), v, penalty)
 
 
 def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
@@ -390,9 +375,12 @@ def size_of(*leaves: Tensor) -> Tensor:
     sizes = [leaf.detach().abs().amax() for leaf in leaves if leaf.numel()]
     if not sizes:
         return torch.ones_like(leaves[0].detach().sum())
-    largest = torch.stack(sizes).amax()
-    usable = (largest > 0) & torch.isfinite(largest)
-    return torch.where(usable, largest, torch.ones_like(largest))
+    return unit_of(torch.stack(sizes).amax())
+
+
+def unit_of(largest: Tensor) -> Tensor:
+    """The largest entry of something as a unit: one where it is 0 or not finite."""
+    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
 
 
 def not_negative(name: str, value: Number) -> Number:
@@ -402,6 +390,11 @@ def not_negative(name: str, value: Number) -> Number:
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value!r}.")
     return value
+
+
+def _growth(step_size: Number, penalty: Number, name: str = "penalty") -> Number:
+    """What a squared penalty divides by."""
+    return 1 + step_size * not_negative(name, penalty)
 
 
 def _times(step_size: Number, penalty: Any) -> Any:
@@ -457,18 +450,68 @@ def _with_each(one: Callable[[Tensor, Any], Tensor], v: Any, values: Any) -> Any
     StructureMismatch
         If the values have another structure.
     """
+    each = one_for_each("A penalty", values, v)
+    return leafwise(v, lambda leaf, i: one(leaf, each[i]), each)
+
+
+def leafwise(v: Any, one: Callable[[Tensor, int], Tensor], wanted: list[Any] | None = None) -> Any:
+    """Map the leaves of a pytree; a number or a tensor of integers becomes floating point.
+
+    Parameters
+    ----------
+    v : pytree
+        What is mapped. None stays None.
+    one : callable
+        ``one(leaf, position)``.
+    wanted : list, optional
+        Where it has None, a leaf stays as it is.
+
+    Returns
+    -------
+    x : pytree of Tensor
+        Like `v`.
+    """
     keyed, spec = pytree.tree_flatten_with_path(v)
-    given, other = pytree.tree_flatten(values)
-    if other != spec or (other.is_leaf() and given[0] is None):
-        if len(given) != 1 or not isinstance(values, float | int | Tensor):
-            raise StructureMismatch(
-                f"A penalty must be one number or have the structure of v: {spec}; got {other}."
-            )
-        given = given * len(keyed)
     mapped = [
         leaf
-        if leaf is None or value is None
-        else one(as_floating("v" + pytree.keystr(path), leaf), value)
-        for (path, leaf), value in zip(keyed, given, strict=True)
+        if leaf is None or (wanted is not None and wanted[i] is None)
+        else one(as_floating("v" + pytree.keystr(path), leaf), i)
+        for i, (path, leaf) in enumerate(keyed)
     ]
     return pytree.tree_unflatten(mapped, spec)
+
+
+def one_for_each(name: str, values: Any, v: Any, *, none: bool = False) -> list[Any]:
+    """One value for each leaf of `v`.
+
+    Parameters
+    ----------
+    name : str
+        What the values are called, for messages.
+    values : float, Tensor or pytree
+        One for all, or a pytree like `v`.
+    v : pytree
+        The leaves.
+    none : bool
+        Whether one None may stand for all.
+
+    Returns
+    -------
+    values : list
+        In the order of the leaves.
+
+    Raises
+    ------
+    StructureMismatch
+        If the values have another structure.
+    """
+    leaves, spec = pytree.tree_flatten(v)
+    listed, other = pytree.tree_flatten(values)
+    single = isinstance(values, float | int | Tensor) or (none and values is None)
+    if other == spec and (single or not other.is_leaf() or listed[0] is not None):
+        return listed
+    if len(listed) == 1 and single:
+        return listed * len(leaves)
+    raise StructureMismatch(
+        f"{name} must be one number or have the structure of v: {spec}; got {other}."
+    )

@@ -7,12 +7,15 @@ too early or a direction taken after a move would show at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
+import hypergrad
 from hypergrad import F2SA, MASOBA, SABA, SOBA, AmIGO, Bilevel, StocBiO
+from hypergrad.bilevel import Method
 from tests.bilevel_quadratic import F64, Inner, Outer, Quadratic
 
 RHO, GAMMA = 0.2, 0.1  # learning rates of the two levels
@@ -241,3 +244,87 @@ def test_pytrees_of_several_shapes_take_the_steps_of_flat_vectors(structured):
         runs.append(flat(bilevel.params, bilevel.hparams))
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# A method of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum(Method):
+    """SOBA's directions with an outer momentum, which it remembers."""
+
+    rate: float = 0.5
+
+    def start(self, levels):
+        return {"u": levels.zeros(), "h": [torch.zeros_like(v) for v in levels.hparams.variables]}
+
+    def step(self, levels):
+        seen = levels.products(levels.inner_batch(), levels.state["u"])
+        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+        levels.move_inner(seen.residual)
+        levels.state["u"] = levels.state["u"] - self.rate * (seen.product - by_params)
+        levels.state["h"] = [
+            h + (d - c - h) / 2
+            for h, d, c in zip(levels.state["h"], direct, seen.cross, strict=True)
+        ]
+        return levels.outer_step(levels.state["h"], value, seen.residual)
+
+
+def made(method, **options):
+    """A loop on ``(w - t)^2 / 2`` and ``(w - 3)^2``."""
+    return hypergrad.Bilevel(
+        lambda w, t: ((w - 3) ** 2).sum(),
+        lambda w, t: ((w - t) ** 2).sum() / 2,
+        torch.zeros(2, dtype=F64),
+        torch.zeros(2, dtype=F64),
+        inner_optimizer=lambda v: torch.optim.SGD(v, lr=0.5),
+        outer_optimizer=lambda v: torch.optim.SGD(v, lr=0.05),
+        method=method,
+        **options,
+    )
+
+
+def test_a_method_from_public_names_reaches_the_optimum_and_resumes_bit_equal():
+    whole, first = made(Momentum()), made(Momentum())
+    run(whole, 20)
+    run(first, 20)
+    second = made(Momentum())
+    second.load_state_dict(first.state_dict())
+    run(whole, 30)
+    run(second, 30)
+    assert second.hparams.equal(whole.hparams)
+    run(whole, 949)
+    info = whole.step()
+    torch.testing.assert_close(whole.hparams, torch.full((2,), 3.0, dtype=F64))
+    assert (info.step, info.inner_steps) == (1000, 1)
+    assert float(info.inner_norm) < 1e-8
+    with pytest.raises(hypergrad.StructureMismatch, match="method Momentum"):
+        made(hypergrad.SOBA()).load_state_dict(first.state_dict())
+
+
+def test_a_method_of_ones_own_does_not_move_the_hyperparameters_by_nan():
+    bilevel = made(Momentum(rate=1e200))
+    message = "the hypergradient holds NaN or infinity at outer step"
+    with pytest.raises(hypergrad.NotFinite, match=message):
+        run(bilevel, 10)
+    assert bilevel.hparams.isfinite().all()
+
+
+def run(bilevel, steps):
+    for _ in range(steps):
+        bilevel.step()
+
+
+class Loose:
+    """No method, though it has a step."""
+
+    def step(self, levels):
+        return None
+
+
+@pytest.mark.parametrize("wrong", [lambda levels: None, Loose, Loose(), 3])
+def test_what_is_no_method_is_told_how_to_be_one(wrong):
+    with pytest.raises(
+        TypeError, match=r"hypergrad\.bilevel\.Method and has a function step.*Exten"
+    ):
+        made(wrong)

@@ -30,13 +30,13 @@ def search(find: Find, *tensors: Tensor) -> tuple[Tensor, ...]:
 
     Returns
     -------
-    found : tuple of Tensor
+    results : tuple of Tensor
         What it returned, for one task, without derivatives.
     """
-    found: tuple[Tensor, ...] = _Search.apply(
+    results: tuple[Tensor, ...] = _Search.apply(
         find, tuple(t.ndim for t in tensors), *(t.detach() for t in tensors)
     )
-    return found
+    return results
 
 
 class _Search(WithoutDerivative):
@@ -54,12 +54,13 @@ class _Search(WithoutDerivative):
     def vmap(
         info: Any, in_dims: Any, find: Find, dims: tuple[int, ...], *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        moved = _in_front(tensors, in_dims[2:], info.batch_size)
-        found = _Search.apply(find, dims, *moved)
-        return found, (0,) * len(found)
+        moved = in_front(tensors, in_dims[2:], info.batch_size)
+        results = _Search.apply(find, dims, *moved)
+        return results, (0,) * len(results)
 
 
-def _in_front(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:
+def in_front(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:
+    """The batch in front of every tensor, also of those that do not have it."""
     return [
         t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
         for t, d in zip(tensors, in_dims, strict=True)

@@ -52,7 +52,7 @@ def shrunk_singular_values(v: Tensor, threshold: float | Tensor) -> Tensor:
     kept = torch.where(between, d[..., None, :] - d[..., :, None], 1.0).to(v.dtype)
     both = torch.where(between, d[..., None, :] + d[..., :, None], 1.0).to(v.dtype)
     larger, smaller = d[..., None, :] / both, d[..., :, None] / both
-    divisor = torch.where(top, d, torch.ones_like(d))[..., None, :]
+    scale = torch.where(top, d, 1.0)
 
     # The spaces of the large singular values, L on the left and C on the right.
     A = v @ Vh.mT
@@ -63,14 +63,13 @@ def shrunk_singular_values(v: Tensor, threshold: float | Tensor) -> Tensor:
         missed = image - L @ (torch.diag_embed(on) @ by_left)
         left = U.mT @ missed
         right = back - C @ (torch.diag_embed(on) @ back)
-        beyond = (missed - U @ left) / divisor
+        beyond = (missed - U @ left) / scale[..., None, :]
         left, right = left * between, right * between
         L = L + U @ ((larger * left + smaller * right) / kept) + beyond * on[..., None, :]
         C = C + (smaller * left + larger * right) / kept
 
     L, C = L @ _inverse_root(L.mT @ L + rest), C @ _inverse_root(C.mT @ C + rest)
     K = L.mT @ A @ C + rest
-    scale = torch.where(top, d, torch.ones_like(d))
     square, root = K.mT @ K, torch.diag_embed(scale)
     for _ in range(_STEPS):
         root = root + (square - root @ root) / (scale[..., :, None] + scale[..., None, :])
@@ -84,7 +83,7 @@ def shrunk_singular_values(v: Tensor, threshold: float | Tensor) -> Tensor:
 def _inverse_root(G: Tensor) -> Tensor:
     """``G^(-1/2)`` of a matrix that is the identity, but for its derivatives."""
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    found = eye
+    root = eye
     for _ in range(_STEPS):
-        found = found + (eye - found @ G @ found) / 2
-    return found
+        root = root + (eye - root @ G @ root) / 2
+    return root

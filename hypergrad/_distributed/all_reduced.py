@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import scalar
 from ..conditions._minimum import Minimum
 from ..conditions._root import Root
-from .collectives import Session, copies, stand_in, summed
+from .collectives import Session, copies, stand_in, summed, widest
 
 
 def all_reduced(share: Any, group: Any = None, *, reduction: Literal["sum", "mean"] = "sum") -> Any:
@@ -142,37 +143,37 @@ class AllReduced:
                 "decorators outside of transforms; for a batch of problems add their losses up."
             )
         session = Session(self._group)
-        own = 1 if self._kind == "loss of outputs" else 0  # those are no copies of anything
-        given: list[Any] = list(args[:own])
+        per_process = 1 if self._kind == "loss of outputs" else 0  # no copies of anything
+        arguments: list[Any] = list(args[:per_process])
         anchors: list[Tensor] = []
         variables: list[Tensor] = []
-        for value in args[own:]:
+        for value in args[per_process:]:
             leaves, spec = pytree.tree_flatten(value)
             places = [i for i, leaf in enumerate(leaves) if _tracked(leaf)]
             if places:
-                found, anchor = copies(session, len(variables), [leaves[i] for i in places])
-                variables += found
+                aliases, anchor = copies(session, len(variables), [leaves[i] for i in places])
+                variables += aliases
                 anchors.append(anchor)
-                for i, leaf in zip(places, found, strict=True):
+                for i, leaf in zip(places, aliases, strict=True):
                     leaves[i] = leaf
-            given.append(pytree.tree_unflatten(leaves, spec))
+            arguments.append(pytree.tree_unflatten(leaves, spec))
         if self._kind == "outputs":
-            outputs = self._share(*given)
+            outputs = self._share(*arguments)
             return _tied(outputs, _tie(anchors)) if anchors else outputs
         dtype, numel, device = _payload(self._kind, args)
         try:
-            value = self._share(*given)
-            parts = _floating(value) if self._kind == "equation" else [scalar("A share", value)]
+            value = self._share(*arguments)
+            terms = _floating(value) if self._kind == "equation" else [scalar("A share", value)]
             if self._reduction == "mean":
                 number = torch.distributed.get_world_size(self._group)
-                parts = [part / number for part in parts]
+                terms = [term / number for term in terms]
         except Exception:
             stand_in(session, len(variables), dtype, numel, device)
             raise
         # An empty share may not depend on its outputs; the way to them is there all the same.
-        anchors += [leaf.sum() for leaf in _floating(args[0])] if own else []
+        anchors += [leaf.sum() for leaf in _floating(args[0])] if per_process else []
         tie = _tie(anchors) if anchors else torch.zeros((), device=device)
-        whole = summed(session, _connected(parts, variables), dtype, tie, parts)
+        whole = summed(session, _connected(terms, variables), dtype, tie, terms)
         if self._kind != "equation":
             return whole[0]
         leaves, spec = pytree.tree_flatten(value)
@@ -215,18 +216,12 @@ def _payload(kind: str, args: Sequence[Any]) -> tuple[torch.dtype, int, torch.de
     device = like[0].device if like else torch.device("cpu")
     if kind != "equation":
         return torch.float64, 1, device
-    dtype = torch.float32
-    for leaf in like:
-        dtype = torch.promote_types(dtype, leaf.dtype)
-    return dtype, sum(leaf.numel() for leaf in like), device
+    return widest(like), sum(leaf.numel() for leaf in like), device
 
 
 def _tie(anchors: Sequence[Tensor]) -> Tensor:
     """A zero on which every order of derivative depends, whatever the anchors are."""
-    total = anchors[0]
-    for anchor in anchors[1:]:
-        total = total + anchor
-    return total.tanh()
+    return functools.reduce(torch.add, anchors).tanh()
 
 
 def _tied(outputs: Any, tie: Tensor) -> Any:
@@ -234,11 +229,9 @@ def _tied(outputs: Any, tie: Tensor) -> Any:
     return pytree.tree_map(lambda x: x + tie.to(x.dtype) if _is_float(x) else x, outputs)
 
 
-def _connected(parts: Sequence[Tensor], variables: Sequence[Tensor]) -> list[bool]:
+def _connected(terms: Sequence[Tensor], variables: Sequence[Tensor]) -> list[bool]:
     """Which of the variables this process's values depend on."""
-    edges: set[tuple[Any, int]] = set()
-    for part in parts:
-        edges |= graph(part).edges
+    edges = set[tuple[Any, int]]().union(*(graph(term).edges for term in terms))
     return [(v.grad_fn, v.output_nr) in edges for v in variables]
 
 

@@ -9,12 +9,14 @@ the data is empty and its loss does not depend on anything.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._autograd.search import in_front
 from .._errors import RankFailed
 
 _FAILED = -1.0
@@ -111,8 +113,8 @@ class Session:
 
 def copies(session: Session, first: int, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Aliases of variables whose derivatives are sums over processes, and their anchor."""
-    *found, anchor = _Copy.apply(session, first, (), *parts)
-    return found, anchor
+    *aliases, anchor = _Copy.apply(session, first, (), *parts)
+    return aliases, anchor
 
 
 def summed(
@@ -147,21 +149,21 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *parts, anchor = grads
         known = None if ctx.first is None else ctx.session.connected
-        own = [True] * ctx.count
+        connected = [True] * ctx.count
         if known is not None:
-            own = known[ctx.first : ctx.first + ctx.count]
-        if not any(own):
+            connected = known[ctx.first : ctx.first + ctx.count]
+        if not any(connected):
             return (None,) * (3 + ctx.count)
-        found = _Sum.apply(ctx.session, None, _dtype(parts), anchor, *parts)
-        return None, None, None, *[f if k else None for f, k in zip(found, own, strict=True)]
+        sums = _Sum.apply(ctx.session, None, widest(parts), anchor, *parts)
+        return None, None, None, *[s if k else None for s, k in zip(sums, connected, strict=True)]
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, session: Session, first: int | None, lead: Any, *parts: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        batched = _in_front(info.batch_size, in_dims[3:], parts)
-        found = _Copy.apply(session, first, (info.batch_size, *lead), *batched)
-        return found, (0,) * len(found)
+        batched = in_front(parts, in_dims[3:], info.batch_size)
+        aliases = _Copy.apply(session, first, (info.batch_size, *lead), *batched)
+        return aliases, (0,) * len(aliases)
 
 
 class _Sum(torch.autograd.Function):
@@ -177,12 +179,10 @@ class _Sum(torch.autograd.Function):
         if flags is not None:
             flat.append(torch.tensor(flags, dtype=dtype, device=flat[0].device))
         sizes = [part.numel() for part in flat]
-        found = list(session.reduce(torch.cat(flat)).split(sizes))
+        sums = list(session.reduce(torch.cat(flat)).split(sizes))
         if flags is not None:
-            session.connected = [number > 0 for number in found.pop().tolist()]
-        return tuple(
-            f.reshape(part.shape).to(part.dtype) for f, part in zip(found, parts, strict=True)
-        )
+            session.connected = [number > 0 for number in sums.pop().tolist()]
+        return tuple(s.reshape(p.shape).to(p.dtype) for s, p in zip(sums, parts, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -204,25 +204,14 @@ class _Sum(torch.autograd.Function):
         anchor: Tensor,
         *parts: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        anchor, *batched = _in_front(info.batch_size, in_dims[3:], (anchor, *parts))
-        found = _Sum.apply(session, flags, dtype, anchor, *batched)
-        return found, (0,) * len(found)
+        anchor, *batched = in_front((anchor, *parts), in_dims[3:], info.batch_size)
+        sums = _Sum.apply(session, flags, dtype, anchor, *batched)
+        return sums, (0,) * len(sums)
 
 
-def _in_front(size: int, dims: Sequence[int | None], parts: Sequence[Tensor]) -> list[Tensor]:
-    """The batch in front of every part, also of those that do not have it."""
-    return [
-        part.expand(size, *part.shape) if dim is None else part.movedim(dim, 0)
-        for dim, part in zip(dims, parts, strict=True)
-    ]
-
-
-def _dtype(parts: Sequence[Tensor]) -> torch.dtype:
+def widest(parts: Sequence[Tensor]) -> torch.dtype:
     """What sums are formed in: never narrower than float32."""
-    found = torch.float32
-    for part in parts:
-        found = torch.promote_types(found, part.dtype)
-    return found
+    return functools.reduce(torch.promote_types, [p.dtype for p in parts], torch.float32)
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -1,10 +1,15 @@
-"""The loop for the outer problem, and the methods by which it makes a step: a file for each."""
+"""The loop for the outer problem, and the methods by which it makes a step: a file for each.
+
+`Method` and `Levels` are for methods of one's own.
+"""
 
 from ._alternating import Alternating
 from ._amigo import AmIGO
 from ._bilevel import Bilevel
 from ._f2sa import F2SA
 from ._hoag import HOAG
+from ._levels import Levels
+from ._method import Method
 from ._saba import SABA
 from ._soba import MASOBA, SOBA
 from ._step_info import StepInfo
@@ -19,6 +24,8 @@ __all__ = [
     "Alternating",
     "AmIGO",
     "Bilevel",
+    "Levels",
+    "Method",
     "StepInfo",
     "StocBiO",
 ]

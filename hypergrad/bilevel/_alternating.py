@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from ..solvers import Solver
-from ..solvers._base import at_least
 from ._estimate import Estimator, check, estimate
 from ._levels import Levels
-from ._method import Method, State
+from ._method import Method, State, checked, least
 from ._step_info import StepInfo
 
 
@@ -41,16 +40,10 @@ class Alternating(Method):
     Alternating(inner_steps=5, estimator='implicit', solver=CG(maxiter=10, ...), inner_tol=None)
     """
 
-    inner_steps: int = 10
-    estimator: Estimator = "implicit"
+    inner_steps: int = checked(10, least(1))
+    estimator: Estimator = checked("implicit", check)  # noqa: RUF009 - a field
     solver: Solver | None = None
-    inner_tol: float | None = 1e-3
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        at_least("inner_steps", self.inner_steps, 1)
-        at_least("inner_tol", self.inner_tol, 0.0)
-        check(self.estimator)
+    inner_tol: float | None = checked(1e-3, least(0.0))
 
     def start(self, levels: Levels) -> State:
         """The solution of the linear system, and whether there is one."""
@@ -58,23 +51,7 @@ class Alternating(Method):
 
     def step(self, levels: Levels) -> StepInfo:
         """Make one outer step."""
-        for _ in range(self.inner_steps):
-            condition, _ = levels.inner_step(levels.inner_batch())
-        grads, value, info = estimate(
-            levels,
-            self.estimator,
-            self.solver,
-            self.inner_tol,
-            levels.inner_batch(),
-            levels.outer_batch(),
-        )
-        levels.require_finite(the_hypergradient=grads)
-        levels.move_outer(grads)
-        return StepInfo(
-            step=levels.steps + 1,
-            outer_value=value,
-            grads=levels.shaped(grads),
-            inner_norm=levels.size(condition),
-            inner_steps=self.inner_steps,
-            info=info,
-        )
+        condition = levels.inner_steps(self.inner_steps)
+        batches = levels.inner_batch(), levels.outer_batch()
+        grads, value, info = estimate(levels, self.estimator, self.solver, self.inner_tol, *batches)
+        return levels.outer_step(grads, value, condition, self.inner_steps, info=info)

@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..solvers._base import at_least
-from ._levels import Levels
-from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
+from ._levels import Levels, minus
+from ._method import Decaying, State, checked, exponent, least, positive
 from ._step_info import StepInfo
 
 
+class DoubleLoop(Decaying):
+    """A method of some inner steps, then products with A, then one outer step.
+
+    Every inner step and every product has an inner batch of its own, and so has the cross
+    derivative.
+
+    Attributes
+    ----------
+    inner_steps : int
+        The steps of the inner optimiser.
+    called : str
+        What the solution is called where it is not finite.
+    """
+
+    inner_steps: int
+    called: ClassVar[str] = "the linear system"
+
+    @abstractmethod
+    def solved(self, levels: Levels, by_params: Tensor, rate: float) -> Tensor:
+        """Take a vector for ``A^-1 d outer / d params``."""
+
+    def step(self, levels: Levels) -> StepInfo:
+        """Make one outer step."""
+        inner, outer = self.decays(levels)
+        rate = self.rate(levels)
+        condition = levels.inner_steps(self.inner_steps, inner)
+        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+        u = self.solved(levels, by_params, rate)
+        grads = minus(direct, levels.cross(levels.inner_batch(), u))
+        info = levels.outer_step(
+            grads, value, condition, self.inner_steps, factor=outer, finite={self.called: u}
+        )
+        if "u" in levels.state:
+            levels.state["u"] = u
+        return info
+
+
 @dataclasses.dataclass(frozen=True)
-class AmIGO(Method):
+class AmIGO(DoubleLoop):
     """Amortised implicit gradient optimisation (Arbel and Mairal, 2022).
 
     Each step makes `inner_steps` stochastic gradient steps on the inner problem, then
@@ -43,43 +82,19 @@ class AmIGO(Method):
     AmIGO(inner_steps=5, linear_steps=10, linear_lr=None, inner_decay=0.0, outer_decay=0.0)
     """
 
-    inner_steps: int = 10
-    linear_steps: int = 10
-    linear_lr: float | None = None
-    inner_decay: float = 0.0
-    outer_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        at_least("inner_steps", self.inner_steps, 1)
-        at_least("linear_steps", self.linear_steps, 1)
-        check_rate("linear_lr", self.linear_lr)
-        check_decays(inner_decay=self.inner_decay, outer_decay=self.outer_decay)
+    inner_steps: int = checked(10, least(1))
+    linear_steps: int = checked(10, least(1))
+    linear_lr: float | None = checked(None, positive)
+    inner_decay: float = exponent(0.0)
+    outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
         """The running solution of the linear system."""
         return {"u": levels.zeros()}
 
-    def step(self, levels: Levels) -> StepInfo:
-        """Make one outer step."""
-        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
-        rate = linear_rate(self, self.linear_lr, levels) * inner
-        for _ in range(self.inner_steps):
-            condition, _ = levels.inner_step(levels.inner_batch(), inner)
-        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
-        u = levels.state["u"]
+    def solved(self, levels: Levels, by_params: Tensor, rate: float) -> Tensor:
+        """Make some steps of gradient descent, from the last outer step's solution."""
+        u, rate = levels.state["u"], rate * self.decays(levels)[0]
         for _ in range(self.linear_steps):
-            residual = levels.product(levels.inner_batch(), u) - by_params
-            u = torch.sub(u, residual, alpha=rate)
-        cross = levels.cross(levels.inner_batch(), u)
-        grads = [d - c for d, c in zip(direct, cross, strict=True)]
-        levels.require_finite(the_linear_system=u, the_hypergradient=grads)
-        levels.state["u"] = u
-        levels.move_outer(grads, outer)
-        return StepInfo(
-            step=levels.steps + 1,
-            outer_value=value,
-            grads=levels.shaped(grads),
-            inner_norm=levels.size(condition),
-            inner_steps=self.inner_steps,
-        )
+            u = torch.sub(u, levels.product(levels.inner_batch(), u) - by_params, alpha=rate)
+        return u

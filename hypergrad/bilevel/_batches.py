@@ -67,7 +67,7 @@ class Batches:
                 raise ValueError(f"{name} is empty: there is no batch to draw.")
 
     @property
-    def given(self) -> bool:
+    def there(self) -> bool:
         """Whether there is a source, so that a loss is given a batch."""
         return self._source is not None
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
@@ -22,7 +24,7 @@ from ._estimate import Estimator
 from ._levels import Levels
 from ._method import Method
 from ._optimisers import Optimiser
-from ._state import copied, load, match, placed
+from ._state import copied, restored
 from ._step_info import StepInfo
 
 _VERSION = 1
@@ -141,28 +143,13 @@ class Bilevel:
                 "hparams_projection must be a function of the hyperparameters, such as hypergrad."
                 f"projections.non_negative; got {hparams_projection!r}."
             )
-        if method is None:
-            method = Alternating()
-        elif not isinstance(method, Method):
-            if isinstance(method, type):
-                raise TypeError(f"method must be a value: {method.__name__}(), not the class.")
-            method = Alternating(estimator=method)
-        self.method = method
+        self.method = method if isinstance(method, Method) else _by_estimator(method)
         self._callback = callback
-        self._levels = Levels(
-            outer,
-            inner,
-            params,
-            hparams,
-            inner_optimizer,
-            outer_optimizer,
-            inner_batches,
-            outer_batches,
-            on_failure,
-            torch.Generator().manual_seed(seed),
-            hparams_projection,
-        )
-        self._levels.state = method.start(self._levels)
+        optimizers, batches = (inner_optimizer, outer_optimizer), (inner_batches, outer_batches)
+        drawing = torch.Generator().manual_seed(seed), hparams_projection
+        problem = outer, inner, params, hparams
+        self._levels = Levels(*problem, optimizers, batches, on_failure, *drawing)
+        self._levels.state = self.method.start(self._levels)
 
     @property
     def params(self) -> Any:
@@ -230,22 +217,22 @@ class Bilevel:
                 "problems make one of them, whose losses are the sums over the batch."
             )
         levels = self._levels
-        levels.given = (
+        levels.passed = (
             None if inner_batch is _ABSENT else Batch((inner_batch,)),
             None if outer_batch is _ABSENT else Batch((outer_batch,)),
         )
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                levels.begin()
-                with listening(levels.hear):
+                levels._begin()
+                with listening(levels._hear):
                     info = self.method.step(levels)
         except TypeError as error:
-            levels.refuse_signatures(error)
+            levels._refuse_signatures(error)
             raise
         finally:
-            levels.given = (None, None)
+            levels.passed = (None, None)
         levels.steps += 1
-        levels.checked = True
+        levels._checked = True
         info = dataclasses.replace(info, warned=dict(levels.warned))
         if self._callback is not None:
             self._callback(info)
@@ -270,8 +257,8 @@ class Bilevel:
             "version": _VERSION,
             "method": type(self.method).__name__,
             "steps": levels.steps,
-            "params": [v.detach().clone() for v in levels.params.variables],
-            "hparams": [v.detach().clone() for v in levels.hparams.variables],
+            "params": copied(levels.params.variables),
+            "hparams": copied(levels.hparams.variables),
             "inner_optimizer": copy.deepcopy(levels.inner_optimizer.state_dict()),
             "outer_optimizer": copy.deepcopy(levels.outer_optimizer.state_dict()),
             "state": copied(levels.state),
@@ -304,7 +291,7 @@ class Bilevel:
             raise StructureMismatch(
                 f"This is the state of the method {state['method']}, and here it is {method}."
             )
-        checked = []
+        moved: list[tuple[Tensor, Tensor]] = []
         for tree in (levels.params, levels.hparams):
             saved = state[tree.name]
             if len(saved) != len(tree.variables):
@@ -313,14 +300,12 @@ class Bilevel:
                     f"{len(tree.variables)} here: this is the state of another problem."
                 )
             for place, variable in enumerate(tree.variables):
-                checked.append((variable, tree.variable_path(place), saved[place]))
-        remembered = copied(state["state"])
-        match(levels.state, remembered, "state")
-        for variable, path, value in checked:
-            load(variable, path, value, dry=True)
-        for variable, path, value in checked:
-            load(variable, path, value)
-        levels.state = placed(levels.state, remembered)
+                value = restored(variable, saved[place], tree.variable_path(place))
+                moved.append((variable, value))
+        levels.state = restored(levels.state, copied(state["state"]), "state")
+        with torch.no_grad():
+            for variable, value in moved:
+                variable.copy_(value)
         levels.inner_optimizer.load_state_dict(copy.deepcopy(state["inner_optimizer"]))
         levels.outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
         levels.generator.set_state(state["generator"].cpu())
@@ -328,6 +313,47 @@ class Bilevel:
         levels.outer_batches.load(state["batches"][1])
         levels.steps = int(state["steps"])
         levels.warned = dict(state.get("warned", {}))
+
+
+def _by_estimator(method: Any) -> Method:
+    """The method that a word or a function of the losses stands for.
+
+    Parameters
+    ----------
+    method : str, callable or None
+        What was passed in place of a method.
+
+    Returns
+    -------
+    method : Method
+        With the estimator.
+
+    Raises
+    ------
+    TypeError
+        If it is a class, or no function of the losses and the variables.
+    """
+    if method is None:
+        return Alternating()
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method must be a value: {method.__name__}(), not the class.")
+    estimator = isinstance(method, str) or (callable(method) and not isinstance(method, type))
+    if callable(method) and estimator:
+        try:
+            inspect.signature(method).bind(*[None] * 4)
+        except TypeError:
+            estimator = False
+        except ValueError:
+            pass  # of a builtin nobody knows
+    if not estimator:
+        raise TypeError(
+            f"method is {method!r}, and must be a Method, such as hypergrad.SOBA(), or an "
+            "estimator, a word or a function (outer, inner, params, hparams) -> grads. A method of "
+            "one's own is a frozen dataclass that inherits from hypergrad.bilevel.Method and has a "
+            "function step(self, levels): the page 'Extending' of the documentation writes one in "
+            "ten lines."
+        )
+    return Alternating(estimator=method)
 
 
 def _named(optimizer: torch.optim.Optimizer) -> str:

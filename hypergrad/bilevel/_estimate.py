@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ _BUDGET = 10  # products of a step, which the next one goes on from
 Estimator = str | Callable[[Any, Any, Any, Any], Any]
 
 
-def check(estimator: Estimator) -> None:
+def check(name: str, estimator: Estimator) -> None:
     """Refuse a word that names no estimator."""
     if callable(estimator) or estimator == "implicit":
         return
@@ -42,7 +43,8 @@ def _refuse_method(word: str) -> None:
 
     named = {name.lower(): name for name in methods.__all__}
     name = named.get(str(word).lower().replace("-", "").replace("_", ""))
-    if name is not None and issubclass(getattr(methods, name), Method):
+    of = getattr(methods, name or "Method")
+    if issubclass(of, Method) and not inspect.isabstract(of):
         raise TypeError(
             f"{word!r} is a method and no estimator: pass method=hypergrad.{name}(), a value."
         )
@@ -92,25 +94,21 @@ def estimate(
         unknown = torch.full((), math.nan, device=levels.layout.device)
         return [g.detach() for g in grads], unknown, None
 
-    def solved(start: Tensor | None) -> tuple[Any, SolveInfo]:
-        x0 = None if start is None else levels.params.fill(levels.layout.split(start))
-        found: tuple[Any, SolveInfo] = implicit_grad(
-            *losses,
-            params,
-            hparams,
-            solver=solver,
-            x0=x0,
-            inner_tol=inner_tol,
-            on_failure=levels.on_failure,
-            return_info=True,
-        )
-        return found
-
-    start = levels.state["u"] if levels.state["started"] else None
-    grads, info = solved(start)
-    if start is not None and float(info.residual_norm) > 1:
+    solve = functools.partial(
+        implicit_grad,
+        *losses,
+        params,
+        hparams,
+        solver=solver,
+        inner_tol=inner_tol,
+        on_failure=levels.on_failure,
+        return_info=True,
+    )
+    started, last = levels.state["started"], levels.layout.split(levels.state["u"])
+    grads, info = solve(x0=levels.params.fill(last) if started else None)
+    if started and float(info.residual_norm) > 1:
         # Farther away than zero: what the last step knew is of no use to this one.
-        grads, info = solved(None)
+        grads, info = solve()
     leaves = levels.hparams.match("grads", grads)
     solution = levels.layout.flatten(levels.params.match("solution", info.solution))
     if bool(torch.isfinite(solution).all()):
@@ -122,7 +120,7 @@ def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
     """The public estimators with the call of `implicit_grad`, by the word before ``_grad``."""
     import hypergrad
 
-    found: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}
+    words: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}
     for name in hypergrad.__all__:
         call = getattr(hypergrad, name)
         if not (name.endswith("_grad") and inspect.isfunction(call)):
@@ -131,5 +129,5 @@ def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
         names = [p.name for p in parameters[:4]]
         optional = all(p.default is not p.empty for p in parameters[4:])
         if names == ["outer", "inner", "params", "hparams"] and optional:
-            found[name.removesuffix("_grad")] = call
-    return found
+            words[name.removesuffix("_grad")] = call
+    return words

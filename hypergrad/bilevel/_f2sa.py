@@ -9,14 +9,13 @@ import torch
 from .._errors import UnsupportedOperation
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._minimum import Minimum
-from ..solvers._base import at_least
 from ._levels import Levels
-from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
+from ._method import Decaying, State, checked, exponent, least, positive
 from ._step_info import StepInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class F2SA(Method):
+class F2SA(Decaying):
     """The fully first-order stochastic approximation of Kwon et al. (2023).
 
     No second derivative is formed. Beside the parameters z, which follow the inner loss G, a second
@@ -56,19 +55,12 @@ class F2SA(Method):
     F2SA(penalty=10.0, growth=0.0, inner_steps=10, relaxed_lr=None, ...)
     """
 
-    penalty: float = 1.0
-    growth: float = 1 / 7
-    inner_steps: int = 10
-    relaxed_lr: float | None = None
-    inner_decay: float = 4 / 7
-    outer_decay: float = 5 / 7
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        check_rate("penalty", self.penalty)
-        check_rate("relaxed_lr", self.relaxed_lr)
-        at_least("inner_steps", self.inner_steps, 1)
-        check_decays(growth=self.growth, inner_decay=self.inner_decay, outer_decay=self.outer_decay)
+    penalty: float = checked(1.0, positive)
+    growth: float = exponent(1 / 7)
+    inner_steps: int = checked(10, least(1))
+    relaxed_lr: float | None = checked(None, positive)
+    inner_decay: float = exponent(4 / 7)
+    outer_decay: float = exponent(5 / 7)
 
     def start(self, levels: Levels) -> State:
         """The second copy of the parameters."""
@@ -81,11 +73,9 @@ class F2SA(Method):
 
     def step(self, levels: Levels) -> StepInfo:
         """Make one outer step."""
-        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
+        inner, outer = self.decays(levels)
         lam = self.penalty * float((levels.steps + 1) ** self.growth)
-        rate = self.relaxed_lr
-        if rate is None:
-            rate = linear_rate(self, None, levels, "relaxed_lr") / 2
+        rate = self.rate(levels, "relaxed_lr", share=0.5)
         y = levels.state["y"]
         count = len(y)
         for _ in range(self.inner_steps):
@@ -101,13 +91,9 @@ class F2SA(Method):
         at_y = levels.inner_slopes(levels.inner_batch(), y)[count:]
         at_z = levels.inner_slopes(levels.inner_batch())[count:]
         grads = [torch.add(f, a - b, alpha=lam) for f, a, b in zip(direct, at_y, at_z, strict=True)]
-        levels.require_finite(the_second_copy_of_params=y, the_hypergradient=grads)
-        levels.state["y"] = y
-        levels.move_outer(grads, outer)
-        return StepInfo(
-            step=levels.steps + 1,
-            outer_value=value,
-            grads=levels.shaped(grads),
-            inner_norm=levels.size(condition),
-            inner_steps=self.inner_steps,
+        finite = {"the second copy of params": y}
+        info = levels.outer_step(
+            grads, value, condition, self.inner_steps, factor=outer, finite=finite
         )
+        levels.state["y"] = y
+        return info

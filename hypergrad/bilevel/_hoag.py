@@ -13,11 +13,11 @@ from .._errors import NotConverged
 from .._implicit.verdict import warn
 from .._info import SolveInfo
 from ..solvers import CG, GMRES, Solver
-from ..solvers._base import at_least, tolerance
+from ..solvers._base import tolerance
 from ._batches import Batch
 from ._estimate import estimate
 from ._levels import Levels
-from ._method import Method, State, check_rate
+from ._method import Method, State, checked, least, positive
 from ._step_info import StepInfo
 
 # How often the inner problem is taken up again where the solve shows another curvature.
@@ -25,6 +25,11 @@ _ROUNDS = 3
 # After so many steps without a smaller residual there will be none: that is the rounding floor,
 # or an optimiser that does not converge.
 _PATIENCE = 50
+
+
+def _decrease(name: str, value: str) -> None:
+    if value not in ("exponential", "quadratic", "cubic"):
+        raise ValueError(f"{name} must be 'exponential', 'quadratic' or 'cubic'; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,30 +76,17 @@ class HOAG(Method):
     [0.1, 0.09, 0.0349]
     """
 
-    tol: float = 0.1
-    decrease: Literal["exponential", "quadratic", "cubic"] = "exponential"
-    min_tol: float | None = None
-    max_inner_steps: int = 1000
+    tol: float = checked(0.1, positive)
+    decrease: Literal["exponential", "quadratic", "cubic"] = checked("exponential", _decrease)
+    min_tol: float | None = checked(None, least(0.0))
+    max_inner_steps: int = checked(1000, least(1))
     solver: Solver | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        check_rate("tol", self.tol)
-        at_least("min_tol", self.min_tol, 0.0)
-        at_least("max_inner_steps", self.max_inner_steps, 1)
-        if self.decrease not in ("exponential", "quadratic", "cubic"):
-            raise ValueError(
-                f"decrease must be 'exponential', 'quadratic' or 'cubic'; got {self.decrease!r}."
-            )
 
     def tolerance(self, steps: int) -> float:
         """The tolerance after so many outer steps, without the lowest one."""
-        match self.decrease:
-            case "exponential":
-                return float(self.tol * 0.9**steps)
-            case "quadratic":
-                return float(self.tol / (steps + 1) ** 2)
-        return float(self.tol / (steps + 1) ** 3)
+        if self.decrease == "exponential":
+            return float(self.tol * 0.9**steps)
+        return float(self.tol / (steps + 1) ** (2 if self.decrease == "quadratic" else 3))
 
     def start(self, levels: Levels) -> State:
         """The solution of the linear system, and the curvature that it has shown."""
@@ -104,53 +96,41 @@ class HOAG(Method):
         """Make one outer step."""
         lowest = _reachable(levels.layout.precision) if self.min_tol is None else self.min_tol
         tol = max(self.tolerance(levels.steps), lowest)
-        solver: Any = self.solver
-        if solver is None:
-            solver = CG() if levels.condition.symmetric else GMRES()
+        solver: Any = self.solver or (CG() if levels.condition.symmetric else GMRES())
         if hasattr(solver, "rtol"):
             solver = dataclasses.replace(solver, rtol=tol)
         inner, outer = levels.inner_batch(), levels.outer_batch()
         made, going = 0, True
         for _ in range(_ROUNDS):
-            size, made, going = self._solve(levels, inner, tol, made)
+            condition, made, going = self._solve(levels, inner, tol, made)
             grads, value, info = estimate(levels, "implicit", solver, None, inner, outer)
             assert info is not None
             residual = float(info.inner_residual)
             if residual > 0:
                 # Norm of the condition for a unit of the relative distance to the solution.
-                levels.state["scale"] = float(size) / residual
+                levels.state["scale"] = float(levels.size(condition)) / residual
             if not (residual > tol and going):
                 break
         assert info is not None
         self._judge(levels, info, tol)
-        levels.require_finite(the_hypergradient=grads)
-        levels.move_outer(grads)
-        return StepInfo(
-            step=levels.steps + 1,
-            outer_value=value,
-            grads=levels.shaped(grads),
-            inner_norm=size,
-            inner_steps=made,
-            tolerance=tol,
-            info=info,
-        )
+        return levels.outer_step(grads, value, condition, made, tolerance=tol, info=info)
 
     def _solve(
         self, levels: Levels, inner: Batch, tol: float, made: int
-    ) -> tuple[Tensor, int, bool]:
-        """Inner steps until the condition is small.
+    ) -> tuple[list[Tensor], int, bool]:
+        """Make inner steps until the condition is small.
 
         Returns
         -------
-        norm : Tensor
-            Of the condition at the end.
+        condition : list of Tensor
+            At the end.
         made : int
             Steps in all.
         going : bool
             Whether more of them would be of use.
         """
         scale = levels.state["scale"]
-        moved, least, since = True, math.inf, 0
+        moved, lowest, since = True, math.inf, 0
         if not scale:  # nothing is known of the curvature yet: relative to where it starts
             condition, moved = levels.inner_step(inner)
             scale, made = float(levels.size(condition)), made + 1
@@ -158,10 +138,10 @@ class HOAG(Method):
             condition, moved = levels.inner_step(inner, above=tol * scale)
             made += moved
             size = float(levels.size(condition))
-            least, since = (size, 0) if size < least else (least, since + 1)
+            lowest, since = (size, 0) if size < lowest else (lowest, since + 1)
         if moved:
             _, condition = levels.inner_gradient(inner)
-        return levels.size(condition), made, not moved
+        return condition, made, not moved
 
     def _judge(self, levels: Levels, info: SolveInfo, tol: float) -> None:
         if levels.on_failure == "ignore" or float(info.inner_residual) <= tol:

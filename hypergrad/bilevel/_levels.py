@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from ..solvers._base import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
 from ._optimisers import Optimiser, gradients, scaled, take
+from ._step_info import StepInfo
 
-Parts = list[Tensor]
+Leaves = list[Tensor]
 _TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
 
 
@@ -51,14 +52,72 @@ class Products:
 
     residual: Tensor
     product: Tensor
-    cross: Parts
+    cross: Leaves
 
 
 class Levels:
-    """What a method works with: variables, batches, derivatives, optimisers and its own state.
+    """The two levels of a problem as a `Method` sees them; `Bilevel` makes it.
 
-    Vectors shaped like the inner variables are flat; what is shaped like the hyperparameters is
-    a list of tensors.
+    In formulas F is the inner condition, for an objective its gradient by the parameters, and A is
+    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``;
+    what is shaped like the hyperparameters is a list of tensors, one for each. Everything that is
+    returned is detached.
+
+    Attributes
+    ----------
+    state : dict
+        What the method remembers, for `Method.step` to read and to write.
+    steps : int
+        How many outer steps have been made.
+    params, hparams : object
+        The two levels; ``params.variables`` and ``hparams.variables`` are the tensors that move.
+    inner_optimizer, outer_optimizer : torch.optim.Optimizer
+        What moves them.
+    condition : condition
+        The inner problem; ``condition.symmetric`` says whether A is known to be symmetric.
+    passed : tuple
+        The batches that `Bilevel.step` was called with, inner and outer; None where there is none.
+    on_failure : {"warn", "raise", "ignore"}
+        What to do where a hypergradient may be wrong.
+
+    Notes
+    -----
+    Batches
+        `inner_batch` and `outer_batch` draw one, or hand on the one that the step was called with.
+        A batch is nothing to look into: it is passed to a derivative. `inner_on` and `outer_on`
+        are the two functions on a batch, with the arguments ``(params, hparams)``, and `now` the
+        variables to call them with.
+    Derivatives, all at the variables as they are
+        `outer_slopes`, `product`, `cross`, and `products`, which gives F and both products from
+        one evaluation; `inner_gradient` and `inner_slopes` of first order.
+    Moves
+        `inner_step`, `inner_steps`, `move_inner`, `move_outer`, and `outer_step`, which looks,
+        moves and records.
+    Shapes
+        `zeros` is flat; `size` is the norm of F; `shaped` makes a pytree like the hyperparameters.
+    Records
+        `record`, and `require_finite`, which raises before anything is moved.
+
+    Examples
+    --------
+    >>> import dataclasses, torch, hypergrad
+    >>> from hypergrad.bilevel import Levels, Method
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Look(Method):
+    ...     def step(self, levels: Levels):
+    ...         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+    ...         print(levels.steps, by_params, levels.product(levels.inner_batch(), by_params))
+    ...         return levels.record(direct, value, levels.zeros())
+    >>> loop = hypergrad.Bilevel(
+    ...     lambda w, t: (w * t).sum(), lambda w, t: (w**2).sum(),
+    ...     torch.zeros(2), torch.ones(2),
+    ...     inner_optimizer=lambda v: torch.optim.SGD(v, lr=0.1),
+    ...     outer_optimizer=lambda v: torch.optim.SGD(v, lr=0.1),
+    ...     method=Look(),
+    ... )
+    >>> loop.step().step
+    0 tensor([1., 1.]) tensor([2., 2.])
+    1
     """
 
     def __init__(
@@ -67,41 +126,32 @@ class Levels:
         inner: Any,
         params: Any,
         hparams: Any,
-        inner_optimizer: Optimiser,
-        outer_optimizer: Optimiser,
-        inner_batches: Source,
-        outer_batches: Source,
+        optimizers: tuple[Optimiser, Optimiser],
+        batches: tuple[Source, Source],
         on_failure: OnFailure,
         generator: torch.Generator,
         hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
         refuse_one_level_reduced(self.condition.functions(), outer)
-        self.params, self.inner_optimizer = take(
-            "params",
-            params,
-            inner_optimizer,
-            skip_frozen=True,
-            of_autograd=self.condition.of_objective,
-        )
-        self.hparams, self.outer_optimizer = take(
-            "hparams", hparams, outer_optimizer, skip_frozen=False, of_autograd=True
-        )
+        names = self.condition.of_objective
+        self.params, self.inner_optimizer = take("params", params, optimizers[0], True, names)
+        self.hparams, self.outer_optimizer = take("hparams", hparams, optimizers[1], False, True)
         _refuse_shared(self)
         self.problem = Problem.of(self.condition, self.params, [self.hparams])
         self.layout = self.problem.layout()
-        self.inner_batches = Batches("inner_batches", inner_batches)
-        self.outer_batches = Batches("outer_batches", outer_batches)
+        self.inner_batches = Batches("inner_batches", batches[0])
+        self.outer_batches = Batches("outer_batches", batches[1])
         self.on_failure, self.generator = on_failure, generator
         self.hparams_projection = hparams_projection
         self.steps = 0
         self.state: State = {}
-        self.given: tuple[Batch | None, Batch | None] = (None, None)
-        self.checked = False
+        self.passed: tuple[Batch | None, Batch | None] = (None, None)
+        self._checked = False
         self.warned: dict[str, int] = {}
         self._heard: set[str] = set()  # in this step
 
-    def hear(self, text: str) -> bool:
+    def _hear(self, text: str) -> bool:
         """Count a warning; whether it is the first of its kind in this run."""
         kind = re.split(r"[:.(]", _TASKS.sub("", text))[0].strip()
         if kind not in self._heard:
@@ -114,11 +164,11 @@ class Levels:
 
     def inner_batch(self) -> Batch:
         """The next batch of the inner problem."""
-        return self.given[0] or self.inner_batches.draw(self.generator)
+        return self.passed[0] or self.inner_batches.draw(self.generator)
 
     def outer_batch(self) -> Batch:
         """The next batch of the outer problem."""
-        return self.given[1] or self.outer_batches.draw(self.generator)
+        return self.passed[1] or self.outer_batches.draw(self.generator)
 
     def inner_on(self, batch: Batch) -> Condition:
         """The inner problem on one batch, as a function of params and hparams."""
@@ -137,18 +187,18 @@ class Levels:
         """The outer loss on one batch, as a function of params and hparams."""
         return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
 
-    def refuse_signatures(self, error: TypeError) -> None:
+    def _refuse_signatures(self, error: TypeError) -> None:
         """Raise where a loss cannot be called with its arguments."""
-        for name, value, given, source in (
-            ("outer", self.outer, self.given[1], self.outer_batches),
-            ("inner", self.condition, self.given[0], self.inner_batches),
+        for name, value, passed, source in (
+            ("outer", self.outer, self.passed[1], self.outer_batches),
+            ("inner", self.condition, self.passed[0], self.inner_batches),
         ):
-            batch = ["batch"] if given is not None or source.given else []
+            batch = ["batch"] if passed is not None or source.there else []
             refuse_signatures(name, value, ("params", "hparams", *batch), error)
 
     # --- derivatives ---------------------------------------------------------------------
 
-    def inner_gradient(self, batch: Batch) -> tuple[Tensor, Parts]:
+    def inner_gradient(self, batch: Batch) -> tuple[Tensor, Leaves]:
         """The inner condition at the variables, and a value for optimisers that ask for one.
 
         Parameters
@@ -166,20 +216,20 @@ class Levels:
         if not isinstance(self.condition, Minimum | GaussNewton):
             residual = self._linearised(batch).residual
             return residual.square().sum() / 2, self.layout.split(residual)
-        value, found = self._first_order(batch, by_hparams=False)
-        return value, found
+        return self._first_order(batch, by_hparams=False)
 
-    def size(self, condition: Parts) -> Tensor:
-        """The norm of the inner condition."""
-        return norm(self.layout.flatten(condition))
+    def size(self, condition: Tensor | Leaves) -> Tensor:
+        """The norm of the inner condition, flat or as it is returned by `inner_step`."""
+        flat = condition if isinstance(condition, Tensor) else self.layout.flatten(condition)
+        return norm(flat)
 
-    def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Parts:
+    def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Leaves:
         """First derivatives of the inner loss, by the inner and then the outer variables."""
         return self._first_order(batch, by_hparams=True, params=params)[1]
 
     def _first_order(
         self, batch: Batch, *, by_hparams: bool, params: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Parts]:
+    ) -> tuple[Tensor, Leaves]:
         problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
         places = [*problem.inner, *(problem.outer if by_hparams else ())]
         tensors = self._tensors(params)
@@ -191,19 +241,19 @@ class Levels:
             self._check("inner", values, recording.aliases)
             return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
 
-        value, found = record(evaluate, [tensors[i] for i in places], problem.trees)
-        require_all(problem, found[: len(problem.inner)])
-        return value, _filled(found, [tensors[i] for i in places])
+        value, slopes = record(evaluate, [tensors[i] for i in places], problem.trees)
+        require_all(problem, slopes[: len(problem.inner)])
+        return value, _filled(slopes, [tensors[i] for i in places])
 
     def products(self, batch: Batch, u: Tensor) -> Products:
         """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
         lin = self._linearised(batch)
-        parts, count = self.layout.split(u), len(self.problem.inner)
+        leaves, count = self.layout.split(u), len(self.problem.inner)
         cross: Sequence[Tensor | None]
         if isinstance(lin.record.transposed, Replay) and self.condition.twice:
             # A is the derivative of F: one pass backward gives both.
-            found = Replay(lin.record.residual, lin.aliases, lin.notes.around)(parts)
-            product, cross = self.layout.flatten(found[:count]), found[count:]
+            pulled = Replay(lin.record.residual, lin.aliases, lin.notes.around)(leaves)
+            product, cross = self.layout.flatten(pulled[:count]), pulled[count:]
         else:
             product, cross = lin.transposed(u), lin.cross(u)
         return Products(lin.residual, product, _filled(cross, self.hparams.variables))
@@ -212,13 +262,13 @@ class Levels:
         """``A^T u`` on one batch."""
         return self._linearised(batch).transposed(u)
 
-    def cross(self, batch: Batch, u: Tensor) -> Parts:
+    def cross(self, batch: Batch, u: Tensor) -> Leaves:
         """``(dF/dhparams)^T u`` on one batch."""
         return _filled(self._linearised(batch).cross(u), self.hparams.variables)
 
     def outer_slopes(
         self, batch: Batch, params: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Parts]:
+    ) -> tuple[Tensor, Tensor, Leaves]:
         """The outer loss on one batch, its gradient by params (flat), and that by hparams."""
         value, _, by_params, by_hparams, _ = outer_gradient(
             self.outer_on(batch), self.problem, self._tensors(params), False
@@ -232,22 +282,22 @@ class Levels:
         return lin
 
     def _tensors(self, params: Sequence[Tensor] | None = None) -> list[Tensor]:
-        found = [detached(t) for t in self.problem.tensors]
+        tensors = [detached(t) for t in self.problem.tensors]
         if params is not None:
             for place, value in zip(self.problem.inner, params, strict=True):
-                found[place] = value
-        return found
+                tensors[place] = value
+        return tensors
 
     def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
-        if not self.checked:
+        if not self._checked:
             refuse_past_arguments(what, values, aliases, [self.params, self.hparams])
 
     # --- moves ---------------------------------------------------------------------------
 
     def inner_step(
         self, batch: Batch, factor: float = 1.0, *, above: float | None = None
-    ) -> tuple[Parts, bool]:
+    ) -> tuple[Leaves, bool]:
         """One step of the inner optimiser, unless the condition's norm is below a bound.
 
         Parameters
@@ -266,35 +316,54 @@ class Levels:
         made : bool
             Whether the step was made.
         """
-        value, parts = self.inner_gradient(batch)
-        if above is not None and float(self.size(parts)) <= above:
-            return parts, False
+        value, condition = self.inner_gradient(batch)
+        if above is not None and float(self.size(condition)) <= above:
+            return condition, False
         with gradients(self.params.variables) as fill:
             known = [value]
 
             def closure() -> Tensor:
                 if known:
                     return known.pop()
-                value, parts = self.inner_gradient(batch)
-                fill(parts)
+                value, condition = self.inner_gradient(batch)
+                fill(condition)
                 return value
 
-            fill(parts)
+            fill(condition)
             with scaled(self.inner_optimizer, factor):
                 self.inner_optimizer.step(closure)
-        return parts, True
+        return condition, True
+
+    def inner_steps(self, count: int, factor: float = 1.0) -> Leaves:
+        """Make steps of the inner optimiser, each on a batch of its own.
+
+        Parameters
+        ----------
+        count : int
+            How many, at least one.
+        factor : float
+            What the learning rate is multiplied by.
+
+        Returns
+        -------
+        condition : list of Tensor
+            Its value before the last of them.
+        """
+        for _ in range(count):
+            condition, _ = self.inner_step(self.inner_batch(), factor)
+        return condition
 
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
         """One step of the inner optimiser along a flat direction."""
         with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
             # Copies: one that is all of the vector may be kept by the optimiser.
-            fill([part.clone() for part in self.layout.split(direction)])
+            fill([leaf.clone() for leaf in self.layout.split(direction)])
             self.inner_optimizer.step()
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
         """One step of the outer optimiser, and the way back to where hyperparameters may be."""
         with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
-            fill([part.clone() for part in direction])
+            fill([leaf.clone() for leaf in direction])
             self.outer_optimizer.step()
         if self.hparams_projection is not None:
             self._project(self.hparams_projection)
@@ -314,30 +383,103 @@ class Levels:
         for variable, value in zip(self.hparams.variables, projected, strict=True):
             variable.copy_(value)
 
-    def require_finite(self, **named: Tensor | Sequence[Tensor]) -> None:
+    def outer_step(
+        self,
+        grads: Sequence[Tensor],
+        value: Tensor,
+        condition: Tensor | Leaves,
+        inner_steps: int = 1,
+        *,
+        factor: float = 1.0,
+        finite: Mapping[str, Tensor | Sequence[Tensor]] | None = None,
+        **known: Any,
+    ) -> StepInfo:
+        """Move the hyperparameters along a hypergradient, if it is finite, and record the step.
+
+        Parameters
+        ----------
+        grads : list of Tensor
+            The hypergradient, a tensor for each hyperparameter.
+        value : Tensor
+            The outer loss, where the gradient was taken.
+        condition : Tensor or list of Tensor
+            The inner condition where it was last evaluated, flat or not.
+        inner_steps : int
+            How many steps the inner optimiser made.
+        factor : float
+            What the learning rate is multiplied by.
+        finite : dict of str, optional
+            Tensors, or lists of them, that must be finite too, by what they are called.
+        **known
+            The further fields of a `StepInfo`: `info` and `tolerance`.
+
+        Returns
+        -------
+        info : StepInfo
+            For `step` to return.
+        """
+        self.require_finite({**(finite or {}), "the hypergradient": grads})
+        self.move_outer(grads, factor)
+        return self.record(grads, value, condition, inner_steps, **known)
+
+    def record(
+        self,
+        grads: Sequence[Tensor],
+        value: Tensor,
+        condition: Tensor | Leaves,
+        inner_steps: int = 1,
+        **known: Any,
+    ) -> StepInfo:
+        """The record of a step whose moves are made.
+
+        Parameters
+        ----------
+        grads : list of Tensor
+            What the outer optimiser was given.
+        value : Tensor
+            The outer loss, where the gradient was taken.
+        condition : Tensor or list of Tensor
+            The inner condition where it was last evaluated, flat or not.
+        inner_steps : int
+            How many steps the inner optimiser made.
+        **known
+            The further fields of a `StepInfo`: `info` and `tolerance`.
+
+        Returns
+        -------
+        info : StepInfo
+            For `step` to return.
+        """
+        size = self.size(condition)
+        return StepInfo(self.steps + 1, value, self.shaped(grads), size, inner_steps, **known)
+
+    def require_finite(self, named: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
         """Raise if a number is not finite, unless that is to be ignored.
+
+        Parameters
+        ----------
+        named : dict of str
+            Tensors, or lists of them, by what they are called. All are looked at together.
 
         Raises
         ------
         NotFinite
-            Naming the first of the arguments that is not.
+            Naming the first of them that is not.
         """
-        if self.on_failure == "ignore":
+        tensors = [
+            (name, t) for name, v in named.items() for t in ([v] if isinstance(v, Tensor) else v)
+        ]
+        if self.on_failure == "ignore" or bool(finite((), *[t for _, t in tensors])):
             return
-        flat = [t for v in named.values() for t in ([v] if isinstance(v, Tensor) else v)]
-        if bool(finite((), *flat)):
-            return
-        for name, value in named.items():
-            for leaf in [value] if isinstance(value, Tensor) else value:
-                if not bool(torch.isfinite(leaf).all()):
-                    raise NotFinite(
-                        f"{name.replace('_', ' ')} holds NaN or infinity at outer step "
-                        f"{self.steps + 1}. A learning rate is too large for its problem (the "
-                        "inner one and that of the linear system must lie below 2 divided by the "
-                        "largest eigenvalue of the inner Hessian), the data are not finite, or a "
-                        "batch is empty (a mean over nothing is NaN). "
-                        "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
-                    )
+        for name, tensor in tensors:
+            if not bool(torch.isfinite(tensor).all()):
+                raise NotFinite(
+                    f"{name} holds NaN or infinity at outer step {self.steps + 1}. A learning rate "
+                    "is too large for its problem (the inner one and that of the linear system "
+                    "must lie below 2 divided by the largest eigenvalue of the inner Hessian), the "
+                    "data are not finite, or a batch is empty (a mean over nothing is NaN). "
+                    "The hyperparameters were not moved; on_failure='ignore' leaves NaN as NaN."
+                )
 
     def now(self, name: str) -> Any:
         """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
@@ -348,19 +490,24 @@ class Levels:
             aliases = [alias.requires_grad_() for alias in aliases]
         return tree.rebuild(aliases)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Begin a step: what was heard, and taken for curvature, belongs to the last one."""
         self._heard.clear()
         if isinstance(self.inner_optimizer, torch.optim.LBFGS):
             self.inner_optimizer.state.clear()
 
-    def shaped(self, parts: Sequence[Tensor]) -> Any:
+    def shaped(self, leaves: Sequence[Tensor]) -> Any:
         """What is shaped like the hyperparameters, as a pytree."""
-        return self.hparams.fill(parts)
+        return self.hparams.fill(leaves)
 
     def zeros(self) -> Tensor:
         """A flat vector of zeros, shaped like the inner variables."""
         return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
+
+
+def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Leaves:
+    """The difference of two lists of tensors."""
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
@@ -368,10 +515,10 @@ def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
     return function(*args, *batch.args)
 
 
-def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Parts:
+def _filled(leaves: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
     return [
-        torch.zeros_like(v, requires_grad=False) if part is None else part.detach()
-        for part, v in zip(parts, like, strict=True)
+        torch.zeros_like(v, requires_grad=False) if leaf is None else leaf.detach()
+        for leaf, v in zip(leaves, like, strict=True)
     ]
 
 

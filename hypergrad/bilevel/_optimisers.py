@@ -16,7 +16,7 @@ Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimiz
 
 
 def take(
-    name: str, value: Any, given: Optimiser, *, skip_frozen: bool, of_autograd: bool
+    name: str, value: Any, optimizer: Optimiser, skip_frozen: bool, of_autograd: bool
 ) -> tuple[Tree, Any]:
     """The tree of a level's variables, and its optimiser.
 
@@ -29,7 +29,7 @@ def take(
         "params" or "hparams".
     value : pytree of Tensor
         The caller's variables.
-    given : Optimizer or callable
+    optimizer : Optimizer or callable
         A ready optimiser, or ``variables -> Optimizer``.
     skip_frozen, of_autograd : bool
         As in `Tree`.
@@ -51,12 +51,12 @@ def take(
     if not tree.variables:
         raise StructureMismatch(f"{name} holds no floating-point tensor to optimise.")
     level = "inner_optimizer" if name == "params" else "outer_optimizer"
-    if isinstance(given, torch.optim.Optimizer):
-        _match(tree, given, level)
-        return tree, given
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _match(tree, optimizer, level)
+        return tree, optimizer
     copies = [v.detach().clone().requires_grad_() for v in tree.variables]
     tree = Tree(name, tree.rebuild(copies), skip_frozen=skip_frozen, of_autograd=of_autograd)
-    made = given(list(copies))
+    made = optimizer(list(copies))
     if not isinstance(made, torch.optim.Optimizer):
         raise StructureMismatch(
             f"{level} must be a torch.optim.Optimizer or a callable that makes one of a list of "
@@ -69,7 +69,7 @@ def take(
 
 def _match(tree: Tree, optimiser: torch.optim.Optimizer, level: str) -> None:
     held = {id(t) for group in optimiser.param_groups for t in group["params"]}
-    own = {id(v) for v in tree.variables}
+    ours = {id(v) for v in tree.variables}
     for position, variable in enumerate(tree.variables):
         if id(variable) not in held and (tree.name == "params" or variable.requires_grad):
             raise StructureMismatch(
@@ -82,9 +82,9 @@ def _match(tree: Tree, optimiser: torch.optim.Optimizer, level: str) -> None:
                 f"{tree.variable_path(position)} must be a leaf that requires grad to be moved by "
                 f"{level}."
             )
-    if held - own:
+    if held - ours:
         raise StructureMismatch(
-            f"{level} holds {len(held - own)} tensors that are not in {tree.name}, which it would "
+            f"{level} holds {len(held - ours)} tensors that are not in {tree.name}, which it would "
             "move without a gradient of theirs. Make one optimiser for each level."
         )
 
@@ -108,9 +108,9 @@ def gradients(variables: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor
     """Fill ``.grad`` for an optimiser, and put back what was there before."""
     before = [v.grad for v in variables]
 
-    def fill(parts: Sequence[Tensor]) -> None:
-        for variable, part in zip(variables, parts, strict=True):
-            variable.grad = part
+    def fill(leaves: Sequence[Tensor]) -> None:
+        for variable, leaf in zip(variables, leaves, strict=True):
+            variable.grad = leaf
 
     try:
         yield fill

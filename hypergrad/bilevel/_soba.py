@@ -7,37 +7,62 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ._levels import Levels
-from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
+from ._levels import Leaves, Levels, minus
+from ._method import Decaying, State, checked, exponent, positive
 from ._step_info import StepInfo
 
 
 @dataclasses.dataclass
 class Directions:
-    """The three directions of SOBA at one point, and what was seen on the way."""
+    """The three directions of SOBA at one point, and the outer loss there."""
 
     inner: Tensor
     linear: Tensor
-    outer: list[Tensor]
+    outer: Leaves
     value: Tensor
-    norm: Tensor
 
 
-def directions(levels: Levels, u: Tensor) -> Directions:
-    """The directions from one inner and one outer batch, all at the same point."""
-    found = levels.products(levels.inner_batch(), u)
-    value, by_params, direct = levels.outer_slopes(levels.outer_batch())
-    return Directions(
-        inner=found.residual,
-        linear=found.product - by_params,
-        outer=[d - c for d, c in zip(direct, found.cross, strict=True)],
-        value=value,
-        norm=torch.linalg.vector_norm(found.residual),
-    )
+class SingleLoop(Decaying):
+    """A method that moves both levels and the linear system at the same time."""
+
+    def start(self, levels: Levels) -> State:
+        """The running solution of the linear system."""
+        return {"u": levels.zeros()}
+
+    def directions(self, levels: Levels) -> Directions:
+        """The directions from one inner and one outer batch, all at the same point."""
+        seen = levels.products(levels.inner_batch(), levels.state["u"])
+        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+        return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
+
+    def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
+        """What the hyperparameters move along: the outer direction."""
+        return outer
+
+    def step(self, levels: Levels) -> StepInfo:
+        """Make one outer step."""
+        along = self.directions(levels)
+        inner, outer = self.decays(levels)
+        rate = self.rate(levels) * inner
+        levels.require_finite({
+            "the inner gradient": along.inner,
+            "the linear system": along.linear,
+            "the hypergradient": along.outer,
+        })
+        grads = self.averaged(levels, along.outer, outer)
+        levels.move_inner(along.inner, inner)
+        levels.state["u"] = torch.sub(levels.state["u"], along.linear, alpha=rate)
+        levels.move_outer(grads, outer)
+        return levels.record(grads, along.value, along.inner)
+
+
+def _weight(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class SOBA(Method):
+class SOBA(SingleLoop):
     """The stochastic bilevel algorithm of Dagréou et al. (2022).
 
     One inner batch and one outer batch a step, one evaluation of each loss, one Hessian-vector
@@ -71,37 +96,13 @@ class SOBA(Method):
     SOBA(linear_lr=None, inner_decay=0.5, outer_decay=0.5)
     """
 
-    linear_lr: float | None = None
-    inner_decay: float = 0.5
-    outer_decay: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        check_rate("linear_lr", self.linear_lr)
-        check_decays(inner_decay=self.inner_decay, outer_decay=self.outer_decay)
-
-    def start(self, levels: Levels) -> State:
-        """The running solution of the linear system."""
-        return {"u": levels.zeros()}
-
-    def step(self, levels: Levels) -> StepInfo:
-        """Make one outer step."""
-        found = directions(levels, levels.state["u"])
-        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
-        rate = linear_rate(self, self.linear_lr, levels) * inner
-        levels.require_finite(
-            the_inner_gradient=found.inner,
-            the_linear_system=found.linear,
-            the_hypergradient=found.outer,
-        )
-        levels.move_inner(found.inner, inner)
-        levels.state["u"] = torch.sub(levels.state["u"], found.linear, alpha=rate)
-        levels.move_outer(found.outer, outer)
-        return record(levels, found, found.outer)
+    linear_lr: float | None = checked(None, positive)
+    inner_decay: float = exponent(0.5)
+    outer_decay: float = exponent(0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class MASOBA(Method):
+class MASOBA(SingleLoop):
     """SOBA with a moving average of the outer direction (Chen, Xiao and Balasubramanian, 2023).
 
     As `SOBA`, but x moves along an average h of the directions D: ``x - lr h`` first, and then
@@ -128,49 +129,20 @@ class MASOBA(Method):
     MASOBA(theta=0.2, linear_lr=None, inner_decay=0.0, outer_decay=0.0)
     """
 
-    theta: float = 0.1
-    linear_lr: float | None = None
-    inner_decay: float = 0.0
-    outer_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        check_rate("linear_lr", self.linear_lr)
-        check_decays(inner_decay=self.inner_decay, outer_decay=self.outer_decay)
-        if not 0 < self.theta <= 1:
-            raise ValueError(f"theta must be above 0 and at most 1; got {self.theta!r}.")
+    theta: float = checked(0.1, _weight)
+    linear_lr: float | None = checked(None, positive)
+    inner_decay: float = exponent(0.0)
+    outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
         """The running solution of the linear system, and the average."""
         zeros = [torch.zeros_like(v, requires_grad=False) for v in levels.hparams.variables]
         return {"u": levels.zeros(), "h": zeros}
 
-    def step(self, levels: Levels) -> StepInfo:
-        """Make one outer step."""
-        found = directions(levels, levels.state["u"])
-        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
-        rate = linear_rate(self, self.linear_lr, levels) * inner
-        levels.require_finite(
-            the_inner_gradient=found.inner,
-            the_linear_system=found.linear,
-            the_hypergradient=found.outer,
-        )
-        average = levels.state["h"]
-        levels.move_inner(found.inner, inner)
-        levels.state["u"] = torch.sub(levels.state["u"], found.linear, alpha=rate)
-        levels.move_outer(average, outer)
+    def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
+        """The average as it was; it goes on to the outer direction."""
+        average: Leaves = levels.state["h"]
         levels.state["h"] = [
-            torch.lerp(h, d, self.theta * outer) for h, d in zip(average, found.outer, strict=True)
+            torch.lerp(h, d, self.theta * decay) for h, d in zip(average, outer, strict=True)
         ]
-        return record(levels, found, average)
-
-
-def record(levels: Levels, found: Directions, grads: list[Tensor]) -> StepInfo:
-    """What a step of a single-loop method leaves behind."""
-    return StepInfo(
-        step=levels.steps + 1,
-        outer_value=found.value,
-        grads=levels.shaped(grads),
-        inner_norm=found.norm,
-        inner_steps=1,
-    )
+        return average

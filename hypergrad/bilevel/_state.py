@@ -4,32 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._errors import StructureMismatch
-
-
-def load(target: Tensor, name: str, value: Any, *, dry: bool = False) -> None:
-    """Copy a saved tensor into one of ours, or look only whether it would go.
-
-    Raises
-    ------
-    StructureMismatch
-        If its shape or dtype is another.
-    """
-    if not isinstance(value, Tensor):
-        raise StructureMismatch(f"{name} must be a tensor; got {type(value).__name__}.")
-    if value.shape != target.shape or value.dtype != target.dtype:
-        raise StructureMismatch(
-            f"{name} was saved with shape {tuple(value.shape)} and dtype {value.dtype}, but here "
-            f"it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the state of "
-            "another problem."
-        )
-    if not dry:
-        with torch.no_grad():
-            target.copy_(value)
 
 
 def copied(state: Any) -> Any:
@@ -37,28 +15,47 @@ def copied(state: Any) -> Any:
     return pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, state)
 
 
-def match(own: Any, saved: Any, path: str) -> None:
-    """Refuse a method's state that is shaped like none of this problem's."""
-    if type(own) is not type(saved):
-        raise StructureMismatch(f"{path} is a {type(saved).__name__}, not a {type(own).__name__}.")
-    if isinstance(own, dict):
-        if own.keys() != saved.keys():
-            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(own)}.")
-        for name in own:
-            match(own[name], saved[name], f"{path}[{name!r}]")
-    elif isinstance(own, list):
-        if len(own) != len(saved):
-            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(own)}.")
-        for place, pair in enumerate(zip(own, saved, strict=True)):
-            match(*pair, f"{path}[{place}]")
-    elif isinstance(own, Tensor):
-        load(own, path, saved, dry=True)
+def restored(target: Any, saved: Any, path: str) -> Any:
+    """A saved state, compared with the one that it is to replace and on its devices.
 
+    Parameters
+    ----------
+    target, saved : dict, list, Tensor or anything
+        What there is, and what was saved.
+    path : str
+        What it is called, for messages.
 
-def placed(own: Any, saved: Any) -> Any:
-    """A saved state on the devices of one's own."""
-    if isinstance(own, dict):
-        return {name: placed(own[name], saved[name]) for name in own}
-    if isinstance(own, list):
-        return [placed(a, b) for a, b in zip(own, saved, strict=True)]
-    return saved.to(own.device) if isinstance(own, Tensor) else saved
+    Returns
+    -------
+    state
+        Nothing in it is new memory, where the devices are the same.
+
+    Raises
+    ------
+    StructureMismatch
+        If what was saved is shaped like none of this problem's.
+    """
+    if isinstance(target, Tensor):
+        if not isinstance(saved, Tensor):
+            raise StructureMismatch(f"{path} must be a tensor; got {type(saved).__name__}.")
+        if saved.shape != target.shape or saved.dtype != target.dtype:
+            raise StructureMismatch(
+                f"{path} was saved with shape {tuple(saved.shape)} and dtype {saved.dtype}, but "
+                f"here it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the "
+                "state of another problem."
+            )
+        return saved.to(target.device)
+    if type(target) is not type(saved):
+        raise StructureMismatch(
+            f"{path} is a {type(saved).__name__}, not a {type(target).__name__}."
+        )
+    if isinstance(target, dict):
+        if target.keys() != saved.keys():
+            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(target)}.")
+        return {name: restored(target[name], saved[name], f"{path}[{name!r}]") for name in target}
+    if isinstance(target, list):
+        if len(target) != len(saved):
+            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(target)}.")
+        pairs = enumerate(zip(target, saved, strict=True))
+        return [restored(*pair, f"{path}[{place}]") for place, pair in pairs]
+    return saved

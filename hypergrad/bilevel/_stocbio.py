@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
-from ..solvers._base import at_least
+from ._amigo import DoubleLoop
 from ._levels import Levels
-from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
-from ._step_info import StepInfo
+from ._method import checked, exponent, least, positive
 
 
 @dataclasses.dataclass(frozen=True)
-class StocBiO(Method):
+class StocBiO(DoubleLoop):
     """The stochastic bilevel optimiser of Ji, Yang and Liang (2021).
 
     Each step makes `inner_steps` stochastic gradient steps on the inner problem, started where
@@ -45,42 +45,17 @@ class StocBiO(Method):
     StocBiO(inner_steps=10, terms=20, linear_lr=None, inner_decay=0.0, outer_decay=0.0)
     """
 
-    inner_steps: int = 10
-    terms: int = 10
-    linear_lr: float | None = None
-    inner_decay: float = 0.0
-    outer_decay: float = 0.0
+    inner_steps: int = checked(10, least(1))
+    terms: int = checked(10, least(0))
+    linear_lr: float | None = checked(None, positive)
+    inner_decay: float = exponent(0.0)
+    outer_decay: float = exponent(0.0)
+    called = "the Neumann series"
 
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        at_least("inner_steps", self.inner_steps, 1)
-        at_least("terms", self.terms, 0)
-        check_rate("linear_lr", self.linear_lr)
-        check_decays(inner_decay=self.inner_decay, outer_decay=self.outer_decay)
-
-    def start(self, levels: Levels) -> State:
-        """Nothing: every step's series starts anew."""
-        return {}
-
-    def step(self, levels: Levels) -> StepInfo:
-        """Make one outer step."""
-        inner, outer = (decayed(e, levels.steps) for e in (self.inner_decay, self.outer_decay))
-        eta = linear_rate(self, self.linear_lr, levels)
-        for _ in range(self.inner_steps):
-            condition, _ = levels.inner_step(levels.inner_batch(), inner)
-        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
+    def solved(self, levels: Levels, by_params: Tensor, rate: float) -> Tensor:
+        """Add up the series."""
         total = term = by_params
         for _ in range(self.terms):
-            term = torch.sub(term, levels.product(levels.inner_batch(), term), alpha=eta)
+            term = torch.sub(term, levels.product(levels.inner_batch(), term), alpha=rate)
             total = total + term
-        cross = levels.cross(levels.inner_batch(), eta * total)
-        grads = [d - c for d, c in zip(direct, cross, strict=True)]
-        levels.require_finite(the_Neumann_series=total, the_hypergradient=grads)
-        levels.move_outer(grads, outer)
-        return StepInfo(
-            step=levels.steps + 1,
-            outer_value=value,
-            grads=levels.shaped(grads),
-            inner_norm=levels.size(condition),
-            inner_steps=self.inner_steps,
-        )
+        return rate * total

@@ -1,10 +1,10 @@
-"""What every estimator does with what it found: checked, detached, shaped like `hparams`."""
+"""An estimate of the hypergradient: checked, detached, shaped like `hparams`, and handed out."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from .._implicit.task_norms import finite
 from .._implicit.verdict import OnFailure, counted, warn
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
-
-F32 = torch.float32
+from ._loss import Slopes, wide
 
 _OF_VALUE = (
     "params is finite there, so look at outer: at its data, which may be an empty batch (a mean "
@@ -31,8 +30,8 @@ _OF_GRADIENT = f"{derivative()}. Or the derivatives of many steps, multiplied, o
 
 
 @dataclasses.dataclass
-class Found:
-    """A hypergradient before it is given to the caller.
+class Estimate:
+    """A hypergradient before it is handed to the caller.
 
     Attributes
     ----------
@@ -41,9 +40,9 @@ class Found:
     value : Tensor
         The outer loss.
     params : pytree
-        The inner variables that the outer loss was evaluated at.
+        The inner variables that the outer loss was evaluated at, detached.
     aux : pytree
-        What the outer loss returned beside its value.
+        What the outer loss returned beside its value, detached.
     captured : list of Tensor
         What the functions capture that is differentiated further out.
     """
@@ -55,7 +54,7 @@ class Found:
     captured: list[Tensor]
 
 
-def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure: str) -> Any:
+def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure, cure: str) -> Any:
     """The answer of the estimator called `name`, shaped like `hparams` and detached.
 
     Parameters
@@ -64,8 +63,8 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
         The public function, for messages.
     H : Tree
         The hyperparameters.
-    found : Found
-        What it found.
+    estimate : Estimate
+        What it has come to.
     on_failure : str
         Unless it is "ignore", a number that is not finite raises.
     cure : str
@@ -80,12 +79,12 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
         torch.zeros_like(v.detach())
         if g is None
         else g.detach().to(v.dtype).clone(memory_format=torch.contiguous_format)
-        for g, v in zip(found.grads, H.variables, strict=True)
+        for g, v in zip(estimate.grads, H.variables, strict=True)
     ]
     if on_failure != "ignore":
         refuse_not_finite([
-            *(("params" + path, leaf, cure) for path, leaf in _named(found.params)),
-            ("the outer loss", found.value, _OF_VALUE),
+            *(("params" + path, leaf, cure) for path, leaf in _named(estimate.params)),
+            ("the outer loss", estimate.value, _OF_VALUE),
             *(
                 (f"the gradient by {H.variable_path(i)}", leaf, _OF_GRADIENT)
                 for i, leaf in enumerate(leaves)
@@ -99,8 +98,37 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
             "custom_argmin."
         )
 
-    sources = [*H.variables, *found.captured]
+    sources = [*H.variables, *estimate.captured]
     return H.fill(refuse_derivatives(leaves, sources, error, plain=being_traced()))
+
+
+def handed_out(
+    grads: Any, estimate: Estimate, has_aux: bool, return_params: bool, info: Any = None
+) -> Any:
+    """The hypergradient, alone or in front of what else was asked for.
+
+    Parameters
+    ----------
+    grads : pytree of Tensor
+        What `hypergradient` returned.
+    estimate : Estimate
+        Where it comes from.
+    has_aux, return_params : bool
+        What the caller asked for.
+    info : optional
+        The evidence, where it was asked for: `aux` is in it.
+
+    Returns
+    -------
+    grads, or a tuple
+        Of the hypergradient, the evidence or `aux`, and the inner variables.
+    """
+    results = [grads]
+    if info is not None or has_aux:
+        results.append(estimate.aux if info is None else info)
+    if return_params:
+        results.append(estimate.params)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def refuse_not_finite(places: Sequence[tuple[str, Tensor, str]]) -> None:
@@ -123,37 +151,34 @@ def refuse_not_finite(places: Sequence[tuple[str, Tensor, str]]) -> None:
     if all(rows):
         return
     tasks = f"{rows.count(False)} of {len(rows)} tasks: " if len(rows) > 1 else ""
-    bad = ((what, cure) for what, tensor, cure in places if not _all_finite(tensor))
+    bad = (
+        (what, cure)
+        for what, tensor, cure in places
+        if not all_tasks(torch.isfinite(tensor).all().reshape(1)).all()
+    )
     where, cure = next(bad, ("the answer", ""))
     raise NotFinite(
         f"{tasks}{where} holds NaN or infinity. {cure} on_failure='ignore' leaves NaN as NaN."
     )
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(all_tasks(torch.isfinite(tensor).all().reshape(1)).all())
-
-
 def _named(tree: Any) -> Iterable[tuple[str, Tensor]]:
-    keyed = pytree.tree_flatten_with_path(tree)[0]
-    for path, leaf in keyed:
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield str(pytree.keystr(path)), leaf.detach()
 
 
 def evidence(
     method: str,
-    *,
-    success: Tensor,
-    outer_value: Tensor,
+    slopes: Slopes,
     solution: Any,
-    aux: Any,
+    success: Tensor,
     failed: Status = Status.MAX_ITERATIONS,
     **figures: Tensor,
 ) -> SolveInfo:
     """A `SolveInfo` of an estimator that solves no linear system: NaN where it knows nothing."""
-    nan = torch.full_like(outer_value, math.nan, dtype=torch.promote_types(outer_value.dtype, F32))
-    zero = torch.zeros_like(outer_value, dtype=torch.int64)
+    nan = torch.full_like(wide(slopes.value), math.nan)
+    zero = torch.zeros_like(slopes.value, dtype=torch.int64)
     known: dict[str, Any] = dict.fromkeys(
         ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
     )
@@ -165,8 +190,8 @@ def evidence(
         negative_curvature=torch.zeros_like(success),
         eigenvalues=torch.stack([nan, nan]),
         solution=solution,
-        outer_value=outer_value,
-        aux=aux,
+        outer_value=slopes.value,
+        aux=slopes.aux,
         method=method,
         **(known | figures),
     )
@@ -177,7 +202,7 @@ def judge_figure(
     limit: float | None,
     on_failure: OnFailure,
     error: type[HypergradError],
-    text: Callable[[str], str],
+    text: str,
 ) -> None:
     """Warn or raise, once for all tasks, where a figure is above its limit or NaN.
 
@@ -191,8 +216,8 @@ def judge_figure(
         What to do; nothing is read with "ignore".
     error : type
         What is raised.
-    text : callable
-        The message around the figure.
+    text : str
+        The message, with ``{}`` in place of the figure.
 
     Raises
     ------
@@ -208,7 +233,21 @@ def judge_figure(
     exact = on_failure == "raise"
     worst = max(failed, key=lambda value: math.inf if math.isnan(value) else value)
     shown = f"{worst:.3g}" if exact else f"more than {limit:.3g}"
-    message = counted(len(failed), len(rows), exact=exact) + text(shown)
-    if on_failure == "raise":
+    message = counted(len(failed), len(rows), exact=exact) + text.format(shown)
+    if exact:
         raise error(message)
     warn(message)
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Refuse numbers that are not positive and finite."""
+    for name, value in numbers.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite; got {value!r}.")
+
+
+def check_not_negative(**numbers: float | None) -> None:
+    """Refuse numbers that are negative or not finite."""
+    for name, value in numbers.items():
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and not negative; got {value!r}.")

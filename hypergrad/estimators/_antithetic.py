@@ -17,6 +17,7 @@ from .._autograd.trace import further_out
 from .._autograd.transforms import outside_transforms, without_left, without_saved_tensor_hooks
 from ..conditions._inner_problem import scalar
 from ._inner_loop import InnerLoop, map_tensors
+from ._loss import wide
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class Evaluation:
     steps: int
     batching: str
     draw: Draw = dataclasses.field(default_factory=Draw)
-    _found: list[Tensor] = dataclasses.field(default_factory=list)
+    _further_out: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
         """The values, one for each row of the tensors."""
@@ -58,19 +59,19 @@ class Evaluation:
             )
             raise
 
-    def _drawn(self, fun: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
+    def _drawn(self, fun: Callable[..., Tensor], rows: Sequence[Tensor]) -> Tensor:
         modes = (torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks())
         with self.draw.evaluation(), modes[0], modes[1], modes[2]:
-            return fun(*given)
+            return fun(*rows)
 
     def _one(self, *variables: Tensor) -> Tensor:
-        given = self.loop.H.rebuild(variables)
-        start = self.loop.made(given) if callable(self.loop.init) else self.loop.start
+        hparams = self.loop.H.rebuild(variables)
+        start = self.loop.made(hparams) if callable(self.loop.init) else self.loop.start
         self._note(start)
         params = map_tensors(start, lambda t: t.detach().clone())
-        params = self.loop.forward(params, list(variables), 0, self.steps, self._found)
+        params = self.loop.forward(params, list(variables), 0, self.steps, self._further_out)
         with Guard():
-            returned = self.outer(params, given)
+            returned = self.outer(params, hparams)
         value = scalar("outer", returned)
         self._note(value)
         return value.detach()
@@ -78,12 +79,12 @@ class Evaluation:
     def _note(self, tree: Any) -> None:
         for leaf in pytree.tree_leaves(tree):
             if isinstance(leaf, Tensor):
-                self._found += further_out(leaf, [])
+                self._further_out += further_out(leaf, [])
 
     @property
     def captured(self) -> list[Tensor]:
         """What the functions capture that is differentiated further out."""
-        return [without_left(t) for t in self._found]
+        return [without_left(t) for t in self._further_out]
 
 
 class Moments:
@@ -99,7 +100,7 @@ class Moments:
 
     def __init__(self, center: list[Tensor], sigma: float) -> None:
         self._center, self._sigma, self._pairs = center, sigma, 0
-        self._sums = [torch.zeros_like(c, dtype=_wide(c)) for c in center]
+        self._sums = [torch.zeros_like(c, dtype=wide(c).dtype) for c in center]
         self._squares = [torch.zeros_like(s) for s in self._sums]
         self._values: Any = 0.0
         self._sizes: Any = 0.0
@@ -110,19 +111,19 @@ class Moments:
         """Draw so many directions and evaluate both sides of each."""
         with outside_transforms():
             noise = [
-                torch.randn((pairs, *c.shape), generator=generator, dtype=_wide(c), device=c.device)
-                for c in self._center
+                torch.randn((pairs, *s.shape), generator=generator, dtype=s.dtype, device=s.device)
+                for s in self._sums
             ]
         moves = [(self._sigma * n).to(c.dtype) for n, c in zip(noise, self._center, strict=True)]
         values = evaluate([
             torch.cat([c + m, c - m]) for c, m in zip(self._center, moves, strict=True)
         ])
         self._eps = torch.finfo(values.dtype).eps
-        values = values.to(_wide(values))
+        values = wide(values)
         difference = values[:pairs] - values[pairs:]
         weights = difference / (2 * self._sigma)
-        for place, part in enumerate(noise):
-            terms = weights.to(part).reshape(-1, *[1] * (part.ndim - 1)) * part
+        for place, drawn in enumerate(noise):
+            terms = weights.to(drawn).reshape(-1, *[1] * (drawn.ndim - 1)) * drawn
             self._sums[place] = self._sums[place] + terms.sum(dim=0)
             self._squares[place] = self._squares[place] + terms.square().sum(dim=0)
         self._values = self._values + values.sum()
@@ -151,9 +152,5 @@ class Moments:
     def rounding(self) -> Tensor:
         """The rounding of the values over their differences."""
         size = (self._sizes / 2).sqrt()  # of as many values as there are differences
-        found: Tensor = self._eps * size / self._differences.sqrt()
-        return torch.where(self._differences == 0, torch.full_like(found, math.inf), found)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+        share: Tensor = self._eps * size / self._differences.sqrt()
+        return torch.where(self._differences == 0, torch.full_like(share, math.inf), share)

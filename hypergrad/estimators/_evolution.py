@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -18,11 +17,16 @@ from .._implicit.signatures import Hparams, Outer
 from .._implicit.verdict import OnFailure, check_on_failure
 from .._mistakes import explained
 from .._pytrees import Layout
-from ._answer import Found, hypergradient, judge_figure
+from ._answer import Estimate, check_positive, hypergradient, judge_figure
 from ._antithetic import Evaluation, Moments
 from ._inner_loop import InnerLoop, hyperparameters
 from ._loss import MOSTLY_ROUNDING
 
+_LOST = (
+    "The outer loss hardly changes from one side of a pair to the other: the rounding of its "
+    "values may be {} of the difference. Raise sigma, use float64, or look for a .detach(), a copy "
+    "or a captured value that cuts hparams off."
+)
 _CURE = "The inner solver may diverge at hyperparameters so far apart: make sigma smaller."
 
 
@@ -187,7 +191,7 @@ def evolution_strategies_grad(
         If `step` changes the structure of the inner variables, `outer` is no scalar, or `hparams`
         holds no floating-point tensor.
     UnsupportedOperation
-        If the answer is differentiated.
+        If the hypergradient is differentiated.
     ValueError
         If a number is out of its range.
 
@@ -210,41 +214,6 @@ def evolution_strategies_grad(
     True
     """
     check_on_failure(on_failure)
-    _check(step, init, steps, sigma, pairs, chunk_size, batching)
-    H = hyperparameters(hparams)
-    Layout(H, H.variables)  # refuses what holds no tensor, or tensors on several devices
-    loop = InnerLoop.of(_no_step if step is None else step, init, H)
-    evaluate = Evaluation(outer, loop, steps, batching)
-    moments = Moments([detached(v) for v in H.variables], sigma)
-    for first in range(0, pairs, chunk_size or pairs):
-        moments.add(evaluate, min(chunk_size or pairs, pairs - first), generator)
-    value, grads, errors = moments.value, moments.mean(), moments.standard_error()
-    found = Found(list(grads), value, None, None, evaluate.captured)
-    answer = hypergradient("evolution_strategies_grad", H, found, on_failure, _CURE)
-    rounding = moments.rounding()
-    judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
-    if not return_info:
-        return answer
-    squares = [
-        torch.stack([t.to(value).square().sum() for t in parts]).sum() for parts in (errors, grads)
-    ]
-    fill = H.fill([e.to(v.dtype) for e, v in zip(errors, H.variables, strict=True)])
-    return answer, EvolutionInfo(value, fill, (squares[0] / squares[1]).sqrt(), rounding)
-
-
-def _no_step(params: Any, hparams: Any) -> Any:
-    return params
-
-
-def _check(
-    step: Any,
-    init: Any,
-    steps: int,
-    sigma: float,
-    pairs: int,
-    chunk_size: int | None,
-    batching: str,
-) -> None:
     if step is None and (steps or not callable(init)):
         raise ValueError(
             "With step=None, init must be the whole solver, init(hparams) -> params, and steps 0."
@@ -254,15 +223,29 @@ def _check(
             f"steps must not be negative, pairs and chunk_size must be positive; got {steps}, "
             f"{pairs} and {chunk_size}."
         )
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"sigma must be positive and finite; got {sigma}.")
+    check_positive(sigma=sigma)
     if batching not in ("vmap", "loop"):
         raise ValueError(f"batching must be 'vmap' or 'loop'; got {batching!r}.")
+    H = hyperparameters(hparams)
+    Layout(H, H.variables)  # refuses what holds no tensor, or tensors on several devices
+    loop = InnerLoop.of(_no_step if step is None else step, init, H)
+    evaluate = Evaluation(outer, loop, steps, batching)
+    moments = Moments([detached(v) for v in H.variables], sigma)
+    for first in range(0, pairs, chunk_size or pairs):
+        moments.add(evaluate, min(chunk_size or pairs, pairs - first), generator)
+    value, grads, errors = moments.value, moments.mean(), moments.standard_error()
+    estimate = Estimate(list(grads), value, None, None, evaluate.captured)
+    filled = hypergradient("evolution_strategies_grad", H, estimate, on_failure, _CURE)
+    rounding = moments.rounding()
+    judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _LOST)
+    if not return_info:
+        return filled
+    squares = [
+        torch.stack([t.to(value).square().sum() for t in of]).sum() for of in (errors, grads)
+    ]
+    fill = H.fill([e.to(v.dtype) for e, v in zip(errors, H.variables, strict=True)])
+    return filled, EvolutionInfo(value, fill, (squares[0] / squares[1]).sqrt(), rounding)
 
 
-def _lost(share: str) -> str:
-    return (
-        "The outer loss hardly changes from one side of a pair to the other: the rounding of its "
-        f"values may be {share} of the difference. Raise sigma, use float64, or look for a "
-        ".detach(), a copy or a captured value that cuts hparams off."
-    )
+def _no_step(params: Any, hparams: Any) -> Any:
+    return params

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from .._autograd.refusals import never_compiled
-from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
+from .._implicit.verdict import OnFailure
 from .._info import SolveInfo, Status
 from .._mistakes import explained
-from .._pytrees import Layout
-from ..conditions._base import plus
 from ..solvers._base import norm
-from ._answer import Found, evidence, hypergradient, judge_figure
-from ._inner_loop import map_tensors
-from ._loss import MOSTLY_ROUNDING, Arguments, Loss, moved, require_params, rounding_share
+from ._answer import check_positive, evidence
+from ._first_order import FirstOrder, added, difference
+from ._loss import MOSTLY_ROUNDING, Arguments, descend, moved, rounding_share
 
 #: The default distance, in units of the one that balances rounding and truncation for a function
 #: whose third derivative is of the order of its first: networks bend more. Measured on a linear
 #: classifier and a small network, where it is within a factor of 3 of the best in float64,
 #: float32 and bfloat16.
 _BENT = 1 / 20
-_CURE = "Look at the data and the inner solver."
+_LOST = (
+    "The finite difference is lost in rounding, which may be {} of the answer. Raise epsilon, or "
+    "leave it out; or use float64."
+)
 
 
 class _Options(TypedDict, total=False):
@@ -157,7 +157,7 @@ def finite_difference_grad(
     StructureMismatch
         If a loss is no scalar, or the preconditioner's answer is not shaped like `params`.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If more than one of `scale`, `lr` and `preconditioner` is given, or one is no number.
 
@@ -174,88 +174,44 @@ def finite_difference_grad(
     >>> hypergrad.finite_difference_grad(lambda w, lam: w, inner, w, lam, scale=4.0)
     tensor(-0.2500)
     """
-    check_on_failure(on_failure)
-    _check(epsilon, scale, lr, preconditioner)
-    given = Arguments.of(params, hparams)
-    layout, H = given.layout, given.H
-    of_outer = Loss("outer", outer, given, has_aux=has_aux)
-    of_inner = Loss("inner", inner, given)
-    captured: list[Tensor] = []
-    at = given.params
-    if lr is not None:
-        here = of_inner(at, by_hparams=False)
-        captured += here.captured
-        at = moved(layout, at, here.by_params, -lr)
-    slopes = of_outer(at)
-    require_params(slopes)
+    if sum(option is not None for option in (scale, lr, preconditioner)) > 1:
+        raise ValueError("Give one of scale, lr and preconditioner: each stands for the Hessian.")
+    check_positive(epsilon=epsilon, lr=lr)
+    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and not zero; got {scale}.")
+    call = FirstOrder("finite_difference_grad", outer, inner, params, hparams, has_aux, on_failure)
+    at, layout, steps = call.at, call.at.layout, int(lr is not None)
+    slopes = call.outer_slopes(descend([(call.inner, 1.0)], at, lr=lr or 0.0, steps=steps))
     b = layout.flatten(slopes.by_params)
     if preconditioner is not None:
-        u = preconditioner(given.P.fill(layout.split(b)))
-        u = layout.flatten(given.P.match("What preconditioner returned", u)).detach()
+        u = preconditioner(at.P.fill(layout.split(b)))
+        u = layout.flatten(at.P.match("What preconditioner returned", u)).detach()
     else:
         u = b * lr if lr is not None else b / (1.0 if scale is None else scale)
 
-    length = _length(layout, given.params, given.eps, epsilon)
     size = norm(u)
-    h = torch.where(size > 0, length / size, torch.ones_like(size))
-    sides = [
-        of_inner(moved(layout, given.params, layout.split(u), way * h), by_params=False)
+    h = torch.where(size > 0, _length(at, epsilon) / size, torch.ones_like(size))
+    above, below = (
+        call.inner(moved(layout, at.params, layout.split(u), way * h), by_params=False)
         for way in (1, -1)
-    ]
-    above, below = (side.by_hparams for side in sides)
-    indirect = [
-        None if a is None or c is None else (a - c) / (2 * h).to(a.dtype)
-        for a, c in zip(above, below, strict=True)
-    ]
-    grads = [
-        plus(d, None if part is None else -part)
-        for d, part in zip(slopes.by_hparams, indirect, strict=True)
-    ]
-    captured += [*slopes.captured, *(t for side in sides for t in side.captured)]
-    found = Found(grads, slopes.value, None, slopes.aux, captured)
-    answer = hypergradient("finite_difference_grad", H, found, on_failure, _CURE)
-
-    rounding = rounding_share(layout, above, grads, 1 / (2 * h))
+    )
+    grads = added(slopes.by_hparams, -1 / (2 * h), difference(above.by_hparams, below.by_hparams))
+    rounding = rounding_share(layout, above.by_hparams, grads, 1 / (2 * h))
     rounding = torch.where(size > 0, rounding, torch.zeros_like(rounding))  # then there is none
-    judge_figure(rounding, MOSTLY_ROUNDING, on_failure, NotConverged, _lost)
-    if on_failure != "ignore":
-        warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, above)
-    aux = map_tensors(slopes.aux, Tensor.detach)
+    info = None
     if return_info:
-        return answer, evidence(
-            "finite difference",
-            success=~(rounding > MOSTLY_ROUNDING) & torch.isfinite(size),
-            failed=Status.STAGNATED,
-            solution=given.P.fill(layout.split(u)),
-            outer_value=slopes.value,
-            aux=aux,
-        )
-    return (answer, aux) if has_aux else answer
+        success = ~(rounding > MOSTLY_ROUNDING) & torch.isfinite(size)
+        solution = at.P.fill(layout.split(u))
+        info = evidence("finite difference", slopes, solution, success, Status.STAGNATED)
+    figures = [(rounding, MOSTLY_ROUNDING, _LOST)]
+    return call.finish(grads, [slopes, above, below], figures, info=info)
 
 
-def _check(
-    epsilon: float | None, scale: float | None, lr: float | None, preconditioner: Any
-) -> None:
-    if sum(given is not None for given in (scale, lr, preconditioner)) > 1:
-        raise ValueError("Give one of scale, lr and preconditioner: each stands for the Hessian.")
-    for name, value in (("epsilon", epsilon), ("lr", lr)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite; got {value}.")
-    if scale is not None and (scale == 0 or not math.isfinite(scale)):
-        raise ValueError(f"scale must be finite and not zero; got {scale}.")
-
-
-def _length(layout: Layout, params: Sequence[Tensor], eps: float, epsilon: float | None) -> Tensor:
-    size = norm(layout.flatten(params))
+def _length(at: Arguments, epsilon: float | None) -> Tensor:
+    """How far `params` is moved to each side."""
+    size = norm(at.layout.flatten(at.params))
     if epsilon is not None:
         return torch.full_like(size, epsilon)
     # Parameters this close to zero have no scale of their own.
-    size = torch.where(size > (eps * layout.n) ** 0.5, size, torch.ones_like(size))
-    return _BENT * eps ** (1 / 3) * size
-
-
-def _lost(share: str) -> str:
-    return (
-        f"The finite difference is lost in rounding, which may be {share} of the answer. Raise "
-        "epsilon, or leave it out; or use float64."
-    )
+    size = torch.where(size > (at.eps * at.layout.n) ** 0.5, size, torch.ones_like(size))
+    return _BENT * at.eps ** (1 / 3) * size

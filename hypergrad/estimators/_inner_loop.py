@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
+from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.trace import detached, graph
 from .._autograd.transforms import is_wrapped
 from .._errors import NotConnected, UnsupportedOperation
 from .._pytrees import Tree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +59,14 @@ class InnerLoop:
         """The initial point, detached; None where it depends on the hyperparameters."""
         return None if callable(self.init) else map_tensors(self.init, _own)
 
-    def advance(self, params: Any, given: Any, first: int, last: int) -> Any:
+    def advance(self, params: Any, arguments: Any, first: int, last: int) -> Any:
         """Make the steps from `first` up to `last`, recorded by whatever records."""
         for k in range(first, last):
             tree = Tree("params", params)
             before = params
             with Guard():
-                params = self.step(params, given, k) if self.numbered else self.step(params, given)
+                number = (k,) if self.numbered else ()
+                params = self.step(params, arguments, *number)
             tree.match("What step returned", params)
             _refuse_cut_off(before, params)
         return params
@@ -94,22 +98,57 @@ class InnerLoop:
             Where they lead, detached.
         """
         for k in range(first, last):
-            tree = Tree("params", params)
 
-            def one(recording: Recording, k: int = k, tree: Tree = tree) -> Any:
-                aliases = recording.aliases
-                given = self.H.rebuild(aliases[: len(constants)])
-                ended = self.advance(tree.rebuild(aliases[len(constants) :]), given, k, k + 1)
-                values = Tree("params", ended).variables
-                recording.returned(values)
+            def one(recording: Recording, arguments: Any, params: Any, k: int = k) -> Any:
+                ended = self.advance(params, arguments, k, k + 1)
+                recording.returned(Tree("params", ended).variables)
                 if captured is not None:
                     captured.extend(recording.captured())
                 return ended
 
-            start = [detached(v) for v in tree.variables]
-            ended = record(one, [*constants, *start], [tree, self.H], [self.H])
-            params = map_tensors(ended, Tensor.detach)
+            params = map_tensors(self.recorded(one, constants, params), Tensor.detach)
         return params
+
+    def recorded(
+        self,
+        evaluate: Callable[[Recording, Any, Any], T],
+        constants: list[Tensor],
+        state: Any,
+        *further: Tensor,
+        draw: Draw | None = None,
+    ) -> T:
+        """Record what is computed from the hyperparameters and the inner variables.
+
+        Parameters
+        ----------
+        evaluate : callable
+            ``evaluate(recording, hparams, params)``, called as `record` calls it.
+        constants : list of Tensor
+            The hyperparameters' variables.
+        state : pytree
+            The inner variables; None: what `init` makes of the hyperparameters.
+        *further : Tensor
+            Variables beside them, whose aliases come last.
+        draw : Draw, optional
+            The random numbers.
+
+        Returns
+        -------
+        value
+            What `evaluate` returned.
+        """
+        tree, n = None if state is None else Tree("params", state), len(constants)
+        start = [] if tree is None else [detached(v) for v in tree.variables]
+
+        def taken(recording: Recording) -> T:
+            arguments = self.H.rebuild(recording.aliases[:n])
+            if tree is None:
+                return evaluate(recording, arguments, self.made(arguments))
+            params = tree.rebuild(recording.aliases[n : n + len(start)])
+            return evaluate(recording, arguments, params)
+
+        trees = [self.H] if tree is None else [tree, self.H]
+        return record(taken, [*constants, *start, *further], trees, [self.H], draw)
 
     def begin(self, constants: list[Tensor]) -> Any:
         """The initial point where the steps are run and not differentiated."""
@@ -118,10 +157,10 @@ class InnerLoop:
         with torch.no_grad():
             return map_tensors(self.made(self.H.rebuild(constants)), Tensor.detach)
 
-    def made(self, given: Any) -> Any:
+    def made(self, arguments: Any) -> Any:
         """What `init` makes of the hyperparameters."""
         with Guard():
-            return self.init(given)
+            return self.init(arguments)
 
 
 def _refuse_cut_off(before: Any, after: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,13 +16,12 @@ from .._autograd.products import gradient_of
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.trace import detached, versions
-from .._errors import NotConnected
 from .._pytrees import Layout, Tree
 from ..conditions._inner_problem import scalar, without_aux
 from ..solvers._base import norm
-from ._inner_loop import own_constants
+from ._inner_loop import map_tensors, own_constants
 
-Parts = list[Tensor | None]
+Leaves = list[Tensor | None]
 
 #: How much larger the rounding of a gradient is than its last digit. Measured on a linear
 #: classifier and a small network.
@@ -63,7 +63,7 @@ class Arguments:
         """The last digit of the coarsest dtype, in which a difference of gradients is rounded."""
         return max(torch.finfo(v.dtype).eps for v in [*self.params, *self.hparams])
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """How the inner variables lie in a vector."""
         return Layout(self.P, self.params)
@@ -86,8 +86,8 @@ class Slopes:
     """
 
     value: Tensor
-    by_params: Parts
-    by_hparams: Parts
+    by_params: Leaves
+    by_hparams: Leaves
     aux: Any
     captured: list[Tensor]
 
@@ -103,25 +103,30 @@ class Loss:
         What the argument is called, for messages.
     fun : callable
         The function.
-    given : Arguments
+    arguments : Arguments
         What it is called with.
     has_aux : bool
         Whether it returns ``(loss, aux)``.
     """
 
     def __init__(
-        self, name: str, fun: Callable[[Any, Any], Any], given: Arguments, *, has_aux: bool = False
+        self,
+        name: str,
+        fun: Callable[[Any, Any], Any],
+        arguments: Arguments,
+        *,
+        has_aux: bool = False,
     ) -> None:
-        self._name, self._fun, self._given, self._has_aux = name, fun, given, has_aux
+        self._name, self._fun, self._arguments, self._has_aux = name, fun, arguments, has_aux
         self._draw = Draw()
 
     def __call__(
         self, params: Sequence[Tensor], *, by_params: bool = True, by_hparams: bool = True
     ) -> Slopes:
         """Evaluate at other inner variables, once, and differentiate."""
-        P, H = self._given.P, self._given.H
+        P, H = self._arguments.P, self._arguments.H
         with torch.inference_mode(False):
-            p, h = [detached(t) for t in params], self._given.hparams
+            p, h = [detached(t) for t in params], self._arguments.hparams
             if not by_hparams:  # then autograd does not stop a function from changing them
                 h = [t.clone() for t in h]
         wanted = [*(p if by_params else []), *(h if by_hparams else [])]
@@ -140,12 +145,12 @@ class Loss:
             value = scalar(self._name, returned)
             recording.returned([value])
             recording.refuse_past_arguments(self._name)
-            found = gradient_of(value, aliases, create_graph=False)
+            slopes = gradient_of(value, aliases, create_graph=False)
             return Slopes(
                 value.detach(),
-                found[: len(p)] if by_params else [None] * len(p),
-                found[len(aliases) - len(h) :] if by_hparams else [None] * len(h),
-                aux,
+                slopes[: len(p)] if by_params else [None] * len(p),
+                slopes[len(aliases) - len(h) :] if by_hparams else [None] * len(h),
+                map_tensors(aux, Tensor.detach),
                 recording.captured(),
             )
 
@@ -154,23 +159,6 @@ class Loss:
         if before != versions(held):
             raise changed_in_place(self._name)
         return slopes
-
-
-def require_params(slopes: Slopes) -> None:
-    """Raise if an outer loss does not depend on `params`.
-
-    Raises
-    ------
-    NotConnected
-        With what to look for.
-    """
-    if all(part is None for part in slopes.by_params):
-        raise NotConnected(
-            "outer does not depend on params, so the inner problem plays no part in its gradient. "
-            "Use params in outer: a module must be called as torch.func.functional_call(module, "
-            "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
-            "connection."
-        )
 
 
 def moved(
@@ -184,29 +172,20 @@ def moved(
 
 
 def descend(
-    losses: Sequence[tuple[Loss, float]],
-    layout: Layout,
-    start: Sequence[Tensor],
-    *,
-    lr: float,
-    steps: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradient steps on a weighted sum of losses by `params`, each with the memory of one.
-
-    Returns
-    -------
-    params : list of Tensor
-        Where they lead.
-    captured : list of Tensor
-        What the losses capture that is differentiated further out.
-    """
-    params, captured = list(start), []
+    losses: Sequence[tuple[Loss, float]], at: Arguments, *, lr: float, steps: int
+) -> list[Tensor]:
+    """Make gradient steps on a weighted sum of losses by `params`, each with the memory of one."""
+    params = list(at.params)
     for _ in range(steps):
-        found = [(loss(params, by_hparams=False), weight) for loss, weight in losses]
-        for slopes, weight in found:
-            params = moved(layout, params, slopes.by_params, -lr * weight)
-        captured = [t for slopes, _ in found for t in slopes.captured]
-    return params, captured
+        slopes = [(loss(params, by_hparams=False), weight) for loss, weight in losses]
+        for of, weight in slopes:
+            params = moved(at.layout, params, of.by_params, -lr * weight)
+    return params
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor with the digits that sums of it need: those of float32, at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rounding_share(
@@ -215,12 +194,12 @@ def rounding_share(
     """The share of an answer that rounding may be: of a difference with one `side`, times `by`."""
     least = torch.finfo(layout.precision).eps
 
-    def size(parts: Sequence[Tensor | None], *, last: bool = False) -> Tensor:
+    def size(leaves: Sequence[Tensor | None], *, last: bool = False) -> Tensor:
         sizes = [
-            torch.linalg.vector_norm(p.to(layout.dtype))
-            * (max(least, torch.finfo(p.dtype).eps) if last else 1.0)
-            for p in parts
-            if p is not None
+            torch.linalg.vector_norm(t.to(layout.dtype))
+            * (max(least, torch.finfo(t.dtype).eps) if last else 1.0)
+            for t in leaves
+            if t is not None
         ]
         none = torch.zeros(1, dtype=layout.dtype, device=layout.device)
         return norm(torch.stack(sizes) if sizes else none)

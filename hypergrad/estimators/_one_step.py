@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -13,17 +13,11 @@ from .._implicit.signatures import Hparams, Outer
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
 from .._pytrees import Tree
-from ._answer import hypergradient
-from ._inner_loop import InnerLoop, hyperparameters, map_tensors
+from ._answer import handed_out, hypergradient
+from ._inner_loop import InnerLoop, hyperparameters
 from ._reverse import Reverse
 
 _CURE = "Look at the step size and the data."
-
-
-class _Options(TypedDict, total=False):
-    """The keywords that do not change what is returned."""
-
-    on_failure: OnFailure
 
 
 @overload
@@ -35,7 +29,7 @@ def one_step_grad(
     *,
     has_aux: Literal[False] = ...,
     return_params: Literal[False] = ...,
-    **options: Unpack[_Options],
+    on_failure: OnFailure = ...,
 ) -> Hparams: ...
 @overload
 def one_step_grad(
@@ -46,7 +40,7 @@ def one_step_grad(
     *,
     has_aux: bool = ...,
     return_params: bool = ...,
-    **options: Unpack[_Options],
+    on_failure: OnFailure = ...,
 ) -> Any: ...
 @never_compiled
 @explained
@@ -107,7 +101,7 @@ def one_step_grad(
     StructureMismatch
         If `step` changes the structure of the inner variables, or `outer` is no scalar.
     UnsupportedOperation
-        If the answer is differentiated.
+        If the hypergradient is differentiated.
 
     References
     ----------
@@ -129,11 +123,7 @@ def one_step_grad(
         )
     H = hyperparameters(hparams)
     loop = InnerLoop(step, params, H, numbered=False)
-    found = Reverse(outer, loop, has_aux).gradient(0, 1, 1)
-    warn_of_unused(H, "Neither outer nor step", found.grads)
-    answer = [hypergradient("one_step_grad", H, found, on_failure, _CURE)]
-    if has_aux:
-        answer.append(map_tensors(found.aux, Tensor.detach))
-    if return_params:
-        answer.append(map_tensors(found.params, Tensor.detach))
-    return answer[0] if len(answer) == 1 else tuple(answer)
+    estimate = Reverse(outer, loop, has_aux).gradient(0, 1, 1)
+    warn_of_unused(H, "Neither outer nor step", estimate.grads)
+    grads = hypergradient("one_step_grad", H, estimate, on_failure, _CURE)
+    return handed_out(grads, estimate, has_aux, return_params)

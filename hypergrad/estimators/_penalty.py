@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
@@ -11,25 +10,28 @@ from torch import Tensor
 
 from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
-from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
+from .._implicit.verdict import OnFailure
 from .._info import SolveInfo
 from .._mistakes import explained
-from ..conditions._base import plus
 from ..solvers._base import dot, norm
-from ._answer import Found, evidence, hypergradient, judge_figure
-from ._inner_loop import map_tensors
-from ._loss import (
-    MOSTLY_ROUNDING,
-    Arguments,
-    Loss,
-    descend,
-    require_params,
-    rounding_share,
-)
+from ._answer import check_not_negative, check_positive, evidence
+from ._first_order import FirstOrder, added, difference
+from ._loss import MOSTLY_ROUNDING, Arguments, Leaves, Slopes, descend, rounding_share
 
-_CURE = "The gradient steps may diverge: make lr smaller, or look at the data."
+_UNSOLVED = (
+    "params does not solve the inner problem: its relative inner residual is {}, above inner_tol. "
+    "Solve it further, or pass inner_tol=None where it is truncated on purpose."
+)
+_UNPENALISED = (
+    "The penalised problem is not solved: its relative residual is {}, above rtol, and the "
+    "answer's implicit term is of about that error. Make more steps, or larger ones (lr); or "
+    "minimise inner + outer / penalty otherwise and pass it as penalised; or rtol=None."
+)
+_LOST = (
+    "The difference of two gradients is lost in rounding, which may be {} of the answer. Make "
+    "penalty smaller, or use float64."
+)
 
 
 class _Options(TypedDict, total=False):
@@ -167,7 +169,7 @@ def penalty_grad(
     StructureMismatch
         If a loss is no scalar, or `penalised` is not shaped like `params`.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If a number is out of its range, or neither `penalised` nor `lr` is given, or both.
 
@@ -184,110 +186,51 @@ def penalty_grad(
     >>> hypergrad.penalty_grad(lambda w, lam: w, inner, w, lam, penalty=100.0, lr=0.2)
     tensor(-0.2494)
     """
-    check_on_failure(on_failure)
-    _check(penalty, penalised, lr, steps)
-    given = Arguments.of(params, hparams)
-    layout, P, H = given.layout, given.P, given.H
-    of_outer = Loss("outer", outer, given, has_aux=has_aux)
-    of_inner = Loss("inner", inner, given)
-    captured: list[Tensor] = []
-    if lr is None:
-        z = [detached(t) for t in P.match("penalised", penalised)]
-    else:
-        both = [(of_outer, 1 / penalty), (of_inner, 1.0)]
-        z, captured = descend(both, layout, given.params, lr=lr, steps=steps)
-
-    slopes = of_outer(z)
-    require_params(slopes)
-    there, here = of_inner(z), of_inner(given.params)
-    difference = [
-        None if a is None or c is None else penalty * (a - c)
-        for a, c in zip(there.by_hparams, here.by_hparams, strict=True)
-    ]
-    grads = [plus(d, part) for d, part in zip(slopes.by_hparams, difference, strict=True)]
-    captured += [*slopes.captured, *there.captured, *here.captured]
-    found = Found(grads, slopes.value, P.rebuild(z), slopes.aux, captured)
-    answer = hypergradient("penalty_grad", H, found, on_failure, _CURE)
-
-    b, F = layout.flatten(slopes.by_params), layout.flatten(here.by_params)
-    y = layout.flatten(given.params)
-    u = penalty * (y - layout.flatten(z))
-    left = b + penalty * (layout.flatten(there.by_params) - F)
-    residual = torch.where(norm(b) == 0, norm(left), norm(left) / norm(b))
-    least = (torch.finfo(y.dtype).eps * layout.n) ** 0.5
-    unsolved = norm(F) * norm(u) / (norm(b) * norm(y).clamp(min=least))
-    rounding = rounding_share(layout, there.by_hparams, grads, penalty)
-    # Without an outer gradient there is nothing to be judged by.
-    flat = norm(b) == 0
-    unsolved = torch.where(flat | (norm(F) == 0), torch.zeros_like(unsolved), unsolved)
-    rounding = torch.where(flat, torch.zeros_like(rounding), rounding)
-    for figure, limit, text in (
-        (unsolved, inner_tol, _unsolved),
-        (residual, rtol, _unpenalised),
-        (rounding, MOSTLY_ROUNDING, _lost),
-    ):
-        judge_figure(figure, limit, on_failure, NotConverged, text)
-    if on_failure != "ignore":
-        warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, there.by_hparams)
-
-    aux = map_tensors(slopes.aux, Tensor.detach)
-    results = [answer]
-    if return_info:
-        success = ~(rounding > MOSTLY_ROUNDING)
-        if rtol is not None:
-            success = success & (residual <= rtol)
-        if inner_tol is not None:
-            success = success & (unsolved <= inner_tol)
-        results.append(
-            evidence(
-                "penalty",
-                success=success,
-                residual_norm=residual,
-                inner_residual=unsolved,
-                outer_error=dot(u, F),
-                solution=P.fill(layout.split(u)),
-                outer_value=slopes.value,
-                aux=aux,
-            )
-        )
-    elif has_aux:
-        results.append(aux)
-    if return_params:
-        results.append(P.rebuild([t.clone() for t in z]))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _check(penalty: float, penalised: Any, lr: float | None, steps: int) -> None:
-    if not (penalty > 0 and math.isfinite(penalty)):
-        raise ValueError(f"penalty must be positive and finite; got {penalty}.")
+    check_positive(penalty=penalty, lr=lr)
+    check_not_negative(steps=steps)
     if (penalised is None) == (lr is None):
         raise ValueError(
             "Give either penalised, the minimiser of inner + outer / penalty, or lr, with which it "
             "is looked for by gradient steps."
         )
-    if lr is not None and not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive and finite; got {lr}.")
-    if steps < 0:
-        raise ValueError(f"steps must not be negative; got {steps}.")
+    call = FirstOrder("penalty_grad", outer, inner, params, hparams, has_aux, on_failure)
+    at = call.at
+    if lr is None:
+        z = [detached(t) for t in at.P.match("penalised", penalised)]
+    else:
+        z = descend([(call.outer, 1 / penalty), (call.inner, 1.0)], at, lr=lr, steps=steps)
 
-
-def _unsolved(figure: str) -> str:
-    return (
-        f"params does not solve the inner problem: its relative inner residual is {figure}, above "
-        "inner_tol. Solve it further, or pass inner_tol=None where it is truncated on purpose."
+    slopes, there, here = call.outer_slopes(z), call.inner(z), call.inner(at.params)
+    grads = added(slopes.by_hparams, penalty, difference(there.by_hparams, here.by_hparams))
+    b, F = at.layout.flatten(slopes.by_params), at.layout.flatten(here.by_params)
+    u = penalty * (at.layout.flatten(at.params) - at.layout.flatten(z))
+    left = b + penalty * (at.layout.flatten(there.by_params) - F)
+    figures = (
+        (_unsolved(at, b, F, u), inner_tol, _UNSOLVED),
+        (torch.where(norm(b) == 0, norm(left), norm(left) / norm(b)), rtol, _UNPENALISED),
+        (_rounding(at, b, there, grads, penalty), MOSTLY_ROUNDING, _LOST),
     )
+    info = None
+    if return_info:
+        success = ~(figures[2][0] > MOSTLY_ROUNDING)
+        for figure, limit, _ in figures[:2]:
+            success = success if limit is None else success & (figure <= limit)
+        known: Any = {"inner_residual": figures[0][0], "residual_norm": figures[1][0]}
+        solution = at.P.fill(at.layout.split(u))
+        info = evidence("penalty", slopes, solution, success, outer_error=dot(u, F), **known)
+    kept = at.P.rebuild([t.clone() for t in z] if return_params else z)  # z may be the caller's
+    return call.finish(grads, [slopes, there, here], figures, kept, return_params, info)
 
 
-def _unpenalised(figure: str) -> str:
-    return (
-        f"The penalised problem is not solved: its relative residual is {figure}, above rtol, and "
-        "the answer's implicit term is of about that error. Make more steps, or larger ones (lr); "
-        "or minimise inner + outer / penalty otherwise and pass it as penalised; or rtol=None."
-    )
+def _unsolved(at: Arguments, b: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    """The relative inner residual; without an outer gradient there is nothing to judge it by."""
+    y = at.layout.flatten(at.params)
+    least = (torch.finfo(y.dtype).eps * at.layout.n) ** 0.5
+    unsolved = norm(F) * norm(u) / (norm(b) * norm(y).clamp(min=least))
+    return torch.where((norm(b) == 0) | (norm(F) == 0), torch.zeros_like(unsolved), unsolved)
 
 
-def _lost(share: str) -> str:
-    return (
-        f"The difference of two gradients is lost in rounding, which may be {share} of the answer. "
-        "Make penalty smaller, or use float64."
-    )
+def _rounding(at: Arguments, b: Tensor, there: Slopes, grads: Leaves, penalty: float) -> Tensor:
+    """The share of the answer that rounding may be, where there is an outer gradient."""
+    share = rounding_share(at.layout, there.by_hparams, grads, penalty)
+    return torch.where(norm(b) == 0, torch.zeros_like(share), share)

@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
-from torch import Tensor
-
 from .._autograd.refusals import never_compiled
 from .._errors import UnsupportedOperation
 from .._implicit.signatures import Hparams, Outer
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
-from ._answer import hypergradient
+from ._answer import handed_out, hypergradient
 from ._forward import Forward
-from ._inner_loop import InnerLoop, hyperparameters, map_tensors
+from ._inner_loop import InnerLoop, hyperparameters
 from ._reverse import Reverse
 
 _CURE = "The steps may diverge: make them smaller, or look at the data."
@@ -124,7 +122,7 @@ def unrolled_grad(
     NotFinite
         If a number is not finite, unless `on_failure` is "ignore".
     UnsupportedOperation
-        If the answer is differentiated, or `mode` is none of the two.
+        If the hypergradient is differentiated, or `mode` is none of the two.
     ValueError
         If `steps` or `truncate` is negative, or `checkpoint` goes with the forward mode.
 
@@ -154,15 +152,11 @@ def unrolled_grad(
     loop = InnerLoop.of(step, init, H)
     first = 0 if truncate is None else max(0, steps - truncate)
     if mode == "forward" and H.variables:
-        found = Forward(outer, loop, has_aux).gradient(first, steps)
+        estimate = Forward(outer, loop, has_aux).gradient(first, steps)
     else:
         length = max(1, math.isqrt(steps - first)) if checkpoint else max(1, steps - first)
-        found = Reverse(outer, loop, has_aux).gradient(first, steps, length)
+        estimate = Reverse(outer, loop, has_aux).gradient(first, steps, length)
     if first < steps:
-        warn_of_unused(H, "Neither outer nor step", found.grads)
-    answer = [hypergradient("unrolled_grad", H, found, on_failure, _CURE)]
-    if has_aux:
-        answer.append(map_tensors(found.aux, Tensor.detach))
-    if return_params:
-        answer.append(map_tensors(found.params, Tensor.detach))
-    return answer[0] if len(answer) == 1 else tuple(answer)
+        warn_of_unused(H, "Neither outer nor step", estimate.grads)
+    grads = hypergradient("unrolled_grad", H, estimate, on_failure, _CURE)
+    return handed_out(grads, estimate, has_aux, return_params)

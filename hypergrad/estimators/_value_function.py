@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
@@ -14,16 +13,18 @@ from torch.utils import _pytree as pytree
 from .._autograd.refusals import never_compiled
 from .._errors import Diverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
+from .._implicit.verdict import OnFailure
 from .._mistakes import explained
-from ..conditions._base import plus
-from ._answer import Found, hypergradient, judge_figure
-from ._inner_loop import map_tensors
-from ._loss import Arguments, Loss, Parts, descend, require_params
+from ._answer import check_not_negative, check_positive
+from ._first_order import FirstOrder, added, difference
+from ._loss import Leaves, descend, wide
 
-_CURE = "The gradient steps may diverge: make lr smaller, or look at the data."
 #: By how much of its size the inner objective may rise before the steps count as diverging.
 _RISE = 1e-3
+_RISING = (
+    "The gradient steps raise the inner objective, by {} of its size: lr is too large. One over "
+    "the largest curvature of inner is safe."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def value_function_grad(
     StructureMismatch
         If a loss is no scalar.
     UnsupportedOperation
-        If the answer is differentiated, or a loss changes its arguments.
+        If the hypergradient is differentiated, or a loss changes its arguments.
     ValueError
         If a number is out of its range.
 
@@ -215,21 +216,14 @@ def value_function_grad(
     >>> bool(abs(w - 0.5) < 0.02), bool(abs(lam - 0.5) < 0.02)
     (True, True)
     """
-    check_on_failure(on_failure)
-    _check(lr, steps, eta, multiplier)
-    given = Arguments.of(params, hparams)
-    layout, P, H = given.layout, given.P, given.H
-    of_outer = Loss("outer", outer, given, has_aux=has_aux)
-    of_inner = Loss("inner", inner, given)
-    slopes = of_outer(given.params)
-    require_params(slopes)
-    y, captured = descend([(of_inner, 1.0)], layout, given.params, lr=lr, steps=steps)
-    here, there = of_inner(given.params), of_inner(y, by_params=False)
+    check_positive(lr=lr, eta=eta)
+    check_not_negative(multiplier=multiplier, steps=steps)
+    call = FirstOrder("value_function_grad", outer, inner, params, hparams, has_aux, on_failure)
+    at, slopes = call.at, call.outer_slopes(call.at.params)
+    y = descend([(call.inner, 1.0)], at, lr=lr, steps=steps)
+    here, there = call.inner(at.params), call.inner(y, by_params=False)
 
-    of_gap = [
-        None if a is None or c is None else a - c
-        for a, c in zip(here.by_hparams, there.by_hparams, strict=True)
-    ]
+    of_gap = difference(here.by_hparams, there.by_hparams)
     f, q = [*slopes.by_hparams, *slopes.by_params], [*of_gap, *here.by_params]
     square = _dot(q, q, slopes.value)
     if multiplier is None:
@@ -237,54 +231,24 @@ def value_function_grad(
         weight = torch.where(square == 0, torch.zeros_like(weight), weight)
     else:
         weight = torch.full_like(square, multiplier)
-    grads, by_params = (
-        [plus(a, _times(weight, c)) for a, c in zip(parts, gap, strict=True)]
-        for parts, gap in ((slopes.by_hparams, of_gap), (slopes.by_params, here.by_params))
-    )
-    captured += [*slopes.captured, *here.captured, *there.captured]
-    found = Found(grads, slopes.value, P.rebuild(y), slopes.aux, captured)
-    answer = hypergradient("value_function_grad", H, found, on_failure, _CURE)
+    grads = added(slopes.by_hparams, weight, of_gap)
     gap = here.value - there.value
     rise = torch.where(gap < 0, -gap / here.value.abs(), torch.zeros_like(gap))
     rise = torch.where(gap.isnan(), gap, rise)
-    judge_figure(rise, _RISE, on_failure, Diverged, _rising)
-    if on_failure != "ignore":
-        warn_of_unused(H, "Neither outer nor inner", slopes.by_hparams, here.by_hparams)
-    aux = map_tensors(slopes.aux, Tensor.detach)
+    info = None
     if return_info:
-        zeros = [
+        by_params = [
             torch.zeros_like(v) if g is None else g
-            for g, v in zip(by_params, given.params, strict=True)
+            for g, v in zip(added(slopes.by_params, weight, here.by_params), at.params, strict=True)
         ]
-        return answer, ValueFunctionInfo(slopes.value, weight, gap, P.fill(zeros), aux)
-    return (answer, aux) if has_aux else answer
+        info = ValueFunctionInfo(slopes.value, weight, gap, at.P.fill(by_params), slopes.aux)
+    figures, kept = [(rise, _RISE, _RISING)], at.P.rebuild(y)
+    return call.finish(grads, [slopes, here, there], figures, kept, info=info, error=Diverged)
 
 
-def _dot(a: Parts, b: Parts, like: Tensor) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    total = torch.zeros_like(like, dtype=wide)
+def _dot(a: Leaves, b: Leaves, like: Tensor) -> Tensor:
+    total = torch.zeros_like(wide(like))
     for x, y in zip(a, b, strict=True):
         if x is not None and y is not None:
-            total = total + (x.to(wide) * y.to(wide)).sum()
+            total = total + (x.to(total.dtype) * y.to(total.dtype)).sum()
     return total
-
-
-def _times(weight: Tensor, part: Tensor | None) -> Tensor | None:
-    return None if part is None else weight.to(part.dtype) * part
-
-
-def _check(lr: float, steps: int, eta: float, multiplier: float | None) -> None:
-    for name, value in (("lr", lr), ("eta", eta)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite; got {value}.")
-    if multiplier is not None and not (multiplier >= 0 and math.isfinite(multiplier)):
-        raise ValueError(f"multiplier must be finite and not negative; got {multiplier}.")
-    if steps < 0:
-        raise ValueError(f"steps must not be negative; got {steps}.")
-
-
-def _rising(figure: str) -> str:
-    return (
-        f"The gradient steps raise the inner objective, by {figure} of its size: lr is too large. "
-        "One over the largest curvature of inner is safe."
-    )

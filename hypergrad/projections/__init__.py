@@ -4,11 +4,12 @@ In a lambda, or by themselves where their further arguments are the hyperparamet
 `project` of `hypergrad.ProjectedGradient`. First and second derivatives are right wherever they
 exist, by the point and by what describes the set. At a kink a bound counts as active.
 
-The arrays that describe a set follow `v` one by one. A set that they leave empty is an error that
-names one of them. Where the host would have to wait for an accelerator to see it, and in
-`box`, `simplex`, `l2_ball` and `affine_set`, it gives NaN. Numbers and tensors of integers are
-projected as tensors of floating point. `l1_sphere`, `l2_sphere` and `sparse_simplex` are not
-convex, and `kl_transport` and `kl_birkhoff` project by the divergence of Kullback and Leibler.
+The arrays that describe a set follow `v` one by one. A set that they leave empty, as a negative
+radius does, is an error that names one of them. Where the host would have to wait for an
+accelerator to see it, and with dependent rows in `affine_set`, it gives NaN. Numbers and tensors
+of integers are projected as tensors of floating point. `l1_sphere`, `l2_sphere` and
+`sparse_simplex` are not convex, and `kl_transport` and `kl_birkhoff` project by the divergence of
+Kullback and Leibler.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,35 +12,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._autograd.host import any_task
+from .._autograd.transforms import layers
 from .._errors import StructureMismatch
 from ..prox import as_floating, not_negative
 
 Number = float | Tensor
-
-
-def leafwise(name: str, v: Any, project: Callable[[Tensor, int], Tensor]) -> Any:
-    """Map the leaves of a pytree; a number or a tensor of integers becomes floating point.
-
-    Parameters
-    ----------
-    name : str
-        What `v` is called, for messages.
-    v : pytree
-        What is projected. None stays None.
-    project : callable
-        ``project(leaf, position)``.
-
-    Returns
-    -------
-    x : pytree of Tensor
-        Like `v`.
-    """
-    keyed, spec = pytree.tree_flatten_with_path(v)
-    found = [
-        leaf if leaf is None else project(as_floating(name + pytree.keystr(path), leaf), i)
-        for i, (path, leaf) in enumerate(keyed)
-    ]
-    return pytree.tree_unflatten(found, spec)
 
 
 def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -68,7 +45,7 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if not there:
         raise StructureMismatch("v holds no tensor to project.")
     if len(there) == 1:
-        parts = [as_floating("v" + there[0][0], there[0][1])]
+        leaves = [as_floating("v" + there[0][0], there[0][1])]
     else:
         for path, leaf in there:
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
@@ -76,30 +53,39 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
                     f"v{path} is {_kind(leaf)}, and the set takes all leaves together: pass it as "
                     "a floating-point tensor if it is a coordinate, or leave it out of v."
                 )
-        parts = [leaf for _, leaf in there]
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    vector = torch.cat([part.reshape(-1).to(dtype) for part in parts])
-    sizes = [part.numel() for part in parts]
+        leaves = [leaf for _, leaf in there]
+    dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+    vector = torch.cat([leaf.reshape(-1).to(dtype) for leaf in leaves])
+    sizes = [leaf.numel() for leaf in leaves]
 
     def rebuild(x: Tensor) -> Any:
         pieces = iter([
-            piece.reshape(part.shape).to(part.dtype)
-            for piece, part in zip(x.split(sizes), parts, strict=True)
+            piece.reshape(leaf.shape).to(leaf.dtype)
+            for piece, leaf in zip(x.split(sizes), leaves, strict=True)
         ])
-        leaves = [None if leaf is None else next(pieces) for _, leaf in keyed]
-        return pytree.tree_unflatten(leaves, spec)
+        placed = [None if leaf is None else next(pieces) for _, leaf in keyed]
+        return pytree.tree_unflatten(placed, spec)
 
     return vector, rebuild
 
 
-def radius_of(name: str, value: Any) -> Number:
-    """A radius: one number, not negative."""
-    radius = not_negative(name, one_number(name, value))
-    if isinstance(value, Tensor):
-        refuse_empty((value < 0).any(), f"{name} must not be negative.")
-    return radius
+def radius_of(value: Any) -> Number:
+    """The argument `radius`: one number, not negative.
+
+    Parameters
+    ----------
+    value : float or Tensor
+        What was passed.
+
+    Returns
+    -------
+    radius : float or Tensor
+        NaN where it is negative and the host must not wait to see it.
+    """
+    radius = one_number("radius", value)
+    if isinstance(radius, Tensor):
+        refuse_empty(radius < 0, "radius must not be negative; got {}.", radius)
+    return not_negative("radius", radius)
 
 
 def one_number(name: str, value: Any) -> Any:
@@ -157,7 +143,7 @@ def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
     StructureMismatch
         If it has another shape.
     """
-    array = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    array = alike(value, like)
     if array.ndim == 0 and len(shape) == 1:
         array = array.expand(shape)
     if array.shape != shape:
@@ -167,16 +153,61 @@ def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
     return array
 
 
-def refuse_empty(empty: Tensor, message: str) -> None:
+def refuse_empty(empty: Tensor, message: str, *figures: Tensor) -> None:
     """Raise where a set is seen to be empty; on an accelerator, whose host must not wait, never.
+
+    Parameters
+    ----------
+    empty : Tensor
+        Where it is.
+    message : str
+        It names the argument, and has ``{}`` in place of the figure.
+    *figures : Tensor
+        The argument's value, and what is subtracted from it; of several the least is said.
 
     Raises
     ------
     ValueError
-        With the message, which names the argument.
+        With the message.
     """
     if empty.device.type == "cpu" and not torch.compiler.is_compiling() and any_task(empty):
-        raise ValueError(message)
+        figure = functools.reduce(torch.sub, figures or (empty,))
+        raise ValueError(message.format(f"{float(layers(figure.detach())[-1].min()):.6g}"))
+
+
+def vector(v: Any) -> Tensor:
+    """What is projected, if it is a vector.
+
+    Parameters
+    ----------
+    v : Tensor
+        What was passed.
+
+    Returns
+    -------
+    v : Tensor
+        ``(n,)``, of floating point.
+
+    Raises
+    ------
+    StructureMismatch
+        If it is none.
+    """
+    v = as_floating("v", v)
+    if v.ndim != 1:
+        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+    return v
+
+
+def alike(value: Any, like: Tensor) -> Tensor:
+    """A number or a tensor, with the dtype and on the device of another."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def share(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, and 0 where b is not positive; so are its derivatives."""
+    there = b > 0
+    return torch.where(there, a, 0.0) / torch.where(there, b, 1.0)
 
 
 def nan_where(empty: Tensor, x: Tensor) -> Tensor:
@@ -185,8 +216,8 @@ def nan_where(empty: Tensor, x: Tensor) -> Tensor:
 
 
 def widest(v: Tensor) -> Tensor:
-    """`v` with the digits that sums of it need; a device without float64 keeps its own."""
-    return v if v.device.type == "mps" else v.double()
+    """`v` with the digits that sums of it need, as far as the device has them."""
+    return v.float() if v.device.type == "mps" else v.double()
 
 
 def _kind(value: Any) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .._errors import StructureMismatch
-from ._arguments import Number, leafwise, radius_of
+from ..prox import leafwise, one_for_each
+from ._arguments import Number, alike, nan_where, radius_of, refuse_empty
 
 
 def non_negative(v: Any) -> Any:
@@ -33,7 +31,7 @@ def non_negative(v: Any) -> Any:
     >>> projections.non_negative(torch.tensor([1.0, -2.0]))
     tensor([1., 0.])
     """
-    return leafwise("v", v, lambda leaf, _: torch.relu(leaf))
+    return leafwise(v, lambda leaf, _: torch.relu(leaf))
 
 
 def box(v: Any, lower: Any = None, upper: Any = None) -> Any:
@@ -50,7 +48,12 @@ def box(v: Any, lower: Any = None, upper: Any = None) -> Any:
     Returns
     -------
     x : pytree of Tensor
-        Shaped like `v`; NaN where `lower` exceeds `upper`.
+        Shaped like `v`.
+
+    Raises
+    ------
+    ValueError
+        If `lower` exceeds `upper` and the host need not wait to see it; else NaN there.
 
     Examples
     --------
@@ -59,9 +62,10 @@ def box(v: Any, lower: Any = None, upper: Any = None) -> Any:
     >>> projections.box(torch.tensor([1.5, -2.0, 0.5]), 0.0, 1.0)
     tensor([1.0000, 0.0000, 0.5000])
     """
-    leaves, spec = pytree.tree_flatten(v)
-    lows, highs = _for_each("lower", lower, leaves, spec), _for_each("upper", upper, leaves, spec)
-    return leafwise("v", v, lambda leaf, i: _held(leaf, lows[i], highs[i]))
+    lows = one_for_each("lower", lower, v, none=True)
+    highs = one_for_each("upper", upper, v, none=True)
+    empty = "lower must not exceed upper; upper - lower is {}: the set is empty."
+    return leafwise(v, lambda leaf, i: _held(leaf, lows[i], highs[i], empty))
 
 
 def hypercube(v: Any, side: Any = 1.0) -> Any:
@@ -77,7 +81,12 @@ def hypercube(v: Any, side: Any = 1.0) -> Any:
     Returns
     -------
     x : pytree of Tensor
-        Shaped like `v`; NaN where `side` is negative.
+        Shaped like `v`.
+
+    Raises
+    ------
+    ValueError
+        If `side` is negative and the host need not wait to see it; else NaN there.
 
     Examples
     --------
@@ -86,7 +95,9 @@ def hypercube(v: Any, side: Any = 1.0) -> Any:
     >>> projections.hypercube(torch.tensor([2.0, -1.5, 0.5]))
     tensor([1.0000, 0.0000, 0.5000])
     """
-    return box(v, 0.0, side)
+    sides = one_for_each("side", side, v)
+    empty = "side must not be negative; got {}."
+    return leafwise(v, lambda leaf, i: _held(leaf, 0.0, sides[i], empty), sides)
 
 
 def linf_ball(v: Any, radius: Number = 1.0) -> Any:
@@ -111,30 +122,21 @@ def linf_ball(v: Any, radius: Number = 1.0) -> Any:
     >>> projections.linf_ball(torch.tensor([2.0, -1.5, 0.5]))
     tensor([ 1.0000, -1.0000,  0.5000])
     """
-    radius = radius_of("radius", radius)
-    return leafwise("v", v, lambda leaf, _: _held(leaf, -radius, radius))
+    radius = radius_of(radius)
+    return leafwise(v, lambda leaf, _: _held(leaf, -radius, radius))
 
 
-def _held(v: Tensor, lower: Any, upper: Any) -> Tensor:
+def _held(v: Tensor, lower: Any, upper: Any, message: str | None = None) -> Tensor:
     """`v` between its bounds; at a bound it is the bound that is differentiated."""
-    low = None if lower is None else torch.as_tensor(lower, dtype=v.dtype, device=v.device)
-    high = None if upper is None else torch.as_tensor(upper, dtype=v.dtype, device=v.device)
     x = v
+    low, high = (None if bound is None else alike(bound, v) for bound in (lower, upper))
     if high is not None:
         x = torch.where(v >= high, high, x)
     if low is not None:
         x = torch.where(v <= low, low, x)
-    if low is not None and high is not None:
-        x = torch.where(low > high, torch.full_like(x, math.nan), x)
-    return x
-
-
-def _for_each(name: str, bound: Any, leaves: list[Any], spec: Any) -> list[Any]:
-    given, other = pytree.tree_flatten(bound)
-    if other == spec and len(leaves) == len(given):
-        return given
-    if len(given) == 1 and (bound is None or isinstance(bound, float | int | Tensor)):
-        return given * len(leaves)
-    raise StructureMismatch(
-        f"{name} must be one number or have the structure of v: {spec}; got {other}."
-    )
+    numbers = isinstance(lower, float | int) and isinstance(upper, float | int)
+    if low is None or high is None or (numbers and lower <= upper):
+        return x
+    if message is not None:
+        refuse_empty(low > high, message, high, low)
+    return nan_where(~(low <= high), x)  # true of NaN too

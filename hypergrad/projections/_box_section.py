@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .._autograd.search import search
-from .._errors import StructureMismatch
-from ..prox import as_floating, size_of
-from ._arguments import Number, described, one_number, widest
+from ..prox import size_of
+from ._arguments import Number, alike, described, one_number, share, vector, widest
 
 
 def box_section(v: Tensor, lower: Any, upper: Any, w: Any, c: Number) -> Tensor:
@@ -50,27 +49,22 @@ def box_section(v: Tensor, lower: Any, upper: Any, w: Any, c: Number) -> Tensor:
     >>> projections.box_section(torch.tensor([0.9, 0.6, -0.2]), 0.0, 0.6, 1.0, 1.0)
     tensor([0.6000, 0.4000, 0.0000])
     """
-    v = as_floating("v", v)
-    if v.ndim != 1:
-        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+    v = vector(v)
     shape, wide = tuple(v.shape), widest(v)
     low, high, weights = (
         described(name, value, shape, wide)
         for name, value in (("lower", lower), ("upper", upper), ("w", w))
     )
-    level = torch.as_tensor(one_number("c", c), dtype=wide.dtype, device=wide.device)
+    level = alike(one_number("c", c), wide)
     unit = size_of(weights)  # squares of entries of 1e-200 are none
     weights, level = weights / unit, level / unit
     side, tau = search(_multiplier, wide, low, high, weights, level)
     free = side == 0
     # From a point that is right to rounding on, the formula of the piece has small numbers.
     near = wide - tau * weights
-    held = torch.where(side > 0, high, torch.where(side < 0, low, torch.zeros_like(near)))
-    square = torch.where(free, weights.square(), torch.zeros_like(near)).sum()
+    held = torch.where(side > 0, high, torch.where(side < 0, low, 0.0))
     missed = (weights * torch.where(free, near, held)).sum() - level
-    present = square > 0
-    step = torch.where(present, missed, torch.zeros_like(missed))
-    step = step / torch.where(present, square, torch.ones_like(square))
+    step = share(missed, torch.where(free, weights.square(), 0.0).sum())
     return torch.where(free, near - step * weights, held).to(v.dtype)
 
 
@@ -94,18 +88,16 @@ def _multiplier(
     if bool((low > high).any()):
         raise ValueError("lower must not exceed upper: the set is empty.")
     weighs = w != 0
-    safe = torch.where(weighs, w, torch.ones_like(w))
+    safe = torch.where(weighs, w, 1.0)
     ends = [torch.where(weighs, (v - bound) / safe, torch.nan) for bound in (high, low)]
     first, last = torch.minimum(*ends), torch.maximum(*ends)
 
     def total(tau: Tensor) -> Tensor:
         x = torch.clamp(v - tau[:, None] * w, low, high)
-        return torch.where(weighs, w * x, torch.zeros_like(x)).sum(dim=-1)
+        return torch.where(weighs, w * x, 0.0).sum(dim=-1)
 
-    extremes = [
-        torch.where(weighs, w * torch.where((w > 0) == up, high, low), torch.zeros_like(w)).sum(-1)
-        for up in (False, True)
-    ]
+    ends_at = [torch.where((w > 0) == up, high, low) for up in (False, True)]
+    extremes = [torch.where(weighs, w * x, 0.0).sum(dim=-1) for x in ends_at]
     bounds = torch.where(torch.isfinite(low), low.abs(), 0.0).maximum(
         torch.where(torch.isfinite(high), high.abs(), 0.0)
     )
@@ -122,27 +114,27 @@ def _multiplier(
         middle = (below + above).div(2, rounding_mode="floor").clamp(min=0, max=size - 1)
         inside = (above - below) > 1
         tau = points.gather(-1, middle[:, None])[:, 0]
-        high_side = total(torch.where(inside, tau, torch.zeros_like(tau))) >= c
+        high_side = total(torch.where(inside, tau, 0.0)) >= c
         below = torch.where(inside & high_side, middle, below)
         above = torch.where(inside & ~high_side, middle, above)
 
     def at(index: Tensor, beyond: float) -> Tensor:
         inside = (index >= 0) & (index < size)
-        found = points.gather(-1, index.clamp(0, size - 1)[:, None])[:, 0]
-        return torch.where(inside & torch.isfinite(found), found, beyond)
+        point = points.gather(-1, index.clamp(0, size - 1)[:, None])[:, 0]
+        return torch.where(inside & torch.isfinite(point), point, beyond)
 
     start, end = at(below, -torch.inf), at(above, torch.inf)
     free = weighs & (first <= start[:, None]) & (last >= end[:, None])
     upper_side = torch.where(w > 0, first >= end[:, None], last <= start[:, None])
     rest = torch.where(free, v, torch.where(upper_side, high, low))
-    rest = torch.where(weighs, w * rest, torch.zeros_like(w)).sum(dim=-1) - c
-    square = torch.where(free, w.square(), torch.zeros_like(w)).sum(dim=-1)
+    rest = torch.where(weighs, w * rest, 0.0).sum(dim=-1) - c
+    square = torch.where(free, w.square(), 0.0).sum(dim=-1)
     fallback = torch.where(torch.isfinite(start), start, end)
-    fallback = torch.where(torch.isfinite(fallback), fallback, torch.zeros_like(fallback))
-    tau = torch.where(square > 0, rest / torch.where(square > 0, square, 1.0), fallback)
+    fallback = torch.where(torch.isfinite(fallback), fallback, 0.0)
+    tau = torch.where(square > 0, share(rest, square), fallback)
     tau = torch.minimum(torch.maximum(tau, start), end)
     sign = w.sign().to(torch.int64)
-    side = torch.where(tau[:, None] <= first, sign, torch.zeros_like(sign))
+    side = torch.where(tau[:, None] <= first, sign, 0)
     side = torch.where(tau[:, None] >= last, -sign, side)
     unmoved = torch.where(v >= high, 1, torch.where(v <= low, -1, 0))
     return torch.where(weighs, side, unmoved), tau

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .._errors import StructureMismatch
 from ..prox import as_floating, size_of
-from ._arguments import Number, joined, nan_where, one_number, refuse_empty
+from ._arguments import Number, alike, joined, nan_where, one_number, refuse_empty, share
 
 
 def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     # Of a row that depends on those before it only rounding is left, which is seldom zero.
     rounding = A.shape[1] * torch.finfo(A.dtype).eps * torch.linalg.vector_norm(A, dim=1)
     dependent = (R.detach().diagonal().abs() <= rounding.detach()).any()
-    return v - Q @ (Q.mT @ v - torch.where(dependent, torch.full_like(target, math.nan), target))
+    return v - Q @ (Q.mT @ v - nan_where(dependent, target))
 
 
 def hyperplane(v: Any, a: Any, b: Number) -> Any:
@@ -139,21 +138,16 @@ def _along(v: Any, a: Any, b: Number, *, one_sided: bool) -> Any:
             f"a must be shaped like v: {_shown(shapes[0])}; got {_shown(shapes[1])}."
         )
     normal = joined(a)[0].to(x)
-    level = torch.as_tensor(one_number("b", b), dtype=x.dtype, device=x.device)
+    level = alike(one_number("b", b), x)
     unit = size_of(normal)  # squares of entries of 1e-30 are none
     normal, level = normal / unit, level / unit
     square = normal.dot(normal)
-    absent = square == 0
     missed = normal.dot(x) - level
+    empty = (square == 0) & ((level < 0) if one_sided else (level != 0))
     if one_sided:
-        empty = absent & (level < 0)
-        missed = torch.where(missed >= 0, missed, torch.zeros_like(missed))
-    else:
-        empty = absent & (level != 0)
+        missed = torch.where(missed >= 0, missed, 0.0)
     refuse_empty(empty, "a is zero and b is not met, so that the set is empty.")
-    step = torch.where(absent, torch.zeros_like(missed), missed)
-    step = step / torch.where(absent, torch.ones_like(square), square)
-    return rebuild(nan_where(empty, x - step * normal))
+    return rebuild(nan_where(empty, x - share(missed, square) * normal))
 
 
 def _shown(shapes: list[tuple[int, ...]]) -> str:

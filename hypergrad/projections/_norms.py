@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._errors import StructureMismatch
-from ..prox import as_floating, not_negative
-from ._arguments import Number, joined, one_number, radius_of
+from ..prox import as_floating, unit_of
+from ._arguments import Number, joined, radius_of
 
 
 def l2_ball(v: Any, radius: Number = 1.0) -> Any:
@@ -34,7 +34,7 @@ def l2_ball(v: Any, radius: Number = 1.0) -> Any:
     >>> projections.l2_ball(torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
-    radius = not_negative("radius", one_number("radius", radius))
+    radius = radius_of(radius)
     x, rebuild = joined(v)
     norm, present = _norm(x)
     outside = present & ~(norm < radius)  # true of a radius that is NaN
@@ -66,7 +66,7 @@ def l2_sphere(v: Any, radius: Number = 1.0) -> Any:
     >>> projections.l2_sphere(torch.tensor([0.3, 0.4]))
     tensor([0.6000, 0.8000])
     """
-    radius = radius_of("radius", radius)
+    radius = radius_of(radius)
     x, rebuild = joined(v)
     norm, present = _norm(x)
     even = torch.full_like(x, max(x.numel(), 1) ** -0.5)
@@ -126,9 +126,7 @@ def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[-1] == 0:
         one = x.new_ones((*x.shape[:-1], 1))
         return one, torch.zeros_like(one, dtype=torch.bool)
-    scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    usable = (scale > 0) & torch.isfinite(scale)
-    scale = torch.where(usable, scale, torch.ones_like(scale))
+    scale = unit_of(x.detach().abs().amax(dim=-1, keepdim=True))
     squares = (x / scale).square().sum(dim=-1, keepdim=True)
     present = ~(squares == 0)
     return scale * torch.where(present, squares, torch.ones_like(squares)).sqrt(), present

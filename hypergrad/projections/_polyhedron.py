@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .._autograd.search import search
-from .._errors import NotConverged, StructureMismatch
-from ..prox import as_floating
-from ._arguments import described, widest
+from .._errors import NotConverged
+from ._arguments import described, vector, widest
 
 _MET = 1e3  # units of rounding within which a constraint counts as met
 _DEPENDENT = 1e-11  # of a row of length one: what is left of it beside those before
@@ -53,9 +52,7 @@ def polyhedron(v: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
     >>> torch.allclose(x, torch.tensor([0.65, 0.35, 0.0]))
     True
     """
-    v = as_floating("v", v)
-    if v.ndim != 1:
-        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+    v = vector(v)
     wide, n = widest(v), v.shape[0]
     rows, levels = [], []
     for (name, matrix), (its, level) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
@@ -65,18 +62,18 @@ def polyhedron(v: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
     C, d = torch.cat(rows), torch.cat(levels)
     # The length of a row says nothing. A row of zeros stays one.
     largest = C.detach().abs().amax(dim=1, keepdim=True) if n else torch.zeros_like(C[:, :0])
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = torch.where(largest > 0, largest, 1.0)
     length = largest * torch.linalg.vector_norm(C.detach() / largest, dim=1, keepdim=True)
-    length = torch.where(length > 0, length, torch.ones_like(length))
+    length = torch.where(length > 0, length, 1.0)
     C, d = C / length, d / length[:, 0]
     eps, equal = torch.finfo(v.dtype).eps, rows[0].shape[0]
 
     def find(v: Tensor, C: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-        found = [_Active(*task, equal, eps).rows() for task in zip(v, C, d, strict=True)]
-        most = max(map(len, found), default=0)
-        index = torch.zeros(len(found), most, dtype=torch.int64, device=v.device)
-        used = torch.zeros(len(found), most, dtype=v.dtype, device=v.device)
-        for i, rows in enumerate(found):
+        active = [_Active(*task, equal, eps).rows() for task in zip(v, C, d, strict=True)]
+        most = max(map(len, active), default=0)
+        index = torch.zeros(len(active), most, dtype=torch.int64, device=v.device)
+        used = torch.zeros(len(active), most, dtype=v.dtype, device=v.device)
+        for i, rows in enumerate(active):
             index[i, : len(rows)] = torch.tensor(rows, dtype=torch.int64, device=v.device)
             used[i, : len(rows)] = 1
         return index, used
@@ -101,7 +98,7 @@ class _Active:
 
     def __init__(self, v: Tensor, C: Tensor, d: Tensor, equal: int, eps: float) -> None:
         self.x, self.C, self.d, self.equal = v.clone(), C, d, equal
-        self.eps, self.own = torch.finfo(v.dtype).eps, eps
+        self.eps, self.coarse = torch.finfo(v.dtype).eps, eps
         self.working: list[int] = []
         self.multipliers = v.new_zeros(0)
         self.columns, self.triangle = v.new_zeros(len(v), 0), v.new_zeros(0, 0)
@@ -131,7 +128,7 @@ class _Active:
                 return self._with_touching()
             self._take(self.equal + int(beyond.argmax()))
         beyond = self._excess()[self.equal :] / self._rounding()[self.equal :]
-        if float(beyond.max()) * self.eps < 10 * self.own:
+        if float(beyond.max()) * self.eps < 10 * self.coarse:
             return self._with_touching()
         raise NotConverged("polyhedron: the rows of G are too close to dependent for its method.")
 
@@ -142,30 +139,30 @@ class _Active:
         size = self.d.abs() + self.C.abs() @ self.x.abs() + self.largest
         return _MET * self.eps * size + torch.finfo(size.dtype).tiny
 
-    def _split(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a row along the active ones, by their weights, and what is left of it."""
-        along = self.columns.mT @ c
-        left = c - self.columns @ along
+    def _beside(self, k: int) -> tuple[Tensor, Tensor]:
+        """The coordinates of a row along the active ones, and what is left of it."""
+        along = self.columns.mT @ self.C[k]
+        left = self.C[k] - self.columns @ along
         again = self.columns.mT @ left  # once more, for orthogonality
-        left, along = left - self.columns @ again, along + again
+        return along + again, left - self.columns @ again
+
+    def _split(self, k: int) -> tuple[Tensor, Tensor]:
+        """The weights of the active rows in a row, and what is left of it."""
+        along, left = self._beside(k)
         weights = torch.linalg.solve_triangular(self.triangle, along[:, None], upper=True)[:, 0]
-        if float(torch.linalg.vector_norm(left)) <= max(_DEPENDENT, 100 * self.own):
+        if float(torch.linalg.vector_norm(left)) <= max(_DEPENDENT, 100 * self.coarse):
             left = torch.zeros_like(left)
         return weights, left
 
     def _add(self, k: int, multiplier: float) -> None:
-        c = self.C[k]
-        along = self.columns.mT @ c
-        left = c - self.columns @ along
-        again = self.columns.mT @ left
-        left, along = left - self.columns @ again, along + again
+        along, left = self._beside(k)
         size = torch.linalg.vector_norm(left)
         q = len(self.working)
-        triangle = c.new_zeros(q + 1, q + 1)
+        triangle = along.new_zeros(q + 1, q + 1)
         triangle[:q, :q], triangle[:q, q], triangle[q, q] = self.triangle, along, size
         self.triangle = triangle
         self.columns = torch.cat([self.columns, (left / size)[:, None]], dim=1)
-        self.multipliers = torch.cat([self.multipliers, c.new_tensor([multiplier])])
+        self.multipliers = torch.cat([self.multipliers, along.new_tensor([multiplier])])
         self.working.append(k)
 
     def _drop(self, place: int) -> None:
@@ -177,10 +174,10 @@ class _Active:
     def _meet(self, k: int) -> None:
         """Take in an equation, unless it follows from those before."""
         excess = float(self._excess()[k])
-        _, left = self._split(self.C[k])
+        _, left = self._split(k)
         square = float(left.dot(left))
         if square == 0:
-            if abs(excess) > float(self._rounding()[k]) * max(1.0, self.own / self.eps):
+            if abs(excess) > float(self._rounding()[k]) * max(1.0, self.coarse / self.eps):
                 raise ValueError("A x = b has no solution: the set is empty.")
             return
         self.x = self.x - excess / square * left
@@ -190,7 +187,7 @@ class _Active:
         """Take in a violated row, and let go of those whose multipliers would become negative."""
         multiplier = 0.0
         while True:
-            weights, left = self._split(self.C[k])
+            weights, left = self._split(k)
             square = float(left.dot(left))
             full = float(self._excess()[k]) / square if square else float("inf")
             leaving, step = -1, full
@@ -217,7 +214,7 @@ class _Active:
         for k in touching:
             if k in self.working or len(self.working) >= len(self.x):
                 continue
-            _, left = self._split(self.C[k])
+            _, left = self._split(k)
             if float(torch.linalg.vector_norm(left)) > _APART:
                 self._add(k, 0.0)
         return self.working

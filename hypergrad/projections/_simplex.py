@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._errors import StructureMismatch
-from ..prox import as_floating, not_negative
-from ._arguments import Number, joined, one_number, radius_of
+from ..prox import as_floating
+from ._arguments import Number, joined, radius_of
 
 
 def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
@@ -43,8 +43,7 @@ def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
     >>> projections.simplex(torch.tensor([0.5, 1.0, -1.0]))
     tensor([0.2500, 0.7500, 0.0000])
     """
-    radius = not_negative("radius", one_number("radius", radius))
-    return _on_simplex(_vectors("simplex", v), radius, dim)
+    return _on_simplex(_vectors("simplex", v), radius_of(radius), dim)
 
 
 def sparse_simplex(v: Tensor, max_nz: int, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
@@ -89,7 +88,7 @@ def sparse_simplex(v: Tensor, max_nz: int, radius: Number = 1.0, *, dim: int = -
         raise ValueError(f"max_nz must be an integer of at least 1; got {max_nz!r}.")
     v = _vectors("sparse_simplex", v).movedim(dim, -1)
     order = v.detach().argsort(dim=-1, descending=True, stable=True)[..., :max_nz]
-    kept = _on_simplex(v.gather(-1, order), radius_of("radius", radius), -1)
+    kept = _on_simplex(v.gather(-1, order), radius_of(radius), -1)
     return torch.zeros_like(v).scatter(-1, order, kept).movedim(-1, dim)
 
 
@@ -119,7 +118,7 @@ def l1_ball(v: Any, radius: Number = 1.0) -> Any:
     >>> projections.l1_ball(torch.tensor([2.0, -1.5, 0.1]))
     tensor([ 0.7500, -0.2500,  0.0000])
     """
-    radius = radius_of("radius", radius)
+    radius = radius_of(radius)
     x, rebuild = joined(v)
     size = x.detach().abs().sum()
     # True of NaN too, of the point or of the radius.
@@ -151,7 +150,7 @@ def l1_sphere(v: Any, radius: Number = 1.0) -> Any:
     >>> projections.l1_sphere(torch.tensor([0.2, -0.1, 0.1]))
     tensor([ 0.4000, -0.3000,  0.3000])
     """
-    radius = radius_of("radius", radius)
+    radius = radius_of(radius)
     x, rebuild = joined(v)
     return rebuild(_on_sphere(x, radius))
 

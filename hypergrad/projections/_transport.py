@@ -56,11 +56,11 @@ def transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return v
     raised, support, inverse = search(_euclidean, wide, a, b)
     # From a solution that is right to rounding on, the formula of the piece has small numbers.
-    near = torch.where(support, wide + raised, torch.zeros_like(wide))
+    near = torch.where(support, wide + raised, 0.0)
     missed = torch.cat([a - near.sum(dim=1), b - near.sum(dim=0)])
     step = inverse @ missed
     x = near + step[: len(a), None] + step[len(a) :]
-    return torch.where(support & ~(x <= 0), x, torch.zeros_like(x)).to(v.dtype)
+    return torch.where(support & ~(x <= 0), x, 0.0).to(v.dtype)
 
 
 def birkhoff(v: Tensor) -> Tensor:
@@ -126,20 +126,20 @@ def kl_transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return v
     f, g, inverse = search(_entropic, wide, a, b)
     there = torch.isfinite(wide) & (a > 0)[:, None] & (b > 0)
-    log_a, log_b = (torch.where(t > 0, t, torch.ones_like(t)).log() for t in (a, b))
+    log_a, log_b = (torch.where(t > 0, t, 1.0).log() for t in (a, b))
     used = [there.any(dim=1), there.any(dim=0)]
-    logits = torch.where(there, wide, torch.zeros_like(wide))
+    logits = torch.where(there, wide, 0.0)
 
     def plan(f: Tensor, g: Tensor) -> Tensor:
-        shifted = torch.where(there, logits + f[:, None] + g, torch.zeros_like(logits))
-        return torch.where(there, shifted.exp(), torch.zeros_like(logits))
+        shifted = torch.where(there, logits + f[:, None] + g, 0.0)
+        return torch.where(there, shifted.exp(), 0.0)
 
     # Newton's method with a constant matrix gains an order of the derivatives at each step.
     m = len(a)
     for _ in range(_ORDERS):
         x = plan(f, g)
         missed = [
-            torch.where(u, torch.where(u, s, torch.ones_like(s)).log() - t, torch.zeros_like(s))
+            torch.where(u, torch.where(u, s, 1.0).log() - t, 0.0)
             for u, s, t in zip(used, (x.sum(dim=1), x.sum(dim=0)), (log_a, log_b), strict=True)
         ]
         step = inverse @ torch.cat(missed)
@@ -211,24 +211,25 @@ def _arguments(v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
 
     search(check, a, b)
     mean = (totals[0] + totals[1]) / 2
-    one = torch.ones_like(mean)
     a, b = (
-        sums * torch.where(total > 0, mean, one) / torch.where(total > 0, total, one)
+        sums * torch.where(total > 0, mean, 1.0) / torch.where(total > 0, total, 1.0)
         for sums, total in zip((a, b), totals, strict=True)
     )
     return v, wide, a, b
 
 
-def _stacked(one: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    found = [one(*task) for task in zip(*tensors, strict=True)]
-    return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+def _of_each(one: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A search for one task, task by task."""
+
+    def find(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = [one(*task) for task in zip(*tensors, strict=True)]
+        return tuple(torch.stack(of_all) for of_all in zip(*results, strict=True))
+
+    return find
 
 
-def _euclidean(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    return _stacked(_euclidean_one, v, a, b)
-
-
-def _euclidean_one(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_of_each
+def _euclidean(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is added to `v`, where the sum is positive, and the system of the multipliers there.
 
     The dual function of the multipliers is piecewise quadratic: Newton's method with an exact
@@ -315,12 +316,11 @@ def _line(raised: Tensor, along: Tensor, falls: float) -> float:
 
 def _laplacian(support: Tensor) -> Tensor:
     """The derivative of the sums of rows and columns by what is added to each."""
-    on = support.double() if support.device.type != "mps" else support.float()
-    m = len(on)
-    found = on.new_zeros(sum(on.shape), sum(on.shape))
-    found[:m, m:], found[m:, :m] = on, on.mT
-    found.diagonal().copy_(torch.cat([on.sum(dim=1), on.sum(dim=0)]))
-    return found
+    on, m = widest(support), len(support)
+    system = on.new_zeros(sum(on.shape), sum(on.shape))
+    system[:m, m:], system[m:, :m] = on, on.mT
+    system.diagonal().copy_(torch.cat([on.sum(dim=1), on.sum(dim=0)]))
+    return system
 
 
 def _grounded(support: Tensor) -> Tensor:
@@ -338,15 +338,11 @@ def _grounded(support: Tensor) -> Tensor:
     sign = torch.cat([labels.new_ones(m), -labels.new_ones(n)])
     same = labels[:, None] == labels
     count = same.sum(dim=1, keepdim=True)
-    found = same * (sign[:, None] * sign) / count
-    return found.double() if support.device.type != "mps" else found
+    return widest(same * (sign[:, None] * sign) / count)
 
 
-def _entropic(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    return _stacked(_entropic_one, v, a, b)
-
-
-def _entropic_one(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_of_each
+def _entropic(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is added to the logarithms of rows and columns, and the inverse of their system.
 
     Returns
