@@ -30,9 +30,12 @@ from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
 from ._implicit.root_rules import root_jvp, root_vjp
 from ._info import SolveInfo, Status
-from .conditions._base import FixedPoint, GaussNewton, Minimum, Root
+from .conditions._fixed_point import FixedPoint
+from .conditions._gauss_newton import GaussNewton
 from .conditions._gradient_step import ProjectedGradient, ProximalGradient
 from .conditions._kkt import KKT
+from .conditions._minimum import Minimum
+from .conditions._root import Root
 from .estimators import (
     EvolutionInfo,
     ValueFunctionInfo,

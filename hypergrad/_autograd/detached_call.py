@@ -13,13 +13,9 @@ from torch.utils import _pytree as pytree
 from .._errors import StructureMismatch, UnsupportedOperation
 from .._pytrees import is_ordinary
 from .captured import names_of_captured
+from .refusals import WithoutDerivative
 from .trace import detached, versions
-from .transforms import (
-    WithoutDerivative,
-    is_wrapped,
-    transforms_active,
-    without_saved_tensor_hooks,
-)
+from .transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
 
 
 def call_outside(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transforms import WithoutDerivative
+from .refusals import WithoutDerivative
 
 Find = Callable[..., tuple[Tensor, ...]]
 

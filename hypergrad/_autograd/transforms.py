@@ -1,25 +1,16 @@
-"""What the library needs to know of the function transforms (torch.func) that surround a call.
-
-Only this file and `_vmaps.py` touch functorch's private names.
-"""
+"""Facts about the function transforms (torch.func) that surround a call."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._C._dynamo import eval_frame as _eval_frame
-from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-
-from .._errors import UnsupportedOperation
 
 Fun = TypeVar("Fun", bound=Callable[..., Any])
 
@@ -43,22 +34,6 @@ def forward_mode_active() -> bool:
 def alive(tensor: Tensor) -> Tensor:
     """What a saved tensor is once the transform that it was saved under has returned."""
     return _functorch.unwrap_if_dead(tensor)
-
-
-def refuse_old_vmap(tensors: Iterable[Tensor | None]) -> None:
-    """Raise for the batches of ``is_grads_batched=True``, which no rule of ours can see.
-
-    Raises
-    ------
-    UnsupportedOperation
-        With the transform to use instead.
-    """
-    if any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors):
-        raise UnsupportedOperation(
-            "torch.autograd.grad(is_grads_batched=True) and functional.jacobian(vectorize=True) do "
-            "not go through an implicit solution. Use torch.func.jacrev, or torch.func.vmap over "
-            "torch.func.vjp; torch.func.jacfwd in forward mode."
-        )
 
 
 def primal(tensor: Tensor) -> Tensor:
@@ -165,192 +140,6 @@ def without_saved_tensor_hooks() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(*pair)
 
 
-def never_compiled(fun: Fun) -> Fun:
-    """Keep a function out of `torch.compile`, whose graphs have no second derivative."""
-    # torch.compiler.disable does the same, but imports the compiler with the library.
-
-    @functools.wraps(fun)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
-            raise UnsupportedOperation(
-                "torch.export cannot record an implicit solution, whose solver looks at values. "
-                "Export the functions around it, or the solver by itself."
-            )
-        # The compiler looks on, too, where it gave up the frame that calls this one.
-        if torch.compiler.is_compiling() or _eval_frame.get_eval_frame_callback() is not None:
-            return torch._dynamo.disable(fun)(*args, **kwargs)
-        _refuse_tracing()
-        return fun(*args, **kwargs)
-
-    return cast("Fun", call)
-
-
-def _refuse_tracing() -> None:
-    """Raise where the caller is being traced: a solve looks at values, a trace has none."""
-    stack = _functorch.get_interpreter_stack() or ()
-    functional = any(i.key() == _functorch.TransformType.Functionalize for i in stack)
-    if functional or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
-        raise UnsupportedOperation(
-            "torch.func.functionalize, torch.func.linearize and make_fx trace a function without "
-            "its values, which an implicit derivative needs. Use torch.func.vjp or jvp in place of "
-            "linearize, and call hypergrad outside what is traced."
-        )
-
-
 def outside_transforms() -> AbstractContextManager[None]:
     """Make tensors that no surrounding function transform sees, such as random constants."""
     return at_level(0)
-
-
-# What asks autograd itself: for a derivative, or whether one will be taken.
-_ASKS_AUTOGRAD = frozenset({
-    torch.autograd.grad,
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.register_hook,
-})
-
-
-_OPERATORS = frozenset({torch._ops.OpOverload, torch._ops.OpOverloadPacket})
-
-
-class WatchForDerivatives(TorchFunctionMode):
-    """Notices whether a function that is being called has to do with derivatives itself.
-
-    `seen` is set when an operation runs in a transform that is entered inside it, when
-    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad; and by a
-    custom function or operator with a batching rule of its own: a vmap puts the rule in its place,
-    so that whoever differentiates from outside of the vmap never gets to its derivative.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-        self._level = 0
-
-    def __enter__(self) -> Any:
-        """Count the transforms that there are."""
-        self._level = _functorch.maybe_current_level() or 0
-        return super().__enter__()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Pass every operation on."""
-        level = _functorch.maybe_current_level() or 0
-        self.seen = (
-            self.seen
-            or level > self._level
-            or func in _ASKS_AUTOGRAD
-            or (func is custom_function_call and not args[0].generate_vmap_rule)
-            or (type(func) in _OPERATORS and not str(func).startswith("aten"))
-        )
-        return func(*args, **(kwargs or {}))
-
-
-class WithoutDerivative(torch.autograd.Function):
-    """A function of several results through which no derivative passes."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-        ctx.count = len(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * ctx.count
-
-
-class _AllTasks(torch.autograd.Function):
-    """All tasks' rows of a ``(k,)`` tensor as one plain ``(tasks, k)`` tensor.
-
-    The batching rule returns an unbatched result, so that Python may look at it under any
-    nesting of transforms.
-    """
-
-    @staticmethod
-    def forward(rows: Tensor) -> Tensor:
-        return rows.detach().reshape(-1, rows.shape[-1]).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], rows: Tensor) -> tuple[Tensor, None]:
-        return _AllTasks.apply(rows.movedim(in_dims[0], 0)), None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        return None
-
-
-def all_tasks(rows: Tensor) -> Tensor:
-    """Rows of every task, ``(tasks, k)``, as a plain tensor that the host may read."""
-    rows = rows.detach()
-    if is_wrapped(rows):
-        rows = _AllTasks.apply(rows)
-        while is_wrapped(rows):
-            rows = _functorch.get_unwrapped(rows)
-        return rows
-    return rows.reshape(-1, rows.shape[-1])
-
-
-def any_task(flag: Tensor) -> bool:
-    """Whether a flag is set for any task. Synchronises with the host once."""
-    flag = layers(flag)[-1]  # of all tasks, in whatever order
-    return bool(flag.any()) if flag.ndim else bool(flag)
-
-
-def every_task(flag: Tensor) -> bool:
-    """Whether a flag is set for every task. Synchronises with the host once."""
-    flag = layers(flag)[-1]
-    return bool(flag.all()) if flag.ndim else bool(flag)
-
-
-class _Refuse(torch.autograd.Function):
-    """The identity on a result that must not be differentiated: doing so raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(message: Callable[[], Exception], result: Tensor, *sources: Tensor) -> Tensor:
-        return result.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.message = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise ctx.message()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise ctx.message()
-
-
-def refuse_derivatives(
-    results: list[Tensor],
-    sources: list[Tensor],
-    message: Callable[[], Exception],
-    *,
-    plain: bool = False,
-) -> list[Tensor]:
-    """Results that raise where a transform or, with `plain`, autograd differentiates them."""
-
-    def refused(source: Tensor) -> bool:
-        *wrappers, own = layers(source)
-        return any(w.requires_grad or has_tangent(w) for w in wrappers) or has_tangent(own)
-
-    tracked = [s for s in sources if refused(s) or (plain and carries_derivative(s))]
-    if not tracked:
-        return results
-    return [_Refuse.apply(message, result, *tracked) for result in results]

@@ -18,7 +18,8 @@ from torch._functorch import pyfunctorch
 from torch.utils import _pytree as pytree
 
 from .random_numbers import generators, restore
-from .transforms import WatchForDerivatives, forward_mode_active
+from .transforms import forward_mode_active
+from .watch import WatchForDerivatives
 
 T = TypeVar("T")
 

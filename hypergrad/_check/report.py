@@ -23,7 +23,8 @@ from .._errors import (
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
-from ..conditions._base import Minimum, as_condition
+from ..conditions._base import as_condition
+from ..conditions._minimum import Minimum
 from ..solvers import Solver
 from .determinism import not_deterministic
 from .differences import Direction, derivative, directions

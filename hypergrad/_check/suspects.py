@@ -12,7 +12,8 @@ from torch import Tensor
 from .._errors import HypergradError, NotFinite
 from .._implicit.entrance import implicit_grad
 from .._info import SolveInfo, Status
-from ..conditions._base import GaussNewton, Minimum
+from ..conditions._gauss_newton import GaussNewton
+from ..conditions._minimum import Minimum
 from ..solvers import Identity
 from .determinism import restless
 from .differences import Direction, derivative, first_step

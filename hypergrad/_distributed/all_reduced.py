@@ -13,8 +13,12 @@ from torch.utils import _pytree as pytree
 from .._autograd.trace import graph
 from .._autograd.transforms import transforms_active
 from .._errors import UnsupportedOperation
-from ..conditions._base import Condition, FixedPoint, GaussNewton, Minimum, Root
+from ..conditions._base import Condition
+from ..conditions._fixed_point import FixedPoint
+from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import scalar
+from ..conditions._minimum import Minimum
+from ..conditions._root import Root
 from .collectives import Session, copies, stand_in, summed
 
 

@@ -13,14 +13,18 @@ from torch.utils import _pytree as pytree
 from .._autograd.captured import captured_by, carries_something, names_of_captured
 from .._autograd.detached_call import call_outside
 from .._autograd.random_numbers import Draw
+from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
-from .._autograd.transforms import forward_mode_active, never_compiled, transforms_active
+from .._autograd.transforms import forward_mode_active, transforms_active
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_signatures
 from .._pytrees import Tree
-from ..conditions._base import Condition, FixedPoint, Minimum, Root, as_condition
+from ..conditions._base import Condition, as_condition
+from ..conditions._fixed_point import FixedPoint
 from ..conditions._inner_problem import Problem, without_aux
+from ..conditions._minimum import Minimum
+from ..conditions._root import Root
 from ..solvers import Solver, choose
 from .differentiable import ImplicitSolution, Rule
 from .keywords import Arguments, bound

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .._autograd.products import ForwardReplay, Replay
 from .._autograd.random_numbers import Draw
+from .._autograd.refusals import refuse_old_vmap
 from .._autograd.transforms import (
     alive,
     forward_mode_active,
     lower_levels,
     primal,
-    refuse_old_vmap,
     transforms_active,
 )
 from .._errors import UnsupportedOperation
@@ -30,8 +30,10 @@ from .._info import SolveInfo
 from ..conditions._inner_problem import Problem, TaskAxis
 from ..solvers import Solver
 from .causes import Place, data, inner_places
-from .linear_solve import Answer, Choices, Use, needs_product, solved
+from .choices import Choices, needs_product
+from .linear_solve import Answer, solved
 from .linearisation import Linearisation
+from .uses import Use
 from .verdict import OnFailure, warn
 
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
-from .._autograd.transforms import never_compiled, transforms_active
+from .._autograd.transforms import transforms_active
 from .._errors import NotConnected, UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained

@@ -17,23 +17,28 @@ from .._autograd.double_backward import changed_in_place
 from .._autograd.products import Parts
 from .._autograd.random_numbers import Draw, generators, restore, same
 from .._autograd.recording import refuse_past_arguments
+from .._autograd.refusals import refuse_derivatives
 from .._autograd.rows import by_rows
 from .._autograd.trace import being_traced, detached, versions
-from .._autograd.transforms import is_batched, refuse_derivatives
+from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._pytrees import Tree
-from ..conditions._base import Minimum, as_condition
+from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
+from ..conditions._minimum import Minimum
 from ..solvers import Solver, choose
 from ..solvers._base import NewtonStep, Solution, mapped_by_caller, norm
 from ..solvers._factorisation import signs
 from .causes import Place, data, derivative, inner_places, of_value
-from .linear_solve import Answer, Choices, Use, needs_product, size_of, solved
+from .choices import Choices, needs_product
+from .linear_solve import Answer, solved
 from .linearisation import Linearisation
 from .outer_slopes import outer_gradient
 from .second_look import SecondLook, shifted
+from .task_norms import size_of
+from .uses import Use
 from .verdict import OnFailure, check_on_failure, warn_of_unused
 
 _BENDS = 0.1  # the relative change of a slope that is a bend

@@ -12,20 +12,16 @@ from torch.utils import _pytree as pytree
 
 from .._autograd.captured import captured_by, carries_something, names_of_captured
 from .._autograd.random_numbers import Draw
+from .._autograd.refusals import never_compiled, refuse_derivatives
 from .._autograd.trace import detached
-from .._autograd.transforms import (
-    carries_derivative,
-    forward_mode_active,
-    never_compiled,
-    refuse_derivatives,
-    transforms_active,
-)
+from .._autograd.transforms import carries_derivative, forward_mode_active, transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
-from ..conditions._base import Root, as_condition
+from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
+from ..conditions._root import Root
 from ..solvers import Solver, choose
 from .differentiable import LinearSolve, Rule
 from .linearisation import Linearisation

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import all_tasks
+from .._autograd.host import all_tasks
 from .._errors import (
     ConvergenceWarning,
     Diverged,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
-from .._autograd.transforms import never_compiled, transforms_active
+from .._autograd.transforms import transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation
 from .._implicit.verdict import OnFailure, check_on_failure, listening
 from .._mistakes import explained

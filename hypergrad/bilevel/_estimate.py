@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._implicit.entrance import implicit_grad
 from .._info import SolveInfo
-from ..conditions._base import Minimum
+from ..conditions._minimum import Minimum
 from ..solvers import CG, GMRES, Solver
 from ._batches import Batch
 from ._levels import Levels

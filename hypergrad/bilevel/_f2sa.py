@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from .._errors import UnsupportedOperation
-from ..conditions._base import GaussNewton, Minimum
+from ..conditions._gauss_newton import GaussNewton
+from ..conditions._minimum import Minimum
 from ..solvers._base import at_least
 from ._levels import Levels
 from ._method import Method, State, check_decays, check_rate, decayed, linear_rate

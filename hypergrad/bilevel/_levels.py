@@ -17,13 +17,15 @@ from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record, refuse_past_arguments
 from .._autograd.trace import detached
 from .._errors import NotConnected, NotFinite
-from .._implicit.linear_solve import finite
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
+from .._implicit.task_norms import finite
 from .._implicit.verdict import OnFailure
 from .._mistakes import refuse_signatures
-from ..conditions._base import Condition, GaussNewton, Minimum, _require_all, as_condition
+from ..conditions._base import Condition, as_condition, require_all
+from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
+from ..conditions._minimum import Minimum
 from ..solvers._base import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
@@ -190,7 +192,7 @@ class Levels:
             return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
 
         value, found = record(evaluate, [tensors[i] for i in places], problem.trees)
-        _require_all(problem, found[: len(problem.inner)])
+        require_all(problem, found[: len(problem.inner)])
         return value, _filled(found, [tensors[i] for i in places])
 
     def products(self, batch: Batch, u: Tensor) -> Products:

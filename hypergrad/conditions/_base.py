@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.attention import has_fused
 from .._autograd.double_backward import refuse_once_differentiable
@@ -20,12 +19,6 @@ from .._mistakes import Fields
 from ._inner_problem import Problem
 
 Product = Callable[[Parts, bool], Parts]
-
-_LEAST_SQUARES = (
-    " A root has as many equations as unknowns. Residuals of a least-squares problem are none: use "
-    "Minimum(lambda p, h: residuals(p, h).square().sum() / 2), or GaussNewton(residuals, lambda "
-    "r, h: r.square().sum() / 2)."
-)
 
 
 @dataclasses.dataclass
@@ -106,250 +99,7 @@ class Condition(Fields, ABC):
         """Evaluate F once at aliases; `forward`: with products by A, from a `seed` (a zero)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Minimum(Condition):
-    """The inner solution minimises ``f(params, *args)``: its gradient is zero there.
-
-    Negative curvature at ``params`` is said, whatever solver meets it. A stationary point that is
-    meant to be no minimum is a ``Root(gradient, symmetric=True)``.
-
-    Parameters
-    ----------
-    f : callable
-        ``f(params, hparams)``, a scalar tensor. In the decorators ``f(params, *args)``.
-
-    Examples
-    --------
-    >>> import torch, hypergrad
-    >>> inner = hypergrad.Minimum(lambda w, lam: (w - 1) ** 2 + lam * w**2)
-    >>> w, lam = torch.tensor(0.5), torch.tensor(1.0)  # the minimiser is 1 / (1 + lam)
-    >>> hypergrad.implicit_grad(lambda w, lam: w, inner, w, lam)  # -1 / (1 + lam)^2
-    tensor(-0.2500)
-    """
-
-    f: Callable[..., Any]
-    symmetric: ClassVar[bool] = True
-    minimum: ClassVar[bool] = True
-    of_objective: ClassVar[bool] = True
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """The objective."""
-        return [self.f]
-
-    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The objective's value."""
-        return [problem.objective("inner", self.f, tensors)]
-
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
-        """The gradient, recorded."""
-        value = problem.objective("inner", self.f, tensors)
-        gradient = _gradient(value, params)
-        _require_all(problem, gradient)
-        hessian = Replay(gradient, params)
-        return Record([value], gradient, hessian, hessian)
-
-
-@dataclasses.dataclass(frozen=True)
-class GaussNewton(Condition):
-    """A minimum whose curvature is taken from the Gauss-Newton matrix.
-
-    The objective is ``loss(outputs(params, hparams), hparams) + regulariser(params, hparams)``.
-    Its gradient and the cross derivative are exact; A = J^T (d2 loss) J + Hessian of the
-    regulariser, with J the Jacobian of the outputs. With a loss that is convex in the outputs
-    and a convex regulariser A cannot have negative curvature. One product with the true Hessian
-    measures what A leaves out: where that changes the answer by more than 20 times `inner_tol`, or
-    the Hessian is seen to have negative curvature, the answer is no success (with
-    ``inner_tol=None`` it is not judged). Second derivatives through the solution raise.
-
-    Parameters
-    ----------
-    outputs : callable
-        ``outputs(params, hparams)``, a pytree of tensors such as a network's predictions.
-    loss : callable
-        ``loss(outputs, hparams)``, a scalar tensor, convex in the outputs.
-    regulariser : callable, optional
-        ``regulariser(params, hparams)``, a scalar tensor.
-
-    References
-    ----------
-    Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002;
-    Martens, Deep learning via Hessian-free optimization, 2010.
-
-    Examples
-    --------
-    >>> import torch, hypergrad
-    >>> x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
-    >>> inner = hypergrad.GaussNewton(
-    ...     outputs=lambda w, lam: w * x,
-    ...     loss=lambda z, lam: ((z - y) ** 2).sum() / 2,
-    ...     regulariser=lambda w, lam: lam * w**2 / 2,
-    ... )
-    >>> w, lam = torch.tensor(0.5), torch.tensor(1.0)  # w = x.y / (x.x + lam)
-    >>> hypergrad.implicit_grad(lambda w, lam: w, inner, w, lam)  # -w / (x.x + lam)
-    tensor(-0.0833)
-    """
-
-    outputs: Callable[..., Any]
-    loss: Callable[..., Any]
-    regulariser: Callable[..., Any] | None = None
-    symmetric: ClassVar[bool] = True
-    of_objective: ClassVar[bool] = True
-    twice: ClassVar[bool] = False
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """The outputs, the loss and the regulariser."""
-        return [f for f in (self.outputs, self.loss, self.regulariser) if f is not None]
-
-    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The loss and the regulariser."""
-        outputs = problem.outputs(self.outputs, tensors)
-        found = [problem.objective("loss", self.loss, tensors, first=outputs)]
-        if self.regulariser is not None:
-            found.append(problem.objective("regulariser", self.regulariser, tensors))
-        return found
-
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
-        """The exact gradient, and the products of the Gauss-Newton matrix."""
-        outputs = problem.outputs(self.outputs, tensors)
-        # Fresh aliases: one output may have been computed from another.
-        outputs = pytree.tree_map(lambda o: o.view_as(o) if _differentiable(o) else o, outputs)
-        leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _differentiable(leaf)]
-        value = problem.objective("loss", self.loss, tensors, first=outputs)
-        of_outputs = _gradient(value, leaves)
-        gradient = _gradient(value, params)
-        values = [value]
-        regular: Replay | None = None
-        if self.regulariser is not None:
-            penalty = problem.objective("regulariser", self.regulariser, tensors)
-            values.append(penalty)
-            of_penalty = _gradient(penalty, params)
-            regular = Replay(of_penalty, params)
-            gradient = [plus(a, b) for a, b in zip(gradient, of_penalty, strict=True)]
-        _require_all(problem, gradient)
-        assert seed is not None
-        jacobian = ForwardReplay(leaves, params, seed)
-        curvature = Replay(of_outputs, leaves)
-        pullback = Replay(leaves, params)
-
-        def product(v: Parts, create_graph: bool = False) -> Parts:
-            found = pullback(curvature(jacobian(v)))
-            if regular is not None:
-                found = [plus(a, b) for a, b in zip(found, regular(v), strict=True)]
-            return found
-
-        return Record(values, gradient, product, product, hessian=Replay(gradient, params))
-
-
-@dataclasses.dataclass(frozen=True)
-class Root(Condition):
-    """The inner solution is a root: ``F(params, *args) = 0``.
-
-    Parameters
-    ----------
-    F : callable
-        ``F(params, hparams)``, a pytree shaped like ``params``.
-    symmetric : bool
-        Whether dF/dparams is symmetric; allows CG.
-
-    Examples
-    --------
-    >>> import torch, hypergrad
-    >>> kepler = hypergrad.Root(lambda E, e: E - e * torch.sin(E) - 1.0)
-    >>> E, e = torch.tensor(0.5).acos(), torch.tensor(0.0)
-    >>> hypergrad.implicit_grad(lambda E, e: E, kepler, torch.tensor(1.0), e)  # sin(1)
-    tensor(0.8415)
-    """
-
-    F: Callable[..., Any]
-    symmetric: bool = False
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """The equation."""
-        return [self.F]
-
-    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The equation's value."""
-        return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
-
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
-        """The equation, recorded."""
-        values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
-        return _record_equation(problem, values, params, seed, self.symmetric, forward=forward)
-
-
-@dataclasses.dataclass(frozen=True)
-class FixedPoint(Condition):
-    """The inner solution is a fixed point: ``T(params, *args) = params``.
-
-    The condition is ``params - T(params, *args)``, so A = I - dT/dparams.
-
-    Parameters
-    ----------
-    T : callable
-        ``T(params, hparams)``, a pytree shaped like ``params``.
-    symmetric : bool
-        Whether dT/dparams is symmetric; allows CG.
-
-    Examples
-    --------
-    >>> import torch, hypergrad
-    >>> heron = hypergrad.FixedPoint(lambda x, a: (x + a / x) / 2)  # x = sqrt(a)
-    >>> hypergrad.implicit_grad(lambda x, a: x, heron, torch.tensor(2.0), torch.tensor(4.0))
-    tensor(0.2500)
-    """
-
-    T: Callable[..., Any]
-    symmetric: bool = False
-    contraction: ClassVar[bool] = True
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """The map."""
-        return [self.T]
-
-    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The map's value."""
-        return problem.equation("T(params, ...)", self.T, tensors)
-
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
-        """``params - T``, recorded."""
-        values = problem.equation("T(params, ...)", self.T, tensors)
-        residual = [p - value for p, value in zip(params, values, strict=True)]
-        return _record_equation(problem, residual, params, seed, self.symmetric, forward=forward)
-
-
-def as_condition(inner: Any, default: type[Minimum] | type[Root] | type[FixedPoint]) -> Condition:
+def as_condition(inner: Any, default: Callable[[Any], Condition]) -> Condition:
     """`inner` itself if it is a condition object, else the default kind made from a callable."""
     if isinstance(inner, Condition):
         return inner
@@ -361,7 +111,7 @@ def as_condition(inner: Any, default: type[Minimum] | type[Root] | type[FixedPoi
     return default(inner)
 
 
-def _record_equation(
+def record_equation(
     problem: Problem,
     values: list[Tensor],
     params: Sequence[Tensor],
@@ -379,7 +129,7 @@ def _record_equation(
     reached_params = [
         p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in params
     ]
-    _require_all(problem, reached_params)
+    require_all(problem, reached_params)
     # Of a map one derivative is enough, unless that is differentiated: there is a seed then.
     fused = has_fused({node for node, _ in edges}, again=seed is not None)
     transposed = Replay(values, params)
@@ -390,14 +140,14 @@ def _record_equation(
     return Record(values, residual, transposed, product, fused=fused)
 
 
-def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def recorded_gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     has_fused(graph(value).nodes, again=True)
     if value.requires_grad and inputs and not transforms_active():
         refuse_once_differentiable(value, inputs)
     return gradient_of(value, inputs, create_graph=True)
 
 
-def _require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:
+def require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:
     for position, part in enumerate(reached):
         if part is None:
             raise NotConnected(
@@ -406,10 +156,6 @@ def _require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:
                 "in inner: a module must be called as torch.func.functional_call(module, params, "
                 "args), and a .detach() or torch.no_grad() inside cuts the connection."
             )
-
-
-def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._autograd.products import ForwardReplay, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
-from ._base import Condition, Record, _gradient, _require_all
+from ._base import Condition, Record, recorded_gradient, require_all
 from ._inner_problem import Problem
 from ._kinks import directions, reach
 
@@ -82,8 +82,8 @@ class GradientStep(Condition):
     ) -> Record:
         """The step, recorded: `f` is evaluated once, P three times."""
         value = problem.objective("inner", self.f, tensors)
-        gradient = _gradient(value, params)
-        _require_all(problem, gradient)
+        gradient = recorded_gradient(value, params)
+        require_all(problem, gradient)
         layout = problem.layout()
 
         def length(params: Any, *args: Any) -> Tensor:

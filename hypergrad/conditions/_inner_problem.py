@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
-from .._autograd.transforms import WatchForDerivatives
+from .._autograd.watch import WatchForDerivatives
 from .._errors import HypergradError, StructureMismatch, UnsupportedOperation
 from .._pytrees import Layout, Tree
 

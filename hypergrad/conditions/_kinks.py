@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,9 @@ from .._pytrees import Layout
 from ..solvers._base import norm
 
 if TYPE_CHECKING:
-    from .._implicit.linearisation import Linearisation
+    pass
 
-#: The relative jump above which an answer counts as one of several.
-DEGENERATE = 1e-2
+
 # A kink counts as met within so many roundings (in half precision two), or within twice the
 # residual of the condition where that is small enough for params to be next to a solution.
 _ROUNDINGS = 64
@@ -67,44 +65,6 @@ def directions(layout: Layout) -> Tensor:
     number = torch.arange(1, layout.n + 1, device=layout.device) * 2654435761
     size = 0.5 + (number % 2**24).to(layout.dtype) / 2**24
     return torch.where((number >> 27) % 2 == 0, size, -size)
-
-
-def degeneracy(lin: Linearisation, u: Tensor, b: Tensor, *, transpose: bool) -> Tensor | None:
-    """How far the sides of a kink are apart, as a part of the linear system; None: not known.
-
-    With D the derivative that the condition has taken of its map, D' that on another side and u
-    the solution of the system, it is ``||(D' - D)^T u||`` divided by the smaller of ``||b||`` and
-    ``||u||``. A solution of the system with A itself is zero just where the map holds its entries
-    fixed, and so shows nothing of the other side: there a vector in general position takes u's
-    place. Infinite where the gradients of the active constraints are linearly dependent.
-
-    Parameters
-    ----------
-    lin : Linearisation
-        The condition at the solution.
-    u, b : Tensor
-        The solution and the right-hand side of the system, flat.
-    transpose : bool
-        Whether the system's matrix is the transpose of A.
-
-    Returns
-    -------
-    jump : Tensor or None
-        One figure a task.
-    """
-    sides, dependent = lin.record.sides, lin.record.dependent
-    if not sides and dependent is None:
-        return None
-    jump, size = torch.zeros_like(u[..., 0]), torch.minimum(norm(b), norm(u))
-    if not transpose:
-        u = directions(lin.layout).expand_as(u)
-        size = norm(u)
-    for side in sides:
-        jump = torch.maximum(jump, norm(lin.replayed(side, u)))
-    jump = torch.where(jump > 0, jump / size, torch.zeros_like(jump))
-    if dependent is not None:
-        jump = torch.where(dependent(), torch.full_like(jump, math.inf), jump)
-    return jump
 
 
 def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.rows import by_rows
 from .._errors import StructureMismatch
 from .._pytrees import Layout, Tree
-from ._base import Condition, Product, Record, _gradient, _require_all
+from ._base import Condition, Product, Record, recorded_gradient, require_all
 from ._inner_problem import Problem, scalar
 from ._kinks import largest, linearly_dependent, reach
 
@@ -107,8 +107,8 @@ class KKT(Condition):
         """The conditions, recorded; every function is evaluated once."""
         value = problem.objective("the Lagrangian", self.lagrangian, tensors)
         # The derivatives by the multipliers are the constraints themselves.
-        gradient = _gradient(value, params)
-        _require_all(problem, gradient)
+        gradient = recorded_gradient(value, params)
+        require_all(problem, gradient)
         rows = [part for part in gradient if part is not None]
         of_x, of_nu, of_lam = _places(problem.params)
         lead = len(problem.own_axes)

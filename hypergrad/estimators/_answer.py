@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.host import all_tasks
+from .._autograd.refusals import refuse_derivatives
 from .._autograd.trace import being_traced
-from .._autograd.transforms import all_tasks, refuse_derivatives
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
 from .._implicit.causes import derivative
-from .._implicit.linear_solve import finite
+from .._implicit.task_norms import finite
 from .._implicit.verdict import OnFailure, counted, warn
 from .._info import SolveInfo, Status
 from .._pytrees import Tree

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
-from .._autograd.transforms import never_compiled
 from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Outer
 from .._implicit.verdict import OnFailure, check_on_failure

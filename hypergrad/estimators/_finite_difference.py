@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import never_compiled
+from .._autograd.refusals import never_compiled
 from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Objective, Outer
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused

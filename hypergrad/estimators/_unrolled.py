@@ -8,7 +8,7 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from .._autograd.transforms import never_compiled
+from .._autograd.refusals import never_compiled
 from .._errors import UnsupportedOperation
 from .._implicit.signatures import Hparams, Outer
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused

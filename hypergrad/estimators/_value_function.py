@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._autograd.transforms import never_compiled
+from .._autograd.refusals import never_compiled
 from .._errors import Diverged
 from .._implicit.signatures import Hparams, Objective, Outer
 from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused

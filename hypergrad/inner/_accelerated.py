@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._autograd.refusals import never_compiled, refuse_derivatives
 from .._autograd.trace import being_traced, detached
-from .._autograd.transforms import never_compiled, refuse_derivatives
 from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields, refuse_signatures

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._errors import StructureMismatch
 from .._info import Status
 from ._base import InnerSolver

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 from .._autograd.attention import has_fused
 from .._autograd.double_backward import changed_in_place
 from .._autograd.guard import Guard
+from .._autograd.host import any_task
 from .._autograd.products import ForwardReplay, Replay, gradient_of
 from .._autograd.recording import Recording, record
 from .._autograd.trace import detached, graph, versions
-from .._autograd.transforms import alive, any_task, carries_derivative
+from .._autograd.transforms import alive, carries_derivative
 from .._autograd.vmaps import Vmaps
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout, Tree

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from ..solvers._base import at_least
 from ._base import InnerSolver
 from ._evaluator import Evaluator

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from ._evaluator import Evaluator
 from ._numbers import dot, norm
 from ._progress import Progress

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._errors import StructureMismatch
 from ..prox import as_floating, not_negative
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task, every_task
+from .._autograd.host import any_task, every_task
 from .._info import Status
 from ._base import (
     LinearSystem,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.refusals import refuse_derivatives
 from .._autograd.rows import by_rows
-from .._autograd.transforms import is_wrapped, refuse_derivatives
+from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import Fields

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._info import Status
 from ._base import Counted, Product, dot
 from ._iterative import PRICE, Iterative, Part, curves_down

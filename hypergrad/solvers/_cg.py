@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task, every_task, transforms_active
+from .._autograd.host import any_task, every_task
+from .._autograd.transforms import transforms_active
 from .._info import Status
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
 from ._cg_in_numbers import FLAT, in_numbers, suits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task, every_task
+from .._autograd.host import any_task, every_task
 from .._info import Status
 from ._base import Counted, LinearSystem, NewtonStep, Solution, norm, tolerance
 

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task, is_wrapped
+from .._autograd.host import any_task
+from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 from .._info import Status
 from ._base import LinearSystem, NewtonStep, Solution, Solver, finite, norm, tolerance

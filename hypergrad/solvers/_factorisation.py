@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task, every_task, is_wrapped
+from .._autograd.host import any_task, every_task
+from .._autograd.transforms import is_wrapped
 from ._equilibration import equilibrated
 
 # Pivots and singular values below so many roundings of the largest are zero. No bound grows with

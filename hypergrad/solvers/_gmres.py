@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._info import Status
 from ._base import Product, at_least
 from ._iterative import Iterative, Part, curves_down

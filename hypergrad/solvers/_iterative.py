@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._autograd.double_backward import advice
+from .._autograd.host import any_task, every_task
 from .._autograd.rows import by_rows
-from .._autograd.transforms import any_task, every_task, transforms_active
+from .._autograd.transforms import transforms_active
 from .._errors import UnsupportedOperation
 from .._info import Status
 from ._base import (

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._info import Status
 from ._base import Counted, LinearSystem, Solution, Solver, at_least, finite, norm
 from ._iterative import curves_down

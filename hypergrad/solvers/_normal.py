@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import any_task
+from .._autograd.host import any_task
 from .._errors import UnsupportedOperation
 from .._info import Status
 from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance

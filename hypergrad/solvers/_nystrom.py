@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._autograd.host import any_task
 from .._autograd.rows import by_rows
-from .._autograd.transforms import any_task, outside_transforms
+from .._autograd.transforms import outside_transforms
 from .._info import Status
 from ._base import Counted, LinearSystem, Product, Solution, Solver, at_least, norm, tolerance
 

@@ -1,0 +1,62 @@
+"""Reading values on the host, under any nesting of transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from .transforms import is_wrapped, layers
+
+
+class _AllTasks(torch.autograd.Function):
+    """All tasks' rows of a ``(k,)`` tensor as one plain ``(tasks, k)`` tensor.
+
+    The batching rule returns an unbatched result, so that Python may look at it under any
+    nesting of transforms.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return rows.detach().reshape(-1, rows.shape[-1]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], rows: Tensor) -> tuple[Tensor, None]:
+        return _AllTasks.apply(rows.movedim(in_dims[0], 0)), None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+
+def all_tasks(rows: Tensor) -> Tensor:
+    """Rows of every task, ``(tasks, k)``, as a plain tensor that the host may read."""
+    rows = rows.detach()
+    if is_wrapped(rows):
+        rows = _AllTasks.apply(rows)
+        while is_wrapped(rows):
+            rows = _functorch.get_unwrapped(rows)
+        return rows
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def any_task(flag: Tensor) -> bool:
+    """Whether a flag is set for any task. Synchronises with the host once."""
+    flag = layers(flag)[-1]  # of all tasks, in whatever order
+    return bool(flag.any()) if flag.ndim else bool(flag)
+
+
+def every_task(flag: Tensor) -> bool:
+    """Whether a flag is set for every task. Synchronises with the host once."""
+    flag = layers(flag)[-1]
+    return bool(flag.all()) if flag.ndim else bool(flag)

@@ -1,0 +1,468 @@
+"""The evidence for the solution of a linear system, in the order in which it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd.host import any_task
+from .._autograd.random_numbers import Draw
+from .._info import SolveInfo, Status
+from ..conditions._base import Product
+from ..solvers._base import LinearSystem, NewtonStep, Solution, dot, info_of, norm
+from ..solvers._cg import CG
+from ..solvers._factorisation import Factorisation, signs
+from ..solvers._gmres import GMRES
+from ..solvers._identity import Identity
+from ..solvers._iterative import AROUND, FEW, NEGATIVE
+from ..solvers._normal import LSMR, NormalCG
+from ..solvers._units import probed
+from .choices import Choices
+from .degeneracy import DEGENERATE, degeneracy
+from .linearisation import Linearisation
+from .second_look import is_noise
+from .uses import Use
+from .verdict import Cause
+
+# What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
+# and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
+_MARGIN = 4.0
+_HARDLY = 0.9
+_AGAIN = 2.0
+_FROM_STEP = 8.0
+#: What an estimate is where nothing is known of the answer.
+_UNKNOWN = 10.0
+#: How a solve ends that leaves an answer of unknown quality.
+_LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
+# Above this relative inner residual the answer is looked at once more, a Newton step further on.
+_LOOK_AGAIN = {torch.float64: 1e-7, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# An answer that moves by more than so many times inner_tol on that step is that of an unsolved
+# problem, however small the inner residual; one that moves by less is good enough, up to an inner
+# residual of as much.
+_MOVES = 20.0
+# Above this relative inner residual params may have run away, where inner_tol is None.
+_AWAY = 0.5
+# A second Newton step that is longer than this does not lead to a solution that is near.
+_NEXT = 3e-3
+_SHRINKS = 0.2
+# A part of the inner condition that is larger than this is not left to the directions of the solve.
+_LEFT = 1e-2
+_PART = 1e-2  # entries that carry less of params than this do not count
+_MUCH = 0.1  # the relative change of an entry that is no rounding
+_SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
+_AROUND = 8  # products that look for negative curvature
+_BLIND = 3.0  # what a right-hand side may be larger by behind the inverse
+_BACK = 0.3  # ... and the Newton step leads back to so much of their length
+
+
+class Evidence:
+    """What is known about a solution, gathered in the order in which it is needed."""
+
+    def __init__(
+        self,
+        lin: Linearisation,
+        choices: Choices,
+        system: LinearSystem,
+        found: Solution,
+        tensors: Sequence[Tensor],
+        use: Use,
+        transpose: bool,
+        draw: Draw,
+    ) -> None:
+        self.draw = draw
+        self.lin, self.choices, self.system, self.found = lin, choices, system, found
+        self.tensors, self.use, self.transpose = tensors, use, transpose
+        self.params = lin.layout.flatten([tensors[i] for i in lin.problem.inner], lin.lead)
+        self.length, self.strength = norm(found.x), norm(system.b)
+        self.extent = self.length.new_full((), math.nan)
+        self.matvecs = found.matvecs
+        self.status = found.status
+        self.success = found.success & torch.isfinite(self.length)
+        self.negative = found.negative_curvature
+        self.cause = torch.zeros_like(found.status)
+        self.degeneracy: Tensor | None = None
+
+    def gathered(self) -> SolveInfo:
+        """All of it, as far as it is wanted."""
+        if not self.choices.judged:
+            return info_of(self.found, solution=None, success=self.success)
+        outer_error = dot(self.found.x, self.lin.residual)
+        self._judge_curvature()
+        self._judge_rank()
+        self._judge_units()
+        residual, newton = self._newton()
+        tol = self.choices.inner_tol
+        self._judge_degeneracy(True if tol is None else residual <= tol)
+        inner = self._judge_inner(residual, newton, outer_error)
+        approximation = self._judge_approximation()
+        self._judge_degeneracy(True)
+        figures: dict[str, Any] = {}
+        if self.choices.figures:
+            figures = {
+                "outer_error": outer_error,
+                "error_estimate": self._estimate(inner, approximation),
+                "eigenvalues": self.found.eigenvalues,
+            }
+        if self.degeneracy is not None:
+            figures["degeneracy"] = self.degeneracy
+        found = dataclasses.replace(
+            self.found,
+            status=self.status,
+            matvecs=self.matvecs,
+            negative_curvature=self.negative,
+        )
+        return info_of(
+            found,
+            solution=None,
+            success=self.success,
+            inner_residual=residual,
+            **figures,
+        )
+
+    def _fail(self, which: Tensor, cause: Cause) -> None:
+        """Take an answer for wrong, for a first cause."""
+        self.cause = torch.where(which & self.success, int(cause), self.cause)
+        self.success = self.success & ~which
+
+    def forgive_rounding(self) -> None:
+        """A right-hand side that is rounding is in no range of a singular matrix, and is zero."""
+        lost = (self.status == Status.SINGULAR) & torch.isfinite(self.length)
+        if not self.choices.looks or not any_task(lost):
+            return
+        rounding = self.use.mere_rounding()
+        if rounding is None or not any_task(lost & rounding):
+            return
+        none = lost & rounding
+        self.found.x = torch.where(none[..., None], torch.zeros_like(self.found.x), self.found.x)
+        self.status = torch.where(none, int(Status.CONVERGED), self.status)
+        self.success = self.success | none
+        self.strength = torch.where(none, torch.zeros_like(self.strength), self.strength)
+        self.length = torch.where(none, torch.zeros_like(self.length), self.length)
+
+    def _judge_curvature(self) -> None:
+        """Negative curvature: said of a minimum, whatever method has met it."""
+        found, condition = self.found, self.lin.problem.condition
+        if not condition.minimum:
+            return
+        # b . A^-1 b is negative, by more than the residual can be to blame for.
+        eps = torch.finfo(self.system.layout.precision).eps
+        doubt = self.length * self.strength * (found.residual_norm.nan_to_num(math.inf) + 100 * eps)
+        self.negative = self.negative | (dot(found.x, self.system.b) < -doubt)
+        if self.choices.looks and self.choices.spends:
+            self._look_for_curvature()
+        self._fail(self.negative, Cause.CURVATURE)
+
+    def _look_for_curvature(self) -> None:
+        """Negative curvature that a method has not looked for itself."""
+        solver, found = self.choices.solver, self.found
+        if isinstance(solver, GMRES) and found.spectrum is not None:
+            low, high = found.eigenvalues.unbind(dim=-1)
+            eps = torch.finfo(self.system.layout.precision).eps
+            self.negative = self.negative | (low < -NEGATIVE * eps * high.abs())
+        elif isinstance(solver, NormalCG | LSMR):
+            around = CG(maxiter=AROUND, damping=solver.damping).run(
+                dataclasses.replace(self.system, condition=None, explores=False, x0=None)
+            )
+            self.matvecs = self.matvecs + around.matvecs
+            self.negative = self.negative | around.negative_curvature
+
+    def _judge_rank(self) -> None:
+        """Whether the derivative is determined, where the matrix lacks rank."""
+        null = self.found.null
+        if null is None:
+            return
+        lacking = null.any(dim=-1).expand_as(self.status)
+        if self.transpose:
+            moves = self.use.moves_off(null)
+            lacking = lacking & moves
+        self._fail(lacking, Cause.RANK)
+        self.status = torch.where(
+            lacking & (self.status == Status.CONVERGED), int(Status.SINGULAR), self.status
+        )
+
+    def _judge_units(self) -> None:
+        """A residual that is small in units that hide an error."""
+        solver, found = self.choices.solver, self.found
+        if not (self.choices.looks and self.choices.spends) or isinstance(solver, Identity):
+            return
+        claimed = found.success & (found.iterations > 0)
+        if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
+            claimed = claimed & (found.status != Status.MAX_ITERATIONS)  # a budget claims nothing
+        if not any_task(claimed):
+            return
+        if self.found.probe is None and self.found.further is None:
+            damping = getattr(solver, "damping", 0.0)
+            self.found.probe = probed(self.system, self.found, damping)
+            self.matvecs = self.matvecs + (self.found.probe is not None)
+        if self.found.probe is not None:
+            self._fail(self.found.probe.hides, Cause.UNITS)
+
+    def _newton(self) -> tuple[Tensor, NewtonStep]:
+        """The relative length of the inner Newton step, and the step."""
+        F, found = self.lin.residual, self.found
+        weighted = self._weighted(self.params)
+        self.extent = norm(weighted)
+        newton = found.newton
+        if newton is not None and self._unreached(newton, F):
+            rows = self._rows()
+            least = norm(newton.left) / rows.amax(dim=-1)  # the inverse is no smaller than this
+            entries = torch.maximum(self._by_entry(newton.left, rows), least)
+            newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
+            length = norm(self._weighted(newton.step)) + newton.beyond
+            far = ~(length <= _LOOK_AGAIN[self.system.layout.precision] * self.extent)
+            newton = self._along_condition(F, newton) if any_task(far) else newton
+        if newton is None:
+            newton = self._along_condition(F, None)
+        # In the caller's units and in those of the equilibrated matrix, whichever is worse.
+        plain = norm(newton.step) / norm(self.params)
+        length = norm(self._weighted(newton.step)) + newton.beyond
+        residual = torch.maximum(length / self.extent, plain)
+        nothing = (length == 0) | (norm(F) == 0)
+        residual = torch.where(nothing, torch.zeros_like(residual), residual)
+        return residual.expand_as(self.status), newton
+
+    def _weighted(self, v: Tensor) -> Tensor:
+        return v if self.found.metric is None else v * self.found.metric
+
+    def _unreached(self, newton: NewtonStep, F: Tensor) -> bool:
+        """Whether the search directions have left out a part of the condition that counts."""
+        alone = newton.again is None and newton.left.shape == F.shape
+        if not alone or not (self.choices.looks and self.choices.spends):
+            return False
+        return any_task(norm(newton.left) > _LEFT * norm(F))
+
+    def _along_condition(self, F: Tensor, newton: NewtonStep | None) -> NewtonStep:
+        """A step along what is left of F, by its curvature, which costs a product."""
+        along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
+        left = F if newton is None else newton.left
+        size, none = norm(left), torch.zeros_like(left)
+        before = none if newton is None else newton.step
+        free = isinstance(self.choices.solver, Identity) or not self.choices.spends
+        if free or size.shape != self.length.shape:
+            step = left / along_b[..., None]
+            return NewtonStep(step, none.expand_as(step), norm(step) * 0)
+        image = self.system.matvec(left)
+        self.matvecs = self.matvecs + 1
+        damping = getattr(self.choices.solver, "damping", 0.0)
+        image = image + damping * left if damping else image
+        curvature = dot(left, image)
+        if self.lin.problem.condition.minimum:
+            negative = curvature < -1e-3 * size * norm(image)
+            self.negative = self.negative | negative
+            self._fail(negative, Cause.CURVATURE)
+        curvature = curvature.abs() / torch.where(size > 0, size.square(), 1.0)
+        if newton is None:
+            curvature = torch.minimum(
+                *(torch.where(c > 0, c, math.inf) for c in (along_b, curvature))
+            )
+        usable = (size > 0) & (curvature > 0)
+        step = torch.where(usable[..., None], left / curvature[..., None], none)
+        rest = torch.where(usable[..., None], left - image / curvature[..., None], left)
+        beyond = torch.zeros_like(size)
+        if newton is not None:
+            share = norm(rest) / torch.where(size > 0, size, 1.0)
+            beyond = torch.maximum(newton.beyond, norm(step)) * share.nan_to_num(0.0)
+            entries = self._by_entry(left, (image / torch.where(left != 0, left, 1.0)).abs())
+            beyond = torch.maximum(beyond, entries)
+        return NewtonStep(before + step, rest, beyond)
+
+    def _rows(self) -> Tensor:
+        """The size of the rows of A, as far as they were probed."""
+        probe = self.found.probe
+        if probe is not None:
+            return probe.rows
+        return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
+
+    def _by_entry(self, left: Tensor, curvature: Tensor) -> Tensor:
+        """How long the step is in those entries of params that it changes by much.
+
+        The curvature of each entry by itself, where that of all together is that of a few.
+
+        Parameters
+        ----------
+        left, curvature : Tensor
+            What is left of the condition, and the curvature of each entry.
+
+        Returns
+        -------
+        length : Tensor
+            For each task.
+        """
+        p = self.params.abs()
+        reach = left.abs() / curvature
+        far = (reach >= _MUCH * p) & (left != 0)
+        length = norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
+        return torch.where(length > _PART * norm(p), length, torch.zeros_like(length))
+
+    def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
+        """The relative error that the unsolved inner problem leaves, as far as it is known."""
+        step = newton.step
+        tol, looks = self.choices.inner_tol, self.choices.looks
+        some = self.strength > 0  # without a right-hand side nothing depends on the solution
+        estimate = _FROM_STEP * residual
+        if tol is None:
+            self._judge_runaway(some & ~(residual <= _AWAY), step, outer_error)
+            return estimate
+        wanted = some & ~(residual <= min(_LOOK_AGAIN[self.system.layout.precision], tol))
+        if not self.choices.figures:
+            wanted = wanted & self.success
+        look = None
+        # Of the identity in the place of A there is no Newton step to speak of.
+        known = not isinstance(self.choices.solver, Identity)
+        if looks and known and any_task(wanted):
+            look = self.use.second_look(newton, self.found, self._left_over())
+        # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
+        blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
+        linear = torch.zeros_like(blamed)
+        for cause in (Cause.SOLVE, Cause.UNITS, Cause.RANK):
+            linear = linear | (self.cause == int(cause))
+        self.cause = torch.where(blamed & linear, int(Cause.INNER), self.cause)
+        if look is None:
+            unsolved = some & ~(residual <= tol)
+            if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
+                noise = is_noise(self.lin, self.tensors, step, self.draw)
+                unsolved = unsolved & ~noise
+                estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
+            self._fail(unsolved, Cause.INNER)
+            return estimate
+        # What the step did not reach is taken for as harmful as any way of its length.
+        beyond = _FROM_STEP * newton.beyond / self.extent
+        change = _AGAIN * look.change.nan_to_num(math.inf) + beyond.nan_to_num(math.inf)
+        # Another step would be about as long as this one: they do not lead to a solution.
+        further = self._length_of(look.bent, newton)
+        lost = ~(further <= _NEXT * self.extent)
+        # Steps that shrink lead somewhere, though not soon.
+        shrinks = further <= _SHRINKS * norm(self._weighted(newton.step))
+        change = torch.where(lost & ~shrinks, torch.full_like(change, _UNKNOWN), change)
+        change = torch.where(lost & shrinks, 3 * change, change)
+        unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol) & ~lost)
+        if any_task(unsolved & self.success & (residual > _AWAY)):  # params may be zero
+            nothing = unsolved & (residual > _AWAY) & self.use.negligible(self.params)
+            change = torch.where(nothing, torch.zeros_like(change), change)
+            unsolved = unsolved & ~nothing
+        self._fail(unsolved, Cause.INNER)
+        self._fail(some & ~wanted & ~(residual <= tol), Cause.INNER)
+        return torch.where(wanted, change, estimate)
+
+    def _left_over(self) -> Tensor:
+        """``b - A u`` of the answer: what damping, a budget, or another matrix leave by design."""
+        u, solver = self.found.x, self.choices.solver
+        if self.found.residual is not None:
+            return self.found.residual + getattr(solver, "damping", 0.0) * u
+        if self.found.further is not None:  # a factorisation leaves nothing over
+            return getattr(solver, "damping", 0.0) * u
+        self.matvecs = self.matvecs + 1
+        return self.system.b - self.system.matvec(u)
+
+    def _length_of(self, bent: Tensor, newton: NewtonStep) -> Tensor:
+        """How long the Newton step is that a rest of the condition calls for."""
+        if newton.again is not None:
+            return norm(self._weighted(newton.again(bent)))
+        size = norm(self.lin.residual)
+        # Between the inverse that the first step showed and that of the linear solve.
+        inverses = norm(newton.step) / size * (self.length / self.strength)
+        return norm(bent) * inverses.sqrt()
+
+    def _judge_runaway(self, far: Tensor, step: Tensor, outer_error: Tensor) -> None:
+        """Params far out, from which a Newton step leads back, and not where its slope says."""
+        if not self.choices.looks or step.ndim != self.params.ndim:
+            return
+        far = far & ~(norm(self._weighted(self.params - step)) > _BACK * self.extent)
+        if not any_task(far & self.success):
+            return
+        fall = self.use.falls_by(step)
+        if fall is not None:
+            believed = (fall - outer_error).abs() <= outer_error.abs()
+            self._fail(far & ~believed, Cause.AWAY)
+
+    def _judge_approximation(self) -> Tensor:
+        """The relative error of `u` that a curvature in place of the Hessian makes."""
+        hessian, found = self.lin.record.hessian, self.found
+        tol = self.choices.inner_tol
+        if hessian is None:
+            return torch.zeros_like(self.length)
+        if not self.choices.spends or (tol is None and not self.choices.figures):
+            return torch.full_like(self.length, math.nan)
+        left = self.system.b - self.lin.replayed(hessian, found.x)
+        self.matvecs = self.matvecs + 1
+        if found.further is not None:
+            missing = found.further(left)
+            lost = norm(missing) / self.length
+        else:
+            missing = _BLIND * left * (self.length / self.strength)[..., None]
+            lost = _BLIND * norm(left) / self.strength
+        lost = self.use.effect(missing, lost)
+        lost = torch.where(self.strength > 0, lost, torch.zeros_like(lost))
+        if tol is None:
+            return lost
+        if self.choices.looks and any_task(self.success):
+            saddle = self._indefinite(hessian)
+            lost = torch.where(saddle, torch.full_like(lost, _UNKNOWN), lost)
+        self._fail(~(lost <= _MOVES * tol), Cause.APPROXIMATION)
+        return lost
+
+    def _indefinite(self, hessian: Product) -> Tensor:
+        """Whether the Hessian has negative curvature that its approximation cannot show.
+
+        It is looked for where the answer has taken few products, or as many as unknowns.
+
+        Parameters
+        ----------
+        hessian : callable
+            The product with the Hessian, on leaves.
+
+        Returns
+        -------
+        indefinite : Tensor
+            bool, for each task.
+        """
+        n, seen = self.params.shape[-1], self.found.iterations
+        if self.found.further is not None and n <= _SMALL:
+            H = self.lin.dense_of(hessian)
+            self.matvecs = self.matvecs + n
+            factors = Factorisation(H.nan_to_num(), symmetric=True, looks=True)
+            return factors.negative.expand_as(self.success)
+        if not any_task(self.success & (seen <= FEW)):
+            return torch.zeros_like(self.success)
+        start = signs(self.params).expand_as(self.params)
+        around = dataclasses.replace(
+            self.system,
+            matvec=lambda v: self.lin.replayed(hessian, v),
+            b=start,
+            x0=None,
+            condition=None,
+            explores=False,
+        )
+        found = CG(maxiter=_AROUND).run(around)
+        self.matvecs = self.matvecs + found.matvecs
+        return found.negative_curvature.expand_as(self.success)
+
+    def _judge_degeneracy(self, among: Tensor | bool) -> None:
+        """A kink, or constraints that are dependent, for some of the tasks."""
+        if self.degeneracy is None:
+            self.degeneracy = degeneracy(
+                self.lin, self.found.x, self.system.b, transpose=self.transpose
+            )
+        if self.degeneracy is not None:
+            self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)
+
+    def _estimate(self, inner: Tensor, approximation: Tensor) -> Tensor:
+        """The relative error of the answer; NaN where the method does not know."""
+        linear = self.found.linear_error
+        if linear is None:
+            return torch.full_like(self.length, math.nan)
+        linear = torch.where(self.strength > 0, linear, torch.zeros_like(linear))
+        total = _MARGIN * linear * self.use.share() + _AGAIN * approximation + inner
+        lost = torch.zeros_like(self.success)
+        for status in _LOST:
+            lost = lost | (self.status == status)
+        total = torch.where(lost, total.clamp(min=1), total)
+        # At a saddle there is no solution that the answer could be near.
+        total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
+        # Where the answer is hardly known, neither is its true size.
+        return torch.where(total > _HARDLY, total.clamp(min=1), total).clamp(max=_UNKNOWN)

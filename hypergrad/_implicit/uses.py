@@ -1,0 +1,87 @@
+"""The uses of a solution of a linear system: what is computed from it, and what moves it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..solvers._base import NewtonStep, Solution, norm
+from ..solvers._factorisation import signs
+from .linearisation import Linearisation
+from .second_look import SecondLook
+from .task_norms import size_for_each
+
+
+class Use:
+    """What a solution of the linear system is used for: here, for nothing but itself.
+
+    A hypergradient takes it further, to the cross derivative and the outer loss.
+
+    Parameters
+    ----------
+    lin : Linearisation
+        Where the system comes from.
+    """
+
+    def __init__(self, lin: Linearisation) -> None:
+        self.lin = lin
+
+    def leaves(self, u: Tensor) -> list[Tensor]:
+        """What is computed from `u`."""
+        return []
+
+    def values(self) -> list[Tensor]:
+        """What must be finite beside them, for each task."""
+        return []
+
+    def share(self) -> Tensor | float:
+        """The part of `leaves` that depends on `u`, relative to the whole."""
+        return 1.0
+
+    def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
+        """The relative change that a part missing in `u` makes, which is `lost` of it."""
+        return lost
+
+    def second_look(
+        self, newton: NewtonStep, found: Solution, planned: Tensor
+    ) -> SecondLook | None:
+        """The same a Newton step further on; None: there is no more to it."""
+        return None
+
+    def falls_by(self, step: Tensor) -> Tensor | None:
+        """By how much the outer loss falls on the way to ``params - step``; None: there is none."""
+        return None
+
+    def mere_rounding(self) -> Tensor | None:
+        """Whether the right-hand side is what is left of terms that cancel; None: not known."""
+        return None
+
+    def negligible(self, params: Tensor) -> Tensor:
+        """Whether params are nothing at the length on which the outer loss bends."""
+        return torch.zeros_like(params[..., 0], dtype=torch.bool)
+
+    def moves_off(self, null: Tensor) -> Tensor:
+        """Whether the condition has no solution a little further on, by a null vector of A^T.
+
+        So it is where the cross derivative does not vanish along it: then the hyperparameters move
+        the condition in a direction that the inner variables cannot follow.
+
+        Parameters
+        ----------
+        null : Tensor
+            ``(*tasks, n)``.
+
+        Returns
+        -------
+        moves : Tensor
+            bool, for each task.
+        """
+        lead = self.lin.lead
+        # Against a vector in general position that is as large.
+        other = signs(null) * norm(null)[..., None] / null.shape[-1] ** 0.5
+        none = torch.zeros_like(null[..., 0])
+        size, scale = (
+            sum((size_for_each(part, lead) for part in self.lin.cross(v) if part is not None), none)
+            for v in (null, other)
+        )
+        return size > torch.finfo(self.lin.layout.precision).eps ** 0.5 * scale

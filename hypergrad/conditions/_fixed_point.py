@@ -1,0 +1,60 @@
+"""A fixed point of a map."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ._base import Condition, Record, record_equation
+from ._inner_problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPoint(Condition):
+    """The inner solution is a fixed point: ``T(params, *args) = params``.
+
+    The condition is ``params - T(params, *args)``, so A = I - dT/dparams.
+
+    Parameters
+    ----------
+    T : callable
+        ``T(params, hparams)``, a pytree shaped like ``params``.
+    symmetric : bool
+        Whether dT/dparams is symmetric; allows CG.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> heron = hypergrad.FixedPoint(lambda x, a: (x + a / x) / 2)  # x = sqrt(a)
+    >>> hypergrad.implicit_grad(lambda x, a: x, heron, torch.tensor(2.0), torch.tensor(4.0))
+    tensor(0.2500)
+    """
+
+    T: Callable[..., Any]
+    symmetric: bool = False
+    contraction: ClassVar[bool] = True
+
+    def functions(self) -> list[Callable[..., Any]]:
+        """The map."""
+        return [self.T]
+
+    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The map's value."""
+        return problem.equation("T(params, ...)", self.T, tensors)
+
+    def record(
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        params: Sequence[Tensor],
+        seed: Tensor | None,
+        *,
+        forward: bool,
+    ) -> Record:
+        """``params - T``, recorded."""
+        values = problem.equation("T(params, ...)", self.T, tensors)
+        residual = [p - value for p, value in zip(params, values, strict=True)]
+        return record_equation(problem, residual, params, seed, self.symmetric, forward=forward)

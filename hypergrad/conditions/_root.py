@@ -1,0 +1,63 @@
+"""A root of a system of equations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._base import Condition, Record, record_equation
+from ._inner_problem import Problem
+
+_LEAST_SQUARES = (
+    " A root has as many equations as unknowns. Residuals of a least-squares problem are none: use "
+    "Minimum(lambda p, h: residuals(p, h).square().sum() / 2), or GaussNewton(residuals, lambda "
+    "r, h: r.square().sum() / 2)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Root(Condition):
+    """The inner solution is a root: ``F(params, *args) = 0``.
+
+    Parameters
+    ----------
+    F : callable
+        ``F(params, hparams)``, a pytree shaped like ``params``.
+    symmetric : bool
+        Whether dF/dparams is symmetric; allows CG.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> kepler = hypergrad.Root(lambda E, e: E - e * torch.sin(E) - 1.0)
+    >>> E, e = torch.tensor(0.5).acos(), torch.tensor(0.0)
+    >>> hypergrad.implicit_grad(lambda E, e: E, kepler, torch.tensor(1.0), e)  # sin(1)
+    tensor(0.8415)
+    """
+
+    F: Callable[..., Any]
+    symmetric: bool = False
+
+    def functions(self) -> list[Callable[..., Any]]:
+        """The equation."""
+        return [self.F]
+
+    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The equation's value."""
+        return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
+
+    def record(
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        params: Sequence[Tensor],
+        seed: Tensor | None,
+        *,
+        forward: bool,
+    ) -> Record:
+        """The equation, recorded."""
+        values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
+        return record_equation(problem, values, params, seed, self.symmetric, forward=forward)
