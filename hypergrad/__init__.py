@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import estimators as _estimators
 from . import inner as inner
 from . import projections as projections
 from . import prox as prox
+from . import solvers as _solvers
 from ._check.report import Report, check_hypergrad
 from ._distributed.all_reduced import all_reduced
 from ._errors import (
@@ -30,6 +32,7 @@ from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
 from ._implicit.root_rules import root_jvp, root_vjp
 from ._info import SolveInfo, Status
+from ._public import settle as _settle
 from .conditions._fixed_point import FixedPoint
 from .conditions._gauss_newton import GaussNewton
 from .conditions._gradient_step import ProjectedGradient, ProximalGradient
@@ -140,14 +143,17 @@ __all__ = [
 ]
 
 
+_settle(globals(), *map(vars, (_estimators, inner, projections, prox, _solvers)))
+
+
 def __getattr__(name: str) -> Any:
     """Import the bi-level methods, a sixth of all there is, when one is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import bilevel
 
-    found = globals()[name] = getattr(bilevel, name)
-    return found
+    method = globals()[name] = getattr(bilevel, name)
+    return method
 
 
 def __dir__() -> list[str]:

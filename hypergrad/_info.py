@@ -1,4 +1,4 @@
-"""What comes back with an answer: the status of a linear solve and the evidence for it."""
+"""The evidence for a hypergradient, and the status of a linear solve."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class SolveInfo:
         otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
         without such a change. See the page on reliability for how often it holds.
     degeneracy : Tensor
-        Whether ``params`` sits where the solution has no single derivative. At a kink of a proximal
+        How far apart the derivatives of the solution on its two sides are. At a kink of a proximal
         map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the
         derivative of the map that was taken and D' that on the other side. Infinite where the
         gradients of the active constraints of `KKT` are linearly dependent. Zero elsewhere; NaN
@@ -198,14 +198,14 @@ def _flatten(info: SolveInfo) -> tuple[list[Any], _Static]:
 def _unflatten(leaves: Any, static: _Static) -> SolveInfo:
     method, present, shapes = static
     fields: dict[str, Any] = dict.fromkeys(_FIELDS)
-    given = iter(leaves)
+    remaining = iter(leaves)
     for name, shape in zip(present, shapes, strict=True):
         if shape is None:
-            fields[name] = next(given)
+            fields[name] = next(remaining)
         else:
             spec, missing = shape
             fields[name] = pytree.tree_unflatten(
-                [None if absent else next(given) for absent in missing], spec
+                [None if absent else next(remaining) for absent in missing], spec
             )
     return SolveInfo(**fields, method=method)
 

@@ -13,7 +13,7 @@ _MOST = 2  # leaves of a pytree that are shown one by one
 
 
 def shown(value: Any) -> str:
-    """A number, or a pytree with shapes in place of its tensors."""
+    """Write a number, or a pytree with shapes in place of its tensors."""
     if isinstance(value, Tensor):
         if value.ndim == 0 and value.device.type != "meta" and not _wrapped(value):
             number = value.item()
@@ -28,9 +28,9 @@ def shown(value: Any) -> str:
 
 
 def fields_of(record: Any) -> str:
-    """The ``repr`` of a dataclass."""
-    parts = [f"{f.name}={_field(getattr(record, f.name))}" for f in dataclasses.fields(record)]
-    return f"{type(record).__name__}({', '.join(parts)})"
+    """Write the ``repr`` of a dataclass."""
+    fields = [f"{f.name}={_field(getattr(record, f.name))}" for f in dataclasses.fields(record)]
+    return f"{type(record).__name__}({', '.join(fields)})"
 
 
 def _field(value: Any) -> str:

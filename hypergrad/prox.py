@@ -273,13 +273,15 @@ def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     def one(v: Tensor, penalty: Number) -> Tensor:
         if v.ndim < 2:
             raise StructureMismatch(
-                f"nuclear takes matrices; a leaf of v has the shape {tuple(v.shape)}."
+                f"nuclear takes matrices; a leaf of v has the shape {tuple(v.shape)}.",
+                argument="v",
             )
         threshold = step_size * not_negative("penalty", penalty)
         if isinstance(threshold, Tensor) and threshold.numel() != 1:
             raise StructureMismatch(
                 f"penalty must be one number for each leaf of v; it has the shape "
-                f"{tuple(threshold.shape)}."
+                f"{tuple(threshold.shape)}.",
+                argument="penalty",
             )
         return shrunk_singular_values(v, threshold)
 
@@ -436,7 +438,8 @@ def as_floating(name: str, value: Any) -> Tensor:
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     raise StructureMismatch(
         f"{name} is of type {kind}, which cannot be mapped. Pass a floating-point tensor, or "
-        "leave it out."
+        "leave it out.",
+        leaf=name,
     )
 
 
@@ -460,7 +463,8 @@ def _with_each(one: Callable[[Tensor, Any], Tensor], v: Any, values: Any) -> Any
     if other != spec or (other.is_leaf() and given[0] is None):
         if len(given) != 1 or not isinstance(values, float | int | Tensor):
             raise StructureMismatch(
-                f"A penalty must be one number or have the structure of v: {spec}; got {other}."
+                f"A penalty must be one number or have the structure of v: {spec}; got {other}.",
+                argument="penalty",
             )
         given = given * len(keyed)
     mapped = [

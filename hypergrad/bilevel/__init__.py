@@ -1,5 +1,6 @@
 """The loop for the outer problem, and the methods by which it makes a step: a file for each."""
 
+from .._public import settle as _settle
 from ._alternating import Alternating
 from ._amigo import AmIGO
 from ._bilevel import Bilevel
@@ -22,3 +23,5 @@ __all__ = [
     "StepInfo",
     "StocBiO",
 ]
+
+_settle(globals())

@@ -20,12 +20,13 @@ def load(target: Tensor, name: str, value: Any, *, dry: bool = False) -> None:
         If its shape or dtype is another.
     """
     if not isinstance(value, Tensor):
-        raise StructureMismatch(f"{name} must be a tensor; got {type(value).__name__}.")
+        raise StructureMismatch(f"{name} must be a tensor; got {type(value).__name__}.", leaf=name)
     if value.shape != target.shape or value.dtype != target.dtype:
         raise StructureMismatch(
             f"{name} was saved with shape {tuple(value.shape)} and dtype {value.dtype}, but here "
             f"it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the state of "
-            "another problem."
+            "another problem.",
+            leaf=name,
         )
     if not dry:
         with torch.no_grad():
@@ -40,15 +41,19 @@ def copied(state: Any) -> Any:
 def match(own: Any, saved: Any, path: str) -> None:
     """Refuse a method's state that is shaped like none of this problem's."""
     if type(own) is not type(saved):
-        raise StructureMismatch(f"{path} is a {type(saved).__name__}, not a {type(own).__name__}.")
+        raise StructureMismatch(
+            f"{path} is a {type(saved).__name__}, not a {type(own).__name__}.", leaf=path
+        )
     if isinstance(own, dict):
         if own.keys() != saved.keys():
-            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(own)}.")
+            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(own)}.", leaf=path)
         for name in own:
             match(own[name], saved[name], f"{path}[{name!r}]")
     elif isinstance(own, list):
         if len(own) != len(saved):
-            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(own)}.")
+            raise StructureMismatch(
+                f"{path} holds {len(saved)} entries, not {len(own)}.", leaf=path
+            )
         for place, pair in enumerate(zip(own, saved, strict=True)):
             match(*pair, f"{path}[{place}]")
     elif isinstance(own, Tensor):

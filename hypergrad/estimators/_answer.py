@@ -15,11 +15,11 @@ from .._autograd.host import all_tasks
 from .._autograd.refusals import refuse_derivatives
 from .._autograd.trace import being_traced
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
-from .._implicit.causes import derivative
+from .._implicit.causes import Place, derivative
 from .._implicit.task_norms import finite
-from .._implicit.verdict import OnFailure, counted, warn
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
+from .._warnings import OnFailure, counted, warn
 
 F32 = torch.float32
 
@@ -84,11 +84,14 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
     ]
     if on_failure != "ignore":
         refuse_not_finite([
-            *(("params" + path, leaf, cure) for path, leaf in _named(found.params)),
-            ("the outer loss", found.value, _OF_VALUE),
             *(
-                (f"the gradient by {H.variable_path(i)}", leaf, _OF_GRADIENT)
-                for i, leaf in enumerate(leaves)
+                Place(f"params{path}", leaf, lambda: cure, f"params{path}")
+                for path, leaf in _named(found.params)
+            ),
+            Place("the outer loss", found.value, lambda: _OF_VALUE, argument="outer"),
+            *(
+                Place(f"the gradient by {path}", leaf, lambda: _OF_GRADIENT, path)
+                for path, leaf in zip(map(H.variable_path, range(len(leaves))), leaves, strict=True)
             ),
         ])
 
@@ -103,30 +106,32 @@ def hypergradient(name: str, H: Tree, found: Found, on_failure: OnFailure, cure:
     return H.fill(refuse_derivatives(leaves, sources, error, plain=being_traced()))
 
 
-def refuse_not_finite(places: Sequence[tuple[str, Tensor, str]]) -> None:
+def refuse_not_finite(places: Sequence[Place]) -> None:
     """Raise, naming the first place and how many tasks, if a number is not finite.
 
     Reads one packed tensor from the device.
 
     Parameters
     ----------
-    places : sequence of (str, Tensor, str)
-        What is looked at, and what to do where it is the first that is not finite.
+    places : sequence of Place
+        What is looked at.
 
     Raises
     ------
     NotFinite
         If one is not.
     """
-    sound = finite((), *[tensor for _, tensor, _ in places])
+    sound = finite((), *[place.tensor for place in places])
     rows = all_tasks(sound.reshape(1)).reshape(-1).tolist()
     if all(rows):
         return
     tasks = f"{rows.count(False)} of {len(rows)} tasks: " if len(rows) > 1 else ""
-    bad = ((what, cure) for what, tensor, cure in places if not _all_finite(tensor))
-    where, cure = next(bad, ("the answer", ""))
+    bad = next(place for place in places if not _all_finite(place.tensor))
     raise NotFinite(
-        f"{tasks}{where} holds NaN or infinity. {cure} on_failure='ignore' leaves NaN as NaN."
+        f"{tasks}{bad.where} holds NaN or infinity. {bad.cure()} on_failure='ignore' leaves NaN as "
+        "NaN.",
+        leaf=bad.leaf,
+        argument=bad.argument,
     )
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from .._autograd.refusals import never_compiled
 from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._info import SolveInfo, Status
 from .._mistakes import explained
 from .._pytrees import Layout
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import plus
 from ..solvers._base import norm
 from ._answer import Found, evidence, hypergradient, judge_figure

@@ -169,7 +169,8 @@ def require_params(slopes: Slopes) -> None:
             "outer does not depend on params, so the inner problem plays no part in its gradient. "
             "Use params in outer: a module must be called as torch.func.functional_call(module, "
             "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
-            "connection."
+            "connection.",
+            argument="params",
         )
 
 

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from .._autograd.refusals import never_compiled
 from .._errors import Diverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import plus
 from ._answer import Found, hypergradient, judge_figure
 from ._inner_loop import map_tensors

@@ -66,7 +66,7 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     keyed, spec = pytree.tree_flatten_with_path(v)
     there = [(pytree.keystr(path), leaf) for path, leaf in keyed if leaf is not None]
     if not there:
-        raise StructureMismatch("v holds no tensor to project.")
+        raise StructureMismatch("v holds no tensor to project.", argument="v")
     if len(there) == 1:
         parts = [as_floating("v" + there[0][0], there[0][1])]
     else:
@@ -74,7 +74,8 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
                 raise StructureMismatch(
                     f"v{path} is {_kind(leaf)}, and the set takes all leaves together: pass it as "
-                    "a floating-point tensor if it is a coordinate, or leave it out of v."
+                    "a floating-point tensor if it is a coordinate, or leave it out of v.",
+                    leaf=f"v{path}",
                 )
         parts = [leaf for _, leaf in there]
     dtype = parts[0].dtype
@@ -125,11 +126,12 @@ def one_number(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise StructureMismatch(
-                f"{name} must be one number; it has the shape {tuple(value.shape)}."
+                f"{name} must be one number; it has the shape {tuple(value.shape)}.",
+                argument=name,
             )
         return value.reshape(())
     if not isinstance(value, int | float):
-        raise StructureMismatch(f"{name} must be one number; got {_kind(value)}.")
+        raise StructureMismatch(f"{name} must be one number; got {_kind(value)}.", argument=name)
     return value
 
 
@@ -162,7 +164,8 @@ def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
         array = array.expand(shape)
     if array.shape != shape:
         raise StructureMismatch(
-            f"{name} must have the shape {shape}, to go with v; it has {tuple(array.shape)}."
+            f"{name} must have the shape {shape}, to go with v; it has {tuple(array.shape)}.",
+            argument=name,
         )
     return array
 

@@ -136,5 +136,6 @@ def _for_each(name: str, bound: Any, leaves: list[Any], spec: Any) -> list[Any]:
     if len(given) == 1 and (bound is None or isinstance(bound, float | int | Tensor)):
         return given * len(leaves)
     raise StructureMismatch(
-        f"{name} must be one number or have the structure of v: {spec}; got {other}."
+        f"{name} must be one number or have the structure of v: {spec}; got {other}.",
+        argument=name,
     )

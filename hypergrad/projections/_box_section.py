@@ -52,7 +52,9 @@ def box_section(v: Tensor, lower: Any, upper: Any, w: Any, c: Number) -> Tensor:
     """
     v = as_floating("v", v)
     if v.ndim != 1:
-        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+        raise StructureMismatch(
+            f"v must be a vector; it has the shape {tuple(v.shape)}.", argument="v"
+        )
     shape, wide = tuple(v.shape), widest(v)
     low, high, weights = (
         described(name, value, shape, wide)

@@ -55,7 +55,9 @@ def polyhedron(v: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
     """
     v = as_floating("v", v)
     if v.ndim != 1:
-        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+        raise StructureMismatch(
+            f"v must be a vector; it has the shape {tuple(v.shape)}.", argument="v"
+        )
     wide, n = widest(v), v.shape[0]
     rows, levels = [], []
     for (name, matrix), (its, level) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
