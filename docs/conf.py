@@ -7,6 +7,13 @@ from pathlib import Path
 from sphinx.pycode.parser import VariableCommentPicker
 
 import hypergrad
+from hypergrad import _public
+
+# Sphinx reads an object's source, and looks for it in the module that the object names.
+for public in [f"hypergrad.{name}" for name in hypergrad.__all__] + list(_public.WRITTEN_IN):
+    home, _, name = public.rpartition(".")
+    thing = getattr(sys.modules[home], name)  # some are imported when they are asked for
+    thing.__module__ = _public.WRITTEN_IN[public]
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -5,12 +5,15 @@ The answer is right, or it says that it may not be.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import estimators as _estimators
 from . import inner as inner
 from . import inner_solvers as inner_solvers
 from . import projections as projections
 from . import prox as prox
+from . import solvers as _solvers
 from ._check.report import Report, check_hypergrad
 from ._distributed.all_reduced import all_reduced
 from ._errors import (
@@ -31,6 +34,7 @@ from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
 from ._implicit.root_rules import root_jvp, root_vjp
 from ._info import SolveInfo, Status
+from ._public import settle as _settle
 from .conditions._fixed_point import FixedPoint
 from .conditions._gauss_newton import GaussNewton
 from .conditions._gradient_step import ProjectedGradient, ProximalGradient
@@ -143,12 +147,16 @@ __all__ = [
 ]
 
 
+_settle(globals(), *map(vars, (_estimators, inner_solvers, projections, prox, _solvers)))
+
+
 def __getattr__(name: str) -> Any:
     """Import the bi-level methods, a sixth of all there is, when one is first asked for."""
-    if name not in __all__:
+    if name not in __all__ and name != "bilevel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import bilevel
-
+    bilevel = importlib.import_module(f"{__name__}.bilevel")
+    if name == "bilevel":
+        return bilevel
     method = globals()[name] = getattr(bilevel, name)
     return method
 

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._info import SolveInfo
+
 
 class HypergradError(Exception):
     """Base class of every error that this library raises on purpose.
 
+    Its text is for people and may change. A program reads these attributes, each of which is None
+    where there is no such thing; they are kept when an error is pickled or copied.
+
+    Attributes
+    ----------
+    info : SolveInfo or None
+        The evidence of the answer that was refused, without `solution`, `outer_value` and `aux`.
+        Of a batch each figure has the tasks in front.
+    leaf : str or None
+        The path of the leaf at fault, such as ``params['0.weight']``.
+    argument : str or None
+        The name of the argument at fault, such as ``hparams``; of a leaf, the one it belongs to.
+
     Examples
     --------
-    >>> import hypergrad
-    >>> issubclass(hypergrad.NotConverged, hypergrad.HypergradError)
-    True
+    >>> import torch, hypergrad
+    >>> inner, one = lambda w, t: ((w["a"] - t) ** 2).sum(), torch.ones(2)
+    >>> try:
+    ...     hypergrad.implicit_grad(lambda w, t: w["a"].sum(), inner, {"a": one, "b": one}, one)
+    ... except hypergrad.HypergradError as error:
+    ...     type(error).__name__, error.leaf, error.argument, error.info
+    ('NotConnected', "params['b']", 'params', None)
     """
+
+    info: SolveInfo | None
+    leaf: str | None
+    argument: str | None
+
+    def __init__(
+        self,
+        *args: object,
+        info: SolveInfo | None = None,
+        leaf: str | None = None,
+        argument: str | None = None,
+    ) -> None:
+        self.args = args  # as Exception.__init__ does, which torch.export cannot trace
+        self.info, self.leaf = info, leaf
+        self.argument = argument if argument is not None or leaf is None else argument_of(leaf)
+
+
+def argument_of(leaf: str) -> str | None:
+    """The name that a path begins with; None where it begins with words."""
+    name = re.match(r"[A-Za-z_]\w*(?=$|[\[.(]| for )", leaf)
+    return name and name[0]
 
 
 class NotConverged(HypergradError):
     """The inner problem or the linear system was not solved to its tolerance.
 
     Or so it counts: params has run away, `GaussNewton` leaves out what changes the answer, or a
-    residual is small only in units that hide an error.
+    residual is small only in units that hide an error. `info` holds the evidence.
 
     Examples
     --------
@@ -27,14 +71,15 @@ class NotConverged(HypergradError):
     >>> t = torch.ones(2)  # which is the minimiser
     >>> hypergrad.implicit_grad(outer, inner, t + 1, t, on_failure="raise")
     Traceback (most recent call last):
-    hypergrad._errors.NotConverged: params does not solve the inner problem: ...
+    hypergrad.NotConverged: params does not solve the inner problem: ...
     """
 
 
 class IndefiniteHessian(HypergradError):
     """Negative curvature was met where there is to be a minimum, by whatever solver.
 
-    Also by a solver that needs a positive definite matrix, in another condition.
+    Also by a solver that needs a positive definite matrix, in another condition. `info` holds the
+    evidence.
 
     Examples
     --------
@@ -45,7 +90,7 @@ class IndefiniteHessian(HypergradError):
     ...     lambda w, t: (w**2).sum(), saddle, one, one, solver=hypergrad.CG(), on_failure="raise"
     ... )
     Traceback (most recent call last):
-    hypergrad._errors.IndefiniteHessian: CG met negative curvature (p.Ap <= 0) ...
+    hypergrad.IndefiniteHessian: CG met negative curvature (p.Ap <= 0) ...
     """
 
 
@@ -53,7 +98,7 @@ class SingularHessian(HypergradError):
     """The matrix of the linear system is singular, and the derivative is not determined.
 
     The system has no solution, or it has one here and none a little further on. In forward mode
-    a lack of rank is enough.
+    a lack of rank is enough. `info` holds the evidence.
 
     Examples
     --------
@@ -62,12 +107,14 @@ class SingularHessian(HypergradError):
     >>> w, t = torch.tensor([2.0, 0.0]), torch.tensor(2.0)
     >>> hypergrad.implicit_grad(lambda w, t: (w**2).sum(), flat, w, t, on_failure="raise")
     Traceback (most recent call last):
-    hypergrad._errors.SingularHessian: The matrix is singular and the system has no solution ...
+    hypergrad.SingularHessian: The matrix is singular and the system has no solution ...
     """
 
 
 class NotDifferentiable(HypergradError):
     """The inner solution has a kink, where it has another derivative on each side.
+
+    `info` holds the evidence.
 
     Examples
     --------
@@ -78,12 +125,14 @@ class NotDifferentiable(HypergradError):
     >>> zero, one = torch.tensor(0.0), torch.tensor(1.0)  # the minimiser is max(t - 1, 0)
     >>> hypergrad.implicit_grad(lambda w, t: w, lasso, zero, one, on_failure="raise")
     Traceback (most recent call last):
-    hypergrad._errors.NotDifferentiable: params sits at a kink of the inner problem, ...
+    hypergrad.NotDifferentiable: params sits at a kink of the inner problem, ...
     """
 
 
 class Diverged(HypergradError):
     """An iteration moved away from the solution, for example a Neumann series.
+
+    `info` holds the evidence, where the iteration was that of a linear solver.
 
     Examples
     --------
@@ -94,12 +143,15 @@ class Diverged(HypergradError):
     ...     lambda w, t: (w**2).sum(), inner, one, one, solver=series, on_failure="raise"
     ... )
     Traceback (most recent call last):
-    hypergrad._errors.Diverged: Neumann diverged: its terms grew...
+    hypergrad.Diverged: Neumann diverged: its terms grew...
     """
 
 
 class NotFinite(HypergradError):
     """A loss, a gradient, a product or the answer holds NaN or infinity.
+
+    `leaf` and `argument` say where the first of them was met, `info` holds the evidence of the
+    linear solve where it came so far.
 
     Examples
     --------
@@ -107,12 +159,14 @@ class NotFinite(HypergradError):
     >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
     >>> hypergrad.implicit_grad(lambda w, t: (w - 2).log().sum(), inner, one, one)
     Traceback (most recent call last):
-    hypergrad._errors.NotFinite: the outer loss holds NaN or infinity. ...
+    hypergrad.NotFinite: the outer loss holds NaN or infinity. ...
     """
 
 
 class NotConnected(HypergradError):
     """A function does not depend on an argument that it must depend on.
+
+    `argument` names the latter, and `leaf` the leaf of it where others are connected.
 
     Examples
     --------
@@ -120,7 +174,7 @@ class NotConnected(HypergradError):
     >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
     >>> hypergrad.implicit_grad(lambda w, t: (t**2).sum(), inner, one, one)
     Traceback (most recent call last):
-    hypergrad._errors.NotConnected: outer does not depend on params, ...
+    hypergrad.NotConnected: outer does not depend on params, ...
     """
 
 
@@ -128,7 +182,7 @@ class RankFailed(HypergradError):
     """Another process has failed, has ended, or has other numbers than this one.
 
     Every process raises it, so that none waits for ever; the message names the process whose own
-    error is the one to look for.
+    error is the one to look for. It has no `info`, no `leaf` and no `argument`.
 
     Examples
     --------
@@ -141,18 +195,22 @@ class RankFailed(HypergradError):
 class StructureMismatch(HypergradError, ValueError):
     """An argument has another structure, shape, dtype or device than it must have.
 
+    `argument` names it, and `leaf` the leaf of it where that is known.
+
     Examples
     --------
     >>> import torch, hypergrad
     >>> inner, one = lambda w, t: ((w - t) ** 2).sum(), torch.ones(2)
     >>> hypergrad.implicit_grad(lambda w, t: w, inner, one, one)
     Traceback (most recent call last):
-    hypergrad._errors.StructureMismatch: outer must return a scalar tensor; ...
+    hypergrad.StructureMismatch: outer must return a scalar tensor; ...
     """
 
 
 class UnsupportedOperation(HypergradError):
     """What was asked for cannot be computed rightly; the message says what to do instead.
+
+    `leaf` and `argument` name the leaf that it is about, where there is one.
 
     Examples
     --------
@@ -160,7 +218,7 @@ class UnsupportedOperation(HypergradError):
     >>> root, one = hypergrad.Root(lambda w, t: w - t), torch.ones(2)
     >>> hypergrad.implicit_grad(lambda w, t: (w**2).sum(), root, one, one, solver=hypergrad.CG())
     Traceback (most recent call last):
-    hypergrad._errors.UnsupportedOperation: CG needs a symmetric matrix, ...
+    hypergrad.UnsupportedOperation: CG needs a symmetric matrix, ...
     """
 
 

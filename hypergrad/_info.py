@@ -1,4 +1,4 @@
-"""What comes back with an answer: the status of a linear solve and the evidence for it."""
+"""The evidence for a hypergradient, and the status of a linear solve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._shown import fields_of
+from ._autograd.transforms import is_wrapped
+
+_MOST = 2  # leaves of a pytree that are shown one by one
 
 
 class Status(IntEnum):
@@ -92,7 +94,7 @@ class SolveInfo:
         otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
         without such a change. See the page on reliability for how often it holds.
     degeneracy : Tensor
-        Whether ``params`` sits where the solution has no single derivative. At a kink of a proximal
+        How far apart the derivatives of the solution on its two sides are. At a kink of a proximal
         map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the
         derivative of the map that was taken and D' that on the other side. Infinite where the
         gradients of the active constraints of `KKT` are linearly dependent. Zero elsewhere; NaN
@@ -198,14 +200,14 @@ def _flatten(info: SolveInfo) -> tuple[list[Any], _Static]:
 def _unflatten(leaves: Any, static: _Static) -> SolveInfo:
     method, present, shapes = static
     fields: dict[str, Any] = dict.fromkeys(_FIELDS)
-    given = iter(leaves)
+    remaining = iter(leaves)
     for name, shape in zip(present, shapes, strict=True):
         if shape is None:
-            fields[name] = next(given)
+            fields[name] = next(remaining)
         else:
             spec, missing = shape
             fields[name] = pytree.tree_unflatten(
-                [None if absent else next(given) for absent in missing], spec
+                [None if absent else next(remaining) for absent in missing], spec
             )
     return SolveInfo(**fields, method=method)
 
@@ -217,3 +219,46 @@ pytree.register_pytree_node(
     serialized_type_name="hypergrad.SolveInfo",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+
+
+def shown(value: Any) -> str:
+    """Write a number, or a pytree with shapes in place of its tensors."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and value.device.type != "meta" and not is_wrapped(value):
+            number = value.item()
+            return f"{number:.4g}" if isinstance(number, float) else str(number)
+        return _shape(value)
+    leaves, spec = pytree.tree_flatten(value)
+    if sum(isinstance(leaf, Tensor) for leaf in leaves) > _MOST:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        entries = sum(t.numel() for t in tensors)
+        return f"<{len(tensors)} tensors of {entries} entries>"
+    return repr(pytree.tree_unflatten([_Leaf(leaf) for leaf in leaves], spec))
+
+
+def fields_of(record: Any) -> str:
+    """Write the ``repr`` of a dataclass."""
+    fields = [f"{f.name}={_field(getattr(record, f.name))}" for f in dataclasses.fields(record)]
+    return f"{type(record).__name__}({', '.join(fields)})"
+
+
+def _field(value: Any) -> str:
+    plain = isinstance(value, str | int | float | dict | type(None))
+    tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    if dataclasses.is_dataclass(value) or (plain and not tensors):
+        return repr(value)
+    return shown(value)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+class _Leaf:
+    """A leaf of a pytree, whose repr is its shape."""
+
+    def __init__(self, leaf: Any) -> None:
+        self._text = _shape(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+
+    def __repr__(self) -> str:
+        return self._text

@@ -42,14 +42,14 @@ _SAME = tuple(
 _OF_SOLVERS = ("maxiter", "rtol", "atol", "damping", "preconditioner")
 
 
-def refuse_unknown(name: str, known: Collection[str], given: Collection[str]) -> None:
+def refuse_unknown(name: str, known: Collection[str], keywords: Collection[str]) -> None:
     """Raise where a keyword is none that a function or a class takes.
 
     Parameters
     ----------
     name : str
         What is called.
-    known, given : collection of str
+    known, keywords : collection of str
         The keywords that it takes, and those that it was called with.
 
     Raises
@@ -57,7 +57,7 @@ def refuse_unknown(name: str, known: Collection[str], given: Collection[str]) ->
     TypeError
         With the keyword that was meant.
     """
-    for word in given:
+    for word in keywords:
         if word in known:
             continue
         meant = _meant(word, known)
@@ -78,7 +78,7 @@ def refuse_unknown(name: str, known: Collection[str], given: Collection[str]) ->
 
 
 def _meant(word: str, known: Collection[str]) -> str | None:
-    """The known word that a word stands for, or that it is a misspelling of."""
+    """Find the known word that a word stands for, or that it is a misspelling of."""
     bare = {other.replace("_", "").lower(): other for other in known}
     plain = word.replace("_", "").lower()
     if plain in bare:
@@ -127,11 +127,11 @@ def explained(entrance: Fun) -> Fun:
         except (HypergradError, *_USERS) as error:
             if isinstance(error, HypergradError) and not isinstance(error, StructureMismatch):
                 raise
-            given = {**dict(zip(signature.parameters, args, strict=False)), **keywords}
+            arguments = {**dict(zip(signature.parameters, args, strict=False)), **keywords}
             if isinstance(error, RuntimeError):
                 of_values = ("params", "init", "hparams", "args")
-                refuse_meta(*(Tree(k, given[k]) for k in of_values if k in given))
-            _explain(entrance.__name__, known, given, error)
+                refuse_meta(*(Tree(k, arguments[k]) for k in of_values if k in arguments))
+            _explain(entrance.__name__, known, arguments, error)
             raise
 
     return cast("Fun", call)
@@ -142,23 +142,23 @@ _USERS = (TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 
 def _explain(
-    entrance: str, known: Sequence[str], given: Mapping[str, Any], error: Exception
+    entrance: str, known: Sequence[str], arguments: Mapping[str, Any], error: Exception
 ) -> None:
     """Raise a better error where one can be had."""
     if known[0] != "F" and known[3] != "hparams":  # a decorator, which calls no function yet
         return
-    if any(name not in given for name in known[:4]) or "self" in given:
+    if any(name not in arguments for name in known[:4]) or "self" in arguments:
         return
     if known[0] == "F":
         if isinstance(error, TypeError):
-            args = [f"args[{i}]" for i in range(len(given["args"]))]
-            refuse_signatures("F", given["F"], ("params", *args), error)
+            args = [f"args[{i}]" for i in range(len(arguments["args"]))]
+            refuse_signatures("F", arguments["F"], ("params", *args), error)
         return
-    params, hparams = given[known[2]], given[known[3]]
-    functions = [(name, f) for k in known[:2] for name, f in _functions(k, given[k])]
+    params, hparams = arguments[known[2]], arguments[known[3]]
+    functions = [(name, f) for k in known[:2] for name, f in _functions(k, arguments[k])]
     if isinstance(error, TypeError):
         for name in known[:2]:
-            refuse_signatures(name, given[name], ("params", "hparams"), error)
+            refuse_signatures(name, arguments[name], ("params", "hparams"), error)
     if any(callable(value) for value in (params, hparams)):
         return
     calls = [function for _, function in functions]
@@ -167,7 +167,8 @@ def _explain(
     raise StructureMismatch(
         f"{known[2]} and {known[3]} look exchanged: the functions fail on them in this order, and "
         f"work in the other. Call {entrance}({', '.join(known[:4])}), and write them as functions "
-        f"of (params, hparams). ({error})"
+        f"of (params, hparams). ({error})",
+        argument=known[2],
     ) from error
 
 
@@ -212,7 +213,7 @@ def _binds(signature: inspect.Signature, arguments: Sequence[str]) -> bool:
 
 
 def _functions(name: str, value: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The functions of ``(params, hparams)`` in an argument, with their names."""
+    """List the functions of ``(params, hparams)`` in an argument, with their names."""
     if getattr(type(value), "functions", None) is None:
         return [(name, value)] if callable(value) else []
     # Of a condition, those that are given these two.
@@ -225,7 +226,7 @@ def _functions(name: str, value: Any) -> list[tuple[str, Callable[..., Any]]]:
 
 
 def _work(functions: Sequence[Callable[..., Any]], first: Any, second: Any) -> bool:
-    """Whether all functions return something usual, given these arguments."""
+    """See whether all functions return something usual of these arguments."""
     first, second = (
         pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, value)
         for value in (first, second)

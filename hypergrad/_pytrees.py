@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.utils import _pytree as pytree
 
 from ._autograd.transforms import layers
-from ._errors import StructureMismatch, UnsupportedOperation
+from ._errors import StructureMismatch, UnsupportedOperation, argument_of
 
 _DIFFERENTIABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -73,7 +73,8 @@ class Tree:
                 raise UnsupportedOperation(
                     f"{self.path(index)} is complex ({leaf.dtype}); hypergrad differentiates real "
                     "tensors only. Pass torch.view_as_real(tensor) and go back to complex inside "
-                    "the function."
+                    "the function.",
+                    leaf=self.path(index),
                 )
             variable = _is_variable(leaf) and not frozen(leaf)
             if variable and of_autograd:
@@ -124,12 +125,14 @@ class Tree:
             if kind == "ndarray":
                 raise StructureMismatch(
                     f"{self.path(index)} is a NumPy array, which carries no derivative; pass "
-                    "torch.as_tensor(...) of it."
+                    "torch.as_tensor(...) of it.",
+                    leaf=self.path(index),
                 )
             if _hides_tensors(leaf):
                 raise StructureMismatch(
                     f"{self.path(index)} is a {kind}, which torch does not know as a pytree, so "
-                    "that the tensors in it would be constants; pass a dict or a tuple of them."
+                    "that the tensors in it would be constants; pass a dict or a tuple of them.",
+                    leaf=self.path(index),
                 )
 
     def refuse_constant(self) -> None:
@@ -149,7 +152,8 @@ class Tree:
             raise StructureMismatch(
                 f"{self.name} holds no floating-point tensor to differentiate with respect to "
                 f"(it holds {', '.join(sorted(kinds)) or 'nothing'}). Pass a number as "
-                "torch.tensor(2.0), integers as tensor.float()."
+                "torch.tensor(2.0), integers as tensor.float().",
+                argument=self.name,
             )
 
     def rebuild(self, variables: Sequence[Any]) -> Any:
@@ -207,7 +211,8 @@ class Tree:
         if spec != self.spec:
             raise StructureMismatch(
                 f"{what} must have the structure of {self.name}: expected "
-                f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}.{cure}"
+                f"{_shown(self.leaves, self.spec)}, got {_shown(leaves, spec)}.{cure}",
+                argument=argument_of(what),
             )
         variables = []
         for index in self.where:
@@ -216,7 +221,8 @@ class Tree:
             if not isinstance(got, Tensor):
                 raise StructureMismatch(
                     f"{path} must be a tensor of shape {tuple(want.shape)}, like "
-                    f"{self.path(index)}; got {type(got).__name__}.{cure}"
+                    f"{self.path(index)}; got {type(got).__name__}.{cure}",
+                    leaf=path,
                 )
             refuse_odd(path, got)
             for figure, expected, actual in (
@@ -228,7 +234,8 @@ class Tree:
                     raise StructureMismatch(
                         f"{path} has {figure} {actual}, but {self.path(index)} has "
                         f"{figure} {expected}; they must agree."
-                        + (cure if figure == "shape" else "")
+                        + (cure if figure == "shape" else ""),
+                        leaf=path,
                     )
             variables.append(got)
         return variables
@@ -246,7 +253,8 @@ def refuse_meta(*trees: Tree) -> None:
     if named and all(variable.is_meta for _, variable in named):
         raise UnsupportedOperation(
             f"{named[0][0]} is on the meta device and has no values. Give it some, with "
-            "module.to_empty(device=...) and load_state_dict."
+            "module.to_empty(device=...) and load_state_dict.",
+            leaf=named[0][0],
         )
 
 
@@ -271,7 +279,8 @@ class Layout:
             if variable.device != self.device:
                 raise StructureMismatch(
                     f"{tree.variable_path(position)} is on {variable.device} but "
-                    f"{tree.variable_path(0)} is on {self.device}; move them to one device."
+                    f"{tree.variable_path(0)} is on {self.device}; move them to one device.",
+                    leaf=tree.variable_path(position),
                 )
         self.precision = max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = torch.float32
@@ -382,7 +391,7 @@ def refuse_odd(path: str, leaf: Any, *, constants: bool = False) -> None:
         why = f"is of dtype {leaf.dtype}, which has no arithmetic. Pass tensor.float()"
     if why and not (constants and not leaf.requires_grad):
         so = ", so that it cannot be a variable" if constants else ""
-        raise UnsupportedOperation(f"{path} {why}{so}.")
+        raise UnsupportedOperation(f"{path} {why}{so}.", leaf=path)
 
 
 def _hides_tensors(leaf: Any) -> bool:
@@ -400,7 +409,8 @@ def _refuse_modules(name: str, value: Any, *, constants: bool = False) -> None:
         kind = "an nn.Module" if isinstance(value, nn.Module) else "a generator"
         raise StructureMismatch(
             f"{name} is {kind}; pass its tensors as dict(module.named_parameters()) and call it as "
-            "torch.func.functional_call(module, params, args) in the function."
+            "torch.func.functional_call(module, params, args) in the function.",
+            leaf=name,
         )
 
 

@@ -259,13 +259,15 @@ def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
     def one(v: Tensor, penalty: Number) -> Tensor:
         if v.ndim < 2:
             raise StructureMismatch(
-                f"nuclear takes matrices; a leaf of v has the shape {tuple(v.shape)}."
+                f"nuclear takes matrices; a leaf of v has the shape {tuple(v.shape)}.",
+                argument="v",
             )
         threshold = step_size * not_negative("penalty", penalty)
         if isinstance(threshold, Tensor) and threshold.numel() != 1:
             raise StructureMismatch(
                 f"penalty must be one number for each leaf of v; it has the shape "
-                f"{tuple(threshold.shape)}."
+                f"{tuple(threshold.shape)}.",
+                argument="penalty",
             )
         return shrunk_singular_values(v, threshold)
 
@@ -431,7 +433,8 @@ def as_floating(name: str, value: Any) -> Tensor:
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     raise StructureMismatch(
         f"{name} is of type {kind}, which cannot be mapped. Pass a floating-point tensor, or "
-        "leave it out."
+        "leave it out.",
+        leaf=name,
     )
 
 
@@ -513,5 +516,6 @@ def one_for_each(name: str, values: Any, v: Any, *, none: bool = False) -> list[
     if len(listed) == 1 and single:
         return listed * len(leaves)
     raise StructureMismatch(
-        f"{name} must be one number or have the structure of v: {spec}; got {other}."
+        f"{name} must be one number or have the structure of v: {spec}; got {other}.",
+        argument=name,
     )

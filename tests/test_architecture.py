@@ -12,7 +12,7 @@ HOME = Path(hypergrad.__file__).parent
 MAP = HOME.parent / "docs" / "architecture.md"
 #: From the ground up: a room imports from those below it, and from itself.
 FLOORS = [
-    {"_autograd", "_errors", "_info", "_mistakes", "_pytrees", "_shown", "_warnings"},
+    {"_autograd", "_errors", "_info", "_mistakes", "_public", "_pytrees", "_warnings"},
     {"prox", "projections", "solvers"},
     {"conditions"},
     {"_implicit"},

@@ -106,7 +106,8 @@ def refuse_one_level_reduced(
         raise UnsupportedOperation(
             "One of the two losses is reduced over processes and the other is not, so that every "
             "process would solve another system. Wrap both in hypergrad.all_reduced; one that all "
-            "processes compute alike is divided by their number first."
+            "processes compute alike is divided by their number first.",
+            argument="outer",
         )
 
 

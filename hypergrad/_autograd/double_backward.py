@@ -16,11 +16,14 @@ from .kernels import cure_of
 from .trace import graph
 
 
-def changed_in_place(who: str, what: str = "one of its arguments") -> UnsupportedOperation:
+def changed_in_place(
+    who: str, what: str = "one of its arguments", leaf: str | None = None
+) -> UnsupportedOperation:
     """Say that a function of the caller's has overwritten what it was given."""
     return UnsupportedOperation(
         f"{who} changes {what} in place. Use an operation that returns a new tensor, or "
-        "tensor.clone()."
+        "tensor.clone().",
+        leaf=leaf,
     )
 
 
@@ -115,7 +118,8 @@ def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None
     if "parameter_and_buffer_dicts" in str(error):
         raise StructureMismatch(
             "torch.func.functional_call takes parameters by name: pass "
-            f"dict(module.named_parameters()) as params, not a list of them. ({error})"
+            f"dict(module.named_parameters()) as params, not a list of them. ({error})",
+            argument="params",
         ) from error
     for part, cure in _CURES.items():
         if part in str(error):
@@ -135,11 +139,12 @@ def _refuse_statistics(trees: Sequence[Tree], error: Exception) -> None:
     if "is not differentiable with respect to argument 'running_" not in str(error):
         return
     paths = [tree.variable_path(i) for tree in trees for i in range(len(tree.variables))]
-    named = ", ".join(path for path in paths if "running_" in path)
+    running = [path for path in paths if "running_" in path]
     raise StructureMismatch(
-        f"The running statistics of a norm layer are among the variables ({named or 'a leaf'}): "
-        "they are buffers, which a state_dict() holds too. Pass dict(module.named_parameters()). "
-        f"({error})"
+        "The running statistics of a norm layer are among the variables "
+        f"({', '.join(running) or 'a leaf'}): they are buffers, which a state_dict() holds too. "
+        f"Pass dict(module.named_parameters()). ({error})",
+        leaf=running[0] if running else None,
     ) from error
 
 
@@ -153,7 +158,8 @@ def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
         if device != leaves[0][1]:
             raise StructureMismatch(
                 f"{name} is on {device} but {leaves[0][0]} is on {leaves[0][1]}; move them to one "
-                f"device, or one to the other's inside the loss. ({error})"
+                f"device, or one to the other's inside the loss. ({error})",
+                leaf=name,
             ) from error
 
 

@@ -220,7 +220,9 @@ class Guard(TorchFunctionMode):
         for tree in notes().callers:
             for position, variable in enumerate(tree.variables):
                 if _memory(variable) == memory:
-                    raise changed_in_place("A loss", tree.variable_path(position))
+                    raise changed_in_place(
+                        "A loss", tree.variable_path(position), leaf=tree.variable_path(position)
+                    )
         for module in self._state.modules:
             for name, parameter in module._parameters.items():
                 if parameter is not None and _memory(parameter) == memory:

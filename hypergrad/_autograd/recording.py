@@ -143,7 +143,8 @@ def refuse_past_arguments(
                     f"{what} reaches {tree.variable_path(position)} past its arguments (a module "
                     "called directly, or a captured tensor), so that its derivative would be lost. "
                     "Call a module as torch.func.functional_call(module, params, args), and use "
-                    "the arguments that the function is given."
+                    "the arguments that the function is given.",
+                    leaf=tree.variable_path(position),
                 )
 
 

@@ -1,4 +1,4 @@
-"""Whether the parts of a bi-level problem give the same answer twice."""
+"""Parts of a bi-level problem that do not give the same numbers twice."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _CURE = (
 
 
 def not_deterministic(case: Case) -> str | None:
-    """A loss that gives two values at one point, and what to do about it."""
+    """Look for a loss that gives two values at one point, and say what to do about it."""
 
     def outer() -> Tensor:
         with Guard():
-            loss = case.outer(kept(case.solution), case.given(case.at))
+            loss = case.outer(kept(case.solution), case.hparams_at(case.at))
         return scalar("outer", loss).detach()
 
     apart = _spread(case, outer, torch.zeros((), device="cpu"))
@@ -62,7 +62,7 @@ def not_deterministic(case: Case) -> str | None:
 
 
 def restless(case: Case, line: Direction, gap: float) -> float | None:
-    """How far two solutions with the same random numbers are apart, where that matters.
+    """Measure how far two solutions with the same random numbers are apart, where it matters.
 
     Parameters
     ----------

@@ -26,15 +26,15 @@ class Direction:
         Its name, for people.
     leaf : str
         The leaf that it moves; empty where it moves all of them.
-    parts : list of Tensor
-        A part for each variable.
+    tangents : list of Tensor
+        One for each variable.
     length : float
         How far the variables reach along it: the scale of a step.
     """
 
     label: str
     leaf: str
-    parts: list[Tensor]
+    tangents: list[Tensor]
     length: float
 
     def dot(
@@ -42,60 +42,60 @@ class Direction:
         gradient: Sequence[Tensor | None],
         of_each: Callable[[Tensor], Tensor] = torch.as_tensor,
     ) -> float:
-        """The sum over entries of a gradient times the direction; None stands for zeros."""
+        """Add up the entries of a gradient times the direction; None stands for zeros."""
         return sum(
             float(of_each(d.to(torch.float64) * g.detach().to(torch.float64)).sum())
-            for d, g in zip(self.parts, gradient, strict=True)
+            for d, g in zip(self.tangents, gradient, strict=True)
             if g is not None
         )
 
     def moved(self, variables: Sequence[Tensor], step: float) -> list[Tensor]:
-        """Fresh copies of the variables, a step away."""
+        """Copy the variables to a step away."""
         return [
             (v.detach().to(torch.float64) + step * d.to(torch.float64)).to(v.dtype)
-            for v, d in zip(variables, self.parts, strict=True)
+            for v, d in zip(variables, self.tangents, strict=True)
         ]
 
 
 def directions(tree: Tree) -> list[Direction]:
-    """Every coordinate where there are few; else one in each leaf, and some in all of them."""
+    """Choose every coordinate where there are few; else one in each leaf, and some in all."""
     generator = torch.Generator().manual_seed(0)
     variables = [v.detach() for v in tree.variables]
     scales = [_scale(v) for v in variables]
     names = [tree.variable_path(i) for i in range(len(variables))]
-    found = []
+    lines = []
 
     def zeros() -> list[Tensor]:
         return [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in variables]
 
     def random(places: Sequence[int], label: str, leaf: str) -> Direction:
-        parts = zeros()
+        tangents = zeros()
         for i in places:
             normal = torch.randn(variables[i].shape, generator=generator, dtype=torch.float64)
-            parts[i] = scales[i] * normal.to(variables[i].device)
-        length = math.sqrt(sum(float(p.to(torch.float64).square().sum()) for p in parts))
-        return Direction(label, leaf, [p / length for p in parts], length)
+            tangents[i] = scales[i] * normal.to(variables[i].device)
+        length = math.sqrt(sum(float(t.to(torch.float64).square().sum()) for t in tangents))
+        return Direction(label, leaf, [t / length for t in tangents], length)
 
     if sum(v.numel() for v in variables) <= _FEW:
         for i, v in enumerate(variables):
             for entry in range(v.numel()):
-                parts = zeros()
-                parts[i].view(-1)[entry] = 1.0
+                tangents = zeros()
+                tangents[i].view(-1)[entry] = 1.0
                 label = names[i] + _place(entry, v.shape)
                 length = float(scales[i].reshape(-1)[entry])
-                found.append(Direction(label, names[i], parts, length))
-        return found
+                lines.append(Direction(label, names[i], tangents, length))
+        return lines
     present = [i for i, v in enumerate(variables) if v.numel()]
     for i in present[:_FEW]:
-        found.append(random([i], f"{names[i]}, a random direction", names[i]))
+        lines.append(random([i], f"{names[i]}, a random direction", names[i]))
     if len(present) > 1:
         for _ in range(_TOGETHER):
-            found.append(random(present, f"all of {tree.name}, a random direction", ""))
-    return found
+            lines.append(random(present, f"all of {tree.name}, a random direction", ""))
+    return lines
 
 
 def _place(entry: int, shape: Sequence[int]) -> str:
-    """The index of an entry, as one writes it."""
+    """Write the index of an entry."""
     index: list[int] = []
     for size in reversed(shape):
         entry, k = divmod(entry, size)
@@ -104,7 +104,7 @@ def _place(entry: int, shape: Sequence[int]) -> str:
 
 
 def _scale(variable: Tensor) -> Tensor:
-    """The size of each entry: no less than a tenth of the leaf's own, and 1 where all is zero."""
+    """Size up each entry: no less than a tenth of the leaf's size, and 1 where all is zero."""
     size = variable.to(torch.float64).abs()
     typical = float(size.square().mean().sqrt()) if size.numel() else 0.0
     return size.clamp(min=0.1 * typical) if typical > 0 else torch.ones_like(size)
@@ -117,7 +117,7 @@ def derivative(
     rtol: float,
     least: float = 0.0,
 ) -> tuple[float, float]:
-    """The derivative at 0 by central differences, extrapolated over halved steps.
+    """Differentiate at 0 by central differences, extrapolated over halved steps.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def derivative(
 
     Returns
     -------
-    found : float
+    slope : float
         The derivative; NaN where the function was nowhere finite.
     error : float
         An estimate of its error; infinite where there is none.
@@ -144,7 +144,7 @@ def derivative(
     Ridders, Accurate computation of F'(x) and F'(x) F''(x), 1982.
     """
     eps = torch.finfo(precision).eps
-    found, error = math.nan, math.inf
+    slope, error = math.nan, math.inf
     before: list[float] = []
     for level in range(_LEVELS):
         step = first_step(precision) * length / 2**level
@@ -153,17 +153,17 @@ def derivative(
         row = [(up - down) / (2 * step)]
         for k, previous in enumerate(before):
             row.append((4 ** (k + 1) * row[k] - previous) / (4 ** (k + 1) - 1))
-            own = max(abs(row[-1] - row[k]), abs(row[-1] - previous)) + noise
-            if own < error:
-                found, error = row[-1], own
-        if error <= rtol * max(abs(found), least):
+            estimate = max(abs(row[-1] - row[k]), abs(row[-1] - previous)) + noise
+            if estimate < error:
+                slope, error = row[-1], estimate
+        if error <= rtol * max(abs(slope), least):
             break
         before = row
-    return found, error
+    return slope, error
 
 
 def first_step(precision: torch.dtype) -> float:
-    """The largest step, in units of the argument's scale."""
+    """Say how large the largest step is, in units of the argument's scale."""
     if precision == torch.float64:
         return 4e-3
     return 0.1 if precision == torch.float32 else 0.5

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
 from .._autograd.trace import detached
-from .._errors import StructureMismatch
+from .._errors import HypergradError, NotConnected, StructureMismatch
 from .._implicit.entrance import implicit_grad
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
@@ -59,7 +60,8 @@ class Case:
         if not any(v.numel() for v in self.params.variables):
             raise StructureMismatch(
                 "solve must return params, a pytree with a floating-point tensor in it; it "
-                f"returned {type(self.solution).__name__}. Is a return missing?"
+                f"returned {type(self.solution).__name__}. Is a return missing?",
+                argument="solve",
             )
         # Nothing is taken on trust here: neither the solver nor the symmetry.
         self.plain = condition
@@ -70,15 +72,15 @@ class Case:
 
     # The functions.
 
-    def given(self, variables: Sequence[Tensor]) -> Any:
-        """The hyperparameters with other variables, as copies that are the callee's own."""
+    def hparams_at(self, variables: Sequence[Tensor]) -> Any:
+        """Put other variables into the hyperparameters, as copies that are the callee's own."""
         return pytree.tree_map(_copy, self.tree.rebuild(list(variables)))
 
     def solved(self, variables: Sequence[Tensor]) -> Any:
-        """What `solve` returns, copied: it may train one module in place."""
+        """Call `solve` and copy what it returns: it may train one module in place."""
         try:
             with self._solving.evaluation():
-                return kept(self.solve(self.given(variables)))
+                return kept(self.solve(self.hparams_at(variables)))
         except Exception as error:
             if variables is not self.at:
                 error.add_note(
@@ -88,30 +90,30 @@ class Case:
             raise
 
     def value(self, params: Any, variables: Sequence[Tensor]) -> float:
-        """The outer loss."""
+        """Evaluate the outer loss."""
         with self._outer.evaluation(), Guard():
-            loss = self.outer(kept(params), self.given(variables))
+            loss = self.outer(kept(params), self.hparams_at(variables))
         return float(scalar("outer", loss).detach())
 
     def objective(self, params: Any) -> float:
-        """The inner loss, of a condition that has one."""
+        """Evaluate the inner loss, of a condition that has one."""
         (fun,) = self.condition.functions()
         with self._inner.evaluation(), Guard():
-            loss = fun(kept(params), self.given(self.at))
+            loss = fun(kept(params), self.hparams_at(self.at))
         return float(scalar("inner", loss).detach())
 
     def at_params(self, flat: Tensor) -> Any:
-        """The params that lie in a vector as `flat` puts them there."""
-        parts = self.problem(self.condition, self.solution, self.at).layout().split(flat)
-        pairs = zip(self.params.variables, parts, strict=True)
-        return self.params.rebuild([like(p, part) for p, part in pairs])
+        """Take params out of a vector in which they lie as `flat` puts them there."""
+        leaves = self.problem(self.condition, self.solution, self.at).layout().split(flat)
+        pairs = zip(self.params.variables, leaves, strict=True)
+        return self.params.rebuild([like(p, leaf) for p, leaf in pairs])
 
     def _taken_apart(self, params: Any) -> Tree:
         of_objective = self.condition.of_objective
         return Tree("params", params, skip_frozen=True, of_autograd=of_objective)
 
     def along(self, line: Direction, *, refined: bool = False) -> Callable[[float], float]:
-        """The outer loss at the solution, as a function of a step in the hyperparameters."""
+        """Make the outer loss at the solution a function of a step in the hyperparameters."""
 
         def value(step: float) -> float:
             variables = line.moved(self.at, step)
@@ -127,15 +129,15 @@ class Case:
         return layout.flatten([detached(v) for v in tree.variables])
 
     def adjoint(self, info: SolveInfo) -> Tensor:
-        """The solution of the linear system as one vector, laid out as `flat` does."""
+        """Lay out the solution of the linear system as one vector, as `flat` does."""
         leaves = pytree.tree_leaves(info.solution)
         layout = self.problem(self.condition, self.solution, self.at).layout()
         return layout.flatten([leaves[i] for i in self.params.where])
 
     def problem(self, condition: Condition, params: Any, variables: Sequence[Tensor]) -> Problem:
-        """The inner problem at some point."""
+        """Pose the inner problem at some point."""
         P = self._taken_apart(params)
-        return Problem.of(condition, P, [Tree("hparams", self.given(variables))])
+        return Problem.of(condition, P, [Tree("hparams", self.hparams_at(variables))])
 
     def linearised(
         self,
@@ -145,7 +147,7 @@ class Case:
         forward: bool = False,
         cross_forward: bool = False,
     ) -> Linearisation:
-        """The condition at some point, and its derivatives."""
+        """Linearise the condition at some point."""
         problem = self.problem(self.plain, params, variables)
         tensors = [detached(t) for t in problem.tensors]
         return Linearisation(
@@ -155,7 +157,7 @@ class Case:
     def implicit(
         self, solver: Solver | None, params: Any = None, condition: Condition | None = None
     ) -> tuple[list[Tensor], SolveInfo]:
-        """The implicit hypergradient, a tensor for each variable, and its evidence."""
+        """Compute the implicit hypergradient, a tensor for each variable, and its evidence."""
         grads, info = implicit_grad(
             self.outer,
             condition or self.condition,
@@ -168,8 +170,55 @@ class Case:
         )
         return Tree("hparams", grads).variables, info
 
+    @cached_property
+    def hypergradient(self) -> tuple[list[Tensor], SolveInfo]:
+        """The implicit hypergradient by the solver that is checked, and its evidence."""
+        return self.implicit(self.solver)
+
+    @cached_property
+    def exactly(self) -> tuple[list[Tensor], SolveInfo]:
+        """The same by a solver that takes nothing on trust."""
+        return self.implicit(self.exact, condition=self.plain)
+
+    @cached_property
+    def refused(self) -> NotConnected | None:
+        """The error where a function does not depend on an argument that it must depend on."""
+        try:
+            self.hypergradient  # noqa: B018
+        except NotConnected as error:
+            return error
+        return None
+
+    @property
+    def known(self) -> SolveInfo | None:
+        """The evidence of the hypergradient, where that has been computed."""
+        return self.__dict__["hypergradient"][1] if "hypergradient" in self.__dict__ else None
+
+    @property
+    def finite(self) -> bool:
+        """The outer loss and the hypergradient are finite."""
+        gradient, info = self.hypergradient
+        return all(bool(torch.isfinite(t).all()) for t in (*gradient, info.outer_value))
+
+    @cached_property
+    def judgement(self) -> HypergradError | None:
+        """The error that `implicit_grad` raises where it is to raise one."""
+        try:
+            implicit_grad(
+                self.outer,
+                self.condition,
+                self.solution,
+                self.hparams,
+                solver=self.solver,
+                inner_tol=None,
+                on_failure="raise",
+            )
+        except HypergradError as error:
+            return error
+        return None
+
     def slopes(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The partial derivatives of the outer loss: by params, one vector, and by hparams."""
+        """Differentiate the outer loss partially: by params, one vector, and by hparams."""
         problem = self.problem(self.plain, self.solution, self.at)
         tensors = [detached(t) for t in problem.tensors]
         with self._outer.evaluation():
@@ -177,17 +226,17 @@ class Case:
         return problem.layout().flatten(cotangent), direct
 
     def terms(self, lines: Sequence[Direction], u: Tensor) -> list[float]:
-        """The absolute sizes of the terms that add up to a hypergradient, along directions."""
+        """Add up the absolute sizes of a hypergradient's terms, along directions."""
         _, direct = self.slopes()
         lin = self.linearised(self.solution, self.at, cross_forward=True)
-        found = []
+        sizes = []
         for line in lines:
-            indirect = float((u * lin.cross_forward(line.parts)).abs().sum())
-            found.append(indirect + line.dot(direct, torch.abs))
-        return found
+            indirect = float((u * lin.cross_forward(line.tangents)).abs().sum())
+            sizes.append(indirect + line.dot(direct, torch.abs))
+        return sizes
 
     def unrolled(self) -> tuple[list[Tensor] | None, str]:
-        """The derivative through `solve`, or why there is none."""
+        """Differentiate through `solve`, or say why that cannot be done."""
         variables = [v.clone().requires_grad_() for v in self.at]
         hparams = self.tree.rebuild([v.view_as(v) for v in variables])
         try:
@@ -199,16 +248,17 @@ class Case:
                 return None, "solve returns detached tensors"
             with self._outer.evaluation(), Guard():
                 value = scalar("outer", self.outer(params, hparams))
-            found = torch.autograd.grad(value, variables, allow_unused=True)
+            gradient = torch.autograd.grad(value, variables, allow_unused=True)
         except Exception as error:  # whatever the caller's solver raises
             text = str(error).strip().split("\n")[0]
             return None, f"it raised {type(error).__name__}: {text[:200].rstrip('.')}"
         return [
-            torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)
+            torch.zeros_like(v) if g is None else g
+            for v, g in zip(variables, gradient, strict=True)
         ], ""
 
     def newton(self, params: Any, variables: Sequence[Tensor]) -> Any:
-        """`params` after Newton steps on the condition, as long as they help."""
+        """Make Newton steps from `params` on the condition, as long as they help."""
         best, size = params, math.inf
         for _ in range(_NEWTON_STEPS):
             lin = self.linearised(params, variables, forward=True)
@@ -232,7 +282,7 @@ def _copy(leaf: Any) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """Copies that are still parameters, frozen or not, and one where a leaf has several names."""
+    """Copy a pytree: parameters stay parameters, and a leaf of several names stays one."""
     copies: dict[int, Any] = {}
 
     def keep(leaf: Any) -> Any:
@@ -246,7 +296,7 @@ def kept(tree: Any) -> Any:
 
 
 def like(leaf: Tensor, values: Tensor) -> Tensor:
-    """Values as a parameter, or as a leaf that requires grad, where the leaf is one."""
+    """Make values a parameter, or a leaf that requires grad, where the leaf is one."""
     if isinstance(leaf, nn.Parameter):
         return nn.Parameter(values, requires_grad=leaf.requires_grad)
     return values.detach().requires_grad_() if leaf.requires_grad and leaf.is_leaf else values

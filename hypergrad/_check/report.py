@@ -16,7 +16,6 @@ from .._autograd.random_numbers import unnoticed
 from .._autograd.transforms import transforms_active
 from .._errors import (
     ConvergenceWarning,
-    NotConnected,
     StructureMismatch,
     UnsupportedOperation,
 )
@@ -26,10 +25,9 @@ from .._pytrees import Tree
 from ..conditions._base import as_condition
 from ..conditions._minimum import Minimum
 from ..solvers import Solver
-from .determinism import not_deterministic
 from .differences import Direction, derivative, directions
 from .parts import Case
-from .suspects import blame, hidden, no_gradient, not_finite, unsymmetric
+from .suspects import Finding, Trial, When, first, hiding, unsymmetric
 
 # How far two derivatives may be apart, and the error of a difference that shows nothing.
 _RTOL = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -51,19 +49,19 @@ _USELESS = {torch.float64: 1e-2, torch.float32: 0.1}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What `check_hypergrad` found.
+    """The findings of `check_hypergrad`.
 
     Attributes
     ----------
     ok : bool
-        Whether the implicit hypergradient agrees with the differences.
+        The implicit hypergradient agrees with the differences.
     blame : str or None
         The part that is at fault, one of ``"hyperparameter not connected"``, ``"params not
         connected"``, ``"inner problem not solved"``, ``"linear system not solved"``, ``"loss not
         deterministic"``, ``"solve not deterministic"``, ``"solve not smooth"``, ``"lost in
         rounding"``, ``"not finite"`` and ``"implicit gradient"``; None where all is well.
     reason : str
-        What was seen, where, and what to try.
+        The evidence, where it was seen, and what to try.
     relative_error : float
         Of the implicit hypergradient against the differences, in the leaf where it exceeds the
         tolerance by most; NaN where the check ended before there were any.
@@ -80,7 +78,9 @@ class Report:
     info : SolveInfo or None
         The evidence of the implicit hypergradient.
     notes : tuple of str
-        What else there is to know.
+        Further remarks.
+    question : str or None
+        The question about the part at fault whose answer is no; None where all is well.
 
     Examples
     --------
@@ -107,13 +107,17 @@ class Report:
     unrolled_error: float
     info: SolveInfo | None
     notes: tuple[str, ...]
+    question: str | None = None
 
     def __str__(self) -> str:
-        """The verdict, the figures, and what to try."""
+        """The verdict, the evidence, and the figures."""
         verdict = "ok"
         if not self.ok:
             verdict = f"{'NOT CHECKED' if self.blame in _UNCHECKED else 'WRONG'}, {self.blame}"
-        lines = [f"hypergradient: {verdict}", *textwrap.wrap(self.reason, 100)]
+        lines = [f"hypergradient: {verdict}"]
+        if self.question is not None:
+            lines.append(f"{self.question} No:")
+        lines += textwrap.wrap(self.reason, 100)
         if self.relative_error == self.relative_error:
             lines.append(
                 f"implicit against differences: relative error {self.relative_error:.1e}, "
@@ -121,23 +125,25 @@ class Report:
             )
         if self.unrolled_error == self.unrolled_error:
             lines.append(f"unrolled against differences: relative error {self.unrolled_error:.1e}")
-        rows = [("", "implicit", "difference", "its error", "unrolled")]
-        for i, label in enumerate(self.labels):
-            figures = [self.implicit, self.differences, self.difference_errors]
-            shown = [f"{float(figure[i]):.6g}" for figure in figures]
-            shown[2] = f"{float(figures[2][i]):.1e}"
-            shown.append("-" if self.unrolled is None else f"{float(self.unrolled[i]):.6g}")
-            rows.append((label, *shown))  # type: ignore[arg-type]
-        if len(rows) > 1:
-            wide = [max(len(row[k]) for row in rows) for k in range(5)]
-            for row in rows:
-                cells = [row[0].ljust(wide[0])] + [row[k].rjust(wide[k]) for k in range(1, 5)]
-                lines.append("  " + "  ".join(cells))
+        if self.labels:
+            lines += self._table()
         if self.info is not None:
             lines.append(f"linear solve: {self.info}")
         for note in self.notes:
             lines += textwrap.wrap(f"note: {note}", 100, subsequent_indent="  ")
         return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        rows = [["", "implicit", "difference", "its error", "unrolled"]]
+        for i, label in enumerate(self.labels):
+            unrolled = "-" if self.unrolled is None else f"{float(self.unrolled[i]):.6g}"
+            pair = [f"{float(figure[i]):.6g}" for figure in (self.implicit, self.differences)]
+            rows.append([label, *pair, f"{float(self.difference_errors[i]):.1e}", unrolled])
+        wide = [max(len(row[k]) for row in rows) for k in range(5)]
+        return [
+            "  " + "  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])])
+            for row in rows
+        ]
 
 
 @explained
@@ -222,7 +228,8 @@ def check_hypergrad(
     if not any(v.numel() for v in tree.variables):
         raise StructureMismatch(
             "hparams holds no floating-point tensor to differentiate by; integers, None and plain "
-            "numbers are constants. Pass torch.tensor(0.5, dtype=torch.float64), for example."
+            "numbers are constants. Pass torch.tensor(0.5, dtype=torch.float64), for example.",
+            argument="hparams",
         )
     with (
         unnoticed(),
@@ -234,7 +241,37 @@ def check_hypergrad(
         return _Check(Case(outer, condition, solve, tree, hparams, solver), rtol).report()
 
 
+@dataclasses.dataclass(eq=False)
+class _Comparison:
+    """The derivatives along all directions, beside each other.
+
+    Attributes
+    ----------
+    implicit, differences, errors : Tensor
+        The implicit derivatives, the differences, and the estimated errors of the latter.
+    terms : Tensor
+        The absolute sizes of the terms that add up to the implicit ones.
+    relative_error, tolerance : float
+        As in `Report`.
+    worst : int
+        The direction where the one exceeds the other by most.
+    noise : float
+        The largest relative error that the differences themselves are estimated to have.
+    """
+
+    implicit: Tensor
+    differences: Tensor
+    errors: Tensor
+    terms: Tensor
+    relative_error: float = math.nan
+    tolerance: float = math.nan
+    worst: int = 0
+    noise: float = math.inf
+
+
 class _Check:
+    """One call of `check_hypergrad`."""
+
     def __init__(self, case: Case, rtol: float | None) -> None:
         self.case = case
         dtypes = [v.dtype for v in (*case.tree.variables, *case.params.variables)]
@@ -248,127 +285,134 @@ class _Check:
         self.notes: list[str] = []
 
     def report(self) -> Report:
-        case = self.case
-        changing = not_deterministic(case)
-        if changing is not None:
-            return self.ended("loss not deterministic", changing)
-        try:
-            gradient, info = case.implicit(case.solver)
-        except NotConnected as error:
-            where = "hyperparameter" if "hparams" in str(error) else "params"
-            return self.ended(f"{where} not connected", str(error))
-        found = not_finite(case, gradient, info)
-        if found is not None:
-            return self.ended(*found, info)
+        """Compare the derivatives, and look for the part at fault where they disagree."""
+        finding = first(When.FIRST, Trial(self.case, self.lines[0]))
+        if finding is not None:
+            return self.ended(finding)
+        seen = self.compared()
+        unrolled, unrolled_error = self.unrolled(seen)
+        finding = self.suspected(seen)
+        self.remark(finding is None, unrolled_error, seen)
+        return Report(
+            ok=finding is None,
+            blame=None if finding is None else finding.suspect.name,
+            reason="" if finding is None else finding.evidence,
+            relative_error=seen.relative_error,
+            tolerance=seen.tolerance,
+            labels=tuple(line.label for line in self.lines),
+            implicit=seen.implicit,
+            differences=seen.differences,
+            difference_errors=seen.errors,
+            unrolled=unrolled,
+            unrolled_error=unrolled_error,
+            info=self.case.hypergradient[1],
+            notes=tuple(self.notes),
+            question=None if finding is None else finding.suspect.question,
+        )
 
-        implicit = _numbers([line.dot(gradient) for line in self.lines])
-        terms = case.terms(self.lines, case.adjoint(info))
-        self.terms = _numbers(terms) * self.lengths
+    def suspected(self, seen: _Comparison) -> Finding | None:
+        """Ask about the suspects, in the light of the derivatives."""
+        finding = first(When.ALWAYS, Trial(self.case, self.lines[seen.worst]))
+        if finding is not None:
+            return finding
+        useless = not seen.noise <= self.useless
+        if useless or not seen.relative_error <= seen.tolerance:
+            trial = Trial(
+                self.case,
+                self.lines[seen.worst],
+                float(seen.implicit[seen.worst]),
+                float(seen.differences[seen.worst]),
+                float(seen.errors[seen.worst]),
+                useless=useless,
+                agrees=lambda gradient: self.agrees(gradient, seen),
+            )
+            return first(When.UNCERTAIN if useless else When.APART, trial)
+        largest = torch.maximum(seen.implicit.abs(), seen.differences.abs()) * self.lengths
+        for i in (largest <= _CANCELLED * seen.terms).nonzero().flatten().tolist():
+            hidden = hiding(self.case, self.lines[i])
+            finding = None if hidden is None else first(When.CANCELLED, hidden)
+            if finding is not None:
+                evidence = (
+                    f"Along {self.lines[i].label} the terms of the hypergradient cancel here, "
+                    f"which hides a fault: {finding.evidence}"
+                )
+                return dataclasses.replace(finding, evidence=evidence)
+        return None
+
+    def compared(self) -> _Comparison:
+        """Take the derivatives along all directions, and compare them."""
+        case = self.case
+        gradient, info = case.hypergradient
+        implicit = self.along(gradient)
+        terms = _numbers(case.terms(self.lines, case.adjoint(info))) * self.lengths
         least = torch.maximum(
-            _CANCELLED * self.terms, self.least * (implicit * self.lengths).abs().max()
+            _CANCELLED * terms, self.least * (implicit * self.lengths).abs().max()
         )
         pairs = [
             self.difference(line, float(size) / line.length)
             for line, size in zip(self.lines, least, strict=True)
         ]
         differences, errors = _numbers(pairs).unbind(dim=1)
-        unrolled, unrolled_error = self.unrolled(differences, errors)
-        relative_error, tolerance, worst, own = self.compare(implicit, differences, errors)
-        useless = not own <= self.useless
-        wrong = no_gradient(case) or unsymmetric(case, self.rtol)
-        ok = not useless and relative_error <= tolerance and wrong is None
-        why: tuple[str | None, str] = wrong or (None, "")
-        if not ok and wrong is None:
-            line = self.lines[worst]
-            why = blame(
-                case,
-                line,
-                (float(implicit[worst]), float(differences[worst]), float(errors[worst])),
-                useless=useless,
-                agrees=lambda g: self.agrees(g, differences, errors),
-            )
-        largest = torch.maximum(implicit.abs(), differences.abs()) * self.lengths
-        for i in (largest <= _CANCELLED * self.terms).nonzero().flatten().tolist() if ok else ():
-            why = hidden(case, self.lines[i]) or why
-            ok = why[0] is None
-        self.remark(ok, unrolled_error, info, implicit, differences)
-        return Report(
-            ok=ok,
-            blame=why[0],
-            reason=why[1],
-            relative_error=relative_error,
-            tolerance=tolerance,
-            labels=tuple(line.label for line in self.lines),
-            implicit=implicit,
-            differences=differences,
-            difference_errors=errors,
-            unrolled=unrolled,
-            unrolled_error=unrolled_error,
-            info=info,
-            notes=tuple(self.notes),
-        )
+        return self.compare(_Comparison(implicit, differences, errors, terms))
+
+    def along(self, gradient: Sequence[Tensor]) -> Tensor:
+        """Derivatives along all directions."""
+        return _numbers([line.dot(gradient) for line in self.lines])
 
     def difference(self, line: Direction, least: float) -> tuple[float, float]:
-        # A derivative along a direction and its error. Below float64 the steps that suit the size
-        # of a hyperparameter may drown in rounding: there longer ones are tried too.
-        found, error = math.nan, math.inf
+        """Take a derivative along a direction by differences, and estimate its error."""
+        # Below float64 the steps that suit the size of a hyperparameter may drown in rounding:
+        # there longer ones are tried too.
+        slope, error = math.nan, math.inf
         for longer in (1,) if self.precision == torch.float64 else (1, 10, 100):
             length = longer * line.length
             pair = derivative(self.case.along(line), length, self.precision, 0.1 * self.rtol, least)
             if pair[1] < error:
-                found, error = pair
-            if error <= self.useless * max(abs(found), least):
+                slope, error = pair
+            if error <= self.useless * max(abs(slope), least):
                 break
-        return found, error
+        return slope, error
 
-    def compare(
-        self, found: Tensor, differences: Tensor, errors: Tensor
-    ) -> tuple[float, float, int, float]:
-        # The relative error, the tolerance and the direction where the one exceeds the other most,
-        # and the largest relative error that the differences themselves are estimated to have.
-        # Derivatives are weighed by the lengths of their directions, leaf by leaf.
-        g, d, e = (t * self.lengths for t in (found, differences, errors))
+    def compare(self, seen: _Comparison) -> _Comparison:
+        """Weigh derivatives by the lengths of their directions, leaf by leaf."""
+        g, d, e = (t * self.lengths for t in (seen.implicit, seen.differences, seen.errors))
         least = self.least * float(torch.maximum(g.abs(), d.abs()).max())
-        worst, answer, own = -1.0, (0.0, self.rtol, 0), 0.0
+        exceeds, worst, largest = -1.0, (0.0, self.rtol, 0), 0.0
         leaves = [line.leaf for line in self.lines]
         for leaf in dict.fromkeys(leaves):
             among = [i for i, name in enumerate(leaves) if name == leaf]
-            size = float(self.terms[among].norm())
+            size = float(seen.terms[among].norm())
             scale = max(float(g[among].norm()), float(d[among].norm()), least, _CANCELLED * size)
             apart, noise = (g - d)[among].abs(), float(e[among].norm())
             if not math.isfinite(scale + noise):
                 bad = among[int((~torch.isfinite(d + e)[among]).to(torch.int8).argmax())]
-                return math.nan, self.rtol, bad, math.inf
+                return _weighed(seen, (math.nan, self.rtol, bad), math.inf)
             if scale == 0:
                 continue
             error, tolerance = float(apart.norm()) / scale, self.rtol + 4 * noise / scale
-            own = max(own, noise / scale)
-            if error / tolerance > worst:
-                worst = error / tolerance
-                answer = (error, tolerance, among[int(apart.argmax())])
-        return *answer, own
+            largest = max(largest, noise / scale)
+            if error / tolerance > exceeds:
+                exceeds = error / tolerance
+                worst = (error, tolerance, among[int(apart.argmax())])
+        return _weighed(seen, worst, largest)
 
-    def agrees(self, gradient: Sequence[Tensor], differences: Tensor, errors: Tensor) -> bool:
-        found = _numbers([line.dot(gradient) for line in self.lines])
-        error, tolerance, _, _ = self.compare(found, differences, errors)
-        return error <= tolerance
+    def agrees(self, gradient: Sequence[Tensor], seen: _Comparison) -> bool:
+        """See whether another hypergradient agrees with the differences."""
+        other = self.compare(dataclasses.replace(seen, implicit=self.along(gradient)))
+        return other.relative_error <= other.tolerance
 
-    def unrolled(self, differences: Tensor, errors: Tensor) -> tuple[Tensor | None, float]:
+    def unrolled(self, seen: _Comparison) -> tuple[Tensor | None, float]:
+        """Differentiate through `solve`, and compare with the differences."""
         gradient, why = self.case.unrolled()
         if gradient is None:
             self.notes.append(f"unrolled differentiation was skipped: {why}.")
             return None, math.nan
-        found = _numbers([line.dot(gradient) for line in self.lines])
-        return found, self.compare(found, differences, errors)[0]
+        slopes = self.along(gradient)
+        return slopes, self.compare(dataclasses.replace(seen, implicit=slopes)).relative_error
 
-    def remark(
-        self,
-        ok: bool,
-        unrolled_error: float,
-        info: SolveInfo,
-        implicit: Tensor,
-        differences: Tensor,
-    ) -> None:
+    def remark(self, ok: bool, unrolled_error: float, seen: _Comparison) -> None:
+        """Note what is no fault, and still worth knowing."""
+        info = self.case.hypergradient[1]
         if self.precision != torch.float64:
             self.notes.append(
                 f"the problem is in {str(self.precision)[6:]}; the tolerance follows the estimated "
@@ -376,7 +420,7 @@ class _Check:
             )
         still = [
             line.leaf
-            for line, g, d in zip(self.lines, implicit, differences, strict=True)
+            for line, g, d in zip(self.lines, seen.implicit, seen.differences, strict=True)
             if line.leaf and g == 0 and d == 0
         ]
         if still:
@@ -385,7 +429,7 @@ class _Check:
                 "exactly zero."
             )
         rounding = 1e4 * torch.finfo(self.precision).eps * abs(float(info.outer_value))
-        if ok and unrolled_error > self.useless and float(self.terms.max()) > rounding:
+        if ok and unrolled_error > self.useless and float(seen.terms.max()) > rounding:
             self.notes.append(
                 "the derivative through solve is another one: solve cuts its graph (.item(), "
                 ".detach(), .data), or its derivative has not converged. The implicit one is right."
@@ -395,12 +439,13 @@ class _Check:
         if ok and unsymmetric(self.case) is not None:
             self.notes.append("the condition is declared symmetric, and A is not quite.")
 
-    def ended(self, blame: str, reason: str, info: SolveInfo | None = None) -> Report:
+    def ended(self, finding: Finding) -> Report:
+        """Report that the check has ended before derivatives were compared."""
         none = _numbers([])
         return Report(
             ok=False,
-            blame=blame,
-            reason=reason,
+            blame=finding.suspect.name,
+            reason=finding.evidence,
             relative_error=math.nan,
             tolerance=self.rtol,
             labels=(),
@@ -409,11 +454,19 @@ class _Check:
             difference_errors=none,
             unrolled=None,
             unrolled_error=math.nan,
-            info=info,
+            info=self.case.known,
             notes=tuple(self.notes),
+            question=finding.suspect.question,
         )
 
 
+def _weighed(seen: _Comparison, worst: tuple[float, float, int], noise: float) -> _Comparison:
+    error, tolerance, place = worst
+    return dataclasses.replace(
+        seen, relative_error=error, tolerance=tolerance, worst=place, noise=noise
+    )
+
+
 def _numbers(values: Any) -> Tensor:
-    """Numbers of the host's as a tensor, whatever the default device is."""
+    """Make numbers of the host's a tensor, whatever the default device is."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")

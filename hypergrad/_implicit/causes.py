@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,28 @@ from .._autograd.random_numbers import unnoticed
 from ..conditions._gradient_step import GradientStep
 from .linearisation import Linearisation
 
-#: What is called something in a message, the tensor to look at, and what to do if it is the one.
-Place = tuple[str, Tensor, Callable[[], str]]
+
+class Place(NamedTuple):
+    """A number to look at where one is not finite.
+
+    Attributes
+    ----------
+    where : str
+        What it is called in a message.
+    tensor : Tensor
+        The number.
+    cure : callable
+        What to do if it is the first that is not finite: called only when it is.
+    leaf, argument : str or None
+        The path of the leaf that it belongs to, and the name of the argument.
+    """
+
+    where: str
+    tensor: Tensor
+    cure: Callable[[], str]
+    leaf: str | None = None
+    argument: str | None = None
+
 
 _DERIVATIVE = (
     "Its function has a finite value and an infinite derivative, as sqrt and a norm have at 0, or "
@@ -31,22 +51,22 @@ _DATA = "Look at the data and the step size of the inner solver"
 
 
 def data() -> str:
-    """What to look at where a value itself is not finite."""
+    """Say where to look when a value itself is not finite."""
     return _DATA
 
 
 def derivative() -> str:
-    """The same where only a derivative of a finite value is not."""
+    """Say the same where only a derivative of a finite value is not."""
     return _DERIVATIVE
 
 
 def of_value(again: Callable[[], Any]) -> Callable[[], str]:
-    """The same of a function's value, from one more evaluation of the function."""
+    """Say the same of a function's value, from one more evaluation of the function."""
     return lambda: _NOTHING if _over_nothing(again) else _DATA
 
 
 def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Place]:
-    """The parts of an inner condition, in the order in which they are computed.
+    """Name the numbers of an inner condition, in the order in which they are computed.
 
     Parameters
     ----------
@@ -66,27 +86,30 @@ def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Plac
     of_derivative = condition.of_objective
     if of_derivative:
         for value in values:
-            yield "the inner loss", value, again
+            yield Place("the inner loss", value, again, argument="inner")
     elif isinstance(condition, GradientStep):
         smooth, *stepped = values
-        yield "the smooth part of the inner problem", smooth, again
+        yield Place("the smooth part of the inner problem", smooth, again, argument="inner")
         aliases = lin.aliases[: len(problem.inner)]
         for i, part in enumerate(gradient_of(smooth, aliases, create_graph=True)):
             if part is not None:
-                yield f"the gradient of the smooth part by {name(i)}", part, derivative
+                where = f"the gradient of the smooth part by {name(i)}"
+                yield Place(where, part, derivative, name(i))
         called = condition.outer_map[0]
         for i, part in enumerate(stepped):
-            yield f"what {called} returned at {name(i)}", part, lambda: _of_map(called)
+            where = f"what {called} returned at {name(i)}"
+            yield Place(where, part, lambda: _of_map(called), name(i), called)
     for i, part in enumerate(lin.layout.split(lin.residual)):
         what = "the inner condition (its gradient)" if of_derivative else "the inner condition"
-        yield f"{what} at {name(i)}", part, derivative if of_derivative else again
+        yield Place(f"{what} at {name(i)}", part, derivative if of_derivative else again, name(i))
     ones = torch.ones_like(lin.residual)
     for i, part in enumerate(lin.layout.split(lin.transposed(ones))):
-        yield f"the product with the inner Hessian at {name(i)}", part, derivative
+        where = f"the product with the inner Hessian at {name(i)}"
+        yield Place(where, part, derivative, name(i))
 
 
 def sound_in_value(lin: Linearisation, sound: Tensor) -> Tensor:
-    """Whether each task is sound, also where an inner loss is NaN and its derivatives hide it."""
+    """See whether each task is sound, also where an inner loss is NaN and no derivative is."""
     # A loss is summed over the tasks, so that it counts where no task gives itself away.
     for value in lin.record.values:
         if value.ndim == 0:
@@ -110,16 +133,16 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Pass every operation on."""
-        found = func(*args, **(kwargs or {}))
-        given = pytree.tree_leaves((args, kwargs))
-        empty = any(isinstance(t, Tensor) and t.numel() == 0 for t in given)
-        if empty and isinstance(found, Tensor) and found.is_floating_point() and found.numel():
-            self.seen = self.seen or bool(found.detach().isnan().any())
-        return found
+        value = func(*args, **(kwargs or {}))
+        arguments = pytree.tree_leaves((args, kwargs))
+        empty = any(isinstance(t, Tensor) and t.numel() == 0 for t in arguments)
+        if empty and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            self.seen = self.seen or bool(value.detach().isnan().any())
+        return value
 
 
 def _over_nothing(again: Callable[[], Any]) -> bool:
-    """Whether a function that is evaluated once more takes a mean over nothing."""
+    """See whether a function that is evaluated once more takes a mean over nothing."""
     watch = _Watch()
     try:
         with unnoticed(), torch.no_grad(), watch:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..solvers._base import Solver
-from .verdict import OnFailure
 
 
 @dataclasses.dataclass(frozen=True)

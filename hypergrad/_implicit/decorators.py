@@ -20,6 +20,7 @@ from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_signatures
 from .._pytrees import Tree
+from .._warnings import OnFailure, check_on_failure
 from ..conditions._base import Condition, as_condition
 from ..conditions._fixed_point import FixedPoint
 from ..conditions._inner_problem import Problem, without_aux
@@ -29,7 +30,6 @@ from ..solvers import Solver, choose
 from .differentiable import ImplicitSolution, Rule
 from .keywords import Arguments, bound
 from .linearisation import Linearisation
-from .verdict import OnFailure, check_on_failure
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 Batching = Literal["vmap", "loop"]
@@ -264,7 +264,8 @@ def _positions(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:
         raise UnsupportedOperation(
             "argnums=0 is the initial guess, on which an inner solution does not depend: its "
             "gradient is zero. If it is the centre of a proximal term, pass it as a further "
-            "argument too."
+            "argument too.",
+            argument="argnums",
         )
     if any(p < 0 for p in positions):
         raise ValueError(f"argnums must be positive; got {argnums!r}.")
@@ -318,7 +319,8 @@ def _refuse_keywords(keywords: dict[str, Any]) -> None:
                 f"The keyword argument {pytree.keystr(path)} carries a derivative or a batch, but "
                 "the inner problem has no parameter of that name, so that it reaches the inner "
                 "solver alone and has no gradient. Give the inner problem that parameter, pass it "
-                "by position, or detach it."
+                "by position, or detach it.",
+                leaf=pytree.keystr(path),
             )
 
 

@@ -27,6 +27,7 @@ from .._autograd.transforms import (
 )
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
+from .._warnings import OnFailure, warn
 from ..conditions._inner_problem import Problem, TaskAxis
 from ..solvers import Solver
 from .causes import Place, data, inner_places
@@ -34,7 +35,6 @@ from .choices import Choices, needs_product
 from .linear_solve import Answer, solved
 from .linearisation import Linearisation
 from .uses import Use
-from .verdict import OnFailure, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +88,12 @@ class Rule:
             arranged = arranged.flatten(0, shared - 1)
 
         def places(answer: Answer) -> Iterable[Place]:
-            yield "the right-hand side (the incoming derivative)", arranged, data
+            yield Place("the right-hand side (the incoming derivative)", arranged, data)
             for place in self.problem.inner:
-                yield "the inner solution", tensors[place], data
+                leaf = self.problem.path(place)
+                yield Place("the inner solution", tensors[place], data, leaf)
             yield from inner_places(lin, tensors)
-            yield "the solution of the linear system", answer.u, data
+            yield Place("the solution of the linear system", answer.u, data)
 
         answer = solved(
             lin,

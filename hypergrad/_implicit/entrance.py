@@ -15,10 +15,10 @@ from .._errors import NotConnected, UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
+from .._warnings import OnFailure
 from ..solvers import Solver
 from .hypergradient import hypergradient
 from .signatures import Hparams, Inner, Options, Outer, Params
-from .verdict import OnFailure
 
 
 @overload
@@ -285,7 +285,8 @@ def implicit_backward(
     if not leaves:
         raise NotConnected(
             "No tensor in hparams requires grad, so there is nowhere to accumulate a gradient. "
-            "Set requires_grad_() on the hyperparameters, or call implicit_grad."
+            "Set requires_grad_() on the hyperparameters, or call implicit_grad.",
+            argument="hparams",
         )
     answer = hypergradient(
         outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info

@@ -25,6 +25,7 @@ from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._pytrees import Tree
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
@@ -39,7 +40,6 @@ from .outer_slopes import outer_gradient
 from .second_look import SecondLook, shifted
 from .task_norms import size_of
 from .uses import Use
-from .verdict import OnFailure, check_on_failure, warn_of_unused
 
 _BENDS = 0.1  # the relative change of a slope that is a bend
 _CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
@@ -350,21 +350,24 @@ class _Hypergradient(Use):
         lin, at, problem, tensors = self.lin, self._at, self.lin.problem, self._tensors
         P, H = problem.params, problem.args[0]
         for position, place in enumerate(problem.inner):
-            yield P.variable_path(position), tensors[place], data
+            yield Place(P.variable_path(position), tensors[place], data, P.variable_path(position))
         for position, place in enumerate(problem.outer):
-            yield H.variable_path(position), tensors[place], data
-        yield "the outer loss", at.value, of_value(lambda: problem.outputs(self._outer, tensors))
+            yield Place(H.variable_path(position), tensors[place], data, H.variable_path(position))
+        again = of_value(lambda: problem.outputs(self._outer, tensors))
+        yield Place("the outer loss", at.value, again, argument="outer")
         for tree, parts in ((P, at.cotangent), (H, at.direct)):
             for i, part in enumerate(parts):
                 if part is not None:
                     where = f"the gradient of the outer loss by {tree.variable_path(i)}"
-                    yield where, part, derivative
+                    yield Place(where, part, derivative, tree.variable_path(i))
         yield from inner_places(lin, tensors)
         for i, part in enumerate(lin.layout.split(answer.u)):
-            yield f"the solution of the linear system at {P.variable_path(i)}", part, data
+            where = f"the solution of the linear system at {P.variable_path(i)}"
+            yield Place(where, part, data, P.variable_path(i))
         for i, part in enumerate(self.indirect):
             if part is not None:
-                yield f"the cross derivative by {H.variable_path(i)}", part, derivative
+                where = f"the cross derivative by {H.variable_path(i)}"
+                yield Place(where, part, derivative, H.variable_path(i))
 
     def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:
         like = [self._tensors[i] for i in self.lin.problem.outer]
@@ -422,7 +425,7 @@ def _refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) 
     """Raise if a loss has changed one of its arguments in place."""
     for place, (then, now) in enumerate(zip(before, versions(tensors), strict=True)):
         if then != now:
-            raise changed_in_place("A loss", problem.path(place))
+            raise changed_in_place("A loss", problem.path(place), leaf=problem.path(place))
 
 
 def _not_differentiable() -> Exception:

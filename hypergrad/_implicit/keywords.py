@@ -96,7 +96,8 @@ def bound(
         if place is None and any(p.name == key and p.kind == p.KEYWORD_ONLY for p in of_inner):
             raise UnsupportedOperation(
                 f"The inner problem takes {key} by keyword alone, and is called with its arguments "
-                f"by position: move {key} in front of the * in its parameters."
+                f"by position: move {key} in front of the * in its parameters.",
+                argument=key,
             )
         if place is not None:
             held[place] = key

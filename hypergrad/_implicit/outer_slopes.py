@@ -72,6 +72,7 @@ def outer_gradient(
             "outer does not depend on params, so the inner problem plays no part in its gradient. "
             "Use params in outer: a module must be called as torch.func.functional_call(module, "
             "params, args), and a .detach(), .item() or torch.no_grad() inside outer cuts the "
-            "connection."
+            "connection.",
+            argument="params",
         )
     return value.detach(), aux, cotangent, direct, captured

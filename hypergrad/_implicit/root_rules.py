@@ -19,6 +19,7 @@ from .._errors import StructureMismatch, UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
+from .._warnings import OnFailure, check_on_failure
 from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._root import Root
@@ -26,7 +27,6 @@ from ..solvers import Solver, choose
 from .differentiable import LinearSolve, Rule
 from .linearisation import Linearisation
 from .signatures import Params, RuleOptions
-from .verdict import OnFailure, check_on_failure
 
 
 @overload
@@ -216,7 +216,8 @@ def root_jvp(
     if len(given) != len(positions):
         raise StructureMismatch(
             f"tangents must have one entry for each differentiated argument: {len(positions)}, got "
-            f"{len(given)}."
+            f"{len(given)}.",
+            argument="tangents",
         )
     tensors = problem.tensors if not return_info else [detached(t) for t in problem.tensors]
     moving = {place: torch.zeros_like(tensors[place]) for place in problem.outer}
@@ -244,7 +245,9 @@ def _rule(
 ) -> tuple[Rule, list[Tree]]:
     check_on_failure(on_failure)
     if not isinstance(args, tuple):
-        raise StructureMismatch(f"args must be a tuple of arguments; got {type(args).__name__}.")
+        raise StructureMismatch(
+            f"args must be a tuple of arguments; got {type(args).__name__}.", argument="args"
+        )
     condition = as_condition(F, Root)
     trees = [Tree(f"args[{i}]", value, constants=True) for i, value in enumerate(args)]
     # Every argument stays a variable, whichever are asked for: the answer may depend on all.

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
 
+from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..solvers import Solver
-from .verdict import OnFailure
 
 #: The types of the inner and the outer variables, and so of a solution and of a gradient.
 Params = TypeVar("Params")

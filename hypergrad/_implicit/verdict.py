@@ -1,23 +1,19 @@
-"""Where an answer is judged: what is warned of or raised, in which words."""
+"""The judgement of a hypergradient: which error is due, in which words."""
 
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from enum import IntEnum
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._autograd.host import all_tasks
+from .._autograd.transforms import is_wrapped
 from .._errors import (
-    ConvergenceWarning,
     Diverged,
     HypergradError,
     IndefiniteHessian,
@@ -27,21 +23,9 @@ from .._errors import (
     SingularHessian,
 )
 from .._info import SolveInfo, Status
-from .._pytrees import Tree
+from .._warnings import OnFailure, counted, warn
 from ..solvers._base import Solution, Solver
-
-OnFailure = Literal["warn", "raise", "ignore"]
-#: Where a number came from, the tensor to look at, and what to do if it is the first that is not
-#: finite: called only when one is not.
-Places = Callable[[], Iterable[tuple[str, Tensor, Callable[[], str]]]]
-
-_HERE = str(Path(__file__).parent.parent)
-
-
-def check_on_failure(on_failure: str) -> None:
-    """Refuse an `on_failure` that is none of the three."""
-    if on_failure not in ("warn", "raise", "ignore"):
-        raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}.")
+from .causes import Place
 
 
 class Cause(IntEnum):
@@ -59,7 +43,7 @@ class Cause(IntEnum):
 
 def judge(
     info: SolveInfo,
-    found: Solution,
+    solution: Solution,
     solver: Solver,
     *,
     inner_tol: float | None,
@@ -68,7 +52,7 @@ def judge(
     condition: Tensor,
     params: Tensor,
     sound: Tensor,
-    places: Places,
+    places: Callable[[], Iterable[Place]],
     kink: str = "",
 ) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
@@ -81,7 +65,7 @@ def judge(
     ----------
     info : SolveInfo
         The evidence.
-    found : Solution
+    solution : Solution
         The solution that it is about.
     solver : Solver
         The solver that was used, whose fields the advice names.
@@ -112,34 +96,25 @@ def judge(
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
     if all(good):
         return
-    figures = {
-        "sound": sound,
-        "success": info.success,
-        "status": info.status,
-        "cause": cause,
-        "iterations": info.iterations,
-        "residual": info.residual_norm,
-        "inner": info.inner_residual,
-        "low": found.eigenvalues[..., 0],
-        "high": found.eigenvalues[..., 1],
-        "condition": condition.expand_as(info.status),
-        "params": params.expand_as(info.status),
-        "degeneracy": info.degeneracy,
-    }
-    packed = torch.stack([f.to(torch.float64) for f in figures.values()], dim=-1)
-    rows = [_Row(*row) for row in all_tasks(packed).tolist()]
+    rows = _rows(info, solution.eigenvalues, cause, condition, params, sound)
     bad = [row for row in rows if not row.sound]
     if bad:
-        raise NotFinite(counted(len(bad), len(rows), exact=True) + _not_finite(places))
+        _refuse_not_finite(counted(len(bad), len(rows), exact=True), places(), _plain(info))
     failed = [row for row in rows if not row.success]
-    worst = max(failed, key=_Row.severity)
     exact = on_failure == "raise"
-    name = info.method if exact else type(solver).__name__
-    error, text = _diagnose(worst, name, solver, inner_tol, kink, exact=exact)
-    text = counted(len(failed), len(rows), exact=exact) + text
+    worst = _Failure(
+        max(failed, key=_Row.severity),
+        name=info.method if exact else type(solver).__name__,
+        solver=solver,
+        inner_tol=inner_tol,
+        kink=kink,
+        exact=exact,
+    )
+    error, text = worst.diagnosis()
+    said = counted(len(failed), len(rows), exact=exact) + text(worst)
     if exact:
-        raise error(text)
-    warn(text)
+        raise error(said, info=_plain(info))
+    warn(said)
 
 
 class _Row(NamedTuple):
@@ -164,156 +139,106 @@ class _Row(NamedTuple):
         return self.status != Status.CONVERGED, figure
 
 
-# Who is told of warnings in place of Python's filters.
-_listener: ContextVar[Callable[[str], bool] | None] = ContextVar("hypergrad_listener", default=None)
+def _rows(
+    info: SolveInfo,
+    eigenvalues: Tensor,
+    cause: Tensor,
+    condition: Tensor,
+    params: Tensor,
+    sound: Tensor,
+) -> list[_Row]:
+    """Read the figures of every task from the device, in one packed tensor."""
+    figures = {
+        "sound": sound,
+        "success": info.success,
+        "status": info.status,
+        "cause": cause,
+        "iterations": info.iterations,
+        "residual": info.residual_norm,
+        "inner": info.inner_residual,
+        "low": eigenvalues[..., 0],
+        "high": eigenvalues[..., 1],
+        "condition": condition.expand_as(info.status),
+        "params": params.expand_as(info.status),
+        "degeneracy": info.degeneracy,
+    }
+    packed = torch.stack([figures[name].to(torch.float64) for name in _Row._fields], dim=-1)
+    return [_Row(*row) for row in all_tasks(packed).tolist()]
 
 
-@contextmanager
-def listening(listener: Callable[[str], bool]) -> Iterator[None]:
-    """Tell a function of every warning; it decides by what it returns whether that is issued."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+def _plain(info: SolveInfo) -> SolveInfo:
+    """The evidence of all tasks, free of function transforms, which end with the error."""
+
+    def plain(figure: Tensor) -> Tensor:
+        if not is_wrapped(figure):
+            return figure.detach()
+        pair = figure.ndim > info.status.ndim  # the eigenvalues
+        rows = all_tasks(figure if pair else figure.unsqueeze(-1))
+        rows = rows if pair else rows.squeeze(-1)
+        return rows.reshape(figure.shape) if rows.numel() == figure.numel() else rows
+
+    return pytree.tree_map(plain, info)
 
 
-def warn(text: str) -> None:
-    """Issue a `ConvergenceWarning` at the line that called the library."""
-    listener = _listener.get()
-    if listener is not None and not listener(text):
-        return
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _internal(frame.f_back.f_code.co_filename):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, ConvergenceWarning, stacklevel=level + 1)
+class _Failure(NamedTuple):
+    """The task that failed worst, and what its text may name."""
+
+    row: _Row
+    name: str
+    solver: Solver
+    inner_tol: float | None
+    kink: str
+    #: With the figures: in the text of an error, not in that of a warning.
+    exact: bool
+
+    @property
+    def at(self) -> str:
+        """The residual that was reached."""
+        return f", at relative residual {self.row.residual:.3g}" if self.exact else ""
+
+    @property
+    def after(self) -> str:
+        """The iterations that it took."""
+        return f" after {int(self.row.iterations)} iterations" if self.exact else ""
+
+    def diagnosis(self) -> _Diagnosis:
+        """The error that is due, and its text: by the cause, else by how the linear solve ended."""
+        cause = Cause(int(self.row.cause))
+        if cause is Cause.KINK and math.isinf(self.row.degeneracy):
+            return SingularHessian, _dependent
+        if cause is not Cause.SOLVE:
+            return _OF_CAUSE[cause]
+        return _OF_STATUS.get(Status(int(self.row.status)), (NotConverged, _broke_down))
 
 
-def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None]) -> None:
-    """Warn, naming the leaves, where all terms of a hypergradient are missing."""
-    unused = [
-        hparams.variable_path(i)
-        for i, parts in enumerate(zip(*terms, strict=True))
-        if all(part is None for part in parts)
-    ]
-    if unused:
-        warn(
-            f"{neither} depends on {', '.join(unused)}: the gradient there is zero. If that is not "
-            "meant, look for a .detach() or .item(), a copy, or a value that is captured in place "
-            "of the argument."
-        )
+_Diagnosis = tuple[type[HypergradError], Callable[[_Failure], str]]
 
 
-def _internal(filename: str) -> bool:
-    return filename.startswith(_HERE) or f"{Path('torch')}/" in filename.replace("\\", "/")
-
-
-def counted(failed: int, tasks: int, *, exact: bool) -> str:
-    """How many tasks failed; in a warning exactly up to three, since it moves from step to step."""
-    if tasks == 1:
-        return ""
-    few = exact or failed <= 3
-    return f"{failed if few else 'more than 3'} of {tasks} tasks: "
-
-
-def _diagnose(
-    row: _Row,
-    name: str,
-    solver: Solver,
-    inner_tol: float | None,
-    kink: str,
-    *,
-    exact: bool,
-) -> tuple[type[HypergradError], str]:
-    """The error and its text; `exact`: with the figures."""
-    at = f", at relative residual {row.residual:.3g}" if exact else ""
-    after = f" after {int(row.iterations)} iterations" if exact else ""
-    match Cause(int(row.cause)):
-        case Cause.CURVATURE:
-            return IndefiniteHessian, _indefinite(name, after, at)
-        case Cause.RANK:
-            return SingularHessian, (
-                "The matrix is singular, so that the derivative of the solution is not determined: "
-                f"the solution is one of several, or the conditions contradict each other a little "
-                f"further on ({name}{', rank lost' if exact else ''}). Where a quantity is "
-                "conserved, put its equation into the condition in place of one that says the same "
-                "as others; else add damping=..., or a regulariser to the inner problem."
-            )
-        case Cause.INNER:
-            return NotConverged, _unsolved(row, inner_tol, exact)
-        case Cause.AWAY:
-            return NotConverged, _away(row, exact)
-        case Cause.APPROXIMATION:
-            return NotConverged, (
-                "The curvature that GaussNewton leaves out of the Hessian changes the answer: the "
-                "residuals at params are large, or the model bends"
-                + (f" (params has norm {row.params:.3g})" if exact else "")
-                + ". Use Minimum, whose curvature is the whole Hessian, or inner_tol=None where "
-                "the approximation is meant."
-            )
-        case Cause.UNITS:
-            return NotConverged, (
-                f"{name} met its tolerance in units that hide an error: rows of the matrix differ "
-                f"by so much that the residual{at[1:] if at else ''} is that of the largest alone. "
-                "Use Exact(), which takes no notice of units; scale the variables to one size; or "
-                "pass a preconditioner and a smaller rtol."
-            )
-        case Cause.KINK:
-            return _degenerate(row.degeneracy, kink, exact)
-    match Status(int(row.status)):
-        case Status.MAX_ITERATIONS:
-            cure = (
-                "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
-                if hasattr(solver, "terms")
-                else "maxiter, loosen rtol, add damping, or pass a preconditioner; "
-                "x0=last_info.solution starts from the last answer."
-            )
-            return NotConverged, f"{name} ran out of iterations{after}{at}. Raise {cure}"
-        case Status.NEGATIVE_CURVATURE:
-            return IndefiniteHessian, _indefinite(name, after, at)
-        case Status.SINGULAR:
-            return SingularHessian, (
-                f"The matrix is singular and the system has no solution ({name}"
-                + (f", relative residual {row.residual:.3g}" if exact else "")
-                + "). Add damping=..., or a regulariser to the inner problem."
-            )
-        case Status.DIVERGED:
-            bound = (
-                f" The largest eigenvalue is {row.high:.3g}: a step_size of "
-                f"{1 / (1.5 * row.high):.3g} is safe."
-                if exact and math.isfinite(row.high) and row.high > 0
-                else ""
-            )
-            cure = "Leave step_size=None to have it estimated, or use CG() or GMRES()."
-            if getattr(solver, "step_size", None) is None:
-                cure = (
-                    "So they do with any step where the matrix has an eigenvalue whose real part "
-                    "is not positive. Use MINRES() where it is symmetric, GMRES(), or damping."
-                )
-            grew = f" ({at[5:]})" if at else ""
-            return Diverged, f"{name} diverged: its terms grew{grew}.{bound} {cure}"
-        case Status.STAGNATED:
-            return NotConverged, (
-                f"{name} stagnated at the rounding floor of the dtype{at}. Use float64, "
-                "loosen rtol, or pass a preconditioner."
-            )
-    return NotConverged, f"{name} broke down{after}{at}. Use GMRES() or Exact()."
-
-
-def _indefinite(name: str, after: str, at: str) -> str:
+def _indefinite(failure: _Failure) -> str:
     return (
-        f"{name} met negative curvature (p.Ap <= 0){after}{at}: the matrix is not positive "
-        "definite, so params is no minimum of the inner problem (a saddle, or a point far from a "
-        "solution). Solve the inner problem further, with a smaller step size (learning rate) of "
-        "the inner solver where the norm of params grows; add damping, or use a GaussNewton "
-        "condition, whose curvature cannot be negative. Where params is not meant to be a "
-        "minimum, say Root(..., symmetric=True), which MINRES() and Exact() solve."
+        f"{failure.name} met negative curvature (p.Ap <= 0){failure.after}{failure.at}: the matrix "
+        "is not positive definite, so params is no minimum of the inner problem (a saddle, or a "
+        "point far from a solution). Solve the inner problem further, with a smaller step size "
+        "(learning rate) of the inner solver where the norm of params grows; add damping, or use a "
+        "GaussNewton condition, whose curvature cannot be negative. Where params is not meant to "
+        "be a minimum, say Root(..., symmetric=True), which MINRES() and Exact() solve."
     )
 
 
-def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
-    figures, curvature = f": its relative inner residual is above inner_tol={inner_tol:g}", ""
-    if exact:
+def _rank(failure: _Failure) -> str:
+    return (
+        "The matrix is singular, so that the derivative of the solution is not determined: the "
+        "solution is one of several, or the conditions contradict each other a little further on "
+        f"({failure.name}{', rank lost' if failure.exact else ''}). Where a quantity is conserved, "
+        "put its equation into the condition in place of one that says the same as others; else "
+        "add damping=..., or a regulariser to the inner problem."
+    )
+
+
+def _unsolved(failure: _Failure) -> str:
+    row, inner_tol, curvature = failure.row, failure.inner_tol, ""
+    figures = f": its relative inner residual is above inner_tol={inner_tol:g}"
+    if failure.exact:
         figures = (
             f": its relative inner residual is {row.inner:.3g} and inner_tol is {inner_tol:g} "
             f"(params has norm {row.params:.3g}; the norm of the condition is {row.condition:.3g}; "
@@ -333,10 +258,11 @@ def _unsolved(row: _Row, inner_tol: float | None, exact: bool) -> str:
     )
 
 
-def _away(row: _Row, exact: bool) -> str:
+def _away(failure: _Failure) -> str:
+    row = failure.row
     figures = (
         f" (the norm of params is {row.params:.3g}, the relative inner residual {row.inner:.3g})"
-        if exact
+        if failure.exact
         else ""
     )
     return (
@@ -347,29 +273,120 @@ def _away(row: _Row, exact: bool) -> str:
     )
 
 
-def _degenerate(jump: float, kink: str, exact: bool) -> tuple[type[HypergradError], str]:
-    if math.isinf(jump):
-        return SingularHessian, (
-            "The gradients of the active constraints are linearly dependent (LICQ fails), so that "
-            "the KKT matrix is singular and the multipliers are not determined; nor is the "
-            "derivative, unless the constraints stay consistent as the hyperparameters move. "
-            "Leave out the constraints that say the same as others."
-        )
-    part = f"a part of {jump:.3g}" if exact else "a part"
-    return NotDifferentiable, (
-        f"params sits at a kink of the inner problem, where the solution has another derivative on "
-        f"each side: {kink}. The answer is that of one side, and of the linear system {part} is "
-        "different on the other (info.degeneracy). Move the hyperparameters a little, or pass "
-        "on_failure='ignore' where either side will do."
+def _approximated(failure: _Failure) -> str:
+    return (
+        "The curvature that GaussNewton leaves out of the Hessian changes the answer: the "
+        "residuals at params are large, or the model bends"
+        + (f" (params has norm {failure.row.params:.3g})" if failure.exact else "")
+        + ". Use Minimum, whose curvature is the whole Hessian, or inner_tol=None where the "
+        "approximation is meant."
     )
 
 
-def _not_finite(places: Places) -> str:
-    for where, tensor, cure in places():
-        rows = all_tasks((~torch.isfinite(tensor)).reshape(-1)[None].any(dim=1))
+def _units(failure: _Failure) -> str:
+    return (
+        f"{failure.name} met its tolerance in units that hide an error: rows of the matrix differ "
+        f"by so much that the residual{failure.at[1:]} is that of the largest alone. Use Exact(), "
+        "which takes no notice of units; scale the variables to one size; or pass a preconditioner "
+        "and a smaller rtol."
+    )
+
+
+def _kinked(failure: _Failure) -> str:
+    jump = f"a part of {failure.row.degeneracy:.3g}" if failure.exact else "a part"
+    return (
+        "params sits at a kink of the inner problem, where the solution has another derivative on "
+        f"each side: {failure.kink}. The answer is that of one side, and of the linear system "
+        f"{jump} is different on the other (info.degeneracy). Move the hyperparameters a little, "
+        "or pass on_failure='ignore' where either side will do."
+    )
+
+
+def _dependent(failure: _Failure) -> str:
+    return (
+        "The gradients of the active constraints are linearly dependent (LICQ fails), so that "
+        "the KKT matrix is singular and the multipliers are not determined; nor is the "
+        "derivative, unless the constraints stay consistent as the hyperparameters move. "
+        "Leave out the constraints that say the same as others."
+    )
+
+
+_OF_CAUSE: dict[Cause, _Diagnosis] = {
+    Cause.CURVATURE: (IndefiniteHessian, _indefinite),
+    Cause.RANK: (SingularHessian, _rank),
+    Cause.INNER: (NotConverged, _unsolved),
+    Cause.AWAY: (NotConverged, _away),
+    Cause.APPROXIMATION: (NotConverged, _approximated),
+    Cause.KINK: (NotDifferentiable, _kinked),
+    Cause.UNITS: (NotConverged, _units),
+}
+
+
+def _ran_out(failure: _Failure) -> str:
+    cure = (
+        "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
+        if hasattr(failure.solver, "terms")
+        else "maxiter, loosen rtol, add damping, or pass a preconditioner; "
+        "x0=last_info.solution starts from the last answer."
+    )
+    return f"{failure.name} ran out of iterations{failure.after}{failure.at}. Raise {cure}"
+
+
+def _insoluble(failure: _Failure) -> str:
+    residual = f", relative residual {failure.row.residual:.3g}" if failure.exact else ""
+    return (
+        f"The matrix is singular and the system has no solution ({failure.name}{residual}). Add "
+        "damping=..., or a regulariser to the inner problem."
+    )
+
+
+def _diverged(failure: _Failure) -> str:
+    high, bound = failure.row.high, ""
+    if failure.exact and math.isfinite(high) and high > 0:
+        bound = f" The largest eigenvalue is {high:.3g}: a step_size of {1 / (1.5 * high):.3g} is"
+        bound += " safe."
+    cure = "Leave step_size=None to have it estimated, or use CG() or GMRES()."
+    if getattr(failure.solver, "step_size", None) is None:
+        cure = (
+            "So they do with any step where the matrix has an eigenvalue whose real part is not "
+            "positive. Use MINRES() where it is symmetric, GMRES(), or damping."
+        )
+    grew = f" ({failure.at[5:]})" if failure.at else ""
+    return f"{failure.name} diverged: its terms grew{grew}.{bound} {cure}"
+
+
+def _stagnated(failure: _Failure) -> str:
+    return (
+        f"{failure.name} stagnated at the rounding floor of the dtype{failure.at}. Use float64, "
+        "loosen rtol, or pass a preconditioner."
+    )
+
+
+def _broke_down(failure: _Failure) -> str:
+    return f"{failure.name} broke down{failure.after}{failure.at}. Use GMRES() or Exact()."
+
+
+_OF_STATUS: dict[Status, _Diagnosis] = {
+    Status.MAX_ITERATIONS: (NotConverged, _ran_out),
+    Status.NEGATIVE_CURVATURE: (IndefiniteHessian, _indefinite),
+    Status.SINGULAR: (SingularHessian, _insoluble),
+    Status.DIVERGED: (Diverged, _diverged),
+    Status.STAGNATED: (NotConverged, _stagnated),
+}
+
+
+def _refuse_not_finite(tasks: str, places: Iterable[Place], info: SolveInfo) -> NoReturn:
+    """Raise, naming the first place where a number is not finite."""
+    for place in places:
+        rows = all_tasks((~torch.isfinite(place.tensor)).reshape(-1)[None].any(dim=1))
         if bool(rows.any()):
-            return (
-                f"{where} holds NaN or infinity. {cure()}, or pass on_failure='ignore' to have NaN "
-                "left as NaN."
+            raise NotFinite(
+                f"{tasks}{place.where} holds NaN or infinity. {place.cure()}, or pass "
+                "on_failure='ignore' to have NaN left as NaN.",
+                info=info,
+                leaf=place.leaf,
+                argument=place.argument,
             )
-    return "the answer holds NaN or infinity, which the linear solve produced."
+    raise NotFinite(
+        f"{tasks}the answer holds NaN or infinity, which the linear solve produced.", info=info
+    )

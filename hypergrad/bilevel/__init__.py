@@ -3,6 +3,7 @@
 `Method` and `Levels` are for methods of one's own.
 """
 
+from .._public import settle as _settle
 from ._alternating import Alternating
 from ._amigo import AmIGO
 from ._bilevel import Bilevel
@@ -29,3 +30,5 @@ __all__ = [
     "StepInfo",
     "StocBiO",
 ]
+
+_settle(globals())

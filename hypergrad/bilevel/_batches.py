@@ -106,7 +106,9 @@ class Batches:
     def load(self, taken: int) -> None:
         """Go on where a pass had come to."""
         if not isinstance(taken, int) or taken < 0:
-            raise StructureMismatch(f"{self.name}: {taken!r} is no number of batches.")
+            raise StructureMismatch(
+                f"{self.name}: {taken!r} is no number of batches.", argument="state"
+            )
         self._iterator, self._taken = None, 0
         if taken and self._source is not None and self.count is None:
             self._iterator = iter(self._source)  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
 from .._autograd.transforms import transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation
-from .._implicit.verdict import OnFailure, check_on_failure, listening
+from .._info import shown
 from .._mistakes import explained
-from .._shown import shown
+from .._warnings import OnFailure, check_on_failure, listening
 from ._alternating import Alternating
 from ._batches import Batch, Source
 from ._estimate import Estimator
@@ -284,12 +284,15 @@ class Bilevel:
         known = isinstance(state, dict) and state.keys() >= _KEYS
         if not known or state["version"] != _VERSION:
             raise StructureMismatch(
-                f"This is no state of Bilevel in version {_VERSION}: pass what state_dict returned."
+                f"This is no state of Bilevel in version {_VERSION}: pass what state_dict "
+                "returned.",
+                argument="state",
             )
         method = type(self.method).__name__
         if state["method"] != method:
             raise StructureMismatch(
-                f"This is the state of the method {state['method']}, and here it is {method}."
+                f"This is the state of the method {state['method']}, and here it is {method}.",
+                argument="state",
             )
         moved: list[tuple[Tensor, Tensor]] = []
         for tree in (levels.params, levels.hparams):
@@ -297,7 +300,8 @@ class Bilevel:
             if len(saved) != len(tree.variables):
                 raise StructureMismatch(
                     f"{tree.name} was saved with {len(saved)} tensors and has "
-                    f"{len(tree.variables)} here: this is the state of another problem."
+                    f"{len(tree.variables)} here: this is the state of another problem.",
+                    argument="state",
                 )
             for place, variable in enumerate(tree.variables):
                 value = restored(variable, saved[place], tree.variable_path(place))

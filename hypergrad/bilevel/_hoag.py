@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._errors import NotConverged
-from .._implicit.verdict import warn
 from .._info import SolveInfo
+from .._warnings import warn
 from ..solvers import CG, GMRES, Solver
 from ..solvers._base import tolerance
 from ._batches import Batch
@@ -154,7 +154,8 @@ class HOAG(Method):
         if levels.on_failure == "raise":
             raise NotConverged(
                 f"{text} At outer step {levels.steps + 1} the relative inner residual is "
-                f"{float(info.inner_residual):.3g} and the tolerance {tol:.3g}."
+                f"{float(info.inner_residual):.3g} and the tolerance {tol:.3g}.",
+                info=info,
             )
         warn(text)
 

@@ -20,8 +20,8 @@ from .._errors import NotConnected, NotFinite
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
 from .._implicit.task_norms import finite
-from .._implicit.verdict import OnFailure
 from .._mistakes import refuse_signatures
+from .._warnings import OnFailure
 from ..conditions._base import Condition, as_condition, require_all
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
@@ -378,7 +378,8 @@ class Levels:
             raise NotFinite(
                 f"hparams_projection returned NaN or infinity at outer step {self.steps + 1}: what "
                 "it projects onto is empty, or the outer step was too long. The hyperparameters "
-                "are where the outer optimiser has moved them."
+                "are where the outer optimiser has moved them.",
+                argument="hparams_projection",
             )
         for variable, value in zip(self.hparams.variables, projected, strict=True):
             variable.copy_(value)
@@ -528,5 +529,6 @@ def _refuse_shared(levels: Levels) -> None:
             if variable is other:
                 raise NotConnected(
                     f"{levels.params.variable_path(i)} and {levels.hparams.variable_path(j)} are "
-                    "one tensor, which both levels would move. Pass a copy to one of them."
+                    "one tensor, which both levels would move. Pass a copy to one of them.",
+                    leaf=levels.params.variable_path(i),
                 )

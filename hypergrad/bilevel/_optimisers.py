@@ -49,7 +49,9 @@ def take(
     """
     tree = Tree(name, value, skip_frozen=skip_frozen, of_autograd=of_autograd)
     if not tree.variables:
-        raise StructureMismatch(f"{name} holds no floating-point tensor to optimise.")
+        raise StructureMismatch(
+            f"{name} holds no floating-point tensor to optimise.", argument=name
+        )
     level = "inner_optimizer" if name == "params" else "outer_optimizer"
     if isinstance(optimizer, torch.optim.Optimizer):
         _match(tree, optimizer, level)
@@ -61,7 +63,8 @@ def take(
         raise StructureMismatch(
             f"{level} must be a torch.optim.Optimizer or a callable that makes one of a list of "
             f"tensors, such as lambda variables: torch.optim.SGD(variables, lr=0.1); it made a "
-            f"{type(made).__name__}."
+            f"{type(made).__name__}.",
+            argument=level,
         )
     _match(tree, made, level)
     return tree, made
@@ -75,17 +78,21 @@ def _match(tree: Tree, optimiser: torch.optim.Optimizer, level: str) -> None:
             raise StructureMismatch(
                 f"{level} does not hold {tree.variable_path(position)}, so that nothing would move "
                 f"it. Make the optimiser of the tensors in {tree.name} themselves (no copies, no "
-                "results of an operation), or pass a callable that makes one of a list of tensors."
+                "results of an operation), or pass a callable that makes one of a list of tensors.",
+                leaf=tree.variable_path(position),
+                argument=level,
             )
         if id(variable) in held and not (variable.is_leaf and variable.requires_grad):
             raise StructureMismatch(
                 f"{tree.variable_path(position)} must be a leaf that requires grad to be moved by "
-                f"{level}."
+                f"{level}.",
+                leaf=tree.variable_path(position),
             )
     if held - ours:
         raise StructureMismatch(
             f"{level} holds {len(held - ours)} tensors that are not in {tree.name}, which it would "
-            "move without a gradient of theirs. Make one optimiser for each level."
+            "move without a gradient of theirs. Make one optimiser for each level.",
+            argument=level,
         )
 
 

@@ -37,25 +37,33 @@ def restored(target: Any, saved: Any, path: str) -> Any:
     """
     if isinstance(target, Tensor):
         if not isinstance(saved, Tensor):
-            raise StructureMismatch(f"{path} must be a tensor; got {type(saved).__name__}.")
+            raise StructureMismatch(
+                f"{path} must be a tensor; got {type(saved).__name__}.", leaf=path
+            )
         if saved.shape != target.shape or saved.dtype != target.dtype:
             raise StructureMismatch(
                 f"{path} was saved with shape {tuple(saved.shape)} and dtype {saved.dtype}, but "
                 f"here it has shape {tuple(target.shape)} and dtype {target.dtype}: this is the "
-                "state of another problem."
+                "state of another problem.",
+                leaf=path,
             )
         return saved.to(target.device)
     if type(target) is not type(saved):
         raise StructureMismatch(
-            f"{path} is a {type(saved).__name__}, not a {type(target).__name__}."
+            f"{path} is a {type(saved).__name__}, not a {type(target).__name__}.",
+            leaf=path,
         )
     if isinstance(target, dict):
         if target.keys() != saved.keys():
-            raise StructureMismatch(f"{path} holds {sorted(saved)}, not {sorted(target)}.")
+            raise StructureMismatch(
+                f"{path} holds {sorted(saved)}, not {sorted(target)}.", leaf=path
+            )
         return {name: restored(target[name], saved[name], f"{path}[{name!r}]") for name in target}
     if isinstance(target, list):
         if len(target) != len(saved):
-            raise StructureMismatch(f"{path} holds {len(saved)} entries, not {len(target)}.")
+            raise StructureMismatch(
+                f"{path} holds {len(saved)} entries, not {len(target)}.", leaf=path
+            )
         pairs = enumerate(zip(target, saved, strict=True))
         return [restored(*pair, f"{path}[{place}]") for place, pair in pairs]
     return saved

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._info import SolveInfo
-from .._shown import fields_of, shown
+from .._info import SolveInfo, fields_of, shown
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

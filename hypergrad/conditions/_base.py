@@ -154,7 +154,8 @@ def require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:
                 f"The inner problem does not depend on {problem.params.variable_path(position)}, "
                 "so its solution is not determined by it. Leave that leaf out of params, or use it "
                 "in inner: a module must be called as torch.func.functional_call(module, params, "
-                "args), and a .detach() or torch.no_grad() inside cuts the connection."
+                "args), and a .detach() or torch.no_grad() inside cuts the connection.",
+                leaf=problem.params.variable_path(position),
             )
 
 

@@ -57,7 +57,8 @@ class GradientStep(Condition):
         if isinstance(step, Tensor):
             if step.numel() != 1:
                 raise StructureMismatch(
-                    f"step_size must be one number; it has the shape {tuple(step.shape)}."
+                    f"step_size must be one number; it has the shape {tuple(step.shape)}.",
+                    argument="step_size",
                 )
             return step.detach().reshape(())
         return step
@@ -175,7 +176,8 @@ class GradientStep(Condition):
                 f"{self.outer_map[0]} moves with v, but autograd does not see how, so that its "
                 "derivative would be lost: a .detach() or .numpy() inside cuts the connection. "
                 "Write it in differentiable operations, or take one of hypergrad.prox or "
-                "hypergrad.projections."
+                "hypergrad.projections.",
+                argument=self.outer_map[0],
             )
 
 

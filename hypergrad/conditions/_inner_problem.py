@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
 from .._autograd.watch import WatchForDerivatives
-from .._errors import HypergradError, StructureMismatch, UnsupportedOperation
+from .._errors import HypergradError, StructureMismatch, UnsupportedOperation, argument_of
 from .._pytrees import Layout, Tree
 
 if TYPE_CHECKING:
@@ -279,17 +279,20 @@ def scalar(what: str, value: Any) -> Tensor:
             cures["tuple"] = " Pass has_aux=True where it returns (loss, aux)."
         kind = type(value).__name__
         raise StructureMismatch(
-            f"{what} must return a scalar tensor; it returned {kind}.{cures.get(kind, '')}"
+            f"{what} must return a scalar tensor; it returned {kind}.{cures.get(kind, '')}",
+            argument=argument_of(what),
         )
     if value.is_complex():
         raise UnsupportedOperation(
             f"{what} returned a complex number ({value.dtype}); a loss must be real. Take .real or "
-            ".abs() of it."
+            ".abs() of it.",
+            argument=argument_of(what),
         )
     if value.numel() != 1:
         raise StructureMismatch(
             f"{what} must return a scalar tensor; it returned one of shape {tuple(value.shape)}. "
-            "Reduce it with .mean() or .sum()."
+            "Reduce it with .mean() or .sum().",
+            argument=argument_of(what),
         )
     return value.reshape(())
 
@@ -299,5 +302,7 @@ def without_aux(what: str, returned: Any, has_aux: bool, first: str) -> tuple[An
     if not has_aux:
         return returned, None
     if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise StructureMismatch(f"With has_aux=True {what} must return ({first}, aux).")
+        raise StructureMismatch(
+            f"With has_aux=True {what} must return ({first}, aux).", argument=argument_of(what)
+        )
     return returned

@@ -148,7 +148,8 @@ def _three(params: Any) -> Any:
         "params of KKT must be (x, nu, lam): the variables, the multipliers of the equalities and "
         "those of the inequalities, None where there are none; got "
         f"{type(params).__name__}"
-        + (f" of length {len(params)}." if isinstance(params, tuple | list) else ".")
+        + (f" of length {len(params)}." if isinstance(params, tuple | list) else "."),
+        argument="params",
     )
 
 
@@ -166,20 +167,26 @@ def _priced(
         if all(not (isinstance(leaf, Tensor) and leaf.numel()) for leaf in price):
             # An empty tensor stays connected, so that it needs no special case.
             return sum((leaf.sum() for leaf in price if isinstance(leaf, Tensor)), 0.0)
-        raise StructureMismatch(f"There are no {what}, so {name} in params=(x, nu, lam) is None.")
+        raise StructureMismatch(
+            f"There are no {what}, so {name} in params=(x, nu, lam) is None.", argument="params"
+        )
     values, given = pytree.tree_flatten(constraint(x, *args))
     if spec != given:
         raise StructureMismatch(
-            f"{name} must have the structure of what {what} returns: expected {given}, got {spec}."
+            f"{name} must have the structure of what {what} returns: expected {given}, got {spec}.",
+            argument="params",
         )
     total: Tensor | float = 0.0
     for one, value in zip(price, values, strict=True):
         if not isinstance(one, Tensor) or not isinstance(value, Tensor):
-            raise StructureMismatch(f"{name} and what {what} returns must be tensors.")
+            raise StructureMismatch(
+                f"{name} and what {what} returns must be tensors.", argument="params"
+            )
         if one.shape != value.shape:
             raise StructureMismatch(
                 f"{name} has the shape {tuple(one.shape)}, but {what} returns one of shape "
-                f"{tuple(value.shape)}; there must be one multiplier for each constraint."
+                f"{tuple(value.shape)}; there must be one multiplier for each constraint.",
+                argument="params",
             )
         total = total + (one * value).sum()
     return total

@@ -15,11 +15,11 @@ from .._autograd.host import all_tasks
 from .._autograd.refusals import refuse_derivatives
 from .._autograd.trace import being_traced
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
-from .._implicit.causes import derivative
+from .._implicit.causes import Place, derivative
 from .._implicit.task_norms import finite
-from .._implicit.verdict import OnFailure, counted, warn
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
+from .._warnings import OnFailure, counted, warn
 from ._loss import Slopes, wide
 
 _OF_VALUE = (
@@ -83,11 +83,14 @@ def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure,
     ]
     if on_failure != "ignore":
         refuse_not_finite([
-            *(("params" + path, leaf, cure) for path, leaf in _named(estimate.params)),
-            ("the outer loss", estimate.value, _OF_VALUE),
             *(
-                (f"the gradient by {H.variable_path(i)}", leaf, _OF_GRADIENT)
-                for i, leaf in enumerate(leaves)
+                Place(f"params{path}", leaf, lambda: cure, f"params{path}")
+                for path, leaf in _named(estimate.params)
+            ),
+            Place("the outer loss", estimate.value, lambda: _OF_VALUE, argument="outer"),
+            *(
+                Place(f"the gradient by {path}", leaf, lambda: _OF_GRADIENT, path)
+                for path, leaf in zip(map(H.variable_path, range(len(leaves))), leaves, strict=True)
             ),
         ])
 
@@ -131,34 +134,35 @@ def handed_out(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def refuse_not_finite(places: Sequence[tuple[str, Tensor, str]]) -> None:
+def refuse_not_finite(places: Sequence[Place]) -> None:
     """Raise, naming the first place and how many tasks, if a number is not finite.
 
     Reads one packed tensor from the device.
 
     Parameters
     ----------
-    places : sequence of (str, Tensor, str)
-        What is looked at, and what to do where it is the first that is not finite.
+    places : sequence of Place
+        What is looked at.
 
     Raises
     ------
     NotFinite
         If one is not.
     """
-    sound = finite((), *[tensor for _, tensor, _ in places])
+    sound = finite((), *[place.tensor for place in places])
     rows = all_tasks(sound.reshape(1)).reshape(-1).tolist()
     if all(rows):
         return
     tasks = f"{rows.count(False)} of {len(rows)} tasks: " if len(rows) > 1 else ""
-    bad = (
-        (what, cure)
-        for what, tensor, cure in places
-        if not all_tasks(torch.isfinite(tensor).all().reshape(1)).all()
+    bad = next(
+        (p for p in places if not all_tasks(torch.isfinite(p.tensor).all().reshape(1)).all()),
+        Place("the answer", places[0].tensor, lambda: ""),
     )
-    where, cure = next(bad, ("the answer", ""))
     raise NotFinite(
-        f"{tasks}{where} holds NaN or infinity. {cure} on_failure='ignore' leaves NaN as NaN."
+        f"{tasks}{bad.where} holds NaN or infinity. {bad.cure()} on_failure='ignore' leaves NaN as "
+        "NaN.",
+        leaf=bad.leaf,
+        argument=bad.argument,
     )
 
 

@@ -14,9 +14,9 @@ from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
 from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Outer
-from .._implicit.verdict import OnFailure, check_on_failure
 from .._mistakes import explained
 from .._pytrees import Layout
+from .._warnings import OnFailure, check_on_failure
 from ._answer import Estimate, check_positive, hypergradient, judge_figure
 from ._antithetic import Evaluation, Moments
 from ._inner_loop import InnerLoop, hyperparameters

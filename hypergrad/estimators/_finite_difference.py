@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .._autograd.refusals import never_compiled
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure
 from .._info import SolveInfo, Status
 from .._mistakes import explained
+from .._warnings import OnFailure
 from ..solvers._base import norm
 from ._answer import check_positive, evidence
 from ._first_order import FirstOrder, added, difference

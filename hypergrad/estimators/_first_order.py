@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._errors import HypergradError, NotConnected, NotConverged
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import plus
 from ._answer import Estimate, handed_out, hypergradient, judge_figure
 from ._loss import Arguments, Leaves, Loss, Slopes
@@ -76,7 +76,8 @@ class FirstOrder:
                 "outer does not depend on params, so the inner problem plays no part in its "
                 "gradient. Use params in outer: a module must be called as "
                 "torch.func.functional_call(module, params, args), and a .detach(), .item() or "
-                "torch.no_grad() inside outer cuts the connection."
+                "torch.no_grad() inside outer cuts the connection.",
+                argument="params",
             )
         return slopes
 

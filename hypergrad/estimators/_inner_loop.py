@@ -179,7 +179,9 @@ def _refuse_cut_off(before: Any, after: Any) -> None:
                 f"{tree.variable_path(i)} is a new leaf that requires grad, cut off from the "
                 "arguments: what an optimiser of torch.optim has moved has no derivative by them. "
                 "Write the step out, such as w - lr * torch.func.grad(loss)(w, hparams); or run "
-                "the optimiser outside, and pass what it finds to implicit_grad."
+                "the optimiser outside, and pass what it finds to implicit_grad.",
+                leaf=tree.variable_path(i),
+                argument="step",
             )
 
 
@@ -232,11 +234,13 @@ def _refuse_shared(init: Any, H: Tree) -> None:
                 raise NotConnected(
                     f"{start.variable_path(i)} was computed from {H.variable_path(j)}, whose "
                     "gradient through the initial point would be lost. Pass init as a callable "
-                    "that computes it, init(hparams), or detach it if it is a constant."
+                    "that computes it, init(hparams), or detach it if it is a constant.",
+                    leaf=start.variable_path(i),
                 )
             if leaf is other:
                 raise NotConnected(
                     f"{start.variable_path(i)} and {H.variable_path(j)} are one tensor, whose "
                     "gradient through the initial point would be lost. Pass init as a callable: "
-                    "init=lambda hparams: hparams."
+                    "init=lambda hparams: hparams.",
+                    leaf=start.variable_path(i),
                 )

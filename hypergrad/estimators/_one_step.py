@@ -10,9 +10,9 @@ from torch import Tensor
 from .._autograd.refusals import never_compiled
 from .._errors import StructureMismatch
 from .._implicit.signatures import Hparams, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
 from .._pytrees import Tree
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ._answer import handed_out, hypergradient
 from ._inner_loop import InnerLoop, hyperparameters
 from ._reverse import Reverse
@@ -119,7 +119,8 @@ def one_step_grad(
         Tree("params", params)  # a module has a message of its own
         raise StructureMismatch(
             "params is a function; one_step_grad starts from inner variables, which are constant. "
-            "Pass what the function returns, or use unrolled_grad, which differentiates it."
+            "Pass what the function returns, or use unrolled_grad, which differentiates it.",
+            argument="params",
         )
     H = hyperparameters(hparams)
     loop = InnerLoop(step, params, H, numbered=False)

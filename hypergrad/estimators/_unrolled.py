@@ -9,8 +9,8 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 from .._autograd.refusals import never_compiled
 from .._errors import UnsupportedOperation
 from .._implicit.signatures import Hparams, Outer
-from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._mistakes import explained
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ._answer import handed_out, hypergradient
 from ._forward import Forward
 from ._inner_loop import InnerLoop, hyperparameters

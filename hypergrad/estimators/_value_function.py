@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from .._autograd.refusals import never_compiled
 from .._errors import Diverged
 from .._implicit.signatures import Hparams, Objective, Outer
-from .._implicit.verdict import OnFailure
 from .._mistakes import explained
+from .._warnings import OnFailure
 from ._answer import check_not_negative, check_positive
 from ._first_order import FirstOrder, added, difference
 from ._loss import Leaves, descend, wide

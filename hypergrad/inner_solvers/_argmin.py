@@ -17,9 +17,9 @@ from .. import inner_solvers
 from .._errors import StructureMismatch
 from .._implicit.decorators import Batching, differentiable
 from .._implicit.keywords import bound
-from .._implicit.verdict import OnFailure
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_unknown
+from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..conditions._gradient_step import ProjectedGradient, ProximalGradient
 from ..conditions._minimum import Minimum

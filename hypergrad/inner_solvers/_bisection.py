@@ -125,7 +125,8 @@ class Bisection(InnerSolver):
                 except RuntimeError:
                     raise StructureMismatch(
                         f"{name} has the shape {tuple(value.shape)}, which cannot be broadcast "
-                        f"against params of shape {tuple(leaf.shape)}."
+                        f"against params of shape {tuple(leaf.shape)}.",
+                        argument=name,
                     ) from None
             return evaluator.tree.rebuild(leaves)
 

@@ -258,7 +258,8 @@ class Evaluator:
                         f"The objective does not depend on {self.tree.variable_path(position)}. "
                         "Leave that leaf out of init, or use it: a module must be called as torch."
                         "func.functional_call(module, params, args), and a .detach(), .item() or "
-                        "torch.no_grad() inside cuts the connection."
+                        "torch.no_grad() inside cuts the connection.",
+                        leaf=self.tree.variable_path(position),
                     )
             return value.detach(), gradient, Replay(gradient, aliases) if twice else None
 

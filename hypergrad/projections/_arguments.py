@@ -43,7 +43,7 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     keyed, spec = pytree.tree_flatten_with_path(v)
     there = [(pytree.keystr(path), leaf) for path, leaf in keyed if leaf is not None]
     if not there:
-        raise StructureMismatch("v holds no tensor to project.")
+        raise StructureMismatch("v holds no tensor to project.", argument="v")
     if len(there) == 1:
         leaves = [as_floating("v" + there[0][0], there[0][1])]
     else:
@@ -51,7 +51,8 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
                 raise StructureMismatch(
                     f"v{path} is {_kind(leaf)}, and the set takes all leaves together: pass it as "
-                    "a floating-point tensor if it is a coordinate, or leave it out of v."
+                    "a floating-point tensor if it is a coordinate, or leave it out of v.",
+                    leaf=f"v{path}",
                 )
         leaves = [leaf for _, leaf in there]
     dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
@@ -111,11 +112,12 @@ def one_number(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise StructureMismatch(
-                f"{name} must be one number; it has the shape {tuple(value.shape)}."
+                f"{name} must be one number; it has the shape {tuple(value.shape)}.",
+                argument=name,
             )
         return value.reshape(())
     if not isinstance(value, int | float):
-        raise StructureMismatch(f"{name} must be one number; got {_kind(value)}.")
+        raise StructureMismatch(f"{name} must be one number; got {_kind(value)}.", argument=name)
     return value
 
 
@@ -148,7 +150,8 @@ def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
         array = array.expand(shape)
     if array.shape != shape:
         raise StructureMismatch(
-            f"{name} must have the shape {shape}, to go with v; it has {tuple(array.shape)}."
+            f"{name} must have the shape {shape}, to go with v; it has {tuple(array.shape)}.",
+            argument=name,
         )
     return array
 
@@ -195,7 +198,9 @@ def vector(v: Any) -> Tensor:
     """
     v = as_floating("v", v)
     if v.ndim != 1:
-        raise StructureMismatch(f"v must be a vector; it has the shape {tuple(v.shape)}.")
+        raise StructureMismatch(
+            f"v must be a vector; it has the shape {tuple(v.shape)}.", argument="v"
+        )
     return v
 
 

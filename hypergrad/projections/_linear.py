@@ -135,7 +135,8 @@ def _along(v: Any, a: Any, b: Number, *, one_sided: bool) -> Any:
     ]
     if shapes[0] != shapes[1]:
         raise StructureMismatch(
-            f"a must be shaped like v: {_shown(shapes[0])}; got {_shown(shapes[1])}."
+            f"a must be shaped like v: {_shown(shapes[0])}; got {_shown(shapes[1])}.",
+            argument="a",
         )
     normal = joined(a)[0].to(x)
     level = alike(one_number("b", b), x)

@@ -108,7 +108,8 @@ def second_order_cone(v: Tensor, *, dim: int = -1) -> Tensor:
     if v.ndim == 0 or v.shape[dim] == 0:
         raise StructureMismatch(
             f"second_order_cone takes vectors (t, z) along a dimension; v has the shape "
-            f"{tuple(v.shape)}."
+            f"{tuple(v.shape)}.",
+            argument="v",
         )
     v = v.movedim(dim, -1)
     t, z = v[..., :1], v[..., 1:]

@@ -182,5 +182,7 @@ def _on_simplex(v: Tensor, radius: Number, dim: int) -> Tensor:
 def _vectors(name: str, v: Any) -> Tensor:
     v = as_floating("v", v)
     if v.ndim == 0:
-        raise StructureMismatch(f"{name} takes vectors along a dimension; v has none.")
+        raise StructureMismatch(
+            f"{name} takes vectors along a dimension; v has none.", argument="v"
+        )
     return v

@@ -179,7 +179,9 @@ def kl_birkhoff(v: Tensor) -> Tensor:
 def _ones(v: Tensor) -> tuple[Tensor, Tensor]:
     v = as_floating("v", v)
     if v.ndim != 2 or v.shape[0] != v.shape[1]:
-        raise StructureMismatch(f"v must be a square matrix; it has the shape {tuple(v.shape)}.")
+        raise StructureMismatch(
+            f"v must be a square matrix; it has the shape {tuple(v.shape)}.", argument="v"
+        )
     one = torch.ones(len(v), dtype=v.dtype, device=v.device)
     return one, one
 
@@ -188,7 +190,9 @@ def _arguments(v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
     """`v` as it came and with more digits, and the sums, whose own sums are made equal."""
     v = as_floating("v", v)
     if v.ndim != 2:
-        raise StructureMismatch(f"v must be a matrix; it has the shape {tuple(v.shape)}.")
+        raise StructureMismatch(
+            f"v must be a matrix; it has the shape {tuple(v.shape)}.", argument="v"
+        )
     wide = widest(v)
     a = described("rows", rows, (v.shape[0],), wide)
     b = described("columns", columns, (v.shape[1],), wide)
