@@ -8,8 +8,8 @@ from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._autograd.torch_pytrees import pytree
 from ._autograd.transforms import is_wrapped
 
 _MOST = 2  # leaves of a pytree that are shown one by one

@@ -11,10 +11,10 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ._autograd.guard import Guard
 from ._autograd.random_numbers import unnoticed
+from ._autograd.torch_pytrees import pytree
 from ._errors import HypergradError, StructureMismatch
 from ._pytrees import Tree, refuse_meta
 

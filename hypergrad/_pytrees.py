@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils import _pytree as pytree
 
+from ._autograd.torch_pytrees import pytree
 from ._autograd.transforms import layers
 from ._errors import StructureMismatch, UnsupportedOperation, argument_of
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ._autograd.maps import most_positional, selected
 from ._autograd.singular_values import shrunk_singular_values
+from ._autograd.torch_pytrees import pytree
 from ._errors import StructureMismatch
 
 __all__ = [

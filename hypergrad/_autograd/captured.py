@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._errors import UnsupportedOperation
 from .random_numbers import unnoticed
 from .recording import Recording, record
+from .torch_pytrees import pytree
 from .trace import detached, graph
 from .transforms import (
     carries_derivative,

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._errors import StructureMismatch, UnsupportedOperation
 from .._pytrees import is_ordinary
 from .captured import names_of_captured
 from .refusals import WithoutDerivative
+from .torch_pytrees import pytree
 from .trace import detached, versions
 from .transforms import is_wrapped, transforms_active, without_saved_tensor_hooks
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from .torch_pytrees import pytree
 
 _CHUNK = 128
 _mapping: ContextVar[bool] = ContextVar("hypergrad_mapping_rows", default=False)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch import pyfunctorch
-from torch.utils import _pytree as pytree
 
 from .random_numbers import generators, restore
+from .torch_pytrees import pytree
 from .transforms import forward_mode_active
 from .watch import WatchForDerivatives
 

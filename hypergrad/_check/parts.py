@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._errors import HypergradError, NotConnected, StructureMismatch
 from .._implicit.entrance import implicit_grad

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import graph
 from .._autograd.transforms import transforms_active
 from .._errors import UnsupportedOperation

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from .._autograd.products import gradient_of
 from .._autograd.random_numbers import unnoticed
+from .._autograd.torch_pytrees import pytree
 from ..conditions._gradient_step import GradientStep
 from .linearisation import Linearisation
 

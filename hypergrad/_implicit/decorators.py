@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.captured import captured_by, carries_something, names_of_captured
 from .._autograd.detached_call import call_outside
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import never_compiled
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._autograd.transforms import forward_mode_active, transforms_active
 from .._errors import UnsupportedOperation

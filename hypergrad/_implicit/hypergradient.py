@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.captured import refuse_one_level_reduced
 from .._autograd.double_backward import changed_in_place
@@ -19,6 +18,7 @@ from .._autograd.random_numbers import Draw, generators, restore, same
 from .._autograd.recording import refuse_past_arguments
 from .._autograd.refusals import refuse_derivatives
 from .._autograd.rows import by_rows
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached, versions
 from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside_of_vmaps

@@ -8,11 +8,11 @@ from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.captured import captured_by, carries_something, names_of_captured
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import never_compiled, refuse_derivatives
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._autograd.transforms import carries_derivative, forward_mode_active, transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation

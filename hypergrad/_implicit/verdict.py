@@ -9,9 +9,9 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.host import all_tasks
+from .._autograd.torch_pytrees import pytree
 from .._autograd.transforms import is_wrapped
 from .._errors import (
     Diverged,

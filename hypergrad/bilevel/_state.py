@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
 
 

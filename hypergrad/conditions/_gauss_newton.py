@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.torch_pytrees import pytree
 from ._base import Condition, Record, plus, recorded_gradient, require_all
 from ._inner_problem import Problem
 

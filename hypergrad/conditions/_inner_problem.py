@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
+from .._autograd.torch_pytrees import pytree
 from .._autograd.watch import WatchForDerivatives
 from .._errors import HypergradError, StructureMismatch, UnsupportedOperation, argument_of
 from .._pytrees import Layout, Tree

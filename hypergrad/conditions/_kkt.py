@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.rows import by_rows
+from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
 from .._pytrees import Layout, Tree
 from ._base import Condition, Product, Record, recorded_gradient, require_all

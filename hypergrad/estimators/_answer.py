@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.host import all_tasks
 from .._autograd.refusals import refuse_derivatives
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
 from .._implicit.causes import Place, derivative

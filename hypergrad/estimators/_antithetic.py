@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import further_out
 from .._autograd.transforms import outside_transforms, without_left, without_saved_tensor_hooks
 from ..conditions._inner_problem import scalar

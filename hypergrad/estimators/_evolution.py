@@ -8,9 +8,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.refusals import never_compiled
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._errors import NotConverged
 from .._implicit.signatures import Hparams, Outer

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached, graph
 from .._autograd.transforms import is_wrapped
 from .._errors import NotConnected, UnsupportedOperation

@@ -8,9 +8,9 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.refusals import never_compiled
+from .._autograd.torch_pytrees import pytree
 from .._errors import Diverged
 from .._implicit.signatures import Hparams, Objective, Outer
 from .._mistakes import explained

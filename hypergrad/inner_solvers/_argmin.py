@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import inner_solvers
+from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
 from .._implicit.decorators import Batching, differentiable
 from .._implicit.keywords import bound

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.refusals import never_compiled, refuse_derivatives
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation

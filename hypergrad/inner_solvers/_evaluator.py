@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.attention import has_fused
 from .._autograd.double_backward import changed_in_place
@@ -16,6 +15,7 @@ from .._autograd.guard import Guard
 from .._autograd.host import any_task
 from .._autograd.products import ForwardReplay, Replay, gradient_of
 from .._autograd.recording import Recording, record
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached, graph, versions
 from .._autograd.transforms import alive, carries_derivative
 from .._autograd.vmaps import Vmaps

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._autograd.torch_pytrees import pytree
 from .._info import Status
 
 

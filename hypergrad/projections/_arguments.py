@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._autograd.host import any_task
+from .._autograd.torch_pytrees import pytree
 from .._autograd.transforms import layers
 from .._errors import StructureMismatch
 from ..prox import as_floating, not_negative

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
 from ..prox import as_floating, size_of
 from ._arguments import Number, alike, joined, nan_where, one_number, refuse_empty, share
