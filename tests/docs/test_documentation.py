@@ -11,7 +11,7 @@ import hypergrad
 from docs.links import dead_links
 from hypergrad import inner, projections, prox
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PUBLIC = {
     **{f"hypergrad.{name}": getattr(hypergrad, name) for name in hypergrad.__all__},

@@ -21,7 +21,7 @@ import hypergrad
 from hypergrad import CG, MINRES, SOBA, Bilevel, Exact, all_reduced, implicit_grad
 from tests.problems import F64, data
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Rows of the data of each process: unequal shares, and one that is empty.
 SHARES = {"unequal": ([0, 7], [7, 30]), "empty": ([0, 30], [30, 30])}
 ROWS, WIDTH = 30, 6

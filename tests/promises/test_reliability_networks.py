@@ -586,7 +586,7 @@ def test_row_56_a_loop_says_a_kind_once_and_counts_it_in_one_line():
 
 
 def test_row_58_the_oldest_torch_that_is_declared_is_tested():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     (oldest,) = [re.fullmatch(r"torch>=([\d.]+)", d)[1] for d in project["dependencies"]]
     jobs = (root / ".github/workflows/ci.yml").read_text()

@@ -20,7 +20,7 @@ from tests import problems
 JIT = "ignore:.torch.jit.script. is deprecated"
 pytestmark = pytest.mark.filterwarnings(JIT)
 
-QUICKSTART = Path(__file__).parent.parent / "docs/quickstart.md"
+QUICKSTART = Path(__file__).parents[2] / "docs/quickstart.md"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 D = torch.float64
 
