@@ -15,11 +15,22 @@ from hypergrad import projections, prox
 from tests.problems import F64, data
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
 V = torch.tensor([1.3, -0.2, 0.4, -2.0, 0.05, 0.6], dtype=F64)
+
+
 T = torch.tensor(0.35, dtype=F64)
+
+
 GROUPS = torch.tensor([0, 0, 1, 1, 1, 2])
+
+
 A, B = data(80, 2, 6, dtype=F64), data(81, 2, dtype=F64)
+
+
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+
 
 # The maps with their arguments, and what they are the prox of: g(x), or a set's constraints.
 MAPS = {
@@ -52,6 +63,8 @@ MAPS = {
         lambda x: 0.5 * T * sum(w * x[k == GROUPS].norm() for k, w in enumerate(WEIGHTS)),
     ),
 }
+
+
 SETS = {
     "non-negative": (projections.non_negative, (V,)),
     "box": (lambda v, t: projections.box(v, -t, 2 * t), (V, T)),
@@ -59,7 +72,11 @@ SETS = {
     "ball": (projections.l2_ball, (V, T)),
     "affine": (projections.affine_set, (V, A, B)),
 }
+
+
 EVERY = {**{k: (f, a) for k, (f, a, _) in MAPS.items()}, **SETS}
+
+
 CASES = pytest.mark.parametrize("name", EVERY)
 
 
@@ -270,23 +287,6 @@ def test_what_is_no_map_is_refused_or_nan():
         projections.affine_set(V, A.T, B)
     with pytest.raises(ValueError, match="groups must be shaped like v"):
         prox.group_lasso(V, 1.0, T, groups=GROUPS[:3])
-
-
-def test_singular_values_that_tie_have_their_derivative():
-    """PyTorch's own derivative of the decomposition is infinite there."""
-    shrunk = lambda v: prox.nuclear(v, 1.0, 0.4)
-    for v in (torch.eye(3), torch.diag(torch.tensor([2.0, 2.0, 0.1])), torch.zeros(3, 2)):
-        v = v.to(F64)
-        directions = data(85, 4, *v.shape, dtype=F64)
-        for direction in directions:
-            ends = shrunk(v + 1e-6 * direction), shrunk(v - 1e-6 * direction)
-            tangent = torch.func.jvp(shrunk, (v,), (direction,))[1]
-            torch.testing.assert_close(tangent, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
-    with pytest.raises(hypergrad.StructureMismatch, match="nuclear takes matrices"):
-        prox.nuclear(V, 1.0, T)
-    with pytest.raises(hypergrad.StructureMismatch, match="one number for each leaf"):
-        prox.nuclear(A, 1.0, T * torch.ones(2, dtype=F64))
-    assert prox.nuclear(A * math.nan, 1.0, T).isnan().all()
 
 
 def test_integers_and_numbers_are_mapped_too():

@@ -9,9 +9,18 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import CG, Bilevel, Exact, StructureMismatch, UnsupportedOperation, implicit_grad
+from hypergrad import (
+    CG,
+    Bilevel,
+    Exact,
+    StructureMismatch,
+    UnsupportedOperation,
+    implicit_grad,
+)
+from tests.weighted_ridge import expected, inner, outer, solution
 
 D = torch.float64
 
@@ -475,3 +484,126 @@ def test_row_52_a_sparse_gradient_is_the_dense_one(entrance):
         return torch.func.vmap(call)(torch.stack([h, -h])) if entrance == "vmap" else call(h)
 
     torch.testing.assert_close(of(True), of(False))
+
+
+# torch.func.jvp compiles its formulas with torch.jit when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+
+@pytest.fixture
+def h():
+    return torch.tensor([0.3, 0.7, 1.1], dtype=D)
+
+
+def test_the_answer_has_the_structure_of_hparams(h):
+    tree = {"a": (h[0].clone(), [h[1:].clone()]), "none": None, "rate": 0.1, "n": torch.tensor(3)}
+    w = {"x": solution(h)[:1], "deep": (solution(h)[1:],)}
+
+    def join(w, t):
+        return torch.cat([w["x"], w["deep"][0]]), torch.cat([t["a"][0][None], t["a"][1][0]])
+
+    found = implicit_grad(lambda w, t: outer(*join(w, t)), lambda w, t: inner(*join(w, t)), w, tree)
+    assert pytree.tree_structure(found) == pytree.tree_structure(tree)
+    flat = torch.cat([found["a"][0][None], found["a"][1][0]])
+    torch.testing.assert_close(flat, expected(h), rtol=1e-9, atol=0)
+    assert found["none"] is None
+    assert found["rate"] == 0.1
+    assert found["n"].dtype == torch.int64
+    assert found["n"] == 0
+
+
+def test_leaves_that_are_0d_empty_strided_expanded_or_overlapping_are_right():
+    lam = torch.tensor(0.4, dtype=D)
+    base = torch.arange(8, dtype=D)
+    params = {
+        "scalar": torch.tensor(0.0, dtype=D),
+        "empty": torch.zeros(0, dtype=D),
+        "strided": base[::3],  # 0, 3, 6
+        "transposed": base[:6].reshape(2, 3).T,
+        "expanded": torch.ones(1, dtype=D).expand(3),
+        "overlapping": base.as_strided((3, 2), (1, 1)),
+    }
+    targets = {k: torch.cos(torch.arange(v.numel(), dtype=D)).reshape(v.shape) + 1
+               for k, v in params.items()}  # fmt: skip
+
+    def objective(p, lam):
+        return sum(((p[k] - targets[k]) ** 2).sum() + lam * (p[k] ** 2).sum() for k in p)
+
+    # Exact at any point: the system has the matrix 2 (1 + lam) I, so b = 1 gives this formula.
+    found = implicit_grad(
+        lambda p, lam: sum(p[k].sum() for k in p), objective, params, lam, inner_tol=None
+    )
+    want = -sum(v.sum() for v in params.values()) / (1 + lam)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+
+
+def test_hparams_that_are_strided_or_expanded_are_right(h):
+    strided = torch.stack([h, h], dim=1)[:, 0]
+    torch.testing.assert_close(
+        implicit_grad(outer, inner, solution(h), strided), expected(h), rtol=1e-9, atol=0
+    )
+    wide = torch.tensor([0.5], dtype=D).expand(3)
+    torch.testing.assert_close(
+        implicit_grad(outer, inner, solution(wide), wide), expected(wide), rtol=1e-9, atol=0
+    )
+
+
+def test_float32_and_float64_leaves_each_keep_their_dtype():
+    p = {"a": torch.tensor([0.5]), "b": torch.tensor([0.25], dtype=D)}
+    t = {"a": torch.tensor([1.0]), "b": torch.tensor([3.0], dtype=D)}
+
+    def objective(p, t):
+        return ((p["a"] * (1 + t["a"]) - 1) ** 2).sum().double() + (
+            (p["b"] * (1 + t["b"]) - 1) ** 2
+        ).sum()
+
+    found, info = implicit_grad(
+        lambda p, t: p["a"].sum().double() + p["b"].sum(), objective, p, t, return_info=True
+    )
+    assert found["a"].dtype == torch.float32
+    assert found["b"].dtype == D
+    torch.testing.assert_close(found["a"], torch.tensor([-0.25]))
+    torch.testing.assert_close(found["b"], torch.tensor([-1 / 16], dtype=D))
+    assert info.solution["a"].dtype == torch.float32
+    assert info.solution["b"].dtype == D
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", [None, CG()])
+def test_half_precision_is_solved_in_float32_and_cast_back(dtype, solver):
+    lam = torch.tensor([1.0, 3.0], dtype=dtype)
+    w = 1 / (1 + lam)
+    found, info = implicit_grad(
+        lambda w, lam: w.sum(),
+        lambda w, lam: ((w - 1) ** 2).sum() / 2 + (lam * w**2).sum() / 2,
+        w,
+        lam,
+        solver=solver,
+        inner_tol=3e-2,
+        return_info=True,
+    )
+    assert found.dtype == dtype
+    assert info.residual_norm.dtype == torch.float32
+    torch.testing.assert_close(found.float(), torch.tensor([-0.25, -0.0625]), rtol=2e-2, atol=0)
+
+
+def test_complex_leaves_are_refused_by_name(h):
+    with pytest.raises(hypergrad.UnsupportedOperation, match=r"hparams\['z'\] is complex"):
+        implicit_grad(outer, inner, solution(h), {"z": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_leaves_on_two_devices_are_an_error_that_names_both():
+    params = {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}
+    with pytest.raises(hypergrad.StructureMismatch, match=r"params\['b'\] is on meta.*\['a'\]"):
+        implicit_grad(lambda p, t: p["a"].sum(), lambda p, t: t, params, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("place", ["params", "hparams"])
+@pytest.mark.parametrize("kind", ["module", "generator", "module in a dict"])
+def test_a_module_or_a_generator_is_refused_and_the_cure_named(place, kind, h):
+    model = nn.Linear(1, 1)
+    bad = {"module": model, "generator": model.parameters(), "module in a dict": {"m": model}}[kind]
+    arguments = (bad, h) if place == "params" else (solution(h), bad)
+    with pytest.raises(hypergrad.StructureMismatch, match="named_parameters") as error:
+        implicit_grad(outer, inner, *arguments)
+    assert str(error.value).startswith(place)

@@ -7,13 +7,19 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn import functional as F
 
 import hypergrad
-from hypergrad import custom_argmin
+from hypergrad import (
+    custom_argmin,
+    implicit_grad,
+)
 from tests.quartic import LAM, D, close, randn
+from tests.weighted_ridge import expected, inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
 
 # The decorators
 
@@ -222,14 +228,14 @@ def test_a_module_that_a_step_calls_directly_is_named_with_the_cure():
     hparams = dict(net.named_parameters())
     step = lambda w, h: w - 0.1 * (w - net(x).sum())
     by_outer = lambda w, h: (w - net(x).sum()) ** 2
-    for outer, one_step in (
+    for loss, one_step in (
         (lambda w, h: w, step),
         (lambda w, h: w + functional_call(net, h, (x,)).sum(), step),
         (by_outer, lambda w, h: w - 0.1 * h["bias"][0]),
     ):
         for spare in (False, True):
             with pytest.raises(hypergrad.NotConnected, match=r"hparams\['weight'\].*functional"):
-                hypergrad.unrolled_grad(outer, one_step, w, hparams, steps=4, checkpoint=spare)
+                hypergrad.unrolled_grad(loss, one_step, w, hparams, steps=4, checkpoint=spare)
 
 
 @pytest.mark.parametrize("spare", [False, True])
@@ -278,3 +284,85 @@ def test_a_hypergradient_that_another_objective_depends_on_is_not_lost_in_silenc
     s = torch.tensor(1.0, dtype=D, requires_grad=True)
     with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
         fit(None, s).backward()
+
+
+D = torch.float64
+
+
+@pytest.fixture
+def h():
+    return torch.tensor([0.3, 0.7, 1.1], dtype=D)
+
+
+@pytest.mark.parametrize("which", ["outer", "inner"])
+def test_a_module_called_directly_is_named_with_the_cure(which):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    x, y = torch.randn(8, 3, dtype=D), torch.randn(8, 1, dtype=D)
+    params, lam = dict(model.named_parameters()), torch.tensor(0.1, dtype=D)
+
+    def penalty(p, lam):
+        return lam * sum((v**2).sum() for v in p.values())
+
+    def right(p, lam):
+        return F.mse_loss(functional_call(model, p, (x,)), y) + penalty(p, lam)
+
+    def wrong(p, lam):
+        return F.mse_loss(model(x), y) + penalty(p, lam)
+
+    losses = (wrong, right) if which == "outer" else (right, wrong)
+    for given in (params, {k: v.detach() for k, v in params.items()}):
+        with pytest.raises(hypergrad.NotConnected, match=r"functional_call\(module, params, args"):
+            implicit_grad(*losses, given, lam, inner_tol=None)
+
+
+@pytest.mark.parametrize("which", ["outer", "inner"])
+def test_a_hyper_module_called_directly_is_named_with_the_cure(which, h):
+    net = nn.Linear(1, 3).double()
+    hparams = dict(net.named_parameters())
+    one = torch.ones(1, dtype=D)
+
+    def weights(t):
+        return functional_call(net, t, (one,)).exp()
+
+    def wrong_inner(w, t):
+        return inner(w, net(one).exp()) + 0 * weights(t).sum()
+
+    def wrong_outer(w, t):
+        return outer(w, net(one).exp())
+
+    losses = {
+        "outer": (wrong_outer, lambda w, t: inner(w, weights(t))),
+        "inner": (lambda w, t: outer(w, weights(t)), wrong_inner),
+    }[which]
+    with pytest.raises(hypergrad.NotConnected, match=r"hparams\['weight'\].*functional_call"):
+        implicit_grad(*losses, solution(h), hparams, inner_tol=None)
+
+
+def test_captured_tensors_that_are_no_leaves_of_the_arguments_are_constants(h):
+    other = torch.ones(3, dtype=D, requires_grad=True)
+    found = implicit_grad(
+        lambda w, h: outer(w, h) + (other * w).sum() - w.sum(),
+        lambda w, h: inner(w, h) * other[0],
+        solution(h),
+        h,
+    )
+    torch.testing.assert_close(found, expected(h), rtol=1e-9, atol=0)
+    assert other.grad is None
+
+
+def test_differentiating_the_answer_by_what_the_losses_capture_is_an_error(h):
+    w = solution(h)
+
+    def by_inner(scale):
+        return implicit_grad(outer, lambda w, h: inner(w, h) * scale, w, h).sum()
+
+    def by_outer(scale):
+        return implicit_grad(lambda w, h: outer(w, h) * scale, inner, w, h).sum()
+
+    one = torch.tensor(1.0, dtype=D)
+    for total in (by_inner, by_outer):
+        with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
+            torch.func.grad(total)(one)
+        with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
+            torch.func.jvp(total, (one,), (one,))

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import CG, GMRES, Exact, GaussNewton, Identity, Neumann, Root, Status
+from hypergrad import CG, GMRES, Exact, Identity, Neumann, Status
 from tests.problems import (
     EVERY,
     F64,
@@ -18,21 +18,20 @@ from tests.problems import (
     WELL_POSED,
     Problem,
     central_differences,
-    equilibrium,
     ill_conditioned_ridge,
     imaml,
     imaml_matrices,
     kepler,
-    logistic,
     relative_error,
     ridge,
-    ridge_data,
 )
 
-# PyTorch's own forward mode imports a module that uses torch.jit.script.
+# torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
+
 Make = Callable[..., Problem]
+
 
 SOLVERS = [
     pytest.param(Exact(), 1e-9, id="Exact"),
@@ -40,6 +39,7 @@ SOLVERS = [
     pytest.param(GMRES(rtol=1e-10), 1e-6, id="GMRES"),
     pytest.param(Neumann(terms=5000, rtol=1e-10), 1e-6, id="Neumann"),
 ]
+
 
 AT_DEFAULTS = [pytest.param(s, id=repr(s)) for s in (CG(), GMRES(), Neumann(terms=500))]
 
@@ -210,53 +210,6 @@ def test_the_identity_scaled_by_lambda_is_first_order_maml():
     target = imaml_matrices()[2]
     found = hypergradient(problem, solver=Identity(scale=lam))
     assert relative_error(found, ((phi - target) / TASKS).sum(dim=0)) < 1e-12
-
-
-def test_the_gauss_newton_condition_is_exact_for_a_linear_model():
-    problem = ridge()
-    X, y = ridge_data()
-    condition = GaussNewton(
-        outputs=lambda w, lam: X @ w,
-        loss=lambda z, lam: (z - y).square().sum() / 2,
-        regulariser=lambda w, lam: lam * (w @ w) / 2,
-    )
-    w = problem.solve(problem.hparams)
-    found = hypergrad.implicit_grad(problem.outer, condition, w, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
-
-
-def test_the_gradient_as_a_root_gives_what_the_objective_gives():
-    for make in (ridge, logistic):
-        problem = make()
-        condition = Root(torch.func.grad(problem.inner), symmetric=True)
-        params = problem.solve(problem.hparams)
-        found = hypergrad.implicit_grad(
-            problem.outer, condition, params, problem.hparams, solver=CG(rtol=1e-10)
-        )
-        assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-6
-
-
-@pytest.mark.parametrize("make", [kepler, equilibrium])
-def test_root_vjp_is_the_derivative_of_the_solution(make):
-    problem = make()
-    params = problem.solve(problem.hparams)
-    (direct,) = torch.func.grad(lambda h: problem.outer(params, h[0]))((problem.hparams,))
-    cotangent = torch.func.grad(problem.outer)(params, problem.hparams)
-    (indirect,) = hypergrad.root_vjp(problem.condition, params, (problem.hparams,), cotangent)
-    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(indirect))
-    found = pytree.tree_map(torch.add, direct, indirect)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
-
-
-def test_root_jvp_gives_keplers_derivatives():
-    problem = kepler()
-    E = problem.solve(problem.hparams)
-    e = problem.hparams[0]
-    one, zero = torch.ones((), dtype=F64), torch.zeros((), dtype=F64)
-    slope = 1 / (1 - e * torch.cos(E))
-    for tangent, expected in (((zero, one), slope), ((one, zero), slope * torch.sin(E))):
-        found = hypergrad.root_jvp(problem.condition, E, (problem.hparams,), (tangent,))
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_the_second_derivative_of_keplers_root_is_right():

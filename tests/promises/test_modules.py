@@ -14,6 +14,7 @@ from hypergrad import CG, GMRES, Exact, custom_argmin, implicit_backward, implic
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
+
 D = torch.float64
 
 
@@ -509,37 +510,3 @@ def test_a_batch_of_imaml_tasks_equals_the_loop(solver, data):
             torch.testing.assert_close(found[k][i], alone[k], rtol=1e-8, atol=1e-12)
     for p in net.parameters():
         assert p.grad is None
-
-
-# What has no second derivative
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-def test_a_function_that_is_differentiable_once_is_refused_and_not_taken_for_a_constant():
-    w, lam = torch.tensor(0.3), torch.tensor(1.0)
-    inner = lambda w, lam: _Once.apply(w) + lam * w**2
-    with pytest.raises(hypergrad.UnsupportedOperation, match="once_differentiable"):
-        hypergrad.implicit_grad(lambda w, lam: w**2, inner, w, lam, inner_tol=None)
-
-
-def test_fused_attention_is_evaluated_by_the_math_backend():
-    q = torch.randn(1, 2, 8, 4)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    inner = lambda w, lam: attend(q * w, q, q).square().sum() + lam * w**2
-    outer = lambda w, lam: w**2
-    w, lam = torch.tensor(0.3), torch.tensor(1.0)
-    found = hypergrad.implicit_grad(outer, inner, w, lam, inner_tol=None)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        known = hypergrad.implicit_grad(outer, inner, w, lam, inner_tol=None)
-    torch.testing.assert_close(found, known)

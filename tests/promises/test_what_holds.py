@@ -31,7 +31,7 @@ from hypergrad import (
 
 D = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [D, torch.float32], ids=str)
-# PyTorch's own forward mode imports a module that uses torch.jit.script.
+# torch.func.jvp compiles its formulas with torch.jit when it is first used.
 JIT = ".torch.jit.script. is deprecated"
 pytestmark = pytest.mark.filterwarnings(f"ignore:{JIT}")
 

@@ -1,7 +1,6 @@
 """A product against differences of the gradient: no false alarm, and every planted fault."""
 
 import functools
-import inspect
 
 import pytest
 import torch
@@ -9,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from benchmarks import second_derivatives
 from hypergrad._autograd import tested_nodes
 from hypergrad._autograd.second_derivative import Verdict, compare_product, nodes_of
 
 NETWORKS = 300
+
+
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -267,33 +267,3 @@ def test_no_random_numbers_of_the_caller_are_drawn_and_nothing_is_recorded():
     assert torch.equal(torch.get_rng_state(), before)
     assert first == compare_product(gradient, problem.point, problem.product, problem.sizes)
     assert not any(asked)
-
-
-SAMPLE = [
-    "Linear, train", "Conv2d, strided, train", "BatchNorm2d, train", "LayerNorm, train",
-    "LSTM, train", "GELU, train", "MaxPool2d, train", "cross_entropy", "attention, MATH",
-    "write a row", "solve", "weight_norm, fused",
-    "multi_margin_loss",
-]  # fmt: skip
-
-
-def test_the_list_of_nodes_is_what_the_comparison_finds():
-    outcomes = second_derivatives.compared(SAMPLE)
-    found = second_derivatives.tested(outcomes)
-    wrong = {name for name, outcome in outcomes.items() if outcome.wrong}
-    assert wrong == {"weight_norm, fused"}
-    assert "not implemented" in outcomes["multi_margin_loss"].refused
-    of_networks = {
-        "AddmmBackward0", "ConvolutionBackward0", "ConvolutionBackwardBackward0",
-        "NativeBatchNormBackward0", "NativeLayerNormBackward0", "GeluBackward0",
-        "MaxPool2DWithIndicesBackward0", "LogSoftmaxBackward0", "NllLossBackward0",
-        "torch::autograd::CopySlices", "LinalgSolveExBackward0",
-    }  # fmt: skip
-    assert of_networks <= found
-    assert found <= tested_nodes.TESTED_NODES
-    fused = "WeightNormInterfaceBackward0"
-    assert fused in outcomes["weight_norm, fused"].suspects - tested_nodes.TESTED_NODES
-
-
-def test_the_list_of_nodes_is_made_from_the_figures():
-    assert inspect.getsource(tested_nodes) == second_derivatives.source()

@@ -1,4 +1,4 @@
-"""Compiled functions, export, inference tensors, hooks, other devices, autograd.functional."""
+"""The contexts that surround a call: transforms, compiled functions, grad modes, autocast."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf,
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
 
 fit = custom_argmin(inner)(solve)
 
@@ -104,18 +105,6 @@ def test_tensors_made_in_inference_mode_may_be_arguments():
 # torch.compile and torch.export
 
 
-def test_a_compiled_objective_is_an_error_with_the_cure():
-    compiled = torch.compile(inner, backend="aot_eager")
-    solver = custom_argmin(lambda *args: compiled(*args))(solve)
-    lam = leaf(LAM)
-    answer = flat(solver(None, X, Y, lam)).sum()
-    with pytest.raises(hypergrad.UnsupportedOperation, match=r"made by torch\.compile"):
-        answer.backward()
-    params = solve(None, X, Y, LAM)
-    with pytest.raises(hypergrad.UnsupportedOperation, match=r"made by torch\.compile"):
-        implicit_grad(lambda p, h: flat(p).sum(), lambda p, h: compiled(p, X, Y, h), params, LAM)
-
-
 @pytest.mark.parametrize("solver", [GMRES(rtol=1e-12), None], ids=repr)
 def test_a_compiled_equation_is_right_by_one_product_after_the_other(solver):
     torch.manual_seed(0)
@@ -162,6 +151,7 @@ def test_the_default_device_plays_no_part(solver):
 
 
 # A GPU is not waited for
+
 
 UNSEEN = [
     CG(maxiter=40, rtol=0.0),
