@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import hypergrad
 from hypergrad import CG, GMRES, Exact, FixedPoint, Neumann, Root, SolveInfo
+from tests.drawn_inner_problems import InnerProblem, few, fewer, inner_problems
 from tests.drawn_problems import FAULTS, drawn_problems, solvers
 from tests.problems import F64, data, flat, relative_error
 
@@ -31,104 +31,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:higher",
 )
 
-few = settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],  # shrinking would outlast the limit for a test
-)
-fewer = settings(few, max_examples=6)
 
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2, 1)])
-
-
-class InnerProblem:
-    """A strongly convex inner problem on a pytree, with hyperparameters that enter nonlinearly.
-
-    ``inner = w.H(theta).w / 2 - c(theta).w + softplus terms``, with eigenvalues between 1 and
-    about 6, so that gradient descent at 0.2 converges.
-    """
-
-    STEP = 0.2
-
-    def __init__(self, seed: int, shapes: list[tuple[int, ...]], kind: str) -> None:
-        self.seed, self.kind = seed, kind
-        self.sizes = [torch.Size(shape).numel() for shape in shapes]
-        self.shapes = shapes
-        self.n = n = sum(self.sizes)
-        Q = torch.linalg.qr(data(seed, n, n, dtype=F64)).Q
-        self.H = Q * torch.linspace(0.5, 2.0, n, dtype=F64) @ Q.T
-        self.c, self.slope = data(seed + 1, n, dtype=F64), data(seed + 2, n, 2, dtype=F64)
-        self.target = data(seed + 3, n, dtype=F64)
-        self.mix = data(seed + 4, 3, n, dtype=F64) / n
-        self.hparams = {"shift": data(seed + 5, 2, dtype=F64), "log": torch.tensor(0.3, dtype=F64)}
-        self.init = self.build(data(seed + 6, n, dtype=F64))
-
-    def build(self, vector: Tensor) -> Any:
-        """The vector as a pytree of this problem's kind."""
-        parts = torch.split(vector, self.sizes)
-        leaves = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        if self.kind == "dict":
-            return {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
-        if self.kind == "nested":
-            return [leaves[0], {"rest": tuple(leaves[1:])}]
-        return tuple(leaves)
-
-    def vector(self, params: Any) -> Tensor:
-        return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(params)])
-
-    def inner(self, params: Any, hparams: dict[str, Tensor]) -> Tensor:
-        w = self.vector(params)
-        quadratic = w @ self.H @ w / 2 + hparams["log"].exp() * w @ w / 4
-        linear = (self.c + self.slope @ torch.tanh(hparams["shift"])) @ w
-        return quadratic - linear + torch.nn.functional.softplus(self.mix @ w).sum()
-
-    def outer(self, params: Any, hparams: dict[str, Tensor]) -> Tensor:
-        direct = 0.1 * hparams["shift"].square().sum()
-        return (self.vector(params) - self.target).square().mean() + direct
-
-    def gradient_step(self, params: Any, hparams: dict[str, Tensor]) -> Any:
-        gradient = torch.func.grad(self.inner)(params, hparams)
-        return pytree.tree_map(lambda w, g: w - self.STEP * g, params, gradient)
-
-    def autograd_step(self, params: Any, hparams: dict[str, Tensor]) -> Any:
-        """The same step with the gradient by plain autograd."""
-        leaves, spec = pytree.tree_flatten(params)
-        gradient = torch.autograd.grad(self.inner(params, hparams), leaves, create_graph=True)
-        moved = [w - self.STEP * g for w, g in zip(leaves, gradient, strict=True)]
-        return pytree.tree_unflatten(moved, spec)
-
-    def step_by_hand(self, params: Any, hparams: dict[str, Tensor]) -> Any:
-        """The same step with the gradient written out."""
-        w = self.vector(params)
-        quadratic = self.H @ w + hparams["log"].exp() * w / 2
-        linear = self.c + self.slope @ torch.tanh(hparams["shift"])
-        gradient = quadratic - linear + self.mix.T @ torch.sigmoid(self.mix @ w)
-        return self.build(w - self.STEP * gradient)
-
-    def solve(self, hparams: dict[str, Tensor]) -> Any:
-        """Newton's method, to rounding."""
-        w = torch.zeros(self.n, dtype=F64)
-
-        def value(w: Tensor) -> Tensor:
-            return self.inner(self.build(w), hparams)
-
-        for _ in range(8):
-            H = torch.autograd.functional.hessian(value, w)
-            w = w - torch.linalg.solve(H, torch.autograd.functional.jacobian(value, w))
-        return self.build(w)
-
-    def implicit(self, **options: Any) -> Any:
-        params = self.solve(self.hparams)
-        return hypergrad.implicit_grad(self.outer, self.inner, params, self.hparams, **options)
-
-
-@st.composite
-def inner_problems(draw: Callable[..., Any]) -> InnerProblem:
-    shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
-    kind = draw(st.sampled_from(["dict", "nested", "tuple"]))
-    return InnerProblem(draw(st.integers(0, 10_000)), shapes, kind)
 
 
 class Weights(torch.nn.Module):
@@ -294,6 +198,8 @@ class Equation:
 
 
 equations = st.builds(Equation, st.integers(0, 10_000), st.integers(1, 6))
+
+
 PAIR = st.tuples(st.floats(-3, 3), st.floats(-3, 3))
 
 
@@ -409,6 +315,7 @@ def test_constants_among_the_hyperparameters_come_back_as_they_are(problem, cons
 
 
 # Batches of tasks
+
 
 NAMES = st.sampled_from(["Exact", "CG", "GMRES", "Neumann"])
 
@@ -619,186 +526,6 @@ def test_success_means_a_small_residual_and_the_figure_is_true(
 
 
 # Unrolled differentiation
-
-
-@few
-@given(inner_problems(), st.integers(0, 12))
-def test_unrolled_grad_is_the_derivative_of_the_steps(problem, steps):
-    def value(hparams: dict[str, Tensor]) -> Tensor:
-        params = problem.init
-        for _ in range(steps):
-            params = problem.gradient_step(params, hparams)
-        return problem.outer(params, hparams)
-
-    found, params = hypergrad.unrolled_grad(
-        problem.outer,
-        problem.gradient_step,
-        problem.init,
-        problem.hparams,
-        steps=steps,
-        return_params=True,
-    )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
-    expected = problem.init
-    for _ in range(steps):
-        expected = problem.gradient_step(expected, problem.hparams)
-    torch.testing.assert_close(params, expected)
-    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves((found, params)))
-
-
-@pytest.mark.parametrize("gradient", ["by hand", "torch.func.grad", "torch.autograd.grad"])
-@few
-@given(inner_problems(), st.integers(0, 12), st.sampled_from([None, 0, 3, 7, 30]))
-def test_checkpointing_changes_nothing(gradient, problem, steps, truncate):
-    step = {
-        "by hand": problem.step_by_hand,
-        "torch.func.grad": problem.gradient_step,
-        "torch.autograd.grad": problem.autograd_step,
-    }[gradient]
-    given = (problem.outer, step, problem.init, problem.hparams)
-    plain = hypergrad.unrolled_grad(*given, steps=steps, truncate=truncate)
-    spared = hypergrad.unrolled_grad(*given, steps=steps, truncate=truncate, checkpoint=True)
-    torch.testing.assert_close(spared, plain, rtol=1e-14, atol=1e-15)
-
-
-@few
-@given(inner_problems(), st.integers(0, 8), st.integers(0, 10))
-def test_truncation_keeps_the_last_steps_alone(problem, steps, kept):
-    def value(hparams: dict[str, Tensor]) -> Tensor:
-        params = problem.init
-        for k in range(steps):
-            plain = pytree.tree_map(torch.Tensor.detach, problem.hparams)
-            given = hparams if k >= steps - kept else plain
-            params = problem.gradient_step(params, given)
-        return problem.outer(params, hparams)
-
-    given = (problem.outer, problem.gradient_step, problem.init, problem.hparams)
-    found = hypergrad.unrolled_grad(*given, steps=steps, truncate=kept)
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
-    if kept >= steps:
-        full = hypergrad.unrolled_grad(*given, steps=steps)
-        torch.testing.assert_close(found, full, rtol=0, atol=0)
-
-
-@fewer
-@given(inner_problems(), st.integers(0, 8), st.sampled_from([None, 0, 3]), st.booleans())
-def test_it_does_not_matter_how_a_step_takes_its_gradient(problem, steps, truncate, spare):
-    found = [
-        hypergrad.unrolled_grad(
-            problem.outer,
-            step,
-            problem.init,
-            problem.hparams,
-            steps=steps,
-            truncate=truncate,
-            checkpoint=spare,
-        )
-        for step in (problem.step_by_hand, problem.gradient_step, problem.autograd_step)
-    ]
-    assert relative_error(found[1], found[0]) < 1e-12
-    assert relative_error(found[2], found[0]) < 1e-12
-
-
-@pytest.mark.parametrize("truncate", [None, 5])
-def test_checkpointing_sees_the_same_random_numbers_and_draws_them_once(truncate):
-    def step(w: Tensor, theta: Tensor) -> Tensor:
-        return w - 0.3 * (w - theta) * torch.rand(2, dtype=F64)
-
-    found = []
-    for spare in (False, True):
-        torch.manual_seed(0)
-        grads = hypergrad.unrolled_grad(
-            lambda w, theta: w.square().sum() + torch.rand((), dtype=F64) * theta.sum(),
-            step,
-            torch.ones(2, dtype=F64),
-            torch.tensor([2.0, 3.0], dtype=F64),
-            steps=9,
-            truncate=truncate,
-            checkpoint=spare,
-        )
-        found.append((grads, torch.rand(3)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
-
-
-@few
-@given(inner_problems(), st.integers(0, 5), st.booleans())
-def test_an_init_that_is_a_function_carries_the_gradient_as_maml_needs_it(problem, steps, spare):
-    def init(hparams: dict[str, Tensor]) -> Any:
-        start = hparams["shift"].sum() * torch.ones(problem.n, dtype=F64) * hparams["log"].exp()
-        return problem.build(start)
-
-    def value(hparams: dict[str, Tensor]) -> Tensor:
-        params = init(hparams)
-        for _ in range(steps):
-            params = problem.step_by_hand(params, hparams)
-        return problem.outer(params, hparams)
-
-    found = hypergrad.unrolled_grad(
-        problem.outer, problem.step_by_hand, init, problem.hparams, steps=steps, checkpoint=spare
-    )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
-
-
-@few
-@given(inner_problems(), st.integers(1, 6), st.booleans())
-def test_a_third_argument_of_the_step_is_its_number(problem, steps, spare):
-    rates = 1 / torch.arange(1.0, steps + 1, dtype=F64)
-
-    def step(params: Any, hparams: dict[str, Tensor], k: int) -> Any:
-        stepped = problem.step_by_hand(params, hparams)
-        return pytree.tree_map(lambda w, new: w + rates[k] * (new - w), params, stepped)
-
-    def value(hparams: dict[str, Tensor]) -> Tensor:
-        params = problem.init
-        for k in range(steps):
-            params = step(params, hparams, k)
-        return problem.outer(params, hparams)
-
-    found = hypergrad.unrolled_grad(
-        problem.outer, step, problem.init, problem.hparams, steps=steps, checkpoint=spare
-    )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
-
-
-@few
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(0, 5))
-def test_a_batch_of_unrolled_hypergradients_is_the_loop_over_its_tasks(seed, tasks, steps):
-    c, theta = data(seed, tasks, 3, dtype=F64), data(seed + 1, 3, dtype=F64)
-
-    def task(c: Tensor) -> Tensor:
-        def step(w: Tensor, theta: Tensor) -> Tensor:
-            return w - 0.3 * (w - c * theta.sin())
-
-        found: Tensor = hypergrad.unrolled_grad(
-            lambda w, theta: (w * w.cos()).sum() + theta.sum(),
-            step,
-            lambda theta: 2 * theta,
-            theta,
-            steps=steps,
-        )
-        return found
-
-    found = torch.func.vmap(task)(c)
-    expected = torch.stack([task(row) for row in c])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    alone = torch.func.jacrev(lambda theta: theta.cos())(theta)  # nothing stays traced
-    torch.testing.assert_close(alone, (-theta.sin()).diag())
-
-
-def test_an_init_that_shares_a_tensor_with_the_hyperparameters_is_refused():
-    theta = torch.ones(3, dtype=F64)
-    for init, hparams in ((theta, theta), ({"w": theta}, {"theta": theta})):
-        with pytest.raises(hypergrad.NotConnected, match="init=lambda"):
-            hypergrad.unrolled_grad(
-                lambda w, h: pytree.tree_leaves(w)[0].sum(), lambda w, h: w, init, hparams, steps=1
-            )
-
-
-def test_a_module_as_the_initial_point_is_refused_with_the_cure():
-    with pytest.raises(hypergrad.StructureMismatch, match="named_parameters"):
-        hypergrad.unrolled_grad(
-            lambda w, h: h.sum(), lambda w, h: w, torch.nn.Linear(2, 2), torch.ones(2), steps=1
-        )
 
 
 def test_the_examples_of_this_file_do_not_depend_on_chance():
