@@ -43,3 +43,16 @@ def test_the_info_says_what_was_done(h):
     assert "CG: CONVERGED" in str(info)
     for leaf in pytree.tree_leaves(info):
         assert isinstance(leaf, torch.Tensor)
+
+
+def test_the_numbers_of_the_statuses_are_fixed():
+    assert {s.name: int(s) for s in Status} == {
+        "CONVERGED": 0,
+        "MAX_ITERATIONS": 1,
+        "NEGATIVE_CURVATURE": 2,
+        "BREAKDOWN": 3,
+        "STAGNATED": 4,
+        "DIVERGED": 5,
+        "SINGULAR": 6,
+        "NOT_FINITE": 7,
+    }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import functional
 from torch.func import grad, vmap
 
@@ -26,6 +28,7 @@ from hypergrad import (
     implicit_grad,
 )
 from tests.hosts import host_is_not_asked
+from tests.problems import F64
 from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf, reference, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
@@ -235,3 +238,20 @@ def test_a_singular_task_is_said_also_where_nobody_looks():
     found, info = vmap(task)(diagonal)
     assert info.success.tolist() == [False, True]
     torch.testing.assert_close(found[1], 1 / diagonal[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_without_values_is_refused_with_advice():
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return (w - theta).square().sum()
+
+    def hypergradient(theta: Tensor) -> Any:
+        return hypergrad.implicit_grad(lambda w, t: w.sum(), inner, theta.clone(), theta)
+
+    theta = torch.ones(3, dtype=F64)
+    for call in (
+        lambda: torch.func.functionalize(hypergradient)(theta),
+        lambda: torch.func.linearize(hypergradient, theta),
+    ):
+        with pytest.raises(hypergrad.UnsupportedOperation, match=r"torch\.func\.vjp"):
+            call()

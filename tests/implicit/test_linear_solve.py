@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import hypergrad
 from benchmarks.calibration import close, covered, measured
-from hypergrad import CG, GMRES, MINRES, Auto, Exact, Identity
+from hypergrad import (
+    CG,
+    GMRES,
+    MINRES,
+    Auto,
+    Exact,
+    Identity,
+)
 from hypergrad.solvers._observer import Observer
-from tests.problems import F64, data, relative_error
+from tests.problems import F64, data, relative_error, ridge
+from tests.systems import definite, hypergradient_with
 
 n = 40
+
+
 Q = torch.linalg.qr(data(0, n, n, dtype=F64)).Q
+
+
 MODES = torch.logspace(-3, 0, n, dtype=F64)
+
+
 A = Q * MODES @ Q.T
+
+
 A = (A + A.T) / 2
+
+
 TARGET = data(1, n, dtype=F64)
+
+
 LOG_PENALTY = torch.tensor(-5.0, dtype=F64)
+
+
 LINEAR = data(2, n, dtype=F64)
 
 
@@ -251,3 +275,74 @@ def test_no_drawn_problem_is_far_off(seed):
     """The factor by which an estimate may fall short is not bounded; this is what was found."""
     row = measured(seed, largest=30)
     assert row["estimate"] >= min(row["error"] - row["known to"], 10) / 100
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def test_the_last_solution_starts_the_next_hypergradient():
+    A, b = definite(40, condition=1e3), data(27, 40, dtype=F64)
+    solver = CG(rtol=1e-8)
+    found, info = hypergradient_with(A, b, solver, return_info=True)
+    again, second = hypergradient_with(A, b, solver, x0=info.solution, return_info=True)
+    assert info.iterations > 5
+    assert second.iterations == 0
+    torch.testing.assert_close(found, again)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@DTYPES
+@pytest.mark.parametrize("solver", [None, CG(), GMRES()], ids=repr)
+def test_a_tiny_or_huge_outer_loss_scales_the_hypergradient(scale, dtype, solver):
+    problem = ridge(dtype)
+    w, lam = problem.solve(problem.hparams), problem.hparams
+
+    def scaled(w: Tensor, lam: Tensor) -> Tensor:
+        return scale * problem.outer(w, lam)
+
+    unit = hypergrad.implicit_grad(problem.outer, problem.inner, w, lam, solver=solver)
+    found = hypergrad.implicit_grad(scaled, problem.inner, w, lam, solver=solver)
+    assert relative_error(found.to(F64) / scale, unit.to(F64)) < (1e-4 if dtype != F64 else 1e-9)
+
+
+def test_a_batch_of_hypergradients_fails_once_and_says_for_how_many_tasks():
+    A = torch.stack([definite(4), definite(4) - 5 * torch.eye(4, dtype=F64), 2 * definite(4)])
+    b = data(40, 3, 4, dtype=F64)
+
+    def batched(on_failure: str) -> Any:
+        return torch.func.vmap(lambda A, b: hypergradient_with(A, b, CG(), on_failure=on_failure))(
+            A, b
+        )
+
+    with pytest.warns(hypergrad.ConvergenceWarning, match=r"^1 of 3 tasks: ") as caught:
+        warned = batched("warn")
+    assert len(caught) == 1
+    with pytest.raises(hypergrad.IndefiniteHessian, match=r"^1 of 3 tasks: "):
+        batched("raise")
+    torch.testing.assert_close(batched("ignore"), warned, rtol=0, atol=0)
+    assert relative_error(warned[[0, 2]], b[[0, 2]]) < 1e-6  # A u = b
+    A[1] = math.nan
+    for on_failure in ("warn", "raise"):
+        with pytest.raises(hypergrad.NotFinite, match=r"^1 of 3 tasks: "):
+            batched(on_failure)
+    left = batched("ignore")
+    assert left[1].isnan().all()  # never zero
+    assert relative_error(left[[0, 2]], b[[0, 2]]) < 1e-6
+
+
+def test_a_batch_without_tasks_gives_an_empty_answer():
+    none = torch.zeros(0, 3, dtype=F64)
+
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return (w - theta).square().sum()
+
+    @hypergrad.custom_argmin(inner)
+    def fit(init: None, theta: Tensor) -> Tensor:
+        return theta.clone()
+
+    found = torch.func.vmap(
+        lambda theta: hypergrad.implicit_grad(lambda w, t: w.sum(), inner, theta.clone(), theta)
+    )(none)
+    assert found.shape == (0, 3)
+    found = torch.func.vmap(torch.func.grad(lambda theta: fit(None, theta).sum()))(none)
+    assert found.shape == (0, 3)

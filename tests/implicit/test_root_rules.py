@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
@@ -129,3 +130,25 @@ def test_root_jvp_gives_keplers_derivatives():
     for tangent, expected in (((zero, one), slope), ((one, zero), slope * torch.sin(E))):
         found = hypergrad.root_jvp(problem.condition, E, (problem.hparams,), (tangent,))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("given", ["tensors", "leaves"])
+def test_root_vjp_evaluates_the_condition_as_often_as_it_must(given):
+    """Once to solve; once more to see what F captures, and once for a derivative of the answer."""
+    calls = 0
+
+    def F(x: Tensor, a: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x**2 - a
+
+    x, a = torch.full((3,), 2.0, dtype=F64), torch.full((3,), 4.0, dtype=F64)
+    if given == "leaves":
+        a.requires_grad_()
+    (found,) = hypergrad.root_vjp(F, x, (a,), torch.ones(3, dtype=F64))
+    torch.testing.assert_close(found.detach(), torch.full((3,), 0.25, dtype=F64))
+    assert found.requires_grad == (given == "leaves")
+    assert calls == (2 if given == "tensors" else 3)
+    with torch.no_grad():
+        hypergrad.root_vjp(F, x, (a,), torch.ones(3, dtype=F64))
+    assert calls == (3 if given == "tensors" else 4)

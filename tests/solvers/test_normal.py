@@ -6,12 +6,25 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import hypergrad
-from hypergrad import CG, GMRES, LSMR, NormalCG, Status
-from tests.problems import F64, data
+from hypergrad import (
+    CG,
+    GMRES,
+    LSMR,
+    BiCGSTAB,
+    FixedPoint,
+    NormalCG,
+    Root,
+    Status,
+)
+from tests.problems import F64, data, relative_error
+from tests.systems import indefinite, skewed, solve
 
 SOLVERS = pytest.mark.parametrize("solver", [LSMR(), NormalCG()], ids=["LSMR", "NormalCG"])
+
+
 SHAPES = pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 1), (1, 6)], ids=str)
 
 
@@ -136,3 +149,72 @@ def test_a_square_system_without_a_solution_stays_singular(solver):
     assert info.status == Status.SINGULAR
     assert not info.success
     torch.testing.assert_close(x, torch.full((2,), 0.75, dtype=F64))
+
+
+@pytest.mark.parametrize("method", [NormalCG, LSMR])
+@pytest.mark.parametrize("kind", [Root, FixedPoint])
+def test_what_needs_the_transpose_gets_it_from_every_entry_point(method, kind):
+    A, solver = skewed(5) / 4, method(rtol=1e-12)
+
+    def F(x: Tensor, c: Tensor) -> Tensor:
+        return A @ x - c if kind is Root else x - (A @ x - c)
+
+    matrix = A  # also that of the fixed point of T = x - F
+    c, w = data(1, 5, dtype=F64), data(2, 5, dtype=F64)
+    x = torch.linalg.solve(matrix, c)
+    expected = torch.linalg.solve(matrix.T, w)
+    condition = kind(F)
+    found = hypergrad.implicit_grad(lambda x, c: w @ x, condition, x, c, solver=solver)
+    assert relative_error(found, expected) < 1e-9
+    assert (
+        relative_error(hypergrad.root_vjp(condition, x, (c,), w, solver=solver)[0], expected) < 1e-9
+    )
+    again, info = hypergrad.root_vjp(condition, x, (c,), w, solver=solver, return_info=True)
+    assert relative_error(again[0], expected) < 1e-9
+    assert info.method == method.__name__
+    moved = hypergrad.root_jvp(condition, x, (c,), (w,), solver=solver)
+    assert relative_error(moved, torch.linalg.solve(matrix, w)) < 1e-9
+
+    decorate = hypergrad.custom_root if kind is Root else hypergrad.custom_fixed_point
+
+    @decorate(F, solver=solver)
+    def fit(init: None, c: Tensor) -> Tensor:
+        return torch.linalg.solve(matrix, c)
+
+    given = c.clone().requires_grad_()
+    (fit(None, given) @ w).backward()
+    assert given.grad is not None
+    assert relative_error(given.grad, expected) < 1e-9
+    assert relative_error(torch.func.jacrev(lambda c: fit(None, c))(c), matrix.inverse()) < 1e-9
+    assert relative_error(torch.func.jacfwd(lambda c: fit(None, c))(c), matrix.inverse()) < 1e-9
+    batch = torch.stack([c, 2 * c])
+    grads = torch.func.vmap(torch.func.grad(lambda c: fit(None, c) @ w))(batch)
+    assert relative_error(grads, expected.expand(2, 5)) < 1e-9
+
+
+@pytest.mark.parametrize("method", [NormalCG, LSMR])
+def test_a_solve_without_the_transpose_names_what_is_missing(method):
+    with pytest.raises(hypergrad.UnsupportedOperation, match="rmatvec"):
+        method().solve(lambda v: 2 * v, torch.ones(3))
+
+
+@pytest.mark.parametrize("method", [NormalCG, LSMR])
+def test_a_symmetric_condition_is_its_own_transpose(method):
+    A, theta = indefinite(6), torch.ones(6, dtype=F64)
+    found = hypergrad.implicit_grad(
+        lambda w, theta: w.sum(),
+        hypergrad.Root(lambda w, theta: A @ (w - theta), symmetric=True),
+        theta.clone(),
+        theta,
+        solver=method(rtol=1e-12),
+    )
+    assert relative_error(found, torch.ones(6, dtype=F64)) < 1e-9
+
+
+@pytest.mark.parametrize("method", [NormalCG, LSMR, BiCGSTAB])
+def test_a_preconditioner_need_not_be_symmetric(method):
+    A, b = skewed(10), data(9, 10, dtype=F64)
+    inverse = A.inverse() + 0.01 * data(10, 10, 10, dtype=F64)
+    x, info = solve(method(rtol=1e-10, preconditioner=lambda v: inverse @ v), A, b)
+    assert info.status == Status.CONVERGED
+    assert relative_error(x, torch.linalg.solve(A, b)) < 1e-8
