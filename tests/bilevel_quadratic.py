@@ -12,13 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad import (
-    Bilevel,
-)
+from hypergrad import Bilevel
 
 F64 = torch.float64
-
-
 P, H = 4, 3  # inner and outer variables
 
 

@@ -21,11 +21,7 @@ few = settings(
     database=None,
     phases=[Phase.explicit, Phase.generate],  # shrinking would outlast the limit for a test
 )
-
-
 fewer = settings(few, max_examples=6)
-
-
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2, 1)])
 
 

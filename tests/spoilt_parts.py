@@ -7,9 +7,7 @@ import warnings
 import torch
 
 from hypergrad import check_hypergrad
-from tests.problems import (
-    F64,
-)
+from tests.problems import F64
 
 
 def check(problem, **changes):

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import (
-    CG,
-    MINRES,
-    SolveInfo,
-)
-from tests.problems import (
-    F64,
-    data,
-)
+from hypergrad import CG, GMRES, LSMR, MINRES, BiCGSTAB, Exact, Neumann, NormalCG, SolveInfo
+from tests.problems import F64, data
+
+#: Every method at its defaults, and the default one.
+SOLVERS = {
+    "None": None,
+    "Exact": Exact(),
+    "CG": CG(),
+    "MINRES": MINRES(),
+    "GMRES": GMRES(),
+    "BiCGSTAB": BiCGSTAB(),
+    "NormalCG": NormalCG(),
+    "LSMR": LSMR(),
+    "Neumann": Neumann(),
+}
 
 
 class Counting:

@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from hypergrad import (
-    CG,
-    Status,
-    implicit_grad,
-)
+from hypergrad import CG, Status, implicit_grad
 from tests.weighted_ridge import MATRIX, inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

@@ -15,22 +15,11 @@ from hypergrad import projections, prox
 from tests.problems import F64, data
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-
-
 V = torch.tensor([1.3, -0.2, 0.4, -2.0, 0.05, 0.6], dtype=F64)
-
-
 T = torch.tensor(0.35, dtype=F64)
-
-
 GROUPS = torch.tensor([0, 0, 1, 1, 1, 2])
-
-
 A, B = data(80, 2, 6, dtype=F64), data(81, 2, dtype=F64)
-
-
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
-
 
 # The maps with their arguments, and what they are the prox of: g(x), or a set's constraints.
 MAPS = {
@@ -63,8 +52,6 @@ MAPS = {
         lambda x: 0.5 * T * sum(w * x[k == GROUPS].norm() for k, w in enumerate(WEIGHTS)),
     ),
 }
-
-
 SETS = {
     "non-negative": (projections.non_negative, (V,)),
     "box": (lambda v, t: projections.box(v, -t, 2 * t), (V, T)),
@@ -72,11 +59,7 @@ SETS = {
     "ball": (projections.l2_ball, (V, T)),
     "affine": (projections.affine_set, (V, A, B)),
 }
-
-
 EVERY = {**{k: (f, a) for k, (f, a, _) in MAPS.items()}, **SETS}
-
-
 CASES = pytest.mark.parametrize("name", EVERY)
 
 
@@ -129,7 +112,7 @@ def test_first_and_second_derivatives_are_right(name):
 
 
 @CASES
-def test_a_batch_is_its_rows(name):
+def test_a_batch_of_proximal_maps_is_its_rows(name):
     f, (_, *more) = EVERY[name]
     rows = data(82, 5, 6, dtype=F64)
     one = lambda v: f(v, *more)

@@ -12,14 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import (
-    CG,
-    Bilevel,
-    Exact,
-    StructureMismatch,
-    UnsupportedOperation,
-    implicit_grad,
-)
+from hypergrad import CG, Bilevel, Exact, StructureMismatch, UnsupportedOperation, implicit_grad
 from tests.weighted_ridge import expected, inner, outer, solution
 
 D = torch.float64

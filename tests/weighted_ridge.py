@@ -6,11 +6,7 @@ import pytest
 import torch
 
 D = torch.float64
-
-
 MATRIX = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.2], [0.5, 0.2, 4.0]], dtype=D)
-
-
 TARGET = torch.tensor([1.0, -2.0, 0.5], dtype=D)
 
 

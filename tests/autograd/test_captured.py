@@ -10,10 +10,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn import functional as F
 
 import hypergrad
-from hypergrad import (
-    custom_argmin,
-    implicit_grad,
-)
+from hypergrad import custom_argmin, implicit_grad
 from tests.quartic import LAM, D, close, randn
 from tests.weighted_ridge import expected, inner, outer, solution
 

@@ -9,20 +9,11 @@ import torch
 from torch.func import grad, vmap
 
 import hypergrad
-from hypergrad import (
-    custom_argmin,
-)
-from tests.quartic import (
-    D,
-    close,
-    leaf,
-    randn,
-)
+from hypergrad import custom_argmin
+from tests.quartic import D, close, leaf, randn
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 A, B = torch.tensor([1.0, 2.0], dtype=D), torch.tensor([1.0, 3.0], dtype=D)
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    custom_argmin,
-    implicit_grad,
-)
+from hypergrad import custom_argmin, implicit_grad
 from tests.quartic import LAM, X, Y, flat, inner, leaf, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.

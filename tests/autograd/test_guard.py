@@ -7,16 +7,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import (
-    CG,
-    implicit_grad,
-)
+from hypergrad import CG, implicit_grad
 from tests.weighted_ridge import inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

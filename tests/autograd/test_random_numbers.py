@@ -7,15 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import hypergrad
-from hypergrad import (
-    CG,
-    implicit_grad,
-)
+from hypergrad import CG, implicit_grad
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

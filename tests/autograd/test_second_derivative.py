@@ -12,8 +12,6 @@ from hypergrad._autograd import tested_nodes
 from hypergrad._autograd.second_derivative import Verdict, compare_product, nodes_of
 
 NETWORKS = 300
-
-
 DTYPES = [torch.float64, torch.float32]
 
 

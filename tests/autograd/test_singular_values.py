@@ -12,11 +12,7 @@ from hypergrad import prox
 from tests.problems import F64, data
 
 V = torch.tensor([1.3, -0.2, 0.4, -2.0, 0.05, 0.6], dtype=F64)
-
-
 T = torch.tensor(0.35, dtype=F64)
-
-
 A, B = data(80, 2, 6, dtype=F64), data(81, 2, dtype=F64)
 
 

@@ -33,8 +33,6 @@ from tests.quartic import LAM, LAMS, ONES, C, D, X, Y, close, flat, inner, leaf,
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 fit = custom_argmin(inner)(solve)
 
 
@@ -144,7 +142,7 @@ def test_export_is_an_error_with_advice(strict):
 
 
 @pytest.mark.parametrize("solver", [CG(), MINRES(), GMRES(), Exact(), None], ids=str)
-def test_the_default_device_plays_no_part(solver):
+def test_the_default_device_plays_no_part_in_a_hypergradient(solver):
     c, lam = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
     inner = lambda w, lam: ((w - c) ** 2).sum() / 2 + (lam * w**2).sum() / 2
     expected = -c / (1 + lam) ** 2

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    Alternating,
-    Exact,
-)
+from hypergrad import Alternating, Exact
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 

@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from hypergrad import (
-    F2SA,
-    MASOBA,
-    SOBA,
-    Alternating,
-    AmIGO,
-    Bilevel,
-    StocBiO,
-)
+from hypergrad import F2SA, MASOBA, SOBA, Alternating, AmIGO, Bilevel, StocBiO
 from tests.bilevel_quadratic import Quadratic, loop, run, sgd
 
 

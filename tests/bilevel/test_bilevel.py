@@ -6,16 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    F2SA,
-    HOAG,
-    MASOBA,
-    SABA,
-    SOBA,
-    Alternating,
-    AmIGO,
-    StocBiO,
-)
+from hypergrad import F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, StocBiO
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 # --- the losses are deterministic: every method reaches the optimum --------------------------

@@ -8,17 +8,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    CG,
-    F2SA,
-    HOAG,
-    MASOBA,
-    SABA,
-    SOBA,
-    Alternating,
-    AmIGO,
-    StocBiO,
-)
+from hypergrad import CG, F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, StocBiO
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run, sgd
 
 EXACT = {

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    CG,
-    Alternating,
-)
+from hypergrad import CG, Alternating
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypergrad import (
-    F2SA,
-)
+from hypergrad import F2SA
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 

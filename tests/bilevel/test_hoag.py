@@ -8,11 +8,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    CG,
-    HOAG,
-    Bilevel,
-)
+from hypergrad import CG, HOAG, Bilevel
 from tests.bilevel_quadratic import Quadratic, loop, run, sgd
 
 

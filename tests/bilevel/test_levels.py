@@ -6,13 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    F2SA,
-    HOAG,
-    SOBA,
-    Alternating,
-    Bilevel,
-)
+from hypergrad import F2SA, HOAG, SOBA, Alternating, Bilevel
 from tests.bilevel_quadratic import F64, Quadratic, run, sgd, start
 
 

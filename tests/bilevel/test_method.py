@@ -9,10 +9,7 @@ import sys
 import pytest
 
 import hypergrad
-from hypergrad import (
-    SABA,
-    SOBA,
-)
+from hypergrad import SABA, SOBA
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 

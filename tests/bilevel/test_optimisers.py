@@ -7,16 +7,7 @@ import torch
 from torch.func import functional_call
 
 import hypergrad
-from hypergrad import (
-    F2SA,
-    HOAG,
-    MASOBA,
-    SABA,
-    SOBA,
-    AmIGO,
-    Bilevel,
-    StocBiO,
-)
+from hypergrad import F2SA, HOAG, MASOBA, SABA, SOBA, AmIGO, Bilevel, StocBiO
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run, sgd, start
 
 

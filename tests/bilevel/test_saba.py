@@ -7,10 +7,7 @@ import itertools
 import pytest
 
 import hypergrad
-from hypergrad import (
-    SABA,
-    SOBA,
-)
+from hypergrad import SABA, SOBA
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    MASOBA,
-    SABA,
-    SOBA,
-)
+from hypergrad import MASOBA, SABA, SOBA
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run
 
 

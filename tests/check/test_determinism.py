@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.problems import (
-    F64,
-    ridge,
-)
+from tests.problems import F64, ridge
 from tests.spoilt_parts import blamed, check, check_three, outer_of_three
 
 

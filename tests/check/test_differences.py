@@ -6,12 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from tests.problems import (
-    F64,
-    equilibrium,
-    relative_error,
-    ridge,
-)
+from tests.problems import F64, equilibrium, relative_error, ridge
 from tests.spoilt_parts import (
     blamed,
     check,

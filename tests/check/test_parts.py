@@ -7,15 +7,11 @@ import torch
 
 import hypergrad
 from hypergrad import CG, check_hypergrad
-from tests.problems import (
-    F64,
-    per_feature_ridge,
-    ridge,
-)
+from tests.problems import F64, per_feature_ridge, ridge
 from tests.spoilt_parts import check, check_three, gradient_descent, outer_of_three, solve_of_three
 
 
-def test_nothing_of_the_callers_is_changed():
+def test_the_check_changes_nothing_of_the_callers():
     problem = per_feature_ridge()
     leaf = problem.hparams["log_penalty"].clone().requires_grad_()
     kept, version = leaf.detach().clone(), leaf._version

@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from hypergrad import CG, FixedPoint, GaussNewton, Identity, Root, check_hypergrad
-from tests.problems import (
-    F64,
-    affine,
-    data,
-    per_feature_ridge,
-    ridge,
-    ridge_data,
-)
+from tests.problems import F64, affine, data, per_feature_ridge, ridge, ridge_data
 from tests.spoilt_parts import (
     blamed,
     check,
@@ -228,8 +221,6 @@ def test_params_that_a_loss_does_not_use():
 
 
 A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=F64))
-
-
 BEST = float((1 / A.diag()).sum() / (1 / A.diag().square()).sum())  # of the outer problem
 
 

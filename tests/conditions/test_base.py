@@ -7,24 +7,9 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 import hypergrad
-from hypergrad import (
-    GaussNewton,
-    custom_argmin,
-)
-from tests.problems import (
-    relative_error,
-    ridge,
-    ridge_data,
-)
-from tests.quartic import (
-    LAM,
-    ONES,
-    D,
-    X,
-    Y,
-    close,
-    leaf,
-)
+from hypergrad import GaussNewton, custom_argmin
+from tests.problems import relative_error, ridge, ridge_data
+from tests.quartic import LAM, ONES, D, X, Y, close, leaf
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

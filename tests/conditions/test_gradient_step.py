@@ -38,14 +38,8 @@ from tests.problems import F64, central_differences, data, relative_error
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-
-
 ALL = pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
-
-
 OF_STEPS = pytest.mark.parametrize("make", STEPS, ids=lambda make: make.__name__)
 
 

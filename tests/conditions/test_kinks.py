@@ -20,12 +20,7 @@ from hypergrad import (
     projections,
     prox,
 )
-from tests.constrained import (
-    EVERY,
-    inequality_qp,
-    quadratic,
-    regression,
-)
+from tests.constrained import EVERY, inequality_qp, quadratic, regression
 from tests.problems import F64, data, relative_error
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.

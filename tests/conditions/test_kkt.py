@@ -6,17 +6,8 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    CG,
-    KKT,
-    implicit_grad,
-)
-from tests.constrained import (
-    equality_qp,
-    inequality_qp,
-    kkt_ball,
-    regression,
-)
+from hypergrad import CG, KKT, implicit_grad
+from tests.constrained import equality_qp, inequality_qp, kkt_ball, regression
 from tests.problems import F64, relative_error
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.

@@ -213,6 +213,6 @@ def test_a_batch_of_tasks_is_the_loop_with_the_same_directions():
     [{"sigma": 0.0}, {"pairs": 0}, {"chunk_size": 0}, {"batching": "both"}, {"steps": 2}],
     ids=repr,
 )
-def test_numbers_out_of_range_are_refused(options):
+def test_pairs_and_steps_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         of_loss(lambda h: h.sum(), torch.ones(2), **options)

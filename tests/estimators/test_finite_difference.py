@@ -238,7 +238,7 @@ def test_a_frozen_parameter_is_a_constant():
     [{"scale": 0.0}, {"lr": -1.0}, {"epsilon": 0.0}, {"lr": 0.1, "scale": 2.0}],
     ids=repr,
 )
-def test_numbers_out_of_range_are_refused(options):
+def test_distances_and_rates_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"must be|one of"):
         finite_difference_grad(OUTER, bent, P, T, **options)
 

@@ -15,17 +15,9 @@ from hypergrad import penalty_grad
 from tests.problems import F64, data, relative_error, ridge, ridge_data
 
 RIDGE = ridge()
-
-
 LAM = RIDGE.hparams
-
-
 W = RIDGE.solve(LAM)
-
-
 X, Y = ridge_data()
-
-
 X_VAL, Y_VAL = data(2, 10, 5, dtype=F64), data(3, 10, dtype=F64)
 
 

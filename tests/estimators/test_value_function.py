@@ -14,17 +14,9 @@ from hypergrad import penalty_grad, value_function_grad
 from tests.problems import F64, data, relative_error, ridge, ridge_data
 
 RIDGE = ridge()
-
-
 LAM = RIDGE.hparams
-
-
 W = RIDGE.solve(LAM)
-
-
 X, Y = ridge_data()
-
-
 X_VAL, Y_VAL = data(2, 10, 5, dtype=F64), data(3, 10, dtype=F64)
 
 
@@ -121,6 +113,6 @@ def test_value_functions_of_a_batch_of_tasks_are_those_of_the_loop():
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"eta": -1.0}, {"multiplier": -1.0}], ids=repr)
-def test_numbers_out_of_range_are_refused(options):
+def test_rates_and_multipliers_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         value_function_grad(RIDGE.outer, RIDGE.inner, W, LAM, **{"lr": 0.1, **options})

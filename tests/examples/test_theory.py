@@ -298,7 +298,7 @@ def test_smoke_run_against_inner_steps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("program", [theory, inner_steps])
-def test_an_output_folder_that_is_a_file_is_refused(program, capsys):
+def test_theory_refuses_an_output_folder_that_is_a_file(program, capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--smoke", "--out", __file__])
 

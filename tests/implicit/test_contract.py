@@ -40,11 +40,7 @@ DECORATED = {
     "custom_root": (custom_root, slope),
     "custom_fixed_point": (custom_fixed_point, descend),
 }
-
-
 CONSTANTS = (torch.tensor(3), None, torch.tensor([True, True]))
-
-
 BY_A, BY_B = 3 / (1 + B), -3 * A / (1 + B) ** 2  # of u; twice that of v
 
 

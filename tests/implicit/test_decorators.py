@@ -8,23 +8,8 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import (
-    Status,
-    custom_argmin,
-)
-from tests.quartic import (
-    LAM,
-    LAMS,
-    ONES,
-    D,
-    X,
-    Y,
-    close,
-    flat,
-    inner,
-    leaf,
-    solve,
-)
+from hypergrad import Status, custom_argmin
+from tests.quartic import LAM, LAMS, ONES, D, X, Y, close, flat, inner, leaf, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -42,8 +27,6 @@ def _pair(**keywords):
 
 
 A, B = torch.tensor([1.0, 2.0], dtype=D), torch.tensor([1.0, 3.0], dtype=D)
-
-
 BY_A, BY_B = 1 / (1 + B), -A / (1 + B) ** 2
 
 

@@ -7,13 +7,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    custom_argmin,
-    custom_fixed_point,
-    custom_root,
-)
+from hypergrad import CG, GMRES, custom_argmin, custom_fixed_point, custom_root
 from tests.quartic import (
     LAM,
     XS,
@@ -33,8 +27,6 @@ from tests.quartic import (
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 FITS = {
     "argmin": custom_argmin(inner)(solve),
     "root": custom_root(skewed)(solve),

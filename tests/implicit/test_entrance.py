@@ -11,20 +11,11 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import hypergrad
-from hypergrad import (
-    CG,
-    ConvergenceWarning,
-    Exact,
-    Status,
-    implicit_backward,
-    implicit_grad,
-)
+from hypergrad import CG, ConvergenceWarning, Exact, Status, implicit_backward, implicit_grad
 from tests.weighted_ridge import expected, inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

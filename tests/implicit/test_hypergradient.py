@@ -28,19 +28,13 @@ from tests.problems import (
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 Make = Callable[..., Problem]
-
-
 SOLVERS = [
     pytest.param(Exact(), 1e-9, id="Exact"),
     pytest.param(CG(rtol=1e-10), 1e-6, id="CG"),
     pytest.param(GMRES(rtol=1e-10), 1e-6, id="GMRES"),
     pytest.param(Neumann(terms=5000, rtol=1e-10), 1e-6, id="Neumann"),
 ]
-
-
 AT_DEFAULTS = [pytest.param(s, id=repr(s)) for s in (CG(), GMRES(), Neumann(terms=500))]
 
 

@@ -13,39 +13,18 @@ from torch import Tensor
 
 import hypergrad
 from benchmarks.calibration import close, covered, measured
-from hypergrad import (
-    CG,
-    GMRES,
-    MINRES,
-    Auto,
-    Exact,
-    Identity,
-)
+from hypergrad import CG, GMRES, MINRES, Auto, Exact, Identity
 from hypergrad.solvers._observer import Observer
 from tests.problems import F64, data, relative_error, ridge
 from tests.systems import definite, hypergradient_with
 
 n = 40
-
-
 Q = torch.linalg.qr(data(0, n, n, dtype=F64)).Q
-
-
 MODES = torch.logspace(-3, 0, n, dtype=F64)
-
-
 A = Q * MODES @ Q.T
-
-
 A = (A + A.T) / 2
-
-
 TARGET = data(1, n, dtype=F64)
-
-
 LOG_PENALTY = torch.tensor(-5.0, dtype=F64)
-
-
 LINEAR = data(2, n, dtype=F64)
 
 

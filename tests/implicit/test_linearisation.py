@@ -6,15 +6,11 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    implicit_grad,
-)
+from hypergrad import implicit_grad
 from tests.weighted_ridge import inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

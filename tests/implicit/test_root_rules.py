@@ -9,43 +9,12 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    Exact,
-    Root,
-    custom_root,
-    root_jvp,
-    root_vjp,
-)
-from tests.problems import (
-    F64,
-    equilibrium,
-    kepler,
-    logistic,
-    relative_error,
-    ridge,
-)
-from tests.quartic import (
-    LAM,
-    LAMS,
-    ONES,
-    XS,
-    C,
-    D,
-    X,
-    Y,
-    close,
-    newton,
-    reference,
-    skewed,
-    solve,
-)
+from hypergrad import CG, GMRES, Exact, Root, custom_root, root_jvp, root_vjp
+from tests.problems import F64, equilibrium, kepler, logistic, relative_error, ridge
+from tests.quartic import LAM, LAMS, ONES, XS, C, D, X, Y, close, newton, reference, skewed, solve
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 A, B = torch.tensor([1.0, 2.0], dtype=D), torch.tensor([1.0, 3.0], dtype=D)
 
 

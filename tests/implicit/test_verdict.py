@@ -9,19 +9,11 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    CG,
-    ConvergenceWarning,
-    Exact,
-    Neumann,
-    implicit_grad,
-)
+from hypergrad import CG, ConvergenceWarning, Exact, Neumann, implicit_grad
 from tests.weighted_ridge import MATRIX, TARGET, expected, inner, outer, solution
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

@@ -21,20 +21,10 @@ from tests.problems import F64, data, logistic, relative_error, ridge
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-
-
 SMOOTH = [GradientDescent(), Nesterov(), LBFGS(), NewtonCG()]
-
-
 EVERY = [*SMOOTH, FISTA(lambda v, step, *args: v)]
-
-
 OF_EVERY = pytest.mark.parametrize("solver", EVERY, ids=lambda s: type(s).__name__)
-
-
 OF_SMOOTH = pytest.mark.parametrize("solver", SMOOTH, ids=lambda s: type(s).__name__)
 
 
@@ -376,7 +366,7 @@ def test_a_step_of_another_shape_is_refused(solver, shape):
 
 
 @OF_EVERY
-def test_the_default_device_plays_no_part(solver):
+def test_the_default_device_plays_no_part_in_an_inner_solver(solver):
     centre = torch.ones(3, dtype=F64)
     with torch.device("meta"):
         x, info = solver(bowl_of_three, torch.zeros(3, dtype=F64, device="cpu"), centre)

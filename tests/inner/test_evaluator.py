@@ -12,11 +12,7 @@ from tests.problems import F64
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 SMOOTH = [GradientDescent(), Nesterov(), LBFGS(), NewtonCG()]
-
-
 OF_SMOOTH = pytest.mark.parametrize("solver", SMOOTH, ids=lambda s: type(s).__name__)
 
 

@@ -15,11 +15,7 @@ from hypergrad.inner import LevenbergMarquardt
 from tests.problems import F64, data
 
 TIMES = torch.linspace(0, 4, 25, dtype=F64)
-
-
 SEEN = 2 * torch.exp(-0.7 * TIMES) + 0.1 * torch.cos(3 * TIMES)
-
-
 ONES = torch.ones(2, dtype=F64)
 
 

@@ -14,27 +14,14 @@ from hypergrad import inner, projections, prox
 from tests.problems import F64, data
 
 V, T = data(60, 5, dtype=F64), torch.tensor(0.7, dtype=F64)
-
-
 A, G = data(61, 2, 5, dtype=F64), data(62, 6, 5, dtype=F64)
-
-
 INSIDE = data(63, 5, dtype=F64)
-
-
 LOWER, UPPER = INSIDE - 0.5, INSIDE + 0.4
-
-
 M, SQUARE = data(64, 4, 3, dtype=F64), data(65, 4, 4, dtype=F64)
-
 
 # Where some rows sum to what some columns do, the plan may fall apart: a kink.
 ROWS = torch.tensor([0.13, 0.38, 0.29, 0.2], dtype=F64)
-
-
 COLUMNS = torch.tensor([0.455, 0.235, 0.31], dtype=F64)
-
-
 CASES = {
     "hypercube": (projections.hypercube, (V, T)),
     "linf_ball": (projections.linf_ball, (V, T)),
@@ -52,8 +39,6 @@ CASES = {
     "kl_transport": (projections.kl_transport, (M, ROWS, COLUMNS)),
     "kl_birkhoff": (projections.kl_birkhoff, (SQUARE,)),
 }
-
-
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
@@ -66,7 +51,7 @@ def test_first_and_second_derivatives_are_right_by_the_point_and_by_the_set(name
 
 
 @EVERY
-def test_a_batch_is_its_rows(name):
+def test_a_batch_of_projections_is_its_rows(name):
     f, (v, *more) = CASES[name]
     rows = v + 0.3 * data(66, 3, *v.shape, dtype=F64)
     one = lambda v: f(v, *more)

@@ -13,8 +13,6 @@ from hypergrad import CG, GMRES, Exact, custom_argmin, implicit_backward, implic
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
-
 D = torch.float64
 
 

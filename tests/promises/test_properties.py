@@ -30,8 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
     # higher's optimisers are subclasses of what torch has since renamed.
     "ignore::DeprecationWarning:higher",
 )
-
-
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2, 1)])
 
 
@@ -198,8 +196,6 @@ class Equation:
 
 
 equations = st.builds(Equation, st.integers(0, 10_000), st.integers(1, 6))
-
-
 PAIR = st.tuples(st.floats(-3, 3), st.floats(-3, 3))
 
 

@@ -1,7 +1,8 @@
 """RELIABILITY.md, rows 43 to 58, in its order: the networks that people train.
 
-Row 43 is in test_units.py, row 50 in test_module_state.py, 51 in test_processes.py, 52 in
-test_structures.py, 54 in test_kernels.py and 57 in test_module_state.py, each by its name.
+Rows 43 and 51 are in test_units.py and test_processes.py; beside the modules that they test stand
+50 (autograd/test_module_state.py and test_refused_modules.py), 52 (test_pytrees.py), 54
+(autograd/test_kernels.py) and 57 (autograd/test_turns.py), each by its name.
 """
 
 from __future__ import annotations
@@ -25,16 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hypergrad
 from hypergrad import (
     CG,
-    GMRES,
-    LSMR,
-    MINRES,
     Auto,
-    BiCGSTAB,
     ConvergenceWarning,
-    Exact,
     GaussNewton,
-    Neumann,
-    NormalCG,
     Root,
     Status,
     UnsupportedOperation,
@@ -42,6 +36,7 @@ from hypergrad import (
     root_jvp,
     root_vjp,
 )
+from tests import problems, systems
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 JIT = ".torch.jit.script. is deprecated"
@@ -50,17 +45,9 @@ pytestmark = pytest.mark.filterwarnings(f"ignore:{JIT}")
 D, S = torch.float64, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [D, S], ids=str)
 SOLVERS = {
-    "None": None,
+    **systems.SOLVERS,
     "Auto, no dense matrix": Auto(dense_below=0),
-    "Exact": Exact(),
-    "CG": CG(),
     "CG, a budget": CG(maxiter=10),
-    "MINRES": MINRES(),
-    "GMRES": GMRES(),
-    "BiCGSTAB": BiCGSTAB(),
-    "NormalCG": NormalCG(),
-    "LSMR": LSMR(),
-    "Neumann": Neumann(),
 }
 EACH = pytest.mark.parametrize("name", SOLVERS)
 LOOP = pytest.mark.parametrize("solver", [None, CG(maxiter=10)], ids=["None", "CG"])
@@ -143,34 +130,15 @@ class Network:
         return p
 
     def minimum(self, p, h=None):
-        """Where a quasi-Newton method and then Newton's end, from `p`."""
+        """The minimum that is reached from `p`."""
         h = self.h if h is None else h
-        loss = lambda w: self.inner(self.tree(w), h)
-        w = self.flat(p).clone().requires_grad_()
-        search = torch.optim.LBFGS([w], max_iter=300, line_search_fn="strong_wolfe")
-
-        def closure():
-            search.zero_grad()
-            value = loss(w)
-            value.backward()
-            return value
-
-        search.step(closure)
-        w = w.detach()
-        for _ in range(4):
-            w = w - torch.linalg.solve(hessian(loss, w), jacobian(loss, w))
-        assert torch.linalg.eigvalsh(hessian(loss, w))[0] > 0
-        return w
+        return problems.minimum(lambda w: self.inner(self.tree(w), h), self.flat(p))
 
     def truth(self, p):
         """The hypergradient at the minimum that is reached from `p`: the formula, by hand."""
-        w = self.minimum(p)
-        loss = lambda w, h: self.inner(self.tree(w), h)
-        b = jacobian(lambda w: self.outer(self.tree(w), self.h), w)
-        u = torch.linalg.solve(hessian(lambda w: loss(w, self.h), w), b)
-        x, h = w.clone().requires_grad_(), self.h.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(x, h), x, create_graph=True)
-        return -torch.autograd.grad(slope, h, u)[0]
+        inner = lambda w, h: self.inner(self.tree(w), h)
+        outer = lambda w, h: self.outer(self.tree(w), h)
+        return problems.dense_hypergradient(inner, outer, self.minimum(p), self.h)
 
 
 def cast(tree, dtype):

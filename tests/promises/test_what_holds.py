@@ -28,6 +28,7 @@ from hypergrad import (
     projections,
     prox,
 )
+from tests import problems
 
 D = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [D, torch.float32], ids=str)
@@ -371,38 +372,16 @@ def like(p, vector):
 
 
 def minimum(inner, net, h=None):
-    """Where a quasi-Newton method and then Newton's end, from the start of the network."""
+    """The minimum that is reached from the start of the network."""
     p = {k: v.detach() for k, v in net.named_parameters()}
     h = torch.tensor(0.0, dtype=D) if h is None else h
-    loss = lambda w: inner(like(p, w), h)
-    w = flatten(p).requires_grad_()
-    search = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        search.zero_grad()
-        value = loss(w)
-        value.backward()
-        return value
-
-    search.step(closure)
-    w = w.detach()
-    for _ in range(4):
-        slope = torch.autograd.functional.jacobian(loss, w)
-        w = w - torch.linalg.solve(hessian(loss, w), slope)
-    assert torch.linalg.eigvalsh(hessian(loss, w))[0] > 0
-    return like(p, w)
+    return like(p, problems.minimum(lambda w: inner(like(p, w), h), flatten(p)))
 
 
 def by_hand(outer, inner, p, h):
     """The implicit formula with PyTorch's own double backward, densely."""
-    w = flatten(p)
-    at = lambda w, h: inner(like(p, w), h)
-    u = torch.linalg.solve(
-        hessian(lambda w: at(w, h), w), jacobian(lambda w: outer(like(p, w), h), w)
-    )
-    x, t = w.clone().requires_grad_(), h.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(at(x, t), x, create_graph=True)
-    return -torch.autograd.grad(slope, t, u)[0]
+    on_vectors = lambda loss: lambda w, h: loss(like(p, w), h)
+    return problems.dense_hypergradient(on_vectors(inner), on_vectors(outer), flatten(p), h)
 
 
 def cast(tree, dtype):

@@ -11,21 +11,8 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    Auto,
-    Root,
-    SolveInfo,
-)
-from tests.problems import (
-    EVERY,
-    F64,
-    WELL_POSED,
-    data,
-    ill_conditioned_ridge,
-    relative_error,
-)
+from hypergrad import CG, GMRES, Auto, Root, SolveInfo
+from tests.problems import EVERY, F64, WELL_POSED, data, ill_conditioned_ridge, relative_error
 from tests.systems import indefinite, skewed, solve, spread, suiting, with_spectrum
 
 
@@ -51,8 +38,6 @@ def test_no_solver_means_exact_for_small_systems_alone(n, condition, method):
 
 
 ALWAYS = functools.partial(Auto, dense_below=0)  # the iterations of Auto at any size
-
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 
 

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    BiCGSTAB,
-    Root,
-    Status,
-)
+from hypergrad import BiCGSTAB, Root, Status
 from tests.problems import F64, data
 from tests.systems import residual, solve
 

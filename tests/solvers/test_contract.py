@@ -202,6 +202,15 @@ def damping_shifts_a_matrix_that_is_not_symmetric(name, method):
         assert relative_error(x, expected) < 1e-10
 
 
+@case()
+def nothing_of_the_callers_is_changed(name, method):
+    tensors = A, b, x0 = method.matrix(6), data(14, 6, dtype=F64), data(15, 6, dtype=F64)
+    before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+    solve(method(), A, b, x0=x0)
+    assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == versions
+
+
 # Tolerances and budgets
 
 
@@ -610,6 +619,15 @@ def two_batch_dimensions_are_two_nested_loops(name, method):
     x, info = torch.func.vmap(functools.partial(solve_batch, method()))(A, b)
     assert info.status.shape == (2, 3)
     assert relative_error(x, torch.linalg.solve(A, b[..., None])[..., 0]) < 1e-5
+
+
+@case()
+def tasks_may_share_the_matrix_or_the_right_hand_side(name, method):
+    A, b = torch.stack([method.matrix(5, seed) for seed in range(3)]), data(38, 3, 5, dtype=F64)
+    shared, _ = torch.func.vmap(lambda b: solve(method(), A[0], b))(b)
+    assert relative_error(shared, torch.linalg.solve(A[0], b.T).T) < 1e-5
+    same, _ = torch.func.vmap(lambda A: solve(method(), A, b[0]))(A)
+    assert relative_error(same, torch.linalg.solve(A, b[0].expand(3, 5))) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import (
-    Auto,
-    Exact,
-    Status,
-)
-from tests.problems import (
-    F64,
-    data,
-    relative_error,
-)
+from hypergrad import Auto, Exact, Status
+from tests.problems import F64, data, relative_error
 from tests.systems import Counting, indefinite, solve, spread, with_spectrum
 
 

@@ -10,20 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    LSMR,
-    MINRES,
-    BiCGSTAB,
-    NormalCG,
-    Status,
-)
-from tests.problems import (
-    F64,
-    data,
-    relative_error,
-)
+from hypergrad import CG, GMRES, LSMR, MINRES, BiCGSTAB, NormalCG, Status
+from tests.problems import F64, data, relative_error
 from tests.systems import definite, hypergradient_with, residual, suiting
 
 KRYLOV = [CG, GMRES]
@@ -81,14 +69,8 @@ def test_a_preconditioner_is_mapped_over_the_tasks_of_a_hypergradient(method):
 
 
 NEW = [MINRES, BiCGSTAB, NormalCG, LSMR]
-
-
 ITERATIVE = [CG, GMRES, *NEW]
-
-
 each_new = pytest.mark.parametrize("method", NEW, ids=lambda m: m.__name__)
-
-
 each = pytest.mark.parametrize("method", ITERATIVE, ids=lambda m: m.__name__)
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import (
-    MINRES,
-    Status,
-)
+from hypergrad import MINRES, Status
 from tests.problems import F64, data
 from tests.systems import indefinite, residual, solve, spread, with_spectrum
 

@@ -9,22 +9,11 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    LSMR,
-    BiCGSTAB,
-    FixedPoint,
-    NormalCG,
-    Root,
-    Status,
-)
+from hypergrad import CG, GMRES, LSMR, BiCGSTAB, FixedPoint, NormalCG, Root, Status
 from tests.problems import F64, data, relative_error
 from tests.systems import indefinite, skewed, solve
 
 SOLVERS = pytest.mark.parametrize("solver", [LSMR(), NormalCG()], ids=["LSMR", "NormalCG"])
-
-
 SHAPES = pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 1), (1, 6)], ids=str)
 
 

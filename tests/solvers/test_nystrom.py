@@ -7,19 +7,11 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import (
-    CG,
-    GMRES,
-    MINRES,
-    Nystrom,
-    Status,
-)
+from hypergrad import CG, GMRES, MINRES, Nystrom, Status
 from tests.problems import F64, data, ill_conditioned_ridge, relative_error
 from tests.systems import residual, solve, spread, with_spectrum
 
 SYMMETRIC = (CG, MINRES)
-
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 
 

@@ -7,10 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hypergrad import (
-    CG,
-    MINRES,
-)
+from hypergrad import CG, MINRES
 from tests.problems import F64, data
 from tests.systems import indefinite, solve, spread, with_spectrum
 
