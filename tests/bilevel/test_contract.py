@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
 import torch
 
 import hypergrad
-from hypergrad import CG, F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, StocBiO
+from hypergrad import CG, F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, Bilevel, StocBiO
+from tests.bilevel_by_hand import GAMMA, RHO
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run, sgd
 
 EXACT = {
@@ -133,3 +135,44 @@ def test_steps_work_without_grad_and_in_inference_mode():
             with context:
                 run(other, 3)
             assert other.hparams.equal(plain.hparams)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_pytrees_of_several_shapes_take_the_steps_of_flat_vectors(structured):
+    """The same run on vectors and on trees of a matrix, a scalar and a row."""
+    problem = Quadratic()
+    runs = []
+    for tree in (False, True):
+
+        def flat(z, x, tree=tree):
+            if not tree:
+                return z, x
+            z = torch.cat([z["a"].reshape(-1), z["b"].reshape(1)])
+            return z, torch.cat([x[0].reshape(1), x[1]])
+
+        def inner(z, x, batch, flat=flat):
+            return problem.inner(*flat(z, x), batch)
+
+        def outer(z, x, batch, flat=flat):
+            return problem.outer(*flat(z, x), batch)
+
+        zeros = functools.partial(torch.zeros, dtype=F64)
+        params = {"a": zeros(3, 1), "b": zeros(())} if tree else zeros(4)
+        hparams = (zeros(()), zeros(2)) if tree else zeros(3)
+        method = SABA() if structured else F2SA(inner_steps=2)
+        bilevel = Bilevel(
+            outer,
+            inner,
+            params,
+            hparams,
+            inner_optimizer=functools.partial(torch.optim.SGD, lr=RHO),
+            outer_optimizer=functools.partial(torch.optim.Adam, lr=GAMMA),
+            method=method,
+            inner_batches=problem.inner_batches,
+            outer_batches=problem.outer_batches,
+        )
+        for _ in range(5):
+            bilevel.step()
+        runs.append(flat(bilevel.params, bilevel.hparams))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -14,17 +14,30 @@ from torch import Tensor
 import hypergrad
 from benchmarks.calibration import close, covered, measured
 from hypergrad import CG, GMRES, MINRES, Auto, Exact, Identity
-from hypergrad.solvers._observer import Observer
 from tests.problems import F64, data, relative_error, ridge
 from tests.systems import definite, hypergradient_with
 
 n = 40
+
+
 Q = torch.linalg.qr(data(0, n, n, dtype=F64)).Q
+
+
 MODES = torch.logspace(-3, 0, n, dtype=F64)
+
+
 A = Q * MODES @ Q.T
+
+
 A = (A + A.T) / 2
+
+
 TARGET = data(1, n, dtype=F64)
+
+
 LOG_PENALTY = torch.tensor(-5.0, dtype=F64)
+
+
 LINEAR = data(2, n, dtype=F64)
 
 
@@ -211,34 +224,6 @@ def test_the_callback_of_a_decorated_solver_gets_it():
     outer(fit(torch.zeros(n, dtype=F64), h), h).backward()
     (info,) = infos
     assert relative_error(h.grad, truth(LOG_PENALTY)) <= info.error_estimate.item() <= 10
-
-
-@pytest.mark.parametrize("indefinite", [False, True])
-def test_an_observed_iteration_finds_the_newton_step(indefinite):
-    """After n steps the directions span the space, and the step is A^-1 F to rounding."""
-    size = 8
-    basis, modes = Q[:size, :size], torch.linspace(1, 3, size, dtype=F64)
-    basis = torch.linalg.qr(basis).Q
-    if indefinite:
-        modes[::2] *= -1
-    M = basis * modes @ basis.T
-    b, F = data(5, size, dtype=F64), data(6, size, dtype=F64)
-    solver = MINRES(rtol=1e-12) if indefinite else CG(rtol=1e-12)
-    for method in {solver, MINRES(rtol=1e-12)}:
-        part = method._iterate(
-            lambda v: v @ M,
-            None,
-            b,
-            torch.tensor(1e-14, dtype=F64),
-            torch.tensor(True),
-            size,
-            True,
-            F,
-        )
-        assert isinstance(part.observer, Observer)
-        assert relative_error(part.observer.step, torch.linalg.solve(M, F)) < 1e-8
-        assert part.observer.left.norm() < 1e-8
-        assert part.observer.inverse(part.x) <= 1 / modes.abs().min() * (1 + 1e-9)
 
 
 def test_the_two_percentages_on_a_sample_of_the_calibration():
