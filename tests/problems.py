@@ -236,6 +236,14 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return w
 
 
+STEEP = torch.logspace(0, 2, 12, dtype=F64)
+
+
+def bowl(x: Tensor, centre: Tensor | float) -> Tensor:
+    """A quadratic of condition number 100."""
+    return (STEEP.to(x) * (x - centre) ** 2).sum() / 2
+
+
 TASKS = 3
 
 

@@ -12,9 +12,8 @@ from torch.func import grad, vmap
 import hypergrad
 from hypergrad import implicit_grad, projections, prox
 from hypergrad.inner import FISTA, GradientDescent, Nesterov
-from tests.bowls import STEEP, bowl
 from tests.constrained import box_qp, elastic_net, lasso
-from tests.problems import F64, data, relative_error
+from tests.problems import F64, STEEP, bowl, data, relative_error
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

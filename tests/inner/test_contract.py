@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 import hypergrad
 from hypergrad import Status, implicit_grad, prox
 from hypergrad.inner import FISTA, LBFGS, Anderson, GradientDescent, Nesterov, NewtonCG
-from tests.bowls import STEEP, bowl
-from tests.problems import F64, data, logistic, relative_error, ridge
+from tests.problems import F64, STEEP, bowl, data, logistic, relative_error, ridge
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

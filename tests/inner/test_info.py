@@ -9,8 +9,7 @@ from torch.utils import _pytree as pytree
 
 from hypergrad import inner
 from hypergrad.inner import LBFGS
-from tests.bowls import bowl
-from tests.problems import F64
+from tests.problems import F64, bowl
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -10,8 +10,7 @@ from torch.func import grad
 
 from hypergrad.inner import LBFGS
 from hypergrad.inner._lbfgs import _two_loops
-from tests.bowls import bowl
-from tests.problems import F64, data
+from tests.problems import F64, bowl, data
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

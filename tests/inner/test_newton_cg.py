@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from hypergrad.inner import GradientDescent, NewtonCG
-from tests.bowls import bowl
-from tests.problems import F64
+from tests.problems import F64, bowl
 
 
 def test_a_quadratic_takes_a_handful_of_iterations():
