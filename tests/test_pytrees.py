@@ -93,10 +93,10 @@ class Shared:
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_row_52_a_weight_under_two_names_is_one_variable(tie_weights, solver):
     shared = Shared(tie_weights)
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         shared.outer, shared.inner, shared.params, shared.h, solver=solver, return_info=True
     )
-    torch.testing.assert_close(found, shared.truth, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hypergradient, shared.truth, rtol=1e-5, atol=0)
     assert list(info.solution) == ["a.weight", "b.weight"]
     assert torch.equal(info.solution["a.weight"], info.solution["b.weight"])
     again = implicit_grad(
@@ -126,11 +126,11 @@ def test_row_52_a_weight_under_two_names_is_one_variable_for_gauss_newton_and_a_
 
 def test_row_52_a_weight_under_two_names_is_one_variable_for_the_estimators():
     shared = Shared()
-    found = hypergrad.penalty_grad(
+    hypergradient = hypergrad.penalty_grad(
         shared.outer, shared.inner, shared.params, shared.h,
         penalty=1e4, lr=0.1, steps=300, rtol=1e-2,
     )  # fmt: skip
-    torch.testing.assert_close(found, shared.truth, rtol=1e-2, atol=0)
+    torch.testing.assert_close(hypergradient, shared.truth, rtol=1e-2, atol=0)
     once = {"a.weight": shared.params["a.weight"]}
     twice = [lambda p, h, f=f: f(p | {"b.weight": p["a.weight"]}, h)
              for f in (shared.outer, shared.inner)]  # fmt: skip
@@ -164,12 +164,12 @@ def test_row_52_plain_tensors_are_values_and_equations_have_one_each():
     w = torch.tensor(2.0, dtype=D)  # solves both parts, which have nothing to do with each other
     inner = lambda p, h: (p["a"] - h) ** 2 + (p["b"] - 2 + 3 * (h - 2)) ** 2
     h = torch.tensor(2.0, dtype=D)
-    found = implicit_grad(lambda p, h: p["a"] + 10 * p["b"], inner, {"a": w, "b": w}, h)
-    torch.testing.assert_close(found, torch.tensor(-29.0, dtype=D))
+    hypergradient = implicit_grad(lambda p, h: p["a"] + 10 * p["b"], inner, {"a": w, "b": w}, h)
+    torch.testing.assert_close(hypergradient, torch.tensor(-29.0, dtype=D))
     root = hypergrad.Root(lambda p, h: (p[0] - h, p[1] - 2 * h + 2))
     w = w.clone().requires_grad_()
-    found = implicit_grad(lambda p, h: p[0] + 10 * p[1], root, (w, w), h)
-    torch.testing.assert_close(found, torch.tensor(21.0, dtype=D))
+    hypergradient = implicit_grad(lambda p, h: p[0] + 10 * p[1], root, (w, w), h)
+    torch.testing.assert_close(hypergradient, torch.tensor(21.0, dtype=D))
 
 
 def test_row_52_plain_copies_of_a_tied_weight_are_an_error_that_says_how():
@@ -184,13 +184,13 @@ def test_row_52_a_hyperparameter_under_two_names_has_its_whole_derivative_at_eac
     outer = lambda w, h: w + 5 * h["b"]
     h = torch.tensor(3.0, requires_grad=True)
     hparams = {"a": h, "b": h}
-    found = implicit_grad(outer, inner, h.detach() ** 2, hparams)
-    assert found["a"] == found["b"] == 11  # as torch.autograd.grad has it
+    hypergradient = implicit_grad(outer, inner, h.detach() ** 2, hparams)
+    assert hypergradient["a"] == hypergradient["b"] == 11  # as torch.autograd.grad has it
     hypergrad.implicit_backward(outer, inner, h.detach() ** 2, hparams)
     assert h.grad == 11
     step = lambda w, h: w - 0.25 * torch.func.grad(inner)(w, h)
-    found = hypergrad.unrolled_grad(outer, step, torch.tensor(0.0), hparams, steps=40)
-    torch.testing.assert_close(found["a"], torch.tensor(11.0))
+    hypergradient = hypergrad.unrolled_grad(outer, step, torch.tensor(0.0), hparams, steps=40)
+    torch.testing.assert_close(hypergradient["a"], torch.tensor(11.0))
     plain = implicit_grad(outer, inner, h.detach() ** 2, {k: h.detach() for k in "ab"})
     assert (plain["a"], plain["b"]) == (3, 8)  # of values, as torch.func.grad has it
     loop = Bilevel(
@@ -231,8 +231,8 @@ def frozen_problem(wrap):
 @pytest.mark.parametrize("wrap", ["parameter", "tensor"])
 def test_row_52_what_is_frozen_beside_what_is_not_is_a_constant(wrap):
     outer, inner, params, h, truth, solve = frozen_problem(wrap)
-    found, info = implicit_grad(outer, inner, params, h, return_info=True)
-    torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+    hypergradient, info = implicit_grad(outer, inner, params, h, return_info=True)
+    torch.testing.assert_close(hypergradient, truth, rtol=1e-6, atol=0)
     assert not info.solution["A"].any()
     both = hypergrad.penalty_grad(
         outer, inner, params, h, penalty=1e4, lr=0.05, steps=300, rtol=1e-2
@@ -495,14 +495,16 @@ def test_the_answer_has_the_structure_of_hparams(h):
     def join(w, t):
         return torch.cat([w["x"], w["deep"][0]]), torch.cat([t["a"][0][None], t["a"][1][0]])
 
-    found = implicit_grad(lambda w, t: outer(*join(w, t)), lambda w, t: inner(*join(w, t)), w, tree)
-    assert pytree.tree_structure(found) == pytree.tree_structure(tree)
-    flat = torch.cat([found["a"][0][None], found["a"][1][0]])
+    hypergradient = implicit_grad(
+        lambda w, t: outer(*join(w, t)), lambda w, t: inner(*join(w, t)), w, tree
+    )
+    assert pytree.tree_structure(hypergradient) == pytree.tree_structure(tree)
+    flat = torch.cat([hypergradient["a"][0][None], hypergradient["a"][1][0]])
     torch.testing.assert_close(flat, expected(h), rtol=1e-9, atol=0)
-    assert found["none"] is None
-    assert found["rate"] == 0.1
-    assert found["n"].dtype == torch.int64
-    assert found["n"] == 0
+    assert hypergradient["none"] is None
+    assert hypergradient["rate"] == 0.1
+    assert hypergradient["n"].dtype == torch.int64
+    assert hypergradient["n"] == 0
 
 
 def test_leaves_that_are_0d_empty_strided_expanded_or_overlapping_are_right():
@@ -523,11 +525,11 @@ def test_leaves_that_are_0d_empty_strided_expanded_or_overlapping_are_right():
         return sum(((p[k] - targets[k]) ** 2).sum() + lam * (p[k] ** 2).sum() for k in p)
 
     # Exact at any point: the system has the matrix 2 (1 + lam) I, so b = 1 gives this formula.
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda p, lam: sum(p[k].sum() for k in p), objective, params, lam, inner_tol=None
     )
     want = -sum(v.sum() for v in params.values()) / (1 + lam)
-    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hypergradient, want, rtol=1e-12, atol=0)
 
 
 def test_hparams_that_are_strided_or_expanded_are_right(h):
@@ -550,13 +552,13 @@ def test_float32_and_float64_leaves_each_keep_their_dtype():
             (p["b"] * (1 + t["b"]) - 1) ** 2
         ).sum()
 
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         lambda p, t: p["a"].sum().double() + p["b"].sum(), objective, p, t, return_info=True
     )
-    assert found["a"].dtype == torch.float32
-    assert found["b"].dtype == D
-    torch.testing.assert_close(found["a"], torch.tensor([-0.25]))
-    torch.testing.assert_close(found["b"], torch.tensor([-1 / 16], dtype=D))
+    assert hypergradient["a"].dtype == torch.float32
+    assert hypergradient["b"].dtype == D
+    torch.testing.assert_close(hypergradient["a"], torch.tensor([-0.25]))
+    torch.testing.assert_close(hypergradient["b"], torch.tensor([-1 / 16], dtype=D))
     assert info.solution["a"].dtype == torch.float32
     assert info.solution["b"].dtype == D
 
@@ -566,7 +568,7 @@ def test_float32_and_float64_leaves_each_keep_their_dtype():
 def test_half_precision_is_solved_in_float32_and_cast_back(dtype, solver):
     lam = torch.tensor([1.0, 3.0], dtype=dtype)
     w = 1 / (1 + lam)
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         lambda w, lam: w.sum(),
         lambda w, lam: ((w - 1) ** 2).sum() / 2 + (lam * w**2).sum() / 2,
         w,
@@ -575,9 +577,11 @@ def test_half_precision_is_solved_in_float32_and_cast_back(dtype, solver):
         inner_tol=3e-2,
         return_info=True,
     )
-    assert found.dtype == dtype
+    assert hypergradient.dtype == dtype
     assert info.residual_norm.dtype == torch.float32
-    torch.testing.assert_close(found.float(), torch.tensor([-0.25, -0.0625]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        hypergradient.float(), torch.tensor([-0.25, -0.0625]), rtol=2e-2, atol=0
+    )
 
 
 def test_complex_leaves_are_refused_by_name(h):

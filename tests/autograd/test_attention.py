@@ -196,11 +196,11 @@ def test_an_inner_loss_with_a_penalty_on_its_own_gradient():
         (slope,) = torch.autograd.grad(problem.net(p, x).pow(2).mean(), x, create_graph=True)
         return problem.inner(p, h) + h["decay"] * slope.pow(2).sum()
 
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer, inner, problem.params, problem.hparams, inner_tol=None
     )
     problem.attend = written_out
-    close(found, double_backward(problem.outer, inner, problem.params, problem.hparams))
+    close(hypergradient, double_backward(problem.outer, inner, problem.params, problem.hparams))
 
 
 # --- the caller's own choice of kernels -------------------------------------------------
@@ -214,10 +214,10 @@ def test_math_chosen_around_the_call_works_and_evaluates_once():
         return problem.inner(p, h)
 
     with sdpa_kernel(SDPBackend.MATH):
-        found = hypergrad.implicit_grad(
+        hypergradient = hypergrad.implicit_grad(
             problem.outer, inner, problem.params, problem.hparams, inner_tol=None
         )
-    close(found, problem.truth())
+    close(hypergradient, problem.truth())
     assert len(calls) == 1
 
 
@@ -260,10 +260,10 @@ def test_a_choice_without_math_inside_the_loss_is_an_error_that_names_it():
 
 def test_a_choice_without_math_inside_the_outer_loss_alone_is_none_of_our_business():
     problem, other = Problem(), Problem(_within(SDPBackend.FLASH_ATTENTION))
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         other.outer, problem.inner, problem.params, problem.hparams, inner_tol=None
     )
-    close(found, problem.truth())
+    close(hypergradient, problem.truth())
 
 
 def test_a_constant_encoder_may_choose_its_kernels_beside_attention_that_is_differentiated():
@@ -274,7 +274,7 @@ def test_a_constant_encoder_may_choose_its_kernels_beside_attention_that_is_diff
     def inner(p, h):
         return problem.inner(p, h) * attend(problem.x, problem.x, problem.x).norm()
 
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer, inner, problem.params, problem.hparams, inner_tol=None
     )
     problem.attend = written_out
@@ -284,7 +284,7 @@ def test_a_constant_encoder_may_choose_its_kernels_beside_attention_that_is_diff
         problem.params,
         problem.hparams,
     )
-    close(found, expected)
+    close(hypergradient, expected)
 
 
 def test_an_error_inside_the_repeated_recording_leaves_the_kernels_as_they_were():
@@ -368,12 +368,12 @@ def test_a_recording_that_another_thread_overlaps_keeps_its_kernel_in_every_prod
     thread = threading.Thread(target=other)
     thread.start()
     assert entered.wait(timeout=20)
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer, inner, problem.params, problem.hparams, inner_tol=None
     )
     leave.set()
     thread.join(timeout=20)
-    close(found, problem.truth())
+    close(hypergradient, problem.truth())
 
 
 # --- modules ----------------------------------------------------------------------------
@@ -410,12 +410,12 @@ def _attention(m, p, x):
 
 
 def _check(outer, inner, params, hparams, **options):
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         outer, inner, params, hparams, solver=hypergrad.Exact(), inner_tol=None, **options
     )
     with sdpa_kernel(SDPBackend.MATH):
-        close(found, double_backward(outer, inner, params, hparams))
-    return found
+        close(hypergradient, double_backward(outer, inner, params, hparams))
+    return hypergradient
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -461,10 +461,10 @@ def test_checkpoint_around_a_choice_of_kernels_that_keeps_math():
         each = ((out - problem.y) ** 2).mean(dim=(1, 2, 3))
         return (h["weights"] * each).sum() + h["decay"] * penalty(p)
 
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer, inner, problem.params, problem.hparams, inner_tol=None
     )
-    close(found, problem.truth())
+    close(hypergradient, problem.truth())
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_random_numbers_are_drawn_as_by_one_call(where):
     states = []
     args = (problem.outer, inner, problem.params, problem.hparams)
     torch.manual_seed(3)
-    found = hypergrad.implicit_grad(*args, solver=hypergrad.Exact(), inner_tol=None)
+    hypergradient = hypergrad.implicit_grad(*args, solver=hypergrad.Exact(), inner_tol=None)
     assert len(states) == 2
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(torch.get_rng_state(), states[1][1])
@@ -521,7 +521,7 @@ def test_random_numbers_are_drawn_as_by_one_call(where):
 
     with sdpa_kernel(SDPBackend.MATH):
         expected = double_backward(problem.outer, same_draw, problem.params, problem.hparams)
-    close(found, expected)
+    close(hypergradient, expected)
 
 
 # --- transforms and the other entrances -------------------------------------------------

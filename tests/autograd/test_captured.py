@@ -338,13 +338,13 @@ def test_a_hyper_module_called_directly_is_named_with_the_cure(which, h):
 
 def test_captured_tensors_that_are_no_leaves_of_the_arguments_are_constants(h):
     other = torch.ones(3, dtype=D, requires_grad=True)
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, h: outer(w, h) + (other * w).sum() - w.sum(),
         lambda w, h: inner(w, h) * other[0],
         solution(h),
         h,
     )
-    torch.testing.assert_close(found, expected(h), rtol=1e-9, atol=0)
+    torch.testing.assert_close(hypergradient, expected(h), rtol=1e-9, atol=0)
     assert other.grad is None
 
 

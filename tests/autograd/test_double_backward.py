@@ -50,7 +50,7 @@ def test_fused_attention_is_evaluated_by_the_math_backend():
     inner = lambda w, lam: attend(q * w, q, q).square().sum() + lam * w**2
     outer = lambda w, lam: w**2
     w, lam = torch.tensor(0.3), torch.tensor(1.0)
-    found = hypergrad.implicit_grad(outer, inner, w, lam, inner_tol=None)
+    hypergradient = hypergrad.implicit_grad(outer, inner, w, lam, inner_tol=None)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         known = hypergrad.implicit_grad(outer, inner, w, lam, inner_tol=None)
-    torch.testing.assert_close(found, known)
+    torch.testing.assert_close(hypergradient, known)

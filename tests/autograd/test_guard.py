@@ -24,8 +24,8 @@ def test_the_answer_is_detached_and_nothing_of_the_callers_is_changed(h):
     h.requires_grad_()
     w = solution(h).detach().requires_grad_()
     kept = w.detach().clone(), h.detach().clone(), w._version, h._version
-    found, info = implicit_grad(outer, inner, w, h, solver=CG(rtol=1e-12), return_info=True)
-    assert not found.requires_grad
+    hypergradient, info = implicit_grad(outer, inner, w, h, solver=CG(rtol=1e-12), return_info=True)
+    assert not hypergradient.requires_grad
     for leaf in pytree.tree_leaves(info):
         assert not leaf.requires_grad
     assert w.grad is None
@@ -37,15 +37,15 @@ def test_the_answer_is_detached_and_nothing_of_the_callers_is_changed(h):
 
 def test_the_answer_shares_no_memory_with_anything(h):
     both = {"a": torch.ones(3, dtype=D), "b": torch.ones(3, dtype=D), "h": h}
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: outer(w, t["h"]) + (t["a"] + t["b"]).sum(),
         lambda w, t: inner(w, t["h"]),
         solution(h),
         both,
     )
-    found["a"].mul_(2)  # as clipping by the norm does
-    assert torch.equal(found["a"], torch.full((3,), 2.0, dtype=D))
-    assert torch.equal(found["b"], torch.ones(3, dtype=D))
+    hypergradient["a"].mul_(2)  # as clipping by the norm does
+    assert torch.equal(hypergradient["a"], torch.full((3,), 2.0, dtype=D))
+    assert torch.equal(hypergradient["b"], torch.ones(3, dtype=D))
 
 
 @pytest.mark.parametrize("which", ["outer", "inner"])

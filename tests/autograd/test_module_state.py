@@ -154,8 +154,10 @@ def test_row_50_a_loss_reads_what_a_module_has_left():
 
     params, h = {k: v.detach() for k, v in net.named_parameters()}, torch.tensor(0.0, dtype=D)
     outer = lambda p, h: (X_VAL @ p["linear.weight"].T).square().mean()
-    found = implicit_grad(outer, inner, params, h, inner_tol=None)
-    torch.testing.assert_close(found, implicit_grad(outer, written, params, h, inner_tol=None))
+    hypergradient = implicit_grad(outer, inner, params, h, inner_tol=None)
+    torch.testing.assert_close(
+        hypergradient, implicit_grad(outer, written, params, h, inner_tol=None)
+    )
 
 
 def test_row_50_a_backward_of_the_callers_own_still_finds_its_buffers():
@@ -279,9 +281,9 @@ def test_row_50_an_ensemble_of_modules_whose_states_are_stacked_in_the_loss():
         return (call(p, X_VAL) - 1).square().mean()
 
     h = torch.tensor(0.0, dtype=D)
-    found = implicit_grad(outer, inner, params, h, inner_tol=None, on_failure="ignore")
+    hypergradient = implicit_grad(outer, inner, params, h, inner_tol=None, on_failure="ignore")
     again = implicit_grad(outer, inner, params, h, inner_tol=None, on_failure="ignore")
-    torch.testing.assert_close(found, again, rtol=0, atol=0)
+    torch.testing.assert_close(hypergradient, again, rtol=0, atol=0)
     for state in before:
         state.assert_same()
 

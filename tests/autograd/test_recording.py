@@ -53,12 +53,12 @@ def test_nothing_of_a_solve_stays_alive_after_it(h, solver):
 
     gc.disable()
     try:
-        found, info = implicit_grad(outer, watched, w, t, solver=solver, return_info=True)
+        hypergradient, info = implicit_grad(outer, watched, w, t, solver=solver, return_info=True)
         seen += [weakref.ref(w), weakref.ref(t)]
         del w, t, watched
         alive = [ref() for ref in seen if ref() is not None]
     finally:
         gc.enable()
     assert alive == []
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(hypergradient).all()
     assert info.success

@@ -57,11 +57,11 @@ def test_row_50_spectral_norm_in_the_outer_loss_has_its_first_derivative(old):
     inner = lambda p, h: sum((q - h).square().sum() for q in p.values())
     outer = lambda p, h: functional_call(net, p, (X,)).square().mean()
     h = torch.tensor(0.5, dtype=D)
-    found = implicit_grad(outer, inner, params, h, inner_tol=None)
+    hypergradient = implicit_grad(outer, inner, params, h, inner_tol=None)
     before.assert_same()
     net.eval()
     expected = implicit_grad(outer, inner, params, h, inner_tol=None)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(hypergradient, expected, rtol=1e-6, atol=1e-10)
 
 
 def test_row_50_spectral_norm_of_a_vector_is_a_mere_quotient():

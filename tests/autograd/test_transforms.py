@@ -147,8 +147,10 @@ def test_the_default_device_plays_no_part_in_a_hypergradient(solver):
     inner = lambda w, lam: ((w - c) ** 2).sum() / 2 + (lam * w**2).sum() / 2
     expected = -c / (1 + lam) ** 2
     with torch.device("meta"):
-        found = implicit_grad(lambda w, lam: w.sum(), inner, c / (1 + lam), lam, solver=solver)
-    torch.testing.assert_close(found, expected)
+        hypergradient = implicit_grad(
+            lambda w, lam: w.sum(), inner, c / (1 + lam), lam, solver=solver
+        )
+    torch.testing.assert_close(hypergradient, expected)
 
 
 # A GPU is not waited for

@@ -53,8 +53,8 @@ def test_a_tolerance_of_ones_own():
     solve = gradient_descent(problem, w, 100, 0.02)
     expected = problem.hypergradient(problem.hparams)
     params = solve(problem.hparams).detach()
-    found = hypergrad.implicit_grad(problem.outer, problem.inner, params, problem.hparams)
-    assert relative_error(found, expected) < 0.1
+    hypergradient = hypergrad.implicit_grad(problem.outer, problem.inner, params, problem.hparams)
+    assert relative_error(hypergradient, expected) < 0.1
     assert check(problem, solve=solve, rtol=0.2).ok
 
 

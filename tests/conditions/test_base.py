@@ -78,5 +78,5 @@ def test_the_gauss_newton_condition_is_exact_for_a_linear_model():
         regulariser=lambda w, lam: lam * (w @ w) / 2,
     )
     w = problem.solve(problem.hparams)
-    found = hypergrad.implicit_grad(problem.outer, condition, w, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+    hypergradient = hypergrad.implicit_grad(problem.outer, condition, w, problem.hparams)
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9

@@ -96,7 +96,7 @@ def test_a_system_too_large_to_be_formed_at_once_is_solved():
     assert solved.success
     on = w != 0
     u = torch.linalg.solve(X[:, on].T @ X[:, on], (w - target)[on])
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         lambda w, lam: (w - target).square().sum() / 2,
         ProximalGradient(f, prox.l1, 0.25),
         w,
@@ -104,7 +104,7 @@ def test_a_system_too_large_to_be_formed_at_once_is_solved():
         return_info=True,
     )
     assert info.method != "Exact"
-    torch.testing.assert_close(found, -(u @ w[on].sign()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(hypergradient, -(u @ w[on].sign()), rtol=1e-5, atol=0)
 
 
 @OF_STEPS
@@ -146,9 +146,9 @@ def test_a_hyperparameter_of_the_step_alone_has_no_gradient_and_is_named():
     )
     hparams = {"l1": l1, "rate": torch.tensor(0.2, dtype=F64)}
     with pytest.warns(hypergrad.ConvergenceWarning, match=r"hparams\['rate'\]"):
-        found = implicit_grad(lambda w, h: w.sum(), condition, w, hparams)
-    assert found["rate"] == 0
-    assert found["l1"] != 0
+        hypergradient = implicit_grad(lambda w, h: w.sum(), condition, w, hparams)
+    assert hypergradient["rate"] == 0
+    assert hypergradient["l1"] != 0
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
@@ -169,10 +169,10 @@ def test_a_pytree_of_parameters_keeps_its_structure():
 
     lam = torch.tensor(0.15, dtype=F64)
     outer = lambda p, lam: (p["weight"].sum() + p["bias"]) ** 2
-    found = implicit_grad(outer, ProximalGradient(f, shrink, 0.3), solve(lam), lam)
+    hypergradient = implicit_grad(outer, ProximalGradient(f, shrink, 0.3), solve(lam), lam)
     step = 1e-5
     up, down = outer(solve(lam + step), lam), outer(solve(lam - step), lam)
-    torch.testing.assert_close(found, (up - down) / (2 * step), rtol=1e-6, atol=0)
+    torch.testing.assert_close(hypergradient, (up - down) / (2 * step), rtol=1e-6, atol=0)
 
 
 def test_the_group_lasso_agrees_with_differences():
@@ -189,9 +189,9 @@ def test_the_group_lasso_agrees_with_differences():
     w = solve(lam)
     assert (w == 0).any()
     assert (w != 0).any()
-    found = implicit_grad(outer, ProximalGradient(f, shrink, 0.4), w, lam)
+    hypergradient = implicit_grad(outer, ProximalGradient(f, shrink, 0.4), w, lam)
     up, down = outer(solve(lam + 1e-5), lam), outer(solve(lam - 1e-5), lam)
-    torch.testing.assert_close(found, (up - down) / 2e-5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hypergradient, (up - down) / 2e-5, rtol=1e-6, atol=0)
 
 
 # Symmetry

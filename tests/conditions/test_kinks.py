@@ -77,11 +77,11 @@ def test_the_solution_has_these_slopes_on_its_sides(kind):
 def test_at_a_kink_the_answer_is_that_of_one_side_and_it_is_said(kind):
     outer, condition, params, t, (chosen, _) = at_kink(kind)
     with pytest.warns(hypergrad.ConvergenceWarning, match="sits at a kink") as caught:
-        found, info = implicit_grad(outer, condition, params, t, return_info=True)
+        hypergradient, info = implicit_grad(outer, condition, params, t, return_info=True)
     assert len(caught) == 1
     assert info.degeneracy > 0.1
     assert not info.success
-    torch.testing.assert_close(found, torch.tensor(chosen, dtype=F64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(hypergradient, torch.tensor(chosen, dtype=F64), rtol=1e-9, atol=1e-9)
     with pytest.raises(hypergrad.NotDifferentiable, match=re.escape("info.degeneracy")):
         implicit_grad(outer, condition, params, t, on_failure="raise")
     with warnings.catch_warnings():
@@ -137,9 +137,11 @@ def test_a_kink_that_does_not_matter_is_not_warned_of():
     lam = torch.tensor(0.5, dtype=F64)
     A = X[:, :2].T @ X[:, :2] + 2 * lam * torch.eye(2)
     w = torch.cat([torch.linalg.solve(A, X[:, :2].T @ y), torch.zeros(1, dtype=F64)])
-    found = implicit_grad(lambda w, lam: (X @ w).square().sum(), condition, w, lam)
+    hypergradient = implicit_grad(lambda w, lam: (X @ w).square().sum(), condition, w, lam)
     g = 2 * X[:, :2].T @ X[:, :2] @ w[:2]
-    torch.testing.assert_close(found, -g @ torch.linalg.solve(A, 2 * w[:2]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        hypergradient, -g @ torch.linalg.solve(A, 2 * w[:2]), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -148,10 +150,12 @@ def test_half_precision_sees_no_kinks_that_are_far(dtype):
     lam = torch.tensor(1.0, dtype=dtype)
     condition = ProximalGradient(lambda w, lam: ((w - y) ** 2).sum() / 2, prox.l1, 0.5)
     w = torch.tensor([1.0, -0.5, 0.0], dtype=dtype)
-    found, info = implicit_grad(lambda w, lam: w[0] + 3 * w[1], condition, w, lam, return_info=True)
+    hypergradient, info = implicit_grad(
+        lambda w, lam: w[0] + 3 * w[1], condition, w, lam, return_info=True
+    )
     assert info.degeneracy == 0
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, torch.tensor(2.0, dtype=dtype))
+    assert hypergradient.dtype == dtype
+    torch.testing.assert_close(hypergradient, torch.tensor(2.0, dtype=dtype))
 
 
 def test_one_task_at_a_kink_does_not_disturb_the_others():
@@ -189,11 +193,11 @@ def test_dependent_constraints_are_said():
     params = z[:6], torch.stack([z[6], torch.zeros((), dtype=F64)]), None
     outer = lambda p, t: p[0].sum()
     with pytest.warns(hypergrad.ConvergenceWarning, match="LICQ"):
-        found, info = implicit_grad(outer, condition, params, t, return_info=True)
+        hypergradient, info = implicit_grad(outer, condition, params, t, return_info=True)
     assert torch.isinf(info.degeneracy)
     # These say the same wherever t goes, so the derivative of x is right all the same.
     u = torch.linalg.solve(K, torch.cat([torch.ones(6, dtype=F64), torch.zeros(1)]))
-    torch.testing.assert_close(found, u[6], rtol=1e-6, atol=0)
+    torch.testing.assert_close(hypergradient, u[6], rtol=1e-6, atol=0)
     with pytest.raises(hypergrad.SingularHessian, match="linearly dependent"):
         implicit_grad(outer, condition, params, t, on_failure="raise")
 
@@ -209,5 +213,5 @@ def test_dependent_constraints_that_are_not_active_are_no_fault():
         lambda x, h: torch.cat([g(x, h), g(x, h)[idle : idle + 1]]),
     )
     params = x, nu, torch.cat([lam, torch.zeros(1, dtype=F64)])
-    found = implicit_grad(problem.outer, condition, params, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+    hypergradient = implicit_grad(problem.outer, condition, params, problem.hparams)
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9

@@ -87,13 +87,13 @@ def test_kkt_takes_pytrees_of_variables_and_constraints_and_empty_multipliers():
         ),
     )
     params = {"a": x[:2], "b": x[2:]}, [nu], {"u": lam[:6], "l": lam[6:]}
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda p, h: problem.outer((join(p[0]),), h), condition, params, problem.hparams
     )
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9
 
     problem = kkt_ball()
     w, _, lam = problem.solve(problem.hparams)
     params = w, torch.zeros(0, dtype=F64), lam
-    found = implicit_grad(problem.outer, problem.condition, params, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-9
+    hypergradient = implicit_grad(problem.outer, problem.condition, params, problem.hparams)
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9

@@ -46,7 +46,7 @@ def differentiated(step: Any, init: Any, h: Any, steps: int, kept: int | None = 
 @pytest.mark.parametrize("step", [by_func, by_autograd])
 @pytest.mark.parametrize("kept", [None, 0, 3])
 def test_forward_mode_is_the_derivative_of_the_steps(step, kept):
-    found, params = hypergrad.unrolled_grad(
+    hypergradient, params = hypergrad.unrolled_grad(
         RIDGE.outer,
         step,
         start(),
@@ -58,9 +58,9 @@ def test_forward_mode_is_the_derivative_of_the_steps(step, kept):
     )
     expected = differentiated(by_func, start, RIDGE.hparams, 12, kept)
     if kept == 0:
-        assert not found["log_penalty"].any()  # the outer loss has no direct term
+        assert not hypergradient["log_penalty"].any()  # the outer loss has no direct term
     else:
-        assert relative_error(found, expected) < 1e-12
+        assert relative_error(hypergradient, expected) < 1e-12
     w = start()
     for _ in range(12):
         w = by_func(w, RIDGE.hparams)
@@ -72,10 +72,13 @@ def test_in_forward_mode_an_init_that_is_a_function_carries_its_derivative():
         return {"weight": h["log_penalty"].sin(), "bias": h["log_penalty"].sum()}
 
     for steps in (0, 1, 5):
-        found = hypergrad.unrolled_grad(
+        hypergradient = hypergrad.unrolled_grad(
             RIDGE.outer, by_func, init, RIDGE.hparams, steps=steps, mode="forward"
         )
-        assert relative_error(found, differentiated(by_func, init, RIDGE.hparams, steps)) < 1e-12
+        assert (
+            relative_error(hypergradient, differentiated(by_func, init, RIDGE.hparams, steps))
+            < 1e-12
+        )
 
 
 def test_forward_mode_passes_the_number_of_a_step():
@@ -100,7 +103,7 @@ def test_forward_mode_passes_the_number_of_a_step():
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_many_steps_lead_to_the_hypergradient_of_the_solution(mode):
     problem = equilibrium()
-    found = hypergrad.unrolled_grad(
+    hypergradient = hypergrad.unrolled_grad(
         problem.outer,
         problem.inner,
         torch.zeros(3, 4, dtype=F64),
@@ -108,7 +111,7 @@ def test_many_steps_lead_to_the_hypergradient_of_the_solution(mode):
         steps=120,
         mode=mode,
     )
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-10
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-10
 
 
 def test_forward_mode_goes_through_layer_norm_and_a_learnt_rate():
@@ -126,7 +129,9 @@ def test_forward_mode_goes_through_layer_norm_and_a_learnt_rate():
         return {k: w[k] - h.exp() * g[k] for k in w}
 
     h = torch.tensor(-1.0, dtype=F64)
-    found = hypergrad.unrolled_grad(lambda w, h: loss(w), step, w0, h, steps=6, mode="forward")
+    hypergradient = hypergrad.unrolled_grad(
+        lambda w, h: loss(w), step, w0, h, steps=6, mode="forward"
+    )
 
     def value(h: float) -> float:
         w = w0
@@ -135,7 +140,7 @@ def test_forward_mode_goes_through_layer_norm_and_a_learnt_rate():
         return loss(w).item()
 
     expected = (value(-1 + 1e-5) - value(-1 - 1e-5)) / 2e-5
-    assert found.item() == pytest.approx(expected, rel=1e-7)
+    assert hypergradient.item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_forward_mode_under_vmap_is_the_loop_over_tasks():

@@ -29,8 +29,8 @@ def penalised(penalty: float) -> Tensor:
 
 def test_the_penalty_gradient_is_its_formula():
     z = penalised(10.0)
-    found = penalty_grad(RIDGE.outer, RIDGE.inner, W, LAM, penalty=10.0, penalised=z)
-    torch.testing.assert_close(found, LAM / 5 + 10 * (z @ z - W @ W) / 2)
+    hypergradient = penalty_grad(RIDGE.outer, RIDGE.inner, W, LAM, penalty=10.0, penalised=z)
+    torch.testing.assert_close(hypergradient, LAM / 5 + 10 * (z @ z - W @ W) / 2)
 
 
 def test_twice_the_penalty_is_half_the_bias():
@@ -53,7 +53,7 @@ def test_gradient_steps_find_the_penalised_minimiser():
     expected = penalty_grad(
         RIDGE.outer, RIDGE.inner, W, LAM, penalty=50.0, penalised=penalised(50.0)
     )
-    found, info, z = penalty_grad(
+    hypergradient, info, z = penalty_grad(
         RIDGE.outer,
         RIDGE.inner,
         W,
@@ -64,7 +64,7 @@ def test_gradient_steps_find_the_penalised_minimiser():
         return_info=True,
         return_params=True,
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(hypergradient, expected)
     torch.testing.assert_close(z, penalised(50.0))
     assert info.success
     # The displacement stands for the solution of the linear system.
@@ -122,8 +122,8 @@ def test_a_penalty_too_large_for_the_dtype_is_said():
     given = (problem.outer, problem.inner, w, lam)
     with pytest.warns(hypergrad.ConvergenceWarning, match="penalty smaller, or use float64"):
         penalty_grad(*given, penalty=1e8, lr=0.01, rtol=None, inner_tol=None)
-    found = penalty_grad(*given, penalty=300.0, lr=0.02, steps=300)
-    assert relative_error(found, RIDGE.hypergradient(LAM)) < 1e-2
+    hypergradient = penalty_grad(*given, penalty=300.0, lr=0.02, steps=300)
+    assert relative_error(hypergradient, RIDGE.hypergradient(LAM)) < 1e-2
 
 
 def test_both_points_see_one_dropout():
@@ -145,8 +145,8 @@ def test_both_points_see_one_dropout():
     w = torch.linalg.solve(A, 2 * (masked * x).T @ y / 30)
     exact = -(2 * h.exp() * w) @ torch.linalg.solve(A, 2 * (w - 1))
     torch.manual_seed(1)
-    found = penalty_grad(outer, inner, w, h, penalty=1e5, lr=0.2, steps=400)
-    assert relative_error(found, exact) < 1e-3
+    hypergradient = penalty_grad(outer, inner, w, h, penalty=1e5, lr=0.2, steps=400)
+    assert relative_error(hypergradient, exact) < 1e-3
     torch.testing.assert_close(after, torch.rand(3))
 
 

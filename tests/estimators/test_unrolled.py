@@ -32,7 +32,7 @@ def test_unrolled_grad_is_the_derivative_of_the_steps(problem, steps):
             params = problem.gradient_step(params, hparams)
         return problem.outer(params, hparams)
 
-    found, params = hypergrad.unrolled_grad(
+    hypergradient, params = hypergrad.unrolled_grad(
         problem.outer,
         problem.gradient_step,
         problem.init,
@@ -40,12 +40,12 @@ def test_unrolled_grad_is_the_derivative_of_the_steps(problem, steps):
         steps=steps,
         return_params=True,
     )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    assert relative_error(hypergradient, torch.func.grad(value)(problem.hparams)) < 1e-12
     expected = problem.init
     for _ in range(steps):
         expected = problem.gradient_step(expected, problem.hparams)
     torch.testing.assert_close(params, expected)
-    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves((found, params)))
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves((hypergradient, params)))
 
 
 @pytest.mark.parametrize("gradient", ["by hand", "torch.func.grad", "torch.autograd.grad"])
@@ -75,11 +75,11 @@ def test_truncation_keeps_the_last_steps_alone(problem, steps, kept):
         return problem.outer(params, hparams)
 
     given = (problem.outer, problem.gradient_step, problem.init, problem.hparams)
-    found = hypergrad.unrolled_grad(*given, steps=steps, truncate=kept)
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    hypergradient = hypergrad.unrolled_grad(*given, steps=steps, truncate=kept)
+    assert relative_error(hypergradient, torch.func.grad(value)(problem.hparams)) < 1e-12
     if kept >= steps:
         full = hypergrad.unrolled_grad(*given, steps=steps)
-        torch.testing.assert_close(found, full, rtol=0, atol=0)
+        torch.testing.assert_close(hypergradient, full, rtol=0, atol=0)
 
 
 @fewer
@@ -135,10 +135,10 @@ def test_an_init_that_is_a_function_carries_the_gradient_as_maml_needs_it(proble
             params = problem.step_by_hand(params, hparams)
         return problem.outer(params, hparams)
 
-    found = hypergrad.unrolled_grad(
+    hypergradient = hypergrad.unrolled_grad(
         problem.outer, problem.step_by_hand, init, problem.hparams, steps=steps, checkpoint=spare
     )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    assert relative_error(hypergradient, torch.func.grad(value)(problem.hparams)) < 1e-12
 
 
 @few
@@ -156,10 +156,10 @@ def test_a_third_argument_of_the_step_is_its_number(problem, steps, spare):
             params = step(params, hparams, k)
         return problem.outer(params, hparams)
 
-    found = hypergrad.unrolled_grad(
+    hypergradient = hypergrad.unrolled_grad(
         problem.outer, step, problem.init, problem.hparams, steps=steps, checkpoint=spare
     )
-    assert relative_error(found, torch.func.grad(value)(problem.hparams)) < 1e-12
+    assert relative_error(hypergradient, torch.func.grad(value)(problem.hparams)) < 1e-12
 
 
 @few

@@ -31,14 +31,14 @@ def test_the_value_function_gradient_is_its_formula():
     inner = lambda w, h: (w - h).square().sum()
     outer = lambda w, h: (w**3).sum() + (h**2).sum()
     w, h, eta = data(62, 3, dtype=F64), data(63, 3, dtype=F64), 0.4
-    found, info = value_function_grad(
+    hypergradient, info = value_function_grad(
         outer, inner, w, h, lr=0.5, steps=1, eta=eta, return_info=True
     )
     f = torch.cat([2 * h, 3 * w**2])
     q = torch.cat([-2 * (w - h), 2 * (w - h)])  # y = h, so inner is flat in h there
     weight = (eta - f @ q / (q @ q)).clamp(min=0)
     torch.testing.assert_close(info.multiplier, weight)
-    torch.testing.assert_close(torch.cat([found, info.params_grads]), f + weight * q)
+    torch.testing.assert_close(torch.cat([hypergradient, info.params_grads]), f + weight * q)
     torch.testing.assert_close(info.gap, (w - h).square().sum())
 
 
@@ -49,16 +49,18 @@ def test_the_multiplier_is_the_least_that_lowers_the_gap_as_asked():
     _, info = value_function_grad(down, inner, w, h, lr=0.5, steps=1, eta=0.1, return_info=True)
     assert info.multiplier == 0
     up = lambda w, h: -(w**2).sum()
-    found, info = value_function_grad(up, inner, w, h, lr=0.5, steps=1, eta=0.1, return_info=True)
+    hypergradient, info = value_function_grad(
+        up, inner, w, h, lr=0.5, steps=1, eta=0.1, return_info=True
+    )
     q_w, q_h = 2 * (w - h), -2 * (w - h)
-    lowered = info.params_grads @ q_w + found @ q_h
+    lowered = info.params_grads @ q_w + hypergradient @ q_h
     torch.testing.assert_close(lowered, 0.1 * (q_w @ q_w + q_h @ q_h))
 
 
 @pytest.mark.parametrize("multiplier", [20.0, 1e4])
 def test_where_the_joint_descent_rests_it_is_the_penalty_gradient(multiplier):
     z = penalised(multiplier)
-    found, info = value_function_grad(
+    hypergradient, info = value_function_grad(
         RIDGE.outer,
         RIDGE.inner,
         z,
@@ -69,7 +71,7 @@ def test_where_the_joint_descent_rests_it_is_the_penalty_gradient(multiplier):
         return_info=True,
     )
     want = penalty_grad(RIDGE.outer, RIDGE.inner, W, LAM, penalty=multiplier, penalised=z)
-    assert relative_error(found, want) < 1e-6
+    assert relative_error(hypergradient, want) < 1e-6
     assert info.params_grads.norm() < 1e-8 * multiplier
 
 
@@ -82,9 +84,11 @@ def test_the_joint_descent_solves_the_bilevel_problem():
     w, h = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
     distances = []
     for k in range(500):
-        found, info = value_function_grad(outer, inner, w, h, lr=1.0, steps=1, return_info=True)
+        hypergradient, info = value_function_grad(
+            outer, inner, w, h, lr=1.0, steps=1, return_info=True
+        )
         rate = 0.2 / (1 + k / 50)
-        w, h = w - rate * info.params_grads, h - rate * found
+        w, h = w - rate * info.params_grads, h - rate * hypergradient
         distances.append(float((h - best).norm() / best.norm()))
     assert distances[-1] < 0.03
     assert distances[-1] < distances[100]

@@ -166,7 +166,7 @@ def test_conjugate_gradients_do_no_worse_than_the_square_root(rows):
 
 
 def test_more_unknowns_bring_conjugate_gradients_nearer_to_the_square_root():
-    def found(n):
+    def hypergradient(n):
         totals = []
         for kappa in (10.0, 1000.0):
             problem = Quadratic.draw(kappa, n, 0)
@@ -174,7 +174,7 @@ def test_more_unknowns_bring_conjugate_gradients_nearer_to_the_square_root():
             totals.append((kappa, run.measure("row", problem, 1e-2, 0).total))
         return exponent([totals]).value
 
-    assert found(50) + 0.05 < found(400) < 0.5
+    assert hypergradient(50) + 0.05 < hypergradient(400) < 0.5
 
 
 def test_every_row_reaches_the_accuracy_with_the_error_that_is_promised(rows):

@@ -114,8 +114,8 @@ def test_a_residual_of_numpys_is_called_row_by_row(solver):
     p = torch.tensor([4.0, 9.0], dtype=D)
     x, truth = p.sqrt(), 0.5 / p.sqrt()
     root = hypergrad.Root(OfNumpy.apply)
-    found = implicit_grad(lambda x, p: x.sum(), root, x, p, solver=solver)
-    torch.testing.assert_close(found, truth)
+    hypergradient = implicit_grad(lambda x, p: x.sum(), root, x, p, solver=solver)
+    torch.testing.assert_close(hypergradient, truth)
     leaf = p.clone().requires_grad_()
     hypergrad.custom_root(root, solver=solver)(lambda init, p: p.sqrt())(
         None, leaf

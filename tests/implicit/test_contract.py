@@ -107,14 +107,14 @@ def test_several_outputs_aux_and_constants_in_the_one_shot_calls():
 
     inside = lambda p, h: bowl(p, *taken(h))
     params = solved(None, *taken(hparams))
-    found, aux = implicit_grad(outer, inside, params, hparams, has_aux=True)
+    hypergradient, aux = implicit_grad(outer, inside, params, hparams, has_aux=True)
     steps, more = hypergrad.unrolled_grad(
         outer, lambda p, h: descend(p, *taken(h)), params, hparams, steps=200, has_aux=True
     )
     at = {**hparams, "a": leaf(A), "b": leaf(B)}
     _, last = hypergrad.implicit_backward(outer, inside, params, at, has_aux=True)
     want = {"a": 21 * BY_A + 2, "b": 21 * BY_B}
-    for grads in (found, steps):
+    for grads in (hypergradient, steps):
         close({k: grads[k] for k in want}, want)
         assert (grads["none"], grads["k"]) == (None, 2)
         assert torch.equal(grads["n"], torch.tensor(0))

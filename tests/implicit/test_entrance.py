@@ -30,14 +30,14 @@ def h():
 @pytest.mark.parametrize("solver", [None, CG(rtol=1e-12), hypergrad.GMRES(rtol=1e-12)])
 def test_a_system_of_several_leaves_keeps_its_off_diagonal_blocks(h, solver):
     w = tuple(solution(h)[i] for i in range(3))
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, h: outer(torch.stack(w), h),
         lambda w, h: inner(torch.stack(w), h),
         w,
         h,
         solver=solver,
     )
-    torch.testing.assert_close(found, expected(h), rtol=1e-9, atol=0)
+    torch.testing.assert_close(hypergradient, expected(h), rtol=1e-9, atol=0)
 
 
 # Failure, and its three modes
@@ -58,14 +58,16 @@ def test_x0_of_another_structure_shape_or_dtype_is_refused(h):
 
 def test_x0_that_is_the_answer_needs_no_iteration(h):
     solver = CG(rtol=1e-8)
-    found, info = implicit_grad(outer, inner, solution(h), h, solver=solver, return_info=True)
+    hypergradient, info = implicit_grad(
+        outer, inner, solution(h), h, solver=solver, return_info=True
+    )
     assert info.iterations == 3
     again, warm = implicit_grad(
         outer, inner, solution(h), h, solver=solver, x0=info.solution, return_info=True
     )
     assert warm.iterations == 0
     assert warm.matvecs <= 2
-    torch.testing.assert_close(again, found, rtol=1e-7, atol=0)
+    torch.testing.assert_close(again, hypergradient, rtol=1e-7, atol=0)
 
 
 # Contexts
@@ -76,8 +78,8 @@ def test_x0_that_is_the_answer_needs_no_iteration(h):
 def test_it_works_whatever_the_grad_mode(h, context, solver):
     with context():
         t = h.clone()  # an inference tensor under inference_mode
-        found = implicit_grad(outer, inner, solution(t), t, solver=solver)
-    torch.testing.assert_close(found, expected(h), rtol=1e-9, atol=0)
+        hypergradient = implicit_grad(outer, inner, solution(t), t, solver=solver)
+    torch.testing.assert_close(hypergradient, expected(h), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("solver", [None, CG(), hypergrad.GMRES()])

@@ -65,10 +65,12 @@ def truth(h):
 
 def both(params, solver, outer=outer, h=LOG_PENALTY, true=None):
     """The true relative error and the estimate."""
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         outer, inner, params, h, solver=solver, on_failure="ignore", return_info=True
     )
-    return relative_error(found, truth(h) if true is None else true), info.error_estimate.item()
+    return relative_error(
+        hypergradient, truth(h) if true is None else true
+    ), info.error_estimate.item()
 
 
 KNOWING = [CG(rtol=1e-12), MINRES(rtol=1e-12), Exact(), Auto()]
@@ -84,12 +86,12 @@ def test_solved_to_rounding_it_is_small_and_no_smaller_than_the_error(solver):
 @pytest.mark.parametrize("method", [CG, MINRES])
 def test_a_linear_solve_cut_short_counts_as_the_change_of_u(method, steps):
     w = solved(LOG_PENALTY)
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         outer, inner, w, LOG_PENALTY, solver=method(maxiter=steps), return_info=True
     )
     exact = torch.linalg.solve(matrix(LOG_PENALTY), w - TARGET)
     change, estimate = relative_error(info.solution, exact), info.error_estimate.item()
-    assert relative_error(found, truth(LOG_PENALTY)) <= estimate
+    assert relative_error(hypergradient, truth(LOG_PENALTY)) <= estimate
     assert min(change, 1) <= estimate <= 100 * change
 
 
@@ -152,8 +154,8 @@ def test_it_is_there_in_float32_and_knows_the_rounding():
     def outer32(w, h):
         return ((w - TARGET.float()) ** 2).sum() / 2
 
-    found, info = hypergrad.implicit_grad(outer32, inner32, w, h, return_info=True)
-    error = relative_error(found.double(), truth(LOG_PENALTY))
+    hypergradient, info = hypergrad.implicit_grad(outer32, inner32, w, h, return_info=True)
+    error = relative_error(hypergradient.double(), truth(LOG_PENALTY))
     assert error <= info.error_estimate.item() <= 0.1
 
 
@@ -265,8 +267,10 @@ def test_a_tiny_or_huge_outer_loss_scales_the_hypergradient(scale, dtype, solver
         return scale * problem.outer(w, lam)
 
     unit = hypergrad.implicit_grad(problem.outer, problem.inner, w, lam, solver=solver)
-    found = hypergrad.implicit_grad(scaled, problem.inner, w, lam, solver=solver)
-    assert relative_error(found.to(F64) / scale, unit.to(F64)) < (1e-4 if dtype != F64 else 1e-9)
+    hypergradient = hypergrad.implicit_grad(scaled, problem.inner, w, lam, solver=solver)
+    assert relative_error(hypergradient.to(F64) / scale, unit.to(F64)) < (
+        1e-4 if dtype != F64 else 1e-9
+    )
 
 
 def test_a_batch_of_hypergradients_fails_once_and_says_for_how_many_tasks():

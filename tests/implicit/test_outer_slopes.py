@@ -26,13 +26,13 @@ def test_an_outer_loss_without_params_is_not_connected(h):
 
 def test_a_hyperparameter_of_the_outer_loss_alone_has_its_direct_term(h):
     tree = {"h": h, "direct": torch.tensor(2.0, dtype=D)}
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: outer(w, t["h"]) + t["direct"] ** 3,
         lambda w, t: inner(w, t["h"]),
         solution(h),
         tree,
     )
-    torch.testing.assert_close(found["direct"], torch.tensor(12.0, dtype=D))
+    torch.testing.assert_close(hypergradient["direct"], torch.tensor(12.0, dtype=D))
 
 
 def test_aux_comes_back_detached_beside_the_gradient_or_in_the_info(h):

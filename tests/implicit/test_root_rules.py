@@ -72,10 +72,10 @@ def test_the_gradient_as_a_root_gives_what_the_objective_gives():
         problem = make()
         condition = Root(torch.func.grad(problem.inner), symmetric=True)
         params = problem.solve(problem.hparams)
-        found = hypergrad.implicit_grad(
+        hypergradient = hypergrad.implicit_grad(
             problem.outer, condition, params, problem.hparams, solver=CG(rtol=1e-10)
         )
-        assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-6
+        assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-6
 
 
 @pytest.mark.parametrize("make", [kepler, equilibrium])

@@ -25,12 +25,12 @@ def h():
 def test_an_unused_hyperparameter_gets_zeros_and_one_warning_that_names_it(h):
     tree = {"h": h, "idle": torch.ones(2, dtype=D)}
     with pytest.warns(ConvergenceWarning, match=r"hparams\['idle'\]") as caught:
-        found = implicit_grad(
+        hypergradient = implicit_grad(
             lambda w, t: outer(w, t["h"]), lambda w, t: inner(w, t["h"]), solution(h), tree
         )
     assert len(caught) == 1
-    assert torch.equal(found["idle"], torch.zeros(2, dtype=D))
-    torch.testing.assert_close(found["h"], expected(h), rtol=1e-9, atol=0)
+    assert torch.equal(hypergradient["idle"], torch.zeros(2, dtype=D))
+    torch.testing.assert_close(hypergradient["h"], expected(h), rtol=1e-9, atol=0)
 
 
 def unsolved(h):
@@ -42,8 +42,10 @@ def test_an_unsolved_inner_problem_warns_by_default_and_raises_on_request(h):
         implicit_grad(outer, inner, unsolved(h), h)
     with pytest.raises(hypergrad.NotConverged, match="inner_tol"):
         implicit_grad(outer, inner, unsolved(h), h, on_failure="raise")
-    found, info = implicit_grad(outer, inner, unsolved(h), h, on_failure="ignore", return_info=True)
-    assert torch.isfinite(found).all()
+    hypergradient, info = implicit_grad(
+        outer, inner, unsolved(h), h, on_failure="ignore", return_info=True
+    )
+    assert torch.isfinite(hypergradient).all()
     assert not info.success
 
 
@@ -71,9 +73,9 @@ def test_a_number_that_is_not_finite_raises_and_is_never_zero(h, bad, place, sol
     for mode in ("warn", "raise"):
         with pytest.raises(hypergrad.NotFinite, match=place):
             implicit_grad(outer, inner, w, t, on_failure=mode, solver=solver)
-    found = implicit_grad(outer, inner, w, t, on_failure="ignore", solver=solver)
-    assert not torch.isfinite(found).all()
-    assert torch.isnan(found).any()
+    hypergradient = implicit_grad(outer, inner, w, t, on_failure="ignore", solver=solver)
+    assert not torch.isfinite(hypergradient).all()
+    assert torch.isnan(hypergradient).any()
 
 
 def test_nan_from_the_data_of_a_loss_names_where_it_appeared(h):

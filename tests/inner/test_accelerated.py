@@ -43,8 +43,8 @@ def test_fista_solves_what_its_condition_says(make, dtype):
     assert torch.equal(x == 0, expected == 0)  # exact zeros
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = implicit_grad(problem.outer, condition, x, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < (
+        hypergradient = implicit_grad(problem.outer, condition, x, problem.hparams)
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < (
         1e-5 if dtype == F64 else 1e-3
     )
 

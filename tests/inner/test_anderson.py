@@ -28,9 +28,9 @@ def test_anderson_finds_a_deep_equilibrium(history, dtype):
     assert relative_error(z, expected) < (1e-7 if dtype == F64 else 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = implicit_grad(problem.outer, problem.condition, z, problem.hparams)
+        hypergradient = implicit_grad(problem.outer, problem.condition, z, problem.hparams)
     expected = problem.hypergradient(problem.hparams)
-    assert relative_error(found, expected) < (1e-6 if dtype == F64 else 1e-3)
+    assert relative_error(hypergradient, expected) < (1e-6 if dtype == F64 else 1e-3)
 
 
 def test_anderson_needs_no_contraction_and_fewer_evaluations():

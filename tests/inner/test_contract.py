@@ -52,13 +52,13 @@ def test_a_solved_problem_is_silent_and_right_in_implicit_grad(solver, make, dty
     x, solved = solver(problem.inner, torch.zeros_like(reference), problem.hparams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, info = implicit_grad(
+        hypergradient, info = implicit_grad(
             problem.outer, problem.inner, x, problem.hparams, return_info=True
         )
     assert solved.success
     assert info.inner_residual < (1e-6 if dtype == F64 else 1e-3)
     expected = problem.hypergradient(problem.hparams)
-    assert relative_error(found, expected) < (1e-6 if dtype == F64 else 2e-3)
+    assert relative_error(hypergradient, expected) < (1e-6 if dtype == F64 else 2e-3)
 
 
 @OF_EVERY

@@ -352,9 +352,9 @@ def test_data_of_another_dtype_are_named():
 
 
 def test_hyperparameters_of_another_dtype_keep_it():
-    found = implicit_grad(outer, inner, W, DECAY.double())
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found.float(), implicit_grad(outer, inner, W, DECAY))
+    hypergradient = implicit_grad(outer, inner, W, DECAY.double())
+    assert hypergradient.dtype == torch.float64
+    torch.testing.assert_close(hypergradient.float(), implicit_grad(outer, inner, W, DECAY))
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
@@ -429,7 +429,7 @@ def test_an_initial_point_made_from_the_hyperparameters_is_an_error(entrance):
             "Pass init as a callable",
             "detach it",
         )
-    found = hypergrad.unrolled_grad(final, halve, lambda h: 2 * h, h, steps=1)
-    torch.testing.assert_close(found, 1 + h.detach().prod() / h.detach())
-    found = hypergrad.unrolled_grad(final, halve, (2 * h).detach(), h, steps=1)
-    torch.testing.assert_close(found, h.detach().prod() / h.detach())
+    hypergradient = hypergrad.unrolled_grad(final, halve, lambda h: 2 * h, h, steps=1)
+    torch.testing.assert_close(hypergradient, 1 + h.detach().prod() / h.detach())
+    hypergradient = hypergrad.unrolled_grad(final, halve, (2 * h).detach(), h, steps=1)
+    torch.testing.assert_close(hypergradient, h.detach().prod() / h.detach())

@@ -101,10 +101,12 @@ def test_weight_decay_of_each_parameter_equals_central_differences(norm, solver,
         return F.cross_entropy(functional_call(net, p, (xv,)), yv)
 
     solve = lambda d: newton(lambda p: inner(p, d), start)
-    found, info = implicit_grad(outer, inner, solve(decay), decay, solver=solver, return_info=True)
+    hypergradient, info = implicit_grad(
+        outer, inner, solve(decay), decay, solver=solver, return_info=True
+    )
     direction = randn_like(decay)
     want = central(lambda d: outer(solve(d), d), decay, direction)
-    torch.testing.assert_close(along(found, direction), want, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(along(hypergradient, direction), want, rtol=1e-5, atol=1e-9)
     assert info.inner_residual < 1e-8
     for k, v in net.named_buffers():
         assert torch.equal(v, buffers[k])
@@ -134,10 +136,10 @@ def test_frozen_parameters_are_constants_and_are_left_alone(data):
     everything = dict(net.named_parameters())
     kept = {k: (v.detach().clone(), v._version) for k, v in everything.items()}
     want = (outer(solved(lam + 1e-5), lam) - outer(solved(lam - 1e-5), lam)) / 2e-5
-    found, info = implicit_grad(outer, inner, everything, lam, return_info=True)
-    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    hypergradient, info = implicit_grad(outer, inner, everything, lam, return_info=True)
+    torch.testing.assert_close(hypergradient, want, rtol=1e-6, atol=0)
     # the frozen ones handed in, or left to the module: the same
-    torch.testing.assert_close(implicit_grad(outer, inner, free, lam), found)
+    torch.testing.assert_close(implicit_grad(outer, inner, free, lam), hypergradient)
     assert torch.equal(info.solution["first.weight"], torch.zeros(3, 2, dtype=D))
     for k, v in everything.items():
         assert torch.equal(v, kept[k][0])
@@ -174,10 +176,10 @@ def test_tied_weights_are_one_variable(data):
         return F.cross_entropy(functional_call(net, p, (xv,)), yv)
 
     solve = lambda h: newton(lambda p: inner(p, h), start)
-    found = implicit_grad(outer, inner, solve(lam), lam)
+    hypergradient = implicit_grad(outer, inner, solve(lam), lam)
     one = {"lam": torch.ones((), dtype=D)}
     want = central(lambda h: outer(solve(h), h), lam, one)
-    torch.testing.assert_close(found["lam"], want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hypergradient["lam"], want, rtol=1e-6, atol=0)
 
 
 class Weighting(nn.Module):
@@ -235,9 +237,9 @@ def test_a_meta_network_in_eval_mode_is_handed_over_as_its_named_parameters(
     _, meta, inner, outer, solve, derivative = two_models
     hparams = dict(meta.named_parameters())
     params, direction = solve(hparams), randn_like(hparams)
-    found = implicit_grad(outer, inner, params, hparams)
+    hypergradient = implicit_grad(outer, inner, params, hparams)
     torch.testing.assert_close(
-        along(found, direction), derivative(direction), rtol=1e-5, atol=1e-10
+        along(hypergradient, direction), derivative(direction), rtol=1e-5, atol=1e-10
     )
 
     kept = {k: v.clone() for k, v in meta.state_dict().items()}
@@ -245,12 +247,12 @@ def test_a_meta_network_in_eval_mode_is_handed_over_as_its_named_parameters(
     assert meta.frozen.weight.grad is None
     assert meta.b.weight.grad is meta.a.weight.grad
     for k in ("a.weight", "norm.weight", "norm.bias"):
-        torch.testing.assert_close(hparams[k].grad, found[k])
+        torch.testing.assert_close(hparams[k].grad, hypergradient[k])
     # the frozen part left to the module: the same
     free = {k: v for k, v in hparams.items() if v.requires_grad}
     less = implicit_grad(outer, inner, params, free)
     for k in free:
-        torch.testing.assert_close(less[k], found[k])
+        torch.testing.assert_close(less[k], hypergradient[k])
     for k, v in meta.state_dict().items():
         assert torch.equal(v, kept[k])
     assert not meta.training
@@ -320,9 +322,9 @@ def test_a_module_as_the_centre_of_imaml_equals_the_papers_equation(data):
     _, H = gradient_and_hessian(lambda v: train(unflatten(v)), flat)
     b = grad(lambda v: outer(unflatten(v), None))(flat)
     want = unflatten(torch.linalg.solve(torch.eye(len(b), dtype=D) + H / lam, b))
-    found = implicit_grad(outer, inner, params, centre)
+    hypergradient = implicit_grad(outer, inner, params, centre)
     for k in want:
-        torch.testing.assert_close(found[k], want[k], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(hypergradient[k], want[k], rtol=1e-8, atol=1e-12)
 
 
 def test_mini_batches_on_both_levels_are_closed_over_and_drawn_anew(data):

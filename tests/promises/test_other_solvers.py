@@ -91,8 +91,8 @@ OF_EVERY = pytest.mark.parametrize("name", SOLVERS)
 def test_an_answer_in_implicit_grad(name):
     problem = logistic()
     w = SOLVERS[name](problem.inner, torch.zeros(4, dtype=F64), problem.hparams)
-    found = implicit_grad(problem.outer, problem.inner, w, problem.hparams)
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-3
+    hypergradient = implicit_grad(problem.outer, problem.inner, w, problem.hparams)
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-3
 
 
 @OF_EVERY

@@ -180,8 +180,8 @@ def test_row_51_the_module_inside_and_one_that_does_not_run_are_right(group):
     def inner(p, h, not_used=net):
         return loss(plain, p) + decay(p, h)
 
-    found = implicit_grad(lambda p, h: loss(plain, p), inner, params, torch.tensor(0.0, dtype=D),
-                          inner_tol=None)  # fmt: skip
+    h = torch.tensor(0.0, dtype=D)
+    hypergradient = implicit_grad(lambda p, h: loss(plain, p), inner, params, h, inner_tol=None)
     alone = nn.Linear(3, 1, dtype=D)
     alone.load_state_dict(plain.state_dict())
     expected = implicit_grad(
@@ -191,7 +191,7 @@ def test_row_51_the_module_inside_and_one_that_does_not_run_are_right(group):
         torch.tensor(0.0, dtype=D),
         inner_tol=None,
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(hypergradient, expected)
 
 
 def test_row_51_fully_shard_is_refused_by_its_name(group):

@@ -68,7 +68,7 @@ def test_a_sound_problem_passes_the_check_and_has_the_dense_answer(drawn):
         ("exactly zero", "float32") if problem.enters else ("exactly zero", "float32", "detached")
     )
     assert all(any(word in note for word in words) for note in report.notes)
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer,
         problem.condition(),
         problem.solve(problem.hparams),
@@ -78,7 +78,7 @@ def test_a_sound_problem_passes_the_check_and_has_the_dense_answer(drawn):
     )
     expected = problem.hypergradient()
     size = flat(expected).norm().clamp(min=1e-30)
-    assert (flat(found) - flat(expected)).norm() <= (1e-8 if sharp else 1e-3) * size
+    assert (flat(hypergradient) - flat(expected)).norm() <= (1e-8 if sharp else 1e-3) * size
 
 
 @settings(few, max_examples=4)
@@ -266,14 +266,14 @@ def test_the_order_of_the_leaves_plays_no_part(problem, order):
         return problem.build(torch.cat([leaf.reshape(-1) for leaf in ordered]))
 
     for solver in (Exact(), CG(rtol=1e-12)):
-        found = hypergrad.implicit_grad(
+        hypergradient = hypergrad.implicit_grad(
             lambda params, h: problem.outer(restored(params), h),
             lambda params, h: problem.inner(restored(params), h),
             shuffled,
             problem.hparams,
             solver=solver,
         )
-        assert relative_error(found, expected) < 1e-9
+        assert relative_error(hypergradient, expected) < 1e-9
 
 
 @few
@@ -285,24 +285,24 @@ def test_one_flat_vector_gives_what_any_structure_gives(problem):
     def hparams(theta: Tensor) -> dict[str, Tensor]:
         return {"shift": theta[:2], "log": theta[2]}
 
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         lambda w, theta: problem.outer(problem.build(w), hparams(theta)),
         lambda w, theta: problem.inner(problem.build(w), hparams(theta)),
         w,
         theta,
     )
-    assert relative_error(hparams(found), problem.implicit()) < 1e-9
+    assert relative_error(hparams(hypergradient), problem.implicit()) < 1e-9
 
 
 @few
 @given(inner_problems(), st.sampled_from([None, 3, "text", torch.tensor(2)]))
 def test_constants_among_the_hyperparameters_come_back_as_they_are(problem, constant):
     hparams = {**problem.hparams, "constant": constant}
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer, problem.inner, problem.solve(problem.hparams), hparams
     )
-    returned = found.pop("constant")
-    assert relative_error(found, problem.implicit()) < 1e-12
+    returned = hypergradient.pop("constant")
+    assert relative_error(hypergradient, problem.implicit()) < 1e-12
     if isinstance(constant, Tensor):
         assert returned.dtype == constant.dtype
         assert not returned.any()

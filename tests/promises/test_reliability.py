@@ -354,8 +354,8 @@ def test_row_10_a_right_hand_side_of_zero_gives_exact_zeros_without_a_product(so
 
 def test_row_10_an_outer_loss_at_its_own_minimum_is_fine_and_one_without_params_is_not():
     outer = lambda w, h: ((w - W) ** 2).sum() + (h**2).sum()
-    found, info = implicit_grad(outer, bowl, W, H, solver=CG(), return_info=True)
-    assert torch.equal(found, 2 * H)
+    hypergradient, info = implicit_grad(outer, bowl, W, H, solver=CG(), return_info=True)
+    assert torch.equal(hypergradient, 2 * H)
     assert info.success
     with pytest.raises(hypergrad.NotConnected, match=r"outer does not depend on params.*detach"):
         implicit_grad(lambda w, h: (w.detach() + h).sum(), bowl, W, H)
@@ -443,9 +443,9 @@ def test_row_14_half_precision_keeps_vectors_and_sums_in_float32_and_casts_back(
     for solver in (None, *[method() for method in KRYLOV]):
         h = H.to(dtype)
         options = {"solver": solver, "inner_tol": 3e-2, "return_info": True}
-        found, info = implicit_grad(total, bowl, 1 / (1 + h), h, **options)
-        assert found.dtype == info.solution.dtype == dtype
-        torch.testing.assert_close(found.double(), SLOPE, rtol=3e-2, atol=0)
+        hypergradient, info = implicit_grad(total, bowl, 1 / (1 + h), h, **options)
+        assert hypergradient.dtype == info.solution.dtype == dtype
+        torch.testing.assert_close(hypergradient.double(), SLOPE, rtol=3e-2, atol=0)
 
 
 @pytest.mark.parametrize("solver", [None, CG(), GMRES()], ids=repr)
@@ -454,10 +454,10 @@ def test_row_15_leaves_of_several_float_dtypes_each_keep_their_own(solver):
     w = {k: 1 / (1 + v) for k, v in h.items()}
     both = lambda fun: lambda w, h: sum(fun(w[k], h[k]).double() for k in h)
     options = {"solver": solver, "inner_tol": 0.05, "return_info": True}
-    found, info = implicit_grad(both(total), both(bowl), w, h, **options)
+    hypergradient, info = implicit_grad(both(total), both(bowl), w, h, **options)
     for k, tolerance in {"half": 3e-2, "single": 1e-2, "double": 1e-2}.items():
-        assert found[k].dtype == info.solution[k].dtype == h[k].dtype
-        torch.testing.assert_close(found[k].double(), SLOPE, rtol=tolerance, atol=0)
+        assert hypergradient[k].dtype == info.solution[k].dtype == h[k].dtype
+        torch.testing.assert_close(hypergradient[k].double(), SLOPE, rtol=tolerance, atol=0)
 
 
 def test_row_15_a_vector_of_the_wrong_dtype_is_an_error_that_names_both():
@@ -525,9 +525,9 @@ def test_row_18_leaves_that_are_0d_empty_strided_expanded_or_overlapping_are_rig
     want = {k: -v / (1 + h[k]) for k, v in w.items()}
     every = lambda fun: lambda w, h: sum(fun(w[k], h[k]) for k in h)
     # The Hessian does not depend on w, so that the formula holds at any point.
-    found = implicit_grad(every(total), every(bowl), w, h, solver=solver, inner_tol=None)
+    hypergradient = implicit_grad(every(total), every(bowl), w, h, solver=solver, inner_tol=None)
     for k in h:
-        torch.testing.assert_close(found[k], want[k], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(hypergradient[k], want[k], rtol=1e-5, atol=1e-8)
 
 
 def test_row_19_integers_bools_none_and_numbers_are_constants_and_come_back():
@@ -535,12 +535,12 @@ def test_row_19_integers_bools_none_and_numbers_are_constants_and_come_back():
     w = {"w": W, "n": torch.tensor(3), "none": None, "k": 2.5}
     outer = lambda w, h: w["w"].sum() * (w["n"] - h["k"])
     inner = lambda w, h: bowl(w["w"], h["h"]) * w["k"] * h["n"][0]
-    found, info = implicit_grad(outer, inner, w, h, return_info=True)
-    torch.testing.assert_close(found["h"], SLOPE)
-    assert (found["none"], found["k"], found["s"]) == (None, 2, "x")
+    hypergradient, info = implicit_grad(outer, inner, w, h, return_info=True)
+    torch.testing.assert_close(hypergradient["h"], SLOPE)
+    assert (hypergradient["none"], hypergradient["k"], hypergradient["s"]) == (None, 2, "x")
     for name in ("n", "yes"):
-        assert found[name].dtype == h[name].dtype
-        assert not found[name].any()
+        assert hypergradient[name].dtype == h[name].dtype
+        assert not hypergradient[name].any()
     assert (info.solution["none"], info.solution["k"]) == (None, 2.5)
     assert info.solution["n"] == 0
 
@@ -571,11 +571,11 @@ def test_row_20_frozen_parameters_and_buffers_are_untouched_and_tied_weights_sum
 
     outer = lambda p, s: functional_call(net, p, (x,)).sum() + p["shift"].sum()
     options = {"inner_tol": None, "return_info": True, "on_failure": "raise"}
-    found, info = implicit_grad(outer, loss, params, s, **options)
+    hypergradient, info = implicit_grad(outer, loss, params, s, **options)
     of = lambda fun: lambda v: fun({"a.weight": v, "shift": net.shift.detach()}, s)
     v = net.a.weight.detach()  # the one variable that there is
     A, b = hessian(of(loss))(v).reshape(4, 4), grad(of(outer))(v).flatten()
-    torch.testing.assert_close(found, -2 * v.flatten() @ torch.linalg.solve(A, b))
+    torch.testing.assert_close(hypergradient, -2 * v.flatten() @ torch.linalg.solve(A, b))
     assert not info.solution["shift"].any()
     for k, tensor in net.state_dict().items():
         assert torch.equal(tensor, kept[k][0])
@@ -586,24 +586,24 @@ def test_row_20_frozen_parameters_and_buffers_are_untouched_and_tied_weights_sum
 def test_row_21_a_hyperparameter_that_neither_loss_uses_gets_zeros_and_one_warning():
     h = {"h": H, "idle": [ones(3), ones(2)]}
     with pytest.warns(ConvergenceWarning) as caught:
-        found = implicit_grad(total, lambda w, h: bowl(w, h["h"]), W, h)
+        hypergradient = implicit_grad(total, lambda w, h: bowl(w, h["h"]), W, h)
     (warning,) = caught
     assert "Neither outer nor inner depends on hparams['idle'][0], hparams['idle'][1]" in str(
         warning.message
     )
     assert warning.filename == __file__
-    assert [g.tolist() for g in found["idle"]] == [[0, 0, 0], [0, 0]]
-    torch.testing.assert_close(found["h"], SLOPE)
+    assert [g.tolist() for g in hypergradient["idle"]] == [[0, 0, 0], [0, 0]]
+    torch.testing.assert_close(hypergradient["h"], SLOPE)
 
 
 def test_row_22_a_hyperparameter_of_the_outer_loss_has_its_direct_term():
     outer = lambda w, h: w.sum() + (h["both"] ** 3).sum() + h["outer"] ** 2
     h = {"both": H, "outer": t(3.0), "inner": H.clone()}
     inner = lambda w, h: bowl(w, (h["both"] + h["inner"]) / 2)
-    found = implicit_grad(outer, inner, W, h)
-    torch.testing.assert_close(found["outer"], t(6.0))
-    torch.testing.assert_close(found["both"], 3 * H**2 + SLOPE / 2)
-    torch.testing.assert_close(found["inner"], SLOPE / 2)
+    hypergradient = implicit_grad(outer, inner, W, h)
+    torch.testing.assert_close(hypergradient["outer"], t(6.0))
+    torch.testing.assert_close(hypergradient["both"], 3 * H**2 + SLOPE / 2)
+    torch.testing.assert_close(hypergradient["inner"], SLOPE / 2)
 
 
 def test_row_23_a_captured_tensor_is_differentiated_by_the_decorators_or_named():
@@ -625,8 +625,8 @@ def test_row_23_a_captured_tensor_is_differentiated_by_the_decorators_or_named()
 
 def test_row_23_a_captured_tensor_is_a_constant_of_implicit_grad_and_a_captured_leaf_an_error():
     other, h = t(2.0).requires_grad_(), H.clone().requires_grad_()
-    found = implicit_grad(total, lambda w, h: other * bowl(w, h), W, h)
-    torch.testing.assert_close(found, SLOPE)
+    hypergradient = implicit_grad(total, lambda w, h: other * bowl(w, h), W, h)
+    torch.testing.assert_close(hypergradient, SLOPE)
     assert other.grad is None
     for outer, inner in (
         (total, lambda w, s: bowl(w, h) + 0 * s.sum()),
@@ -705,10 +705,10 @@ def test_row_26_dropout_is_drawn_once_for_a_whole_solve_and_as_by_one_call_of_ea
     after = torch.get_rng_state()
     drawn.clear()
     torch.manual_seed(3)
-    found = implicit_grad(outer, noisy, ones(40), ones(40), solver=solver, inner_tol=None)
+    hypergradient = implicit_grad(outer, noisy, ones(40), ones(40), solver=solver, inner_tol=None)
     assert torch.equal(torch.get_rng_state(), after)
     (mask,) = drawn
-    torch.testing.assert_close(found, mask / (mask**2 + 1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(hypergradient, mask / (mask**2 + 1), rtol=1e-9, atol=0)
 
 
 def test_row_26_all_derivatives_of_one_decorated_answer_see_one_draw():
@@ -997,7 +997,7 @@ def test_row_34_nothing_of_a_solve_stays_alive_after_it(solver):
 
     gc.disable()  # so that a cycle would be found
     try:
-        found, info = implicit_grad(
+        hypergradient, info = implicit_grad(
             total, watched, w, h, solver=solver, inner_tol=None, return_info=True
         )
         seen += [weakref.ref(w), weakref.ref(h)]
@@ -1006,7 +1006,7 @@ def test_row_34_nothing_of_a_solve_stays_alive_after_it(solver):
     finally:
         gc.enable()
     assert alive == []
-    assert all(leaf.grad_fn is None for leaf in pytree.tree_leaves([found, info]))
+    assert all(leaf.grad_fn is None for leaf in pytree.tree_leaves([hypergradient, info]))
 
 
 def test_row_34_memory_is_flat_in_the_number_of_inner_steps():

@@ -487,10 +487,10 @@ def test_row_53_fused_attention_works_in_its_default_configuration(dtype):
     )
     h = torch.tensor(3.0, dtype=dtype)
     options = {"inner_tol": None, "on_failure": "ignore"}
-    found = implicit_grad(outer, inner, p, h, **options)
+    hypergradient = implicit_grad(outer, inner, p, h, **options)
     with sdpa_kernel(SDPBackend.MATH):
         want = implicit_grad(outer, inner, p, h, **options)
-    torch.testing.assert_close(found, want, rtol=1e-9 if dtype == D else 1e-3, atol=0)
+    torch.testing.assert_close(hypergradient, want, rtol=1e-9 if dtype == D else 1e-3, atol=0)
 
 
 # Row 55

@@ -51,8 +51,8 @@ def test_the_dense_solver_keeps_the_blocks_between_two_tensors(solver):
     lam = scalar(0.5)
     outer = lambda p, lam: p[0].sum() ** 2 + p[1].sum()
     want = grad(lambda lam: outer(solved(lam), lam))(lam)
-    found = implicit_grad(outer, two_tensors, solved(lam), lam, solver=solver)
-    torch.testing.assert_close(found, want, rtol=1e-9, atol=0)
+    hypergradient = implicit_grad(outer, two_tensors, solved(lam), lam, solver=solver)
+    torch.testing.assert_close(hypergradient, want, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -60,8 +60,8 @@ def test_a_0d_inner_variable_has_its_gradient(solver):
     """torchopt returns 0."""
     lam = scalar(1.0)
     inner = lambda w, lam: (w - 1) ** 2 + lam * w**2
-    found = implicit_grad(lambda w, lam: w, inner, scalar(0.5), lam, solver=solver)
-    torch.testing.assert_close(found, scalar(-0.25))
+    hypergradient = implicit_grad(lambda w, lam: w, inner, scalar(0.5), lam, solver=solver)
+    torch.testing.assert_close(hypergradient, scalar(-0.25))
     fit = custom_argmin(inner, solver=solver)(lambda init, lam: 1 / (1 + lam))
     torch.testing.assert_close(grad(lambda lam: fit(None, lam))(lam), scalar(-0.25))
 
@@ -132,10 +132,10 @@ def test_the_neumann_series_does_not_diverge_at_its_default_settings(scale):
     """torchopt's errors reach 1e7."""
     d = scalar([1.0, 2.0, 3.0]) * scale
     inner = lambda w, t: (d * w * w).sum() / 2 - t * w.sum()
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         lambda w, t: w.sum(), inner, 1 / d, scalar(1.0), solver=Neumann(), return_info=True
     )
-    torch.testing.assert_close(found, (1 / d).sum(), rtol=0.02, atol=0)
+    torch.testing.assert_close(hypergradient, (1 / d).sum(), rtol=0.02, atol=0)
     assert info.status != Status.DIVERGED
 
 
@@ -163,11 +163,11 @@ def test_damping_means_the_same_in_every_solver():
         x, info = solver.solve(lambda v: A @ v, b)
         torch.testing.assert_close(x, want, rtol=1e-10, atol=0)
         assert info.residual_norm < 1e-10
-        found = implicit_grad(
+        hypergradient = implicit_grad(
             lambda w, t: b @ w, lambda w, t: w @ A @ w / 2 - t * w.sum(), torch.zeros(2, dtype=D),
             scalar(1.0), solver=solver, inner_tol=None,
         )  # fmt: skip
-        torch.testing.assert_close(found, want.sum(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(hypergradient, want.sum(), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("solver", [CG(), CG(maxiter=1), GMRES(), GMRES(maxiter=1)])
@@ -178,11 +178,11 @@ def test_a_multiple_of_the_identity_is_solved_in_one_step(solver):
     torch.testing.assert_close(x, b / 4)
     assert info.iterations == 1
     assert info.success
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: w.sum(), lambda w, t: 2 * (w**2).sum() - t * w.sum(), b / 4, scalar(1.0),
         solver=solver,
     )  # fmt: skip
-    torch.testing.assert_close(found, scalar(1.25))
+    torch.testing.assert_close(hypergradient, scalar(1.25))
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, Identity()])
@@ -194,10 +194,10 @@ def test_nan_is_never_turned_into_zero_or_into_a_number(solver):
     for outer in (lambda w, t: (w**2).sum(), lambda w, t: w.sum()):  # the second is linear
         with pytest.raises(hypergrad.NotFinite):
             implicit_grad(outer, inner, nan, t, solver=solver)
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: (w**2).sum(), inner, nan, t, solver=solver, on_failure="ignore"
     )
-    assert torch.isnan(found).all()
+    assert torch.isnan(hypergradient).all()
     if isinstance(solver, Identity):
         return
     fit = custom_argmin(inner, solver=solver)(lambda init, t: t * math.nan)
@@ -221,11 +221,11 @@ def test_the_default_does_not_square_the_condition_number(solver):
     A = Q @ torch.diag(d) @ Q.T
     c = torch.cos(torch.arange(20, dtype=D))
     w = torch.linalg.solve(A, c)
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: w @ w / 2, lambda w, t: w @ A @ w / 2 - t * (c @ w), w, scalar(1.0),
         solver=solver,
     )  # fmt: skip
-    torch.testing.assert_close(found, w @ w, rtol=1e-3, atol=0)
+    torch.testing.assert_close(hypergradient, w @ w, rtol=1e-3, atol=0)
 
 
 def test_an_unsolved_inner_problem_is_said():
@@ -252,8 +252,8 @@ def test_an_indefinite_matrix_is_said_by_a_solver_that_needs_a_definite_one():
         implicit_grad(*arguments, scalar(1.0), solver=CG())
     for solver in (None, GMRES()):  # these solve the system, and params is no minimum all the same
         with pytest.warns(ConvergenceWarning, match="no minimum of the inner problem"):
-            found = implicit_grad(*arguments, scalar(1.0), solver=solver)
-        torch.testing.assert_close(found, (1 / d).sum(), rtol=1e-9, atol=0)
+            hypergradient = implicit_grad(*arguments, scalar(1.0), solver=solver)
+        torch.testing.assert_close(hypergradient, (1 / d).sum(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("solver", [None, CG(), GMRES()])
@@ -274,14 +274,14 @@ def test_a_tiny_or_a_huge_right_hand_side_is_solved_as_well_as_one_of_size_one(s
     """An absolute tolerance stops after one step in imaml_dev; a tiny one gives NaN in JAX."""
     d = torch.linspace(1, 10, 12, dtype=dtype)
     w = 1 / d
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: w.sum() * size,
         lambda w, t: (d * w * w).sum() / 2 - t * w.sum(),
         w,
         torch.ones((), dtype=dtype),
         solver=solver,
     )
-    torch.testing.assert_close(found / size, w.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(hypergradient / size, w.sum(), rtol=1e-3, atol=0)
 
 
 def test_dropout_draws_one_mask_for_a_whole_solve():
@@ -294,11 +294,11 @@ def test_dropout_draws_one_mask_for_a_whole_solve():
         drawn.append(mask)
         return ((mask * w - t) ** 2).sum() / 2 + (w**2).sum() / 2
 
-    found, info = implicit_grad(
+    hypergradient, info = implicit_grad(
         lambda w, t: w.sum(), inner, w, t, solver=CG(rtol=1e-12), inner_tol=None, return_info=True
     )
     (mask,) = drawn
-    torch.testing.assert_close(found, mask / (mask**2 + 1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(hypergradient, mask / (mask**2 + 1), rtol=1e-10, atol=0)
     assert info.iterations <= 2  # the matrix has two eigenvalues
 
 

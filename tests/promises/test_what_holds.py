@@ -139,8 +139,8 @@ def test_a_game_of_two_players():
     K = torch.cat([torch.cat([A, cross], 1), torch.cat([-cross.T, B], 1)])
     z = torch.linalg.solve(K, theta)
     outer = lambda players, theta: (torch.cat(players) - target).square().sum() / 2
-    found = implicit_grad(outer, Root(both), (z[:3], z[3:]), theta)
-    close(found, torch.linalg.solve(K.T, z - target), 1e-9)
+    hypergradient = implicit_grad(outer, Root(both), (z[:3], z[3:]), theta)
+    close(hypergradient, torch.linalg.solve(K.T, z - target), 1e-9)
 
 
 # Constraints and penalties
@@ -239,8 +239,8 @@ def test_total_variation():
         ends = (u[end - 1].sign() if end < 18 else 0) - (u[start - 1].sign() if start else 0)
         pull[start:end] = ends / (end - start)
     outer = lambda u, lam: (y - differ.T @ u - target).square().sum() / 2
-    found = implicit_grad(outer, ProjectedGradient(dual, project, step_size=0.25), u, lam)
-    close(found, (x - target) @ pull)
+    hypergradient = implicit_grad(outer, ProjectedGradient(dual, project, step_size=0.25), u, lam)
+    close(hypergradient, (x - target) @ pull)
 
 
 def test_an_admm_layer():
@@ -287,12 +287,12 @@ def test_a_weighted_lasso_of_5000_features():
         step_size=0.01,
     )
     outer = lambda w, h: (X_val @ w - target).square().mean() / 2
-    found = implicit_grad(outer, inner, w, weights)
+    hypergradient = implicit_grad(outer, inner, w, weights)
     gram = X[:, on].T @ X[:, on]
     slope = X_val[:, on].T @ (X_val @ w - target) / 40
     want = torch.zeros_like(weights)
     want[on] = -w[on].sign() * torch.linalg.solve(gram, slope)
-    close(found, want, 1e-5)
+    close(hypergradient, want, 1e-5)
 
 
 # Many unknowns, many roots, many calls
@@ -302,10 +302,10 @@ def test_a_million_unknowns_in_float64():
     n = 10**6
     a, c = torch.linspace(1, 10, n, dtype=D), torch.linspace(-1, 1, n, dtype=D)
     inner = lambda w, t: (a * w * w).sum() / 2 - t * (c @ w)
-    found = implicit_grad(
+    hypergradient = implicit_grad(
         lambda w, t: w.square().sum() / 2, inner, 2 * c / a, torch.tensor(2.0, dtype=D)
     )
-    close(found, (c / a) @ (2 * c / a), 1e-5)
+    close(hypergradient, (c / a) @ (2 * c / a), 1e-5)
 
 
 def test_20_000_roots_in_one_batch():
@@ -400,8 +400,8 @@ def test_recurrent_networks(kind, dtype):
     want = by_hand(outer, inner, p, h)
     net = net.to(dtype)
     outer, inner = ridge(net, (x.to(dtype),), y.to(dtype), y.flip(0).to(dtype))
-    found = implicit_grad(outer, inner, cast(p, dtype), h.to(dtype))
-    close(found, want, 1e-6 if dtype == D else 1e-2)
+    hypergradient = implicit_grad(outer, inner, cast(p, dtype), h.to(dtype))
+    close(hypergradient, want, 1e-6 if dtype == D else 1e-2)
 
 
 def test_an_ensemble_by_stack_module_state():
@@ -452,8 +452,8 @@ def test_lora_by_hand(dtype):
     want = by_hand(outer, fixed(inner), p, h)
     net.to(dtype)
     outer, inner = losses(x.to(dtype), y.to(dtype), cast(frozen, dtype))
-    found = implicit_grad(outer, fixed(inner), cast(p, dtype), h.to(dtype))
-    close(found, want, 1e-6 if dtype == D else 1e-2)
+    hypergradient = implicit_grad(outer, fixed(inner), cast(p, dtype), h.to(dtype))
+    close(hypergradient, want, 1e-6 if dtype == D else 1e-2)
 
 
 @pytest.mark.parametrize("reentrant", [False])
@@ -493,6 +493,8 @@ def test_autocast():
     outer, inner = ridge(net, (x.float(),), y.float(), y.float() + 1)
     with torch.autocast("cpu", torch.bfloat16):
         # The inner solution is known to the precision of the losses.
-        found = implicit_grad(outer, inner, cast(p, torch.float32), h.float(), inner_tol=0.05)
-    assert found.dtype == torch.float32
-    close(found, want, 0.05)
+        hypergradient = implicit_grad(
+            outer, inner, cast(p, torch.float32), h.float(), inner_tol=0.05
+        )
+    assert hypergradient.dtype == torch.float32
+    close(hypergradient, want, 0.05)

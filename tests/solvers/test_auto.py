@@ -30,11 +30,11 @@ def test_no_solver_means_exact_for_small_systems_alone(n, condition, method):
     inner: Callable[..., Any] | Root = lambda w, theta: (w - theta).square().sum()
     if condition == "root":
         inner = Root(lambda w, theta: w - theta)
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         lambda w, theta: w.sum(), inner, theta.clone(), theta, return_info=True
     )
     assert info.method == method
-    torch.testing.assert_close(found, theta)
+    torch.testing.assert_close(hypergradient, theta)
 
 
 ALWAYS = functools.partial(Auto, dense_below=0)  # the iterations of Auto at any size
@@ -45,7 +45,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("solver", [Auto(), ALWAYS(), ALWAYS(rtol=1e-10)], ids=repr)
 def test_auto_finds_every_closed_form(solver, problem):
     problem = problem()
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         problem.outer,
         problem.condition,
         problem.solve(problem.hparams),
@@ -54,7 +54,7 @@ def test_auto_finds_every_closed_form(solver, problem):
         inner_tol=None,
         return_info=True,
     )
-    assert relative_error(found, problem.hypergradient(problem.hparams)) < 1e-5
+    assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-5
     assert info.success
 
 
@@ -62,7 +62,7 @@ def test_auto_finds_every_closed_form(solver, problem):
 @pytest.mark.parametrize("solver", [Auto(), ALWAYS()], ids=repr)
 def test_auto_in_float32_is_right_or_says_so(solver, problem):
     problem = problem(torch.float32)
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         problem.outer,
         problem.condition,
         problem.solve(problem.hparams),
@@ -72,7 +72,7 @@ def test_auto_in_float32_is_right_or_says_so(solver, problem):
         on_failure="ignore",
         return_info=True,
     )
-    error = relative_error(found, problem.hypergradient(problem.hparams))
+    error = relative_error(hypergradient, problem.hypergradient(problem.hparams))
     assert error < 2e-3 or not info.success
 
 
@@ -81,7 +81,7 @@ def test_auto_says_what_it_did():
     b, theta = data(21, n, dtype=F64), torch.ones(n, dtype=F64)
 
     def method_for(A: Tensor, **fields: Any) -> tuple[str, Tensor]:
-        found, info = hypergrad.implicit_grad(
+        hypergradient, info = hypergrad.implicit_grad(
             lambda w, t: b @ w,
             hypergrad.Root(lambda w, t: A @ (w - t), symmetric=True),
             theta.clone(),
@@ -89,7 +89,7 @@ def test_auto_says_what_it_did():
             solver=Auto(**fields),
             return_info=True,
         )
-        assert relative_error(found, b) < 1e-5
+        assert relative_error(hypergradient, b) < 1e-5
         return info.method, info.negative_curvature
 
     assert method_for(indefinite(n)) == ("Exact", torch.tensor(True))

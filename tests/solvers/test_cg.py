@@ -43,8 +43,8 @@ def test_a_method_for_symmetric_matrices_refuses_the_rest_before_it_starts():
         hypergrad.root_vjp(T, theta, (theta,), theta, solver=CG())
     assert calls == []
     declared = FixedPoint(T, symmetric=True)
-    found = hypergrad.implicit_grad(outer, declared, 2 * theta, theta, solver=CG())
-    torch.testing.assert_close(found, torch.full((3,), 2.0, dtype=F64), rtol=1e-6, atol=0)
+    hypergradient = hypergrad.implicit_grad(outer, declared, 2 * theta, theta, solver=CG())
+    torch.testing.assert_close(hypergradient, torch.full((3,), 2.0, dtype=F64), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -91,7 +91,7 @@ def test_roots_entry_by_entry_cost_three_products_and_carry_their_evidence():
     assert seen[0].matvecs <= 3
     assert seen[0].success
     x = x.detach() + 1e-5  # not quite a root: how far off the answer is, the diagonal knows
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         lambda x, mu: x.square().sum(),
         hypergrad.Root(lambda x, mu: F(x, q.detach(), mu)),
         x,
@@ -99,7 +99,7 @@ def test_roots_entry_by_entry_cost_three_products_and_carry_their_evidence():
         return_info=True,
     )
     assert info.method == "Auto: entry by entry"
-    missed = abs(float((found - right[1]) / right[1]))
+    missed = abs(float((hypergradient - right[1]) / right[1]))
     assert missed / 2 <= info.error_estimate < 1e-2
 
 

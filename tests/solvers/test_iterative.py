@@ -87,7 +87,7 @@ def test_without_looks_nothing_is_read_from_the_device(method, monkeypatch):
     for name in (module, "_iterative"):
         path = f"hypergrad.solvers.{name}.any_task"
         monkeypatch.setattr(path, refuse)
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         lambda w, t: b @ w,
         lambda w, t: (w - t) @ A @ (w - t) / 2,
         theta.clone(),
@@ -95,7 +95,7 @@ def test_without_looks_nothing_is_read_from_the_device(method, monkeypatch):
         solver=method(maxiter=30, rtol=0.0),
         on_failure="ignore",
     )
-    assert relative_error(found, expected) < 1e-6
+    assert relative_error(hypergradient, expected) < 1e-6
 
 
 @each

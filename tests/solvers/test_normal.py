@@ -153,8 +153,8 @@ def test_what_needs_the_transpose_gets_it_from_every_entry_point(method, kind):
     x = torch.linalg.solve(matrix, c)
     expected = torch.linalg.solve(matrix.T, w)
     condition = kind(F)
-    found = hypergrad.implicit_grad(lambda x, c: w @ x, condition, x, c, solver=solver)
-    assert relative_error(found, expected) < 1e-9
+    hypergradient = hypergrad.implicit_grad(lambda x, c: w @ x, condition, x, c, solver=solver)
+    assert relative_error(hypergradient, expected) < 1e-9
     assert (
         relative_error(hypergrad.root_vjp(condition, x, (c,), w, solver=solver)[0], expected) < 1e-9
     )
@@ -190,14 +190,14 @@ def test_a_solve_without_the_transpose_names_what_is_missing(method):
 @pytest.mark.parametrize("method", [NormalCG, LSMR])
 def test_a_symmetric_condition_is_its_own_transpose(method):
     A, theta = indefinite(6), torch.ones(6, dtype=F64)
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         lambda w, theta: w.sum(),
         hypergrad.Root(lambda w, theta: A @ (w - theta), symmetric=True),
         theta.clone(),
         theta,
         solver=method(rtol=1e-12),
     )
-    assert relative_error(found, torch.ones(6, dtype=F64)) < 1e-9
+    assert relative_error(hypergradient, torch.ones(6, dtype=F64)) < 1e-9
 
 
 @pytest.mark.parametrize("method", [NormalCG, LSMR, BiCGSTAB])

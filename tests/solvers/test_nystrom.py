@@ -69,7 +69,7 @@ def test_nystrom_leaves_the_callers_random_numbers_alone_and_repeats_itself():
 
 def test_nystrom_works_in_a_hypergradient_of_several_tasks():
     problem = hypergrad_problem = ill_conditioned_ridge()
-    found = hypergrad.implicit_grad(
+    hypergradient = hypergrad.implicit_grad(
         problem.outer,
         problem.condition,
         problem.solve(problem.hparams),
@@ -77,7 +77,7 @@ def test_nystrom_works_in_a_hypergradient_of_several_tasks():
         solver=CG(rtol=1e-10, preconditioner=Nystrom(rank=4)),
         inner_tol=None,
     )
-    assert relative_error(found, hypergrad_problem.hypergradient(problem.hparams)) < 1e-6
+    assert relative_error(hypergradient, hypergrad_problem.hypergradient(problem.hparams)) < 1e-6
     A = torch.stack([with_spectrum(spread(9, 1, 9), seed=s) for s in range(3)])
     b = data(16, 3, 9, dtype=F64)
 
