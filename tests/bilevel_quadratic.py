@@ -6,10 +6,13 @@ Batch i of the inner loss is ``z.H_i z / 2 + x.C_i z + c_i.z``, batch j of the o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hypergrad import Bilevel
 
 F64 = torch.float64
 P, H = 4, 3  # inner and outer variables
@@ -108,3 +111,35 @@ class Quadratic:
 def start() -> tuple[Tensor, Tensor]:
     """Where every run starts."""
     return torch.zeros(P, dtype=F64), torch.zeros(H, dtype=F64)
+
+
+def sgd(lr, **options):
+    return functools.partial(torch.optim.SGD, lr=lr, **options)
+
+
+def adam(lr):
+    return functools.partial(torch.optim.Adam, lr=lr)
+
+
+def loop(problem, method=None, *, inner_lr=0.4, outer_lr=0.3, batches=False, **options):
+    """A run from zero: on the whole losses, or on batches drawn at random."""
+    options = {"inner_optimizer": sgd(inner_lr), "outer_optimizer": sgd(outer_lr), **options}
+    if batches:
+        sources = {"inner_batches": problem.inner_batches, "outer_batches": problem.outer_batches}
+        return Bilevel(
+            problem.outer, problem.inner, *start(), method=method, **{**sources, **options}
+        )
+    inner, outer = problem.whole_inner, problem.whole_outer
+    return Bilevel(
+        lambda z, x: problem.outer(z, x, outer),
+        lambda z, x: problem.inner(z, x, inner),
+        *start(),
+        method=method,
+        **options,
+    )
+
+
+def run(bilevel, steps):
+    for _ in range(steps):
+        info = bilevel.step()
+    return info

@@ -217,6 +217,33 @@ def dense_hypergradient(
     return by_theta - torch.linalg.solve(blocks[0][0], by_w) @ blocks[0][1]
 
 
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Where a quasi-Newton method and then Newton's end, from `start`: a definite Hessian."""
+    w = start.detach().clone().requires_grad_()
+    search = torch.optim.LBFGS([w], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value = loss(w)
+        value.backward()
+        return value
+
+    search.step(closure)
+    w = w.detach()
+    for _ in range(4):
+        w = w - torch.linalg.solve(hessian(loss, w), jacobian(loss, w))
+    assert torch.linalg.eigvalsh(hessian(loss, w))[0] > 0
+    return w
+
+
+STEEP = torch.logspace(0, 2, 12, dtype=F64)
+
+
+def bowl(x: Tensor, centre: Tensor | float) -> Tensor:
+    """A quadratic of condition number 100."""
+    return (STEEP.to(x) * (x - centre) ** 2).sum() / 2
+
+
 TASKS = 3
 
 

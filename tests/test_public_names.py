@@ -10,10 +10,10 @@ import typing
 import pytest
 
 import hypergrad
-from hypergrad import bilevel, estimators, inner, projections, prox, solvers
+from hypergrad import bilevel, estimators, inner_solvers, projections, prox, solvers
 from hypergrad._public import WRITTEN_IN, written_in
 
-MODULES = (hypergrad, bilevel, estimators, inner, projections, prox, solvers)
+MODULES = (hypergrad, bilevel, estimators, inner_solvers, projections, prox, solvers)
 HOMES = {}
 for module in MODULES:
     for name in module.__all__:
@@ -50,7 +50,7 @@ def test_its_types_can_be_looked_up(full):
     [
         hypergrad.CG(rtol=1e-3),
         hypergrad.Status.SINGULAR,
-        inner.LBFGS(maxiter=3),
+        inner_solvers.LBFGS(maxiter=3),
         hypergrad.SOBA(),
         hypergrad.Minimum(print),
     ],

@@ -362,7 +362,7 @@ def test_on_a_cuda_device_the_answer_is_that_of_the_cpu(estimate):
 def test_on_a_cuda_device_evolution_strategies_draw_there():
     h = torch.ones(4, device="cuda", dtype=F64)
     generator = torch.Generator(device="cuda").manual_seed(0)
-    found, info = hypergrad.evolution_strategies_grad(
+    hypergradient, info = hypergrad.evolution_strategies_grad(
         lambda w, h: w.sum(),
         None,
         lambda h: h**2,
@@ -371,5 +371,5 @@ def test_on_a_cuda_device_evolution_strategies_draw_there():
         generator=generator,
         return_info=True,
     )
-    assert found.is_cuda
-    assert ((found - 2 * h).abs() < 4 * info.standard_error).all()
+    assert hypergradient.is_cuda
+    assert ((hypergradient - 2 * h).abs() < 4 * info.standard_error).all()

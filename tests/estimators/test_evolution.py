@@ -71,7 +71,7 @@ def test_the_bias_is_that_of_smoothing_and_quadruples_with_twice_the_distance():
 
 def test_the_hypergradient_of_ridge_lies_within_the_standard_errors():
     problem = per_feature_ridge()
-    found, info = evolution_strategies_grad(
+    hypergradient, info = evolution_strategies_grad(
         problem.outer,
         None,
         problem.solve,
@@ -81,9 +81,9 @@ def test_the_hypergradient_of_ridge_lies_within_the_standard_errors():
         return_info=True,
     )
     exact = problem.hypergradient(problem.hparams)
-    scores = (flat(found) - flat(exact)) / flat(info.standard_error)
+    scores = (flat(hypergradient) - flat(exact)) / flat(info.standard_error)
     assert (scores.abs() < 4).all()
-    assert relative_error(found, exact) < 3 * float(info.relative_error)
+    assert relative_error(hypergradient, exact) < 3 * float(info.relative_error)
     value = problem.outer(problem.solve(problem.hparams), problem.hparams)
     torch.testing.assert_close(info.outer_value, value, rtol=1e-2, atol=0)
 
@@ -95,12 +95,12 @@ def descend(w: Tensor, lam: Tensor) -> Tensor:
 def test_of_steps_it_is_the_derivative_of_as_many_steps():
     problem, w = ridge(), torch.zeros(5, dtype=F64)
     given = (problem.outer, descend, w, problem.hparams)
-    found, info = evolution_strategies_grad(
+    hypergradient, info = evolution_strategies_grad(
         *given, steps=7, pairs=500, generator=seeded(), return_info=True
     )
     exact = hypergrad.unrolled_grad(*given, steps=7)
-    assert abs(found - exact) < 4 * info.standard_error
-    assert relative_error(found, exact) < 0.3
+    assert abs(hypergradient - exact) < 4 * info.standard_error
+    assert relative_error(hypergradient, exact) < 0.3
 
 
 def test_pairs_in_a_loop_or_in_chunks_are_those_of_vmap():
@@ -139,10 +139,10 @@ def test_a_solver_with_torch_optim_needs_the_loop_and_the_error_says_so():
     with pytest.raises(RuntimeError) as caught:
         evolution_strategies_grad(*given, pairs=4)
     assert "batching='loop'" in "".join(caught.value.__notes__)
-    found, info = evolution_strategies_grad(
+    hypergradient, info = evolution_strategies_grad(
         *given, pairs=30, batching="loop", generator=seeded(), return_info=True
     )
-    assert abs(found - problem.hypergradient(problem.hparams)) < 4 * info.standard_error
+    assert abs(hypergradient - problem.hypergradient(problem.hparams)) < 4 * info.standard_error
 
 
 def test_memory_is_flat_in_the_steps():
@@ -213,6 +213,6 @@ def test_a_batch_of_tasks_is_the_loop_with_the_same_directions():
     [{"sigma": 0.0}, {"pairs": 0}, {"chunk_size": 0}, {"batching": "both"}, {"steps": 2}],
     ids=repr,
 )
-def test_numbers_out_of_range_are_refused(options):
+def test_pairs_and_steps_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         of_loss(lambda h: h.sum(), torch.ones(2), **options)

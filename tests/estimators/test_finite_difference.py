@@ -26,13 +26,13 @@ def test_it_is_exact_where_the_objective_is_quadratic_and_the_scale_is_its_curva
     inner = lambda w, h: 5 * (w - solution(h)).square().sum() / 2
     outer = lambda w, h: (w**3).sum() + h["weight"]
     expected = grad(lambda h: outer(solution(h), h))(h)
-    found = finite_difference_grad(outer, inner, solution(h), h, scale=5.0)
-    assert relative_error(found, expected) < 1e-6
+    hypergradient = finite_difference_grad(outer, inner, solution(h), h, scale=5.0)
+    assert relative_error(hypergradient, expected) < 1e-6
 
 
 def test_with_the_exact_inverse_as_preconditioner_it_is_the_hypergradient():
     H = torch.func.hessian(LOGISTIC.inner)(W, LOGISTIC.hparams)
-    found, info = finite_difference_grad(
+    hypergradient, info = finite_difference_grad(
         LOGISTIC.outer,
         LOGISTIC.inner,
         W,
@@ -40,7 +40,7 @@ def test_with_the_exact_inverse_as_preconditioner_it_is_the_hypergradient():
         preconditioner=lambda b: torch.linalg.solve(H, b),
         return_info=True,
     )
-    assert relative_error(found, LOGISTIC.hypergradient(LOGISTIC.hparams)) < 1e-6
+    assert relative_error(hypergradient, LOGISTIC.hypergradient(LOGISTIC.hparams)) < 1e-6
     b = grad(LOGISTIC.outer)(W, LOGISTIC.hparams)
     torch.testing.assert_close(info.solution, torch.linalg.solve(H, b))
     assert info.success
@@ -64,8 +64,8 @@ def error(epsilon: float | None, dtype: torch.dtype = F64) -> float:
         OUTER, bent, P, T, solver=Identity(), inner_tol=None, on_failure="ignore"
     )
     outer = lambda w, h: (w * T.to(dtype)).sum() + (w**2).sum()
-    found = finite_difference_grad(outer, bent, P.to(dtype), T.to(dtype), epsilon=epsilon)
-    return relative_error(found, exact)
+    hypergradient = finite_difference_grad(outer, bent, P.to(dtype), T.to(dtype), epsilon=epsilon)
+    return relative_error(hypergradient, exact)
 
 
 def test_half_the_distance_is_a_quarter_of_the_error():
@@ -105,8 +105,10 @@ def test_with_adams_adaptation_it_is_samas_derivative_of_the_update():
     outer = lambda w, h: (w * T).sum()
     exact = grad(lambda h: outer(P - update(grad(bent)(P, h)), h))(T)
     adaptation = grad(lambda g: update(g).sum())(grad(bent)(P, T))  # the Jacobian is diagonal
-    found = finite_difference_grad(outer, bent, P, T, preconditioner=lambda b: adaptation * b)
-    assert relative_error(found, exact) < 1e-7
+    hypergradient = finite_difference_grad(
+        outer, bent, P, T, preconditioner=lambda b: adaptation * b
+    )
+    assert relative_error(hypergradient, exact) < 1e-7
 
 
 def test_the_rule_of_darts_is_a_norm_and_not_a_factor():
@@ -159,10 +161,10 @@ def test_it_works_where_fused_attention_has_no_second_derivative():
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         with pytest.raises(hypergrad.UnsupportedOperation, match=r"SDPBackend\.MATH"):
             hypergrad.implicit_grad(outer, inner, w, bias, solver=Identity(), inner_tol=None)
-        found = finite_difference_grad(outer, inner, w, bias)
+        hypergradient = finite_difference_grad(outer, inner, w, bias)
     with sdpa_kernel(SDPBackend.MATH):
         exact = hypergrad.implicit_grad(outer, inner, w, bias, solver=Identity(), inner_tol=None)
-    assert relative_error(found, exact) < 1e-2
+    assert relative_error(hypergradient, exact) < 1e-2
 
 
 def test_it_works_where_a_compiled_loss_has_no_second_derivative():
@@ -188,7 +190,7 @@ def test_both_sides_see_one_dropout_and_the_generator_moves_by_one_call_of_each_
         return functional_call(net, w, (x,)).mean()
 
     torch.manual_seed(1)
-    found = finite_difference_grad(outer, inner, params, h)
+    hypergradient = finite_difference_grad(outer, inner, params, h)
     after = torch.rand(3)
     torch.manual_seed(1)
     b = grad(outer)(params, h)
@@ -199,7 +201,7 @@ def test_both_sides_see_one_dropout_and_the_generator_moves_by_one_call_of_each_
         by_w = grad(inner)(params, h)
         return sum((by_w[k] * b[k]).sum() for k in b)
 
-    assert relative_error(found, -grad(cross)(h)) < 1e-6
+    assert relative_error(hypergradient, -grad(cross)(h)) < 1e-6
     torch.testing.assert_close(after, torch.rand(3))
 
 
@@ -227,8 +229,8 @@ def test_a_frozen_parameter_is_a_constant():
     exact = hypergrad.implicit_grad(
         loss, loss, params, h, solver=Identity(), inner_tol=None, on_failure="ignore"
     )
-    found, info = finite_difference_grad(loss, loss, params, h, return_info=True)
-    assert relative_error(found, exact) < 1e-6
+    hypergradient, info = finite_difference_grad(loss, loss, params, h, return_info=True)
+    assert relative_error(hypergradient, exact) < 1e-6
     assert not info.solution["0.weight"].any()
     assert set(free) == {"1.weight", "1.bias"}
 
@@ -238,7 +240,7 @@ def test_a_frozen_parameter_is_a_constant():
     [{"scale": 0.0}, {"lr": -1.0}, {"epsilon": 0.0}, {"lr": 0.1, "scale": 2.0}],
     ids=repr,
 )
-def test_numbers_out_of_range_are_refused(options):
+def test_distances_and_rates_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"must be|one of"):
         finite_difference_grad(OUTER, bent, P, T, **options)
 
@@ -276,9 +278,9 @@ def of_two_dtypes(dtype: torch.dtype) -> tuple[Any, ...]:
 def test_the_default_distance_suits_the_coarsest_dtype_of_the_hyperparameters() -> None:
     """A float32 hyperparameter beside float64 parameters was off by five per cent, in silence."""
     outer, inner, w, h, want, inverse = of_two_dtypes(torch.float32)
-    found = finite_difference_grad(outer, inner, w, h, preconditioner=inverse)
-    assert found["b"].dtype == torch.float32
-    for name, leaf in found.items():
+    hypergradient = finite_difference_grad(outer, inner, w, h, preconditioner=inverse)
+    assert hypergradient["b"].dtype == torch.float32
+    for name, leaf in hypergradient.items():
         torch.testing.assert_close(leaf.double(), want[name], rtol=1e-3, atol=0)
 
 
@@ -287,5 +289,5 @@ def test_a_leaf_of_coarser_dtype_that_is_lost_in_rounding_is_said() -> None:
     with pytest.warns(hypergrad.ConvergenceWarning, match="lost in rounding"):
         finite_difference_grad(outer, inner, w, h, preconditioner=inverse)
     with pytest.warns(hypergrad.ConvergenceWarning, match="lost in rounding"):
-        found = hypergrad.penalty_grad(outer, inner, w, h, penalty=1e4, lr=0.2, steps=400)
-    assert relative_error(found["b"].double(), want["b"]) > 0.1  # with reason
+        hypergradient = hypergrad.penalty_grad(outer, inner, w, h, penalty=1e4, lr=0.2, steps=400)
+    assert relative_error(hypergradient["b"].double(), want["b"]) > 0.1  # with reason

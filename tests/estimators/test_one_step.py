@@ -23,8 +23,10 @@ def newton(w: Tensor, h: Tensor) -> Tensor:
 def test_one_step_of_newton_is_exact_at_the_solution():
     h = LOGISTIC.hparams
     w = LOGISTIC.solve(h)
-    found, params = hypergrad.one_step_grad(LOGISTIC.outer, newton, w, h, return_params=True)
-    assert relative_error(found, LOGISTIC.hypergradient(h)) < 1e-9
+    hypergradient, params = hypergrad.one_step_grad(
+        LOGISTIC.outer, newton, w, h, return_params=True
+    )
+    assert relative_error(hypergradient, LOGISTIC.hypergradient(h)) < 1e-9
     torch.testing.assert_close(params, w)
 
 
@@ -64,12 +66,12 @@ def test_the_error_of_one_step_is_of_the_order_of_the_contraction():
     errors = []
     for scale in (0.05, 0.025):
         h = {"scale": torch.tensor(scale, dtype=F64), "shift": problem.hparams["shift"]}
-        found = hypergrad.one_step_grad(problem.outer, problem.inner, problem.solve(h), h)
+        hypergradient = hypergrad.one_step_grad(problem.outer, problem.inner, problem.solve(h), h)
         exact = problem.hypergradient(h)
         b = exact["shift"]  # (I - J^T)^-1 b
         rho = 0.8 * scale
         bound = rho * b.norm()
-        errors.append((found["shift"] - exact["shift"]).norm())
+        errors.append((hypergradient["shift"] - exact["shift"]).norm())
         assert errors[-1] < bound
     assert 1.8 < errors[0] / errors[1] < 2.2
 
@@ -78,8 +80,8 @@ def test_jacobian_free_is_exact_where_the_map_does_not_depend_on_its_variables()
     h = data(31, 3, dtype=F64)
     T = lambda z, h: h.sin() + 0 * z
     outer = lambda z, h: (z**2).sum() + h.sum()
-    found = hypergrad.implicit_grad(outer, FixedPoint(T), h.sin(), h, solver=Identity())
-    torch.testing.assert_close(found, 2 * h.sin() * h.cos() + 1)
+    hypergradient = hypergrad.implicit_grad(outer, FixedPoint(T), h.sin(), h, solver=Identity())
+    torch.testing.assert_close(hypergradient, 2 * h.sin() * h.cos() + 1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -87,10 +89,10 @@ def test_t1_t2_is_exact_where_the_hessian_is_a_multiple_of_the_identity(scale):
     h = data(32, 3, dtype=F64)
     inner = lambda w, h: scale * ((w - h.exp()) ** 2).sum() / 2
     outer = lambda w, h: (w**3).sum()
-    found, info = hypergrad.implicit_grad(
+    hypergradient, info = hypergrad.implicit_grad(
         outer, Minimum(inner), h.exp(), h, solver=Identity(scale=scale), return_info=True
     )
-    torch.testing.assert_close(found, 3 * h.exp() ** 3)
+    torch.testing.assert_close(hypergradient, 3 * h.exp() ** 3)
     assert info.success
     assert info.matvecs == 0
 
@@ -99,9 +101,9 @@ def test_t1_t2_of_ridge_is_the_formula_without_the_inverse():
     problem = ridge()
     lam = problem.hparams
     w = problem.solve(lam)
-    found = hypergrad.implicit_grad(problem.outer, problem.inner, w, lam, solver=Identity())
+    hypergradient = hypergrad.implicit_grad(problem.outer, problem.inner, w, lam, solver=Identity())
     b = torch.func.grad(problem.outer)(w, lam)
-    torch.testing.assert_close(found, lam / 5 - w @ b)
+    torch.testing.assert_close(hypergradient, lam / 5 - w @ b)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 7])

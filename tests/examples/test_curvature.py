@@ -13,7 +13,7 @@ def run(folder, *flags):
     return folder
 
 
-def test_smoke_run_ends_with_table_picture_and_records(tmp_path, capsys):
+def test_a_smoke_run_of_curvature_ends_with_table_picture_and_records(tmp_path, capsys):
     folder = run(tmp_path / "run")
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -32,14 +32,14 @@ def test_smoke_run_ends_with_table_picture_and_records(tmp_path, capsys):
     assert all(math.isfinite(result["error"]) for result in results.values())
 
 
-def test_same_seed_gives_the_same_metrics(tmp_path):
+def test_the_same_seed_of_curvature_gives_the_same_metrics(tmp_path):
     first, again = (run(tmp_path / name, "--seed", "1") for name in ("first", "again"))
 
     for name in ("metrics.jsonl", "results.json", "curvature.md"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_an_output_folder_that_is_a_file_is_refused(capsys):
+def test_curvature_refuses_an_output_folder_that_is_a_file(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--smoke", "--out", __file__])
 

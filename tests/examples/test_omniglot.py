@@ -27,7 +27,7 @@ def smoke(tmp_path):
     return run
 
 
-def test_smoke_run_ends_with_table_picture_and_files(smoke, capsys):
+def test_a_smoke_run_of_omniglot_ends_with_table_picture_and_files(smoke, capsys):
     folder = smoke()
 
     shown = capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_smoke_run_ends_with_table_picture_and_files(smoke, capsys):
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
-def test_same_seed_gives_the_same_metrics(smoke):
+def test_the_same_seed_of_omniglot_gives_the_same_metrics(smoke):
     flags = ("--ways", "3", "--queries", "2", "--test-tasks", "2", "--meta-steps", "2")
     first = smoke(*flags, folder="first")
     again = smoke(*flags, folder="again")
@@ -72,7 +72,7 @@ def test_without_data_the_error_says_what_to_do(tmp_path):
         (["--shots", "20", "--queries", "0"], "at least 1"),
     ],
 )
-def test_wrong_arguments_exit_with_2_and_one_line(capsys, flags, allowed):
+def test_wrong_arguments_of_omniglot_exit_with_2_and_one_line(capsys, flags, allowed):
     with pytest.raises(SystemExit) as stop:
         main(flags)
 

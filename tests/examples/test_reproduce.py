@@ -328,7 +328,7 @@ def test_a_folder_with_other_arguments_is_refused(runner):
         (["--rep"], "--rep"),
     ],
 )
-def test_wrong_arguments_exit_with_2_and_one_line(capsys, flags, said):
+def test_wrong_arguments_of_reproduce_exit_with_2_and_one_line(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(flags)
 

@@ -19,7 +19,7 @@ def smoke(tmp_path):
     return run
 
 
-def test_smoke_run_ends_with_table_picture_and_files(smoke, capsys):
+def test_a_smoke_run_of_sinusoid_ends_with_table_picture_and_files(smoke, capsys):
     folder = smoke()
 
     shown = capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_implicit_solve_takes_at_least_five_products(smoke):
     assert json.loads((folder / "results.json").read_text())["imaml"]["products"] >= 5
 
 
-def test_same_seed_gives_the_same_metrics(smoke):
+def test_the_same_seed_of_sinusoid_gives_the_same_metrics(smoke):
     first = smoke("--compare", "--seed", "1", folder="first")
     again = smoke("--compare", "--seed", "1", folder="again")
     other = smoke("--compare", "--seed", "2", folder="other")
@@ -87,7 +87,7 @@ def test_other_ways_to_run_it(smoke, flags):
         (["--out", __file__], "folder"),
     ],
 )
-def test_wrong_arguments_exit_with_2_and_one_line(capsys, flags, allowed):
+def test_wrong_arguments_of_sinusoid_exit_with_2_and_one_line(capsys, flags, allowed):
     with pytest.raises(SystemExit) as stop:
         main(flags)
 

@@ -166,7 +166,7 @@ def test_conjugate_gradients_do_no_worse_than_the_square_root(rows):
 
 
 def test_more_unknowns_bring_conjugate_gradients_nearer_to_the_square_root():
-    def found(n):
+    def hypergradient(n):
         totals = []
         for kappa in (10.0, 1000.0):
             problem = Quadratic.draw(kappa, n, 0)
@@ -174,7 +174,7 @@ def test_more_unknowns_bring_conjugate_gradients_nearer_to_the_square_root():
             totals.append((kappa, run.measure("row", problem, 1e-2, 0).total))
         return exponent([totals]).value
 
-    assert found(50) + 0.05 < found(400) < 0.5
+    assert hypergradient(50) + 0.05 < hypergradient(400) < 0.5
 
 
 def test_every_row_reaches_the_accuracy_with_the_error_that_is_promised(rows):
@@ -298,7 +298,7 @@ def test_smoke_run_against_inner_steps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("program", [theory, inner_steps])
-def test_an_output_folder_that_is_a_file_is_refused(program, capsys):
+def test_theory_refuses_an_output_folder_that_is_a_file(program, capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--smoke", "--out", __file__])
 

@@ -1,0 +1,90 @@
+"""What the README, the API reference and the pages promise."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hypergrad
+from docs.links import dead_links
+from hypergrad import inner_solvers, projections, prox
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PUBLIC = {
+    **{f"hypergrad.{name}": getattr(hypergrad, name) for name in hypergrad.__all__},
+    **{
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module in (inner_solvers, prox, projections)
+        for name in module.__all__
+    },
+}
+# Those outside of the site, whose links the build of the documentation checks.
+PAGES = [page for page in sorted(ROOT.rglob("*.md")) if page.parent in (ROOT, ROOT / "examples")]
+
+
+def test_the_readme_example_gives_the_hypergradient():
+    torch.manual_seed(0)
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(program, names)
+
+    def value(log_decay):
+        x, y = names["x"].double(), names["y"].double()
+        matrix = x.T @ x / 80 + log_decay.double().exp() * torch.eye(30)
+        w = torch.linalg.solve(matrix, x.T @ y / 80)
+        return names["outer"](w.float(), log_decay)
+
+    expected = torch.func.grad(value)(names["log_decay"])
+    torch.testing.assert_close(names["gradient"], expected, rtol=1e-3, atol=0)
+
+
+def test_the_reference_lists_every_public_name():
+    directive = r"^\.\. auto(?:class|exception|function):: ([\w.]+)$"
+    listed = re.findall(directive, (DOCS / "api.md").read_text(), re.MULTILINE)
+    full = [name if name.startswith("hypergrad.") else f"hypergrad.{name}" for name in listed]
+    assert sorted(full) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example(name):
+    assert doctest.DocTestParser().get_examples(PUBLIC[name].__doc__ or ""), name
+
+
+def places(page):
+    """The anchors that a page's headings make, as GitHub and MyST name them."""
+    headings = re.findall(r"^#+ +(.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue  # other sites are not fetched
+        path, _, place = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not place or place in places(target), link
+
+
+def test_the_build_finds_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top">A</h1><a href="#top"></a><a href="sub/b.html#here"></a><img src="no.png">'
+        '<a href="#bottom"></a><a href="https://example.org/x"></a>'
+    )
+    (tmp_path / "sub" / "b.html").write_text(
+        '<p id="here"></p><a href="../a.html"></a><a href="../a.html#here"></a>'
+        '<a href="c.html"></a>'
+    )
+    found = {(str(page), link) for page, link in dead_links(tmp_path)}
+    assert found == {
+        ("a.html", "no.png"),
+        ("a.html", "#bottom"),
+        ("sub/b.html", "../a.html#here"),
+        ("sub/b.html", "c.html"),
+    }
