@@ -28,7 +28,8 @@ from .._errors import (
 )
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
-from ..solvers._base import Solution, Solver
+from ..solvers._base import Solver
+from ..solvers._system import Solution
 
 OnFailure = Literal["warn", "raise", "ignore"]
 #: Where a number came from, the tensor to look at, and what to do if it is the first that is not

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..solvers import Solver
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._estimate import Estimator, check, estimate
 from ._levels import Levels
 from ._method import Method, State

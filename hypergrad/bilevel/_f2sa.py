@@ -9,7 +9,7 @@ import torch
 from .._errors import UnsupportedOperation
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._minimum import Minimum
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._levels import Levels
 from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
 from ._step_info import StepInfo

@@ -13,7 +13,7 @@ from .._errors import NotConverged
 from .._implicit.verdict import warn
 from .._info import SolveInfo
 from ..solvers import CG, GMRES, Solver
-from ..solvers._base import at_least, tolerance
+from ..solvers._fields import at_least, tolerance
 from ._batches import Batch
 from ._estimate import estimate
 from ._levels import Levels

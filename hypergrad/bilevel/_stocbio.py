@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._levels import Levels
 from ._method import Method, State, check_decays, check_rate, decayed, linear_rate
 from ._step_info import StepInfo

@@ -17,7 +17,7 @@ from .._info import SolveInfo, Status
 from .._mistakes import explained
 from .._pytrees import Layout
 from ..conditions._base import plus
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from ._answer import Found, evidence, hypergradient, judge_figure
 from ._inner_loop import map_tensors
 from ._loss import MOSTLY_ROUNDING, Arguments, Loss, moved, require_params, rounding_share

@@ -17,7 +17,7 @@ from .._implicit.verdict import OnFailure, check_on_failure, warn_of_unused
 from .._info import SolveInfo
 from .._mistakes import explained
 from ..conditions._base import plus
-from ..solvers._base import dot, norm
+from ..solvers._vectors import dot, norm
 from ._answer import Found, evidence, hypergradient, judge_figure
 from ._inner_loop import map_tensors
 from ._loss import (
