@@ -16,7 +16,8 @@ from hypergrad._autograd.random_numbers import Draw
 from hypergrad._implicit.linearisation import Linearisation
 from hypergrad._pytrees import Tree
 from hypergrad.conditions._inner_problem import Problem
-from hypergrad.solvers._base import LinearSystem, Product
+from hypergrad.solvers._system import LinearSystem
+from hypergrad.solvers._vectors import Product
 
 ROWS, FEATURES, ROUNDS = 2000, 5000, 30
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 
 if TYPE_CHECKING:
     from .linearisation import Linearisation

@@ -14,14 +14,16 @@ from .._autograd.host import any_task
 from .._autograd.random_numbers import Draw
 from .._info import SolveInfo, Status
 from ..conditions._base import Product
-from ..solvers._base import LinearSystem, NewtonStep, Solution, dot, info_of, norm
+from ..solvers._base import info_of
 from ..solvers._cg import CG
 from ..solvers._factorisation import Factorisation, signs
 from ..solvers._gmres import GMRES
 from ..solvers._identity import Identity
-from ..solvers._iterative import AROUND, FEW, NEGATIVE
+from ..solvers._krylov import AROUND, FEW, NEGATIVE
 from ..solvers._normal import LSMR, NormalCG
-from ..solvers._units import probed
+from ..solvers._probe import probed
+from ..solvers._system import LinearSystem, NewtonStep, Solution
+from ..solvers._vectors import dot, norm
 from .choices import Choices
 from .degeneracy import DEGENERATE, degeneracy
 from .linearisation import Linearisation

@@ -30,8 +30,10 @@ from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
 from ..solvers import Solver, choose
-from ..solvers._base import NewtonStep, Solution, mapped_by_caller, norm
+from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
+from ..solvers._system import NewtonStep, Solution
+from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_value
 from .choices import Choices, needs_product
 from .linear_solve import Answer, solved

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._autograd.random_numbers import Draw
 from .._info import SolveInfo
-from ..solvers._base import LinearSystem, norm
+from ..solvers._system import LinearSystem
+from ..solvers._vectors import norm
 from .causes import Place, sound_in_value
 from .choices import Choices
 from .evidence import Evidence
@@ -104,7 +105,7 @@ def solved(
         check_nodes(lin, tensors, draw)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
-        solution = solver.run(system)
+        solution = solver.solve_flat(system)
         evidence = Evidence(lin, choices, system, solution, tensors, use, transpose, draw)
         if choices.judged:
             evidence.forgive_rounding()

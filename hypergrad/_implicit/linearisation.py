@@ -18,7 +18,7 @@ from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
 from ..conditions._base import Product
 from ..conditions._inner_problem import Problem
-from ..solvers._base import dense_by_products
+from ..solvers._vectors import dense_by_products
 
 _FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.random_numbers import Draw
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from .linearisation import Linearisation
 
 _PART = 64.0  # of a Newton step, along which a smooth condition hardly changes

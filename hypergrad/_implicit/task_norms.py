@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._autograd.products import Parts
 from .._autograd.transforms import is_wrapped
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 
 
 def size_of(terms: Parts, lead: Sequence[int], like: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..solvers._base import NewtonStep, Solution, norm
 from ..solvers._factorisation import signs
+from ..solvers._system import NewtonStep, Solution
+from ..solvers._vectors import norm
 from .linearisation import Linearisation
 from .second_look import SecondLook
 from .task_norms import size_for_each

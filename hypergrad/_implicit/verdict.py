@@ -24,7 +24,8 @@ from .._errors import (
 )
 from .._info import SolveInfo, Status
 from .._warnings import OnFailure, counted, warn
-from ..solvers._base import Solution, Solver
+from ..solvers._base import Solver
+from ..solvers._system import Solution
 from .causes import Place
 
 

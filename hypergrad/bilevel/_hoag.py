@@ -13,7 +13,7 @@ from .._errors import NotConverged
 from .._info import SolveInfo
 from .._warnings import warn
 from ..solvers import CG, GMRES, Solver
-from ..solvers._base import tolerance
+from ..solvers._fields import tolerance
 from ._batches import Batch
 from ._estimate import estimate
 from ._levels import Levels

@@ -26,7 +26,7 @@ from ..conditions._base import Condition, as_condition, require_all
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
 from ._optimisers import Optimiser, gradients, scaled, take

@@ -12,7 +12,7 @@ import torch
 
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields
-from ..solvers._base import at_least, finite
+from ..solvers._fields import at_least, finite
 
 if TYPE_CHECKING:
     from ._levels import Levels

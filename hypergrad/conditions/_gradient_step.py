@@ -17,7 +17,7 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from ._base import Condition, Record, recorded_gradient, require_all
 from ._inner_problem import Problem
 from ._kinks import directions, reach

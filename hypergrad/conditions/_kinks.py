@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._pytrees import Layout
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 
 if TYPE_CHECKING:
     pass

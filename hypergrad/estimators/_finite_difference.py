@@ -14,7 +14,7 @@ from .._implicit.signatures import Hparams, Objective, Outer
 from .._info import SolveInfo, Status
 from .._mistakes import explained
 from .._warnings import OnFailure
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from ._answer import check_positive, evidence
 from ._first_order import FirstOrder, added, difference
 from ._loss import MOSTLY_ROUNDING, Arguments, descend, moved, rounding_share

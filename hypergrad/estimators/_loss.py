@@ -18,7 +18,7 @@ from .._autograd.recording import Recording, record
 from .._autograd.trace import detached, versions
 from .._pytrees import Layout, Tree
 from ..conditions._inner_problem import scalar, without_aux
-from ..solvers._base import norm
+from ..solvers._vectors import norm
 from ._inner_loop import map_tensors, own_constants
 
 Leaves = list[Tensor | None]

@@ -14,7 +14,7 @@ from .._implicit.signatures import Hparams, Objective, Outer
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._warnings import OnFailure
-from ..solvers._base import dot, norm
+from ..solvers._vectors import dot, norm
 from ._answer import check_not_negative, check_positive, evidence
 from ._first_order import FirstOrder, added, difference
 from ._loss import MOSTLY_ROUNDING, Arguments, Leaves, Slopes, descend, rounding_share

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..solvers import _base
+from ..solvers import _fields, _vectors
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import norm
@@ -58,7 +58,7 @@ class Anderson(InnerSolver):
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         super().__post_init__()
-        _base.at_least("history", self.history, 0)
+        _fields.at_least("history", self.history, 0)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"mixing must be above 0 and at most 1; got {self.mixing!r}.")
 
@@ -103,7 +103,7 @@ class Anderson(InnerSolver):
 
 def _least_squares(rows: Tensor, r: Tensor) -> Tensor:
     """Find weights ``(m,)`` whose weighted sum of the rows ``(m, n)`` comes closest to r."""
-    length = _base.norm(rows)
+    length = _vectors.norm(rows)
     unit = rows / torch.where(length > 0, length, torch.ones_like(length))[..., None]
     m = rows.shape[-2]
     ridge = 10 * torch.finfo(r.dtype).eps * m

@@ -23,7 +23,7 @@ from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields, refuse_signatures
 from .._pytrees import Layout, Tree, refuse_meta
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._evaluator import Evaluator
 from ._info import InnerInfo
 from ._progress import Progress

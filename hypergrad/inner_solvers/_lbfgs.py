@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from ..solvers._base import at_least
+from ..solvers._fields import at_least
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..solvers._base import LinearSystem, at_least
 from ..solvers._cg import CG
+from ..solvers._fields import at_least
+from ..solvers._system import LinearSystem
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..solvers import _base
+from ..solvers import _vectors
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -15,4 +15,4 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def norm(v: Tensor) -> Tensor:
     """Take the Euclidean norm of each task's vector."""
-    return _base.norm(v).unsqueeze(-1)
+    return _vectors.norm(v).unsqueeze(-1)

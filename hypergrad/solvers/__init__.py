@@ -1,4 +1,4 @@
-"""The linear solvers, one file each."""
+"""The linear solvers, one file each; `Solver` is the base of a method of one's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._minres import MINRES
 from ._neumann import Neumann
 from ._normal import LSMR, NormalCG
 from ._nystrom import Nystrom
+from ._system import LinearSystem, Solution
 
 __all__ = [
     "CG",
@@ -23,9 +24,11 @@ __all__ = [
     "BiCGSTAB",
     "Exact",
     "Identity",
+    "LinearSystem",
     "Neumann",
     "NormalCG",
     "Nystrom",
+    "Solution",
     "Solver",
     "choose",
 ]

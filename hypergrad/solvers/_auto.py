@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,20 @@ from torch import Tensor
 
 from .._autograd.host import any_task, every_task
 from .._info import Status
-from ._base import (
-    LinearSystem,
-    NewtonStep,
-    Solution,
-    Solver,
-    at_least,
-    check_symmetry,
-    finite,
-    norm,
-    tolerance,
-)
+from ._base import Solver, check_symmetry
 from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._diagonal import solve_diagonal
 from ._exact import Exact, free_gib, gib_needed
+from ._fields import at_least, finite, tolerance
 from ._gmres import GMRES
-from ._iterative import Iterative
+from ._krylov import Iterative
 from ._minres import MINRES
 from ._normal import LSMR
-from ._units import probed
+from ._probe import probed
+from ._ritz import widest
+from ._system import LinearSystem, NewtonStep, Solution
+from ._vectors import norm
 
 _STUCK = (Status.STAGNATED, Status.BREAKDOWN, Status.SINGULAR)
 _INDEFINITE = (Status.NEGATIVE_CURVATURE, Status.SINGULAR)
@@ -113,45 +107,50 @@ class Auto(Solver):
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
         looks = system.looks or self.rtol != 0
+        used = 0
         if looks and self.maxiter is None and not system.symmetric:
-            found, used = solve_diagonal(
+            solution, used = solve_diagonal(
                 system, rtol=self.rtol, atol=self.atol, damping=self.damping
             )
-            if found is None:
-                found = self._iterations(system, fits, looks, shared)
-                found.matvecs += used
-            return found
-        return self._iterations(system, fits, looks, shared)
+            if solution is not None:
+                return solution
+        solution = self._iterations(system, fits, looks, shared)
+        solution.matvecs += used
+        return solution
 
     def _iterations(self, system: LinearSystem, fits: bool, looks: bool, shared: int) -> Solution:
-        """An iteration, or several, and a factorisation where that is cheaper."""
+        """Iterate, once or several times, and a factorisation where that is cheaper."""
         n = system.b.shape[-1]
         if fits and looks and self.maxiter is None:
             return self._patiently(system, max(n // (_PATIENCE * shared), 2))
+        slow = (*_STUCK, Status.MAX_ITERATIONS)
         # What follows the first method, and after which ends of those before it.
-        then: list[tuple[Solver, Sequence[Status]]] = []
-        if system.symmetric:
-            then.append((self._iterated(MINRES), _INDEFINITE))
-        else:
-            slow = (*_STUCK, Status.MAX_ITERATIONS)
-            then.append((self._iterated(BiCGSTAB), slow))
-            if system.rmatvec is not None:
-                then.append((self._iterated(LSMR), slow))
-        return self._in_turn(system, self._iterated(CG if system.symmetric else GMRES), then)
+        then: Sequence[tuple[type[Iterative], Sequence[Status]]] = [(MINRES, _INDEFINITE)]
+        if not system.symmetric:
+            then = [(BiCGSTAB, slow), (LSMR, slow)][: 1 if system.rmatvec is None else 2]
+        first = _first(system)
+        solution, used = self._iterated(first).run(system), [first.__name__]
+        for method, worth in then:
+            failed = ~solution.success & _one_of(solution.status, worth)
+            if looks and any_task(failed):
+                further = self._iterated(method).run(_only(system, failed))
+                solution = _merged(solution, further, failed)
+                used.append(method.__name__)
+        return _said(solution, used)
 
     def _within_budget(self, system: LinearSystem) -> Solution:
-        """One method, for as long as the budget lasts; what it has left undone is no success."""
-        found = self._iterated(CG if system.symmetric else GMRES, maxiter=_BUDGET).run(system)
-        near = found.residual_norm <= 10 * tolerance(self.rtol, system.layout.precision)
-        found.success = found.success & ((found.status == Status.CONVERGED) | near)
-        return found
+        """Run one method for as long as the budget lasts; what it has left undone is no success."""
+        solution = self._iterated(_first(system), maxiter=_BUDGET).run(system)
+        near = solution.residual_norm <= 10 * tolerance(self.rtol, system.layout.precision)
+        solution.success = solution.success & ((solution.status == Status.CONVERGED) | near)
+        return solution
 
     def _iterated(self, method: type[Iterative], **fields: Any) -> Iterative:
-        given = {name: getattr(self, name) for name in ("maxiter", "rtol", "atol", "damping")}
-        return method(**{**given, **fields})
+        mine = {name: getattr(self, name) for name in ("maxiter", "rtol", "atol", "damping")}
+        return method(**{**mine, **fields})
 
     def _patiently(self, system: LinearSystem, patience: int) -> Solution:
-        """Iterations for as long as they are cheaper than a factorisation, which comes last."""
+        """Iterate for as long as that is cheaper than a factorisation, which comes last."""
         n, precision = system.b.shape[-1], system.layout.precision
         small = n <= _SMALL * self.dense_below
         checked = self.rtol is None and n <= _CHECKED * self.dense_below
@@ -162,94 +161,76 @@ class Auto(Solver):
 
         def attempt(method: type[Iterative], system: LinearSystem) -> Solution:
             steps = patience // 2 + 1 if method is BiCGSTAB else patience
-            found = self._iterated(method, maxiter=steps, rtol=rtol).run(system)
-            slow = found.status == Status.MAX_ITERATIONS
+            solution = self._iterated(method, maxiter=steps, rtol=rtol).run(system)
+            slow = solution.status == Status.MAX_ITERATIONS
             goal = (self.atol / norm(system.b)).clamp(min=rtol)
-            hopeless = slow & ~(2.5 * found.residual_norm.log() <= goal.log())
-            seen = _condition(found) if checked else None
+            hopeless = slow & ~(2.5 * solution.residual_norm.log() <= goal.log())
+            seen = _condition(solution) if checked else None
             if any_task(slow) and not any_task(hopeless):
                 further = self._iterated(method, maxiter=2 * steps, rtol=rtol)
-                again = further.run(_only(system, slow, x0=found.x))
-                found = _merged(found, again, slow)
+                again = further.run(_only(system, slow, x0=solution.x))
+                solution = _merged(solution, again, slow)
                 if seen is not None:
                     seen = torch.where(slow, seen.fmax(_condition(again)), seen)
             if seen is not None:
-                found.success = found.success & ~(seen * found.residual_norm > bound)
-            if system.condition is not None and any_task(found.success):
-                found.probe = probed(system, found, self.damping)
-                if found.probe is not None:
-                    found.success = found.success & ~found.probe.hides
-            return found
+                solution.success = solution.success & ~(seen * solution.residual_norm > bound)
+            if system.condition is not None and any_task(solution.success):
+                solution.probe = probed(system, solution, self.damping)
+                if solution.probe is not None:
+                    solution.success = solution.success & ~solution.probe.hides
+            return solution
 
-        found, used = attempt(CG if system.symmetric else GMRES, system), []
-        used.append("CG" if system.symmetric else "GMRES")
+        first = _first(system)
+        solution, used = attempt(first, system), [first.__name__]
         second, worth = (MINRES, _INDEFINITE) if system.symmetric else (BiCGSTAB, _STUCK)
-        failed = ~found.success & _one_of(found.status, worth)
+        failed = ~solution.success & _one_of(solution.status, worth)
         if any_task(failed) and not (small if system.symmetric else checked):
-            found = _merged(found, attempt(second, _only(system, failed)), failed)
+            solution = _merged(solution, attempt(second, _only(system, failed)), failed)
             used.append(second.__name__)
-        failed = ~found.success & (found.status != Status.NOT_FINITE)
+        failed = ~solution.success & (solution.status != Status.NOT_FINITE)
         if not checked:  # a singular value decomposition of a large matrix takes minutes
-            failed = failed & (found.status != Status.SINGULAR)
+            failed = failed & (solution.status != Status.SINGULAR)
         if any_task(failed):
             exact = Exact(damping=self.damping).run(_only(system, failed))
-            found = _merged(found, exact, failed)
+            solution = _merged(solution, exact, failed)
             used.append("Exact")
-        if len(used) > 1:
-            found.method = f"Auto: {', then '.join(used)}"
-        return found
+        return _said(solution, used)
 
-    def _in_turn(
-        self,
-        system: LinearSystem,
-        first: Solver,
-        then: Sequence[tuple[Solver, Sequence[Status]]],
-    ) -> Solution:
-        """The methods one after another, each for the tasks that are still unsolved."""
-        looks = system.looks or self.rtol != 0
-        found, used = first.run(system), [type(first).__name__]
-        for solver, worth in then:
-            failed = ~found.success & _one_of(found.status, worth)
-            if not looks or not any_task(failed):
-                continue
-            found = _merged(found, solver.run(_only(system, failed)), failed)
-            used.append(type(solver).__name__)
-        if len(used) > 1:
-            found.method = f"Auto: {', then '.join(used)}"
-        return found
+
+def _first(system: LinearSystem) -> type[Iterative]:
+    """Choose the method that comes first."""
+    return CG if system.symmetric else GMRES
+
+
+def _said(solution: Solution, used: Sequence[str]) -> Solution:
+    """Say which methods were tried, where it was more than one."""
+    if len(used) > 1:
+        solution.method = f"Auto: {', then '.join(used)}"
+    return solution
 
 
 def _only(system: LinearSystem, wanted: Tensor, **changes: Any) -> LinearSystem:
-    """The system for some of the tasks: a right-hand side of zero takes no part."""
-    b = torch.where(wanted[..., None], system.b, torch.zeros_like(system.b))
+    """Keep the system for some of the tasks: a right-hand side of zero takes no part."""
+    b = torch.where(wanted[..., None], system.b, 0.0)
     return dataclasses.replace(system, b=b, **changes)
 
 
-def _condition(found: Solution) -> Tensor:
-    """The condition number that a method has seen; infinite where it has seen nothing."""
-    if found.condition_number is not None:
-        return found.condition_number().nan_to_num(nan=math.inf)
-    low, high = found.eigenvalues.unbind(dim=-1)
+def _condition(solution: Solution) -> Tensor:
+    """Take the condition number that a method has seen; infinite where it has seen nothing."""
+    if solution.condition_number is not None:
+        return solution.condition_number().nan_to_num(nan=math.inf)
+    low, high = solution.eigenvalues.unbind(dim=-1)
     return (high / low).nan_to_num(nan=math.inf)
 
 
 def _one_of(status: Tensor, wanted: Sequence[Status]) -> Tensor:
-    found = torch.zeros_like(status, dtype=torch.bool)
-    for one in wanted:
-        found = found | (status == one)
-    return found
+    return torch.stack([status == one for one in wanted]).any(dim=0)
 
 
 def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
-    """The later answer where it was asked for and is no worse; what both of them have cost."""
+    """Take the later answer where it was asked for and is no worse; what both of them have cost."""
     closer = ~(after.residual_norm > before.residual_norm) & (after.status != Status.NOT_FINITE)
     taken = failed & (after.success | closer)
-
-    def spectrum() -> Tensor:
-        lowest = torch.fmin(before.eigenvalues, after.eigenvalues)[..., :1]
-        highest = torch.fmax(before.eigenvalues, after.eigenvalues)[..., 1:]
-        return torch.cat([lowest, highest], dim=-1)
-
     return Solution(
         x=torch.where(taken[..., None], after.x, before.x),
         status=torch.where(taken, after.status, before.status),
@@ -259,28 +240,27 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         residual_norm=torch.where(taken, after.residual_norm, before.residual_norm),
         negative_curvature=before.negative_curvature | after.negative_curvature,
         method=before.method,
-        spectrum=spectrum,
+        spectrum=widest(lambda: before.eigenvalues, lambda: after.eigenvalues),
         residual=_later(taken, before.residual, after.residual, missing=0.0),
         null=_later(taken, before.null, after.null, missing=0.0),
         linear_error=_later(taken, before.linear_error, after.linear_error),
         newton=_later_step(taken, before.newton, after.newton),
         metric=_later(taken, before.metric, after.metric, missing=1.0),
-        further=_further(taken, before, after),
+        further=after.further if every_task(taken) else None,
     )
 
 
 def _later(
     taken: Tensor, before: Tensor | None, after: Tensor | None, missing: float = math.nan
 ) -> Tensor | None:
-    """A figure, or a vector, of whichever answer each task has."""
+    """Take a figure, or a vector, of whichever answer each task has."""
     known = before if after is None else after
     if known is None:
         return None
-    absent = torch.full_like(known, missing)
     taken = taken if known.ndim == taken.ndim else taken[..., None]
-    return torch.where(
-        taken, absent if after is None else after, absent if before is None else before
-    )
+    absent = torch.full_like(known, missing)
+    one, other = (absent if v is None else v for v in (after, before))
+    return torch.where(taken, one, other)
 
 
 def _later_step(
@@ -298,27 +278,29 @@ def _later_step(
     )
 
 
-def _further(taken: Tensor, before: Solution, after: Solution) -> Callable[[Tensor], Tensor] | None:
-    """The inverse of the later answer, where every task has that."""
-    return after.further if every_task(taken) else None
-
-
 def _named(word: Any) -> str:
-    """The class that a word stands for, as far as one does."""
+    """Find the class that a word stands for, as far as one does."""
     from . import __all__ as names
 
     bare = str(word).lower().replace("-", "").replace("_", "")
-    return next((name for name in names[:-2] if name.lower() == bare), "CG")
+    bases = ("LinearSystem", "Solution", "Solver", "choose")
+    return next((name for name in names if name not in bases and name.lower() == bare), "CG")
 
 
 def choose(solver: Solver | None, symmetric: bool) -> Solver:
-    """`solver`, or where it is None the default, if it suits the matrix."""
+    """Take `solver`, or where it is None the default, if it suits the matrix."""
     chosen = Auto() if solver is None else solver
     if not isinstance(chosen, Solver):
         name = chosen.__name__ if isinstance(chosen, type) else _named(chosen)
+        text = f"solver must be a linear solver such as {name}(), or None; got {chosen!r}. "
+        if callable(chosen) and not isinstance(chosen, type):
+            text += (
+                "A method of your own is a frozen dataclass derived from hypergrad.solvers.Solver "
+                "whose run(system) returns a Solution(x): see the page 'extending' of the "
+                "documentation (docs/extending.md). "
+            )
         raise TypeError(
-            f"solver must be a linear solver such as {name}(), or None; got {chosen!r}. An inner "
-            "solver has no place here: its solution is passed as params."
+            f"{text}An inner solver has no place here: its solution is passed as params."
         )
     check_symmetry(chosen, symmetric)
     return chosen

@@ -1,177 +1,73 @@
-"""What all linear solvers share: the system, the meaning of their fields, and the evidence.
-
-A solver works on flat vectors of shape ``(*tasks, n)``. Every task is a system of its own, with
-its own status; a task that has stopped is frozen while the others go on.
-"""
+"""The base of all linear solvers, and how a method of one's own is written."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._autograd.refusals import refuse_derivatives
-from .._autograd.rows import by_rows
-from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
-from .._info import SolveInfo
+from .._info import SolveInfo, Status
 from .._mistakes import Fields
 from .._pytrees import Layout, Tree, refuse_meta
-
-if TYPE_CHECKING:
-    from ._units import Probe
-
-Product = Callable[[Tensor], Tensor]
-
-# What ``rtol=None`` means, by the dtype in which products are formed.
-_REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-# Norms between these are right to rounding, though their squares are summed in the dtype.
-_SAFE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-15, 1e15)}
-
-
-@dataclasses.dataclass
-class LinearSystem:
-    """``A x = b`` on flat vectors ``(*tasks, n)``.
-
-    Attributes
-    ----------
-    matvec, rmatvec : callable
-        Products with A and, where known, with its transpose.
-    b : Tensor
-        The right-hand side.
-    x0 : Tensor, optional
-        Where an iteration starts.
-    symmetric : bool, optional
-        Whether A is known to be symmetric; None: the caller did not say.
-    dense : callable, optional
-        A as a matrix, ``(*tasks, n, n)`` or with fewer task dimensions where tasks share it.
-    layout, tree : Layout, Tree
-        How a vector becomes a pytree, for preconditioners.
-    looks : bool
-        Whether the host may look at values between iterations.
-    contraction : bool
-        Whether A = I - J with J the derivative of a map that is meant to contract.
-    condition : Tensor, optional
-        The inner condition F at the parameters, where the inner Newton step is of interest.
-    explores : bool
-        Whether an iteration that ends soon goes on from a little off its answer, in general
-        position, so that it also meets what the right-hand side does not reach: a saddle, where
-        that is symmetric.
-    transposed : bool
-        Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
-    shared : int
-        How many right-hand sides, along the first axis of `b`, have one matrix in common.
-    """
-
-    matvec: Product
-    b: Tensor
-    layout: Layout
-    tree: Tree
-    x0: Tensor | None = None
-    rmatvec: Product | None = None
-    symmetric: bool | None = None
-    dense: Callable[[], Tensor] | None = None
-    looks: bool = True
-    contraction: bool = False
-    condition: Tensor | None = None
-    explores: bool = False
-    transposed: bool = False
-    shared: int = 1
-
-
-@dataclasses.dataclass
-class NewtonStep:
-    """``A^-1 F`` for the inner condition F, as far as a method knows it.
-
-    Attributes
-    ----------
-    step : Tensor
-        ``(*tasks, n)``.
-    left : Tensor
-        ``F - A step``.
-    beyond : Tensor
-        About how long ``A^-1 left`` is.
-    again : callable, optional
-        ``v -> A^-1 v``.
-    """
-
-    step: Tensor
-    left: Tensor
-    beyond: Tensor
-    again: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclasses.dataclass
-class Solution:
-    """A flat answer and its evidence; every figure has the tasks' shape.
-
-    What costs something is a function, called by who wants to know. `linear_error` and what
-    follows it are there where the system came with a condition F, and the method knows them.
-
-    Attributes
-    ----------
-    spectrum : callable, optional
-        The lowest and the highest Ritz value, ``(*tasks, 2)``.
-    condition_number : callable, optional
-        That of A as far as the method has seen it: a lower bound.
-    residual : Tensor, optional
-        ``b - A x``.
-    null : Tensor, optional
-        A vector ``(*tasks, n)`` in the null space of A, in general position; zero for the tasks
-        of full rank. None: none was seen.
-    linear_error : Tensor, optional
-        The relative error of `x`, from the residual, the rounding and the inverse that was seen.
-    newton : NewtonStep, optional
-        The way from the inner solution to the parameters.
-    metric : Tensor, optional
-        What entries of the inner variables are multiplied by before a length is taken of them,
-        ``(*tasks, n)``; None: one.
-    further : callable, optional
-        ``v -> A^-1 v`` for further right-hand sides.
-    probe : Probe, optional
-        What a product with a vector in general position has shown.
-    """
-
-    x: Tensor
-    status: Tensor
-    success: Tensor
-    iterations: Tensor
-    matvecs: int
-    residual_norm: Tensor
-    negative_curvature: Tensor
-    method: str
-    spectrum: Callable[[], Tensor] | None = None
-    condition_number: Callable[[], Tensor] | None = None
-    residual: Tensor | None = None
-    null: Tensor | None = None
-    linear_error: Tensor | None = None
-    newton: NewtonStep | None = None
-    metric: Tensor | None = None
-    further: Callable[[Tensor], Tensor] | None = None
-    probe: Probe | None = None
-
-    @functools.cached_property
-    def eigenvalues(self) -> Tensor:
-        """The lowest and the highest Ritz value, ``(*tasks, 2)``; NaN: not known."""
-        if self.spectrum is None:
-            return self.x.new_full((*self.residual_norm.shape, 2), math.nan)
-        return self.spectrum()
+from ._system import Counted, LinearSystem, Solution, Units, graded
+from ._vectors import Product, dense_by_products, norm
 
 
 class Solver(Fields, ABC):
-    """A method for ``(A + damping I) x = b``, as a value: frozen, printable and shareable."""
+    """A method for ``(A + damping I) x = b``, as a value: frozen, printable and shareable.
+
+    A method of one's own is a frozen dataclass derived from it that defines `run`, which gets a
+    `LinearSystem` and returns a `Solution`; that may hold `x` alone. It works wherever a solver is
+    asked for, under ``torch.func.vmap`` and in second derivatives too, if it treats the last
+    dimension of its vectors as the system and all others as tasks. A field `damping` means that
+    ``A + damping I`` is solved, which `run` sees to itself; a field `rtol` is the tolerance that a
+    residual is judged by, and None or no such field one that the dtype can reach.
+
+    Attributes
+    ----------
+    needs_symmetry : bool
+        Class variable: whether A must be symmetric. False by default, like those that follow.
+    needs_transpose : bool
+        Class variable: whether products with the transpose are needed, `rmatvec`, where A is not
+        symmetric.
+    takes_rectangles : bool
+        Class variable: whether A may have more rows than columns, or fewer.
+
+    Examples
+    --------
+    Richardson's iteration:
+
+    >>> import dataclasses, torch, hypergrad
+    >>> from hypergrad.solvers import LinearSystem, Solution, Solver
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Richardson(Solver):
+    ...     step_size: float
+    ...     steps: int = 100
+    ...
+    ...     def run(self, system: LinearSystem) -> Solution:
+    ...         x = torch.zeros_like(system.b)
+    ...         for _ in range(self.steps):
+    ...             x = x + self.step_size * (system.b - system.matvec(x))
+    ...         return Solution(x)
+    >>> x, info = Richardson(step_size=0.4).solve(lambda v: 2.0 * v, torch.ones(3))
+    >>> x, info.success, int(info.matvecs)
+    (tensor([0.5000, 0.5000, 0.5000]), tensor(True), 101)
+    >>> inner = lambda params, target: ((params - target) ** 2).sum()
+    >>> outer = lambda params, target: params.sum()
+    >>> target = torch.tensor([1.0, 2.0])
+    >>> hypergrad.implicit_grad(outer, inner, target, target, solver=Richardson(0.4))
+    tensor([1., 1.])
+    """
 
     needs_symmetry: ClassVar[bool] = False
-    #: Whether products with the transpose are needed: `rmatvec`, where A is not symmetric.
     needs_transpose: ClassVar[bool] = False
-    #: Whether A may have more rows than columns, or fewer.
     takes_rectangles: ClassVar[bool] = False
 
     def solve(
@@ -252,10 +148,10 @@ class Solver(Fields, ABC):
 
             def form(v: Tensor) -> Tensor:
                 with torch.enable_grad():  # it may take derivatives itself
-                    found = product(domain.rebuild(split.split(v)))
-                if open_ and not there and not _alike(found, image):
-                    raise _Rectangular(found)
-                return join.flatten([t.detach() for t in image.match(f"{name}(v)", found)])
+                    value = product(domain.rebuild(split.split(v)))
+                if open_ and not there and not _alike(value, image):
+                    raise _Rectangular(value)
+                return join.flatten([t.detach() for t in image.match(f"{name}(v)", value)])
 
             return form
 
@@ -270,20 +166,85 @@ class Solver(Fields, ABC):
         system.dense = lambda: dense_by_products(system.matvec, system.b)
         try:
             with torch.no_grad():
-                found = self.run(system)
+                solution = self.solve_flat(system)
         except RuntimeError:
             refuse_meta(tree)
             raise
-        parts = refuse_derivatives(layout.split(found.x), of_b.variables, _not_differentiable)
-        x = tree.rebuild(parts)
-        return x, info_of(found, solution=x, eigenvalues=found.eigenvalues)
+        leaves = refuse_derivatives(layout.split(solution.x), of_b.variables, _not_differentiable)
+        x = tree.rebuild(leaves)
+        return x, info_of(solution, solution=x, eigenvalues=solution.eigenvalues)
+
+    def solve_flat(self, system: LinearSystem) -> Solution:
+        """Run, and measure what `run` leaves out.
+
+        Parameters
+        ----------
+        system : LinearSystem
+            What is solved.
+
+        Returns
+        -------
+        solution : Solution
+            That of `run`, judged.
+
+        Raises
+        ------
+        TypeError
+            If `run` returns anything else.
+        """
+        products = Counted(system.matvec, 0.0, system.rmatvec)
+        rmatvec = None if system.rmatvec is None else products.transposed
+        solution = self.run(dataclasses.replace(system, matvec=products, rmatvec=rmatvec))
+        if not isinstance(solution, Solution):
+            raise TypeError(
+                f"{type(self).__name__}.run must return a hypergrad.solvers.Solution, such as "
+                f"Solution(x); it returned {type(solution).__name__}."
+            )
+        solution.method = solution.method or type(self).__name__
+        if not solution.unsaid.isdisjoint(("residual_norm", "status")):
+            self._judge(system, products, solution)
+        solution.matvecs = solution.matvecs or products.count
+        return solution
+
+    def _judge(self, system: LinearSystem, products: Counted, solution: Solution) -> None:
+        """Measure the residual where it is not known, and take the status from it."""
+        units, unsaid, status = Units(system.b), solution.unsaid, solution.status
+        size, precision = solution.residual_norm, system.layout.precision
+        if "residual_norm" in unsaid:
+            if solution.residual is None:
+                products.damping = getattr(self, "damping", 0.0)
+                solution.residual = system.b - products(solution.x)
+            size = norm(solution.residual / units.unit)
+        if "status" in unsaid:
+            rtol, atol = getattr(self, "rtol", None), getattr(self, "atol", 0.0)
+            met = size <= units.tolerance(rtol, atol, precision)
+            lost = ~torch.isfinite(size)
+            ends = {Status.CONVERGED: met, Status.NOT_FINITE: lost}
+            status = graded(ends, Status.MAX_ITERATIONS)
+        solution.x, solution.status, solution.residual_norm = units.settled(
+            solution.x, status, size
+        )
+        if "success" in unsaid:
+            solution.success = solution.status == Status.CONVERGED
 
     @abstractmethod
     def run(self, system: LinearSystem) -> Solution:
-        """Solve a flat system."""
+        """Solve a flat system.
+
+        Parameters
+        ----------
+        system : LinearSystem
+            The system. Gradients are off, and what it holds is described there.
+
+        Returns
+        -------
+        solution : Solution
+            Its x, shaped like ``system.b`` (for a system that is not square, ``(*tasks, n)`` with
+            ``n = system.layout.n``), and as much evidence as the method has.
+        """
 
     def as_preconditioner(self, matvec: Counted, b: Tensor) -> Product:
-        """An approximate inverse for another method, on flat vectors.
+        """Make an approximate inverse for another method, on flat vectors.
 
         Parameters
         ----------
@@ -312,7 +273,7 @@ class _Rectangular(Exception):
 
 
 def _alike(value: Any, tree: Tree) -> bool:
-    """Whether a pytree has the structure of another, and its tensors the same shapes."""
+    """Say whether a pytree has the structure of another, and its tensors the same shapes."""
     other = Tree("rmatvec(v)", value)
     return other.spec == tree.spec and [t.shape for t in other.variables] == [
         t.shape for t in tree.variables
@@ -326,90 +287,25 @@ def _not_differentiable() -> Exception:
     )
 
 
-def info_of(found: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
-    """The `SolveInfo` of a flat solution; figures that are not given are NaN."""
-    nan = torch.full_like(found.residual_norm, math.nan)
-    figures: dict[str, Any] = {
-        "success": found.success,
-        "inner_residual": nan,
-        "outer_error": nan,
-        "error_estimate": nan,
-        "degeneracy": nan,
-        "outer_value": nan,
-        "eigenvalues": nan,
-    }
+def info_of(solved: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
+    """Make the `SolveInfo` of a flat solution; figures that are left out are NaN."""
+    nan = torch.full_like(solved.residual_norm, math.nan)
+    scalars = ("inner_residual", "outer_error", "error_estimate", "degeneracy", "outer_value")
+    figures = {"success": solved.success, **dict.fromkeys((*scalars, "eigenvalues"), nan)}
     return SolveInfo(
-        status=found.status,
-        iterations=found.iterations,
-        matvecs=torch.full_like(found.iterations, found.matvecs),
-        residual_norm=found.residual_norm,
-        negative_curvature=found.negative_curvature,
+        status=solved.status,
+        iterations=solved.iterations,
+        matvecs=torch.full_like(solved.iterations, solved.matvecs),
+        residual_norm=solved.residual_norm,
+        negative_curvature=solved.negative_curvature,
         solution=solution,
-        method=found.method,
+        method=solved.method,
         **{**figures, **evidence},
     )
 
 
-class Counted:
-    """Products with ``A + damping I`` and its transpose that count how often they are formed."""
-
-    def __init__(self, matvec: Product, damping: float, rmatvec: Product | None = None) -> None:
-        self.matvec, self.rmatvec, self.damping, self.count = matvec, rmatvec, damping, 0
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """Form one product."""
-        self.count += 1
-        found = self.matvec(v)
-        return found if self.damping == 0 else torch.add(found, v, alpha=self.damping)
-
-    def transposed(self, v: Tensor) -> Tensor:
-        """Form one product with the transpose."""
-        assert self.rmatvec is not None
-        self.count += 1
-        found = self.rmatvec(v)
-        return found if self.damping == 0 else torch.add(found, v, alpha=self.damping)
-
-
-def tolerance(rtol: float | None, dtype: torch.dtype) -> float:
-    """`rtol`, or where it is None one that the dtype can reach."""
-    return _REACHABLE[dtype] if rtol is None else rtol
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each task's vectors."""
-    return torch.linalg.vecdot(a, b)
-
-
-def norm(v: Tensor) -> Tensor:
-    """The Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
-    if v.shape[-1] == 0:
-        return v.new_zeros(v.shape[:-1])
-    if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v):
-        # Several times as fast, and right where no square leaves the range of the dtype.
-        found = torch.linalg.vector_norm(v, dim=-1)
-        low, high = _SAFE[v.dtype]
-        if found.ndim == 0:
-            safe = low < found.item() < high
-        else:
-            safe = bool(((found > low) & (found < high)).all())
-        if safe:
-            return found
-    if v.dtype != torch.float64:  # squares fit into the wider dtype, without a look at the largest
-        return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).to(v.dtype)
-    largest = v.abs().amax(dim=-1)
-    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
-    return unit * torch.linalg.vector_norm(v / unit[..., None], dim=-1)
-
-
-def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
-    """The matrix of a product, column by column, for one system."""
-    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    columns: Tensor = by_rows(matvec, eye)
-    return columns.mT
-
-
 def mapped_by_caller(solver: Solver) -> bool:
-    """Whether a solver calls a function of the caller's, which may close over batched tensors."""
+    """Say whether a solver calls a function of the caller's, which may reach batched tensors."""
     preconditioner = getattr(solver, "preconditioner", None)
     return preconditioner is not None and not isinstance(preconditioner, Solver)
 
@@ -421,15 +317,3 @@ def check_symmetry(solver: Solver, symmetric: bool | None) -> None:
             f"{type(solver).__name__} needs a symmetric matrix, and this condition's is not. Use "
             "GMRES() or Exact(), or declare symmetric=True on the condition where it holds."
         )
-
-
-def at_least(name: str, value: float | None, bound: float) -> None:
-    """Raise ValueError unless the field is None or at least the bound."""
-    if value is not None and not value >= bound:
-        raise ValueError(f"{name} must be at least {bound}; got {value!r}.")
-
-
-def finite(name: str, value: float) -> None:
-    """Raise ValueError unless the field is a finite number."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number; got {value!r}.")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .._autograd.host import any_task
-from .._info import Status
-from ._base import Counted, Product, dot
-from ._iterative import PRICE, Iterative, Part, curves_down
+from ._krylov import PRICE, Correction, Iterative, Pass, Recurrence, curves_down
+from ._vectors import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,8 @@ class BiCGSTAB(Iterative):
     References
     ----------
     van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of
-    nonsymmetric linear systems, 1992.
+    nonsymmetric linear systems, 1992; Saad, Iterative methods for sparse linear systems, 2003,
+    algorithm 7.7.
 
     Examples
     --------
@@ -45,92 +43,83 @@ class BiCGSTAB(Iterative):
 
     judged_by_residual: ClassVar[bool] = True  # what it returns is its best iterate
 
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-    ) -> Part:
-        zero, one = torch.zeros_like(tol), torch.ones_like(tol)
-        flat = 10 * torch.finfo(r.dtype).eps
-        coarse = torch.finfo(r.dtype).eps ** 0.5
-        x, p = torch.zeros_like(r), r
-        shadow, shadow_size = r, torch.linalg.vector_norm(r, dim=-1)
-        rho, size = shadow_size.square(), shadow_size
-        best, best_size = x, size
-        modest, least = x, size  # the answer where there is no solution
-        largest = zero
-        unknown, broken, singular, ended = (torch.zeros_like(active) for _ in range(4))
-        negative = torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
-            steps += 1
-            p_hat = p if precondition is None else precondition(p)
-            v = matvec(p_hat)
-            negative = negative | (active & curves_down(p_hat, v))
-            v_size, p_size = (torch.linalg.vector_norm(w, dim=-1) for w in (v, p_hat))
-            across = dot(shadow, v)
-            sound = across.abs() > flat * shadow_size * v_size  # false for NaN too
-            alpha = torch.where(sound, rho / torch.where(sound, across, one), zero)
-            s = torch.addcmul(r, alpha[..., None], v, value=-1)
-            s_size = torch.linalg.vector_norm(s, dim=-1)
-            half = active & sound & (s_size <= tol)  # the first half of the step is enough
-            s_hat = s if precondition is None else precondition(s)
-            t = matvec(s_hat)
-            t_size = torch.linalg.vector_norm(t, dim=-1)
-            ts = dot(t, s)
-            stable = half | (ts.abs() > flat * t_size * s_size)
-            omega = torch.where(stable & ~half, ts / t_size.square(), zero)
-            gain = torch.addcmul(alpha[..., None] * p_hat, omega[..., None], s_hat)
-            moving = active & sound  # also by half a step, where the second half is none
-            x = torch.where(moving[..., None], x + gain, x)
-            r = torch.where(moving[..., None], torch.addcmul(s, omega[..., None], t, value=-1), r)
-            size = torch.linalg.vector_norm(r, dim=-1)
-            growth = v_size / torch.where(p_size > 0, p_size, one)
-            largest = torch.where(moving, torch.maximum(largest, growth), largest)
-            # The answer is too long to come any closer: at the rounding floor, or singular.
-            length = largest * torch.linalg.vector_norm(x, dim=-1)
-            reach, cost = flat * length, size + PRICE * length
-            modest = torch.where((moving & (cost < least))[..., None], x, modest)
-            least = torch.where(moving, torch.minimum(least, cost), least)
-            better = moving & (size < best_size) & (reach < size.clamp(min=coarse))
-            best = torch.where(better[..., None], x, best)
-            best_size = torch.where(better, size, best_size)
-            over = moving & (reach >= best_size)
-            null = active & ((v_size <= flat * largest * p_size) | (over & (best_size > coarse)))
-            iterations = iterations + moving
+    def _iterate(self, start: Pass) -> Correction:
+        run = _Recurrence(start)
+        while run.goes_on():
+            run.step()
+        x = torch.where((run.broken | run.ended | run.active)[..., None], run.best, run.x)
+        return run.correction(torch.where(run.singular[..., None], run.modest, x))
 
-            met = size <= tol
-            rho_next = dot(shadow, r)
-            vanished = ~met & ~(rho_next.abs() > flat * shadow_size * size)
-            stopping = active & (~sound | ~stable | vanished | over)
-            # What is not finite from the start is the matrix, and later the method.
-            lost = stopping & ~torch.isfinite(size + v_size + t_size) & (iterations <= 1)
-            unknown, singular = unknown | lost, singular | (null & ~met)
-            broken = broken | (stopping & ~over & ~(sound & met))
-            ended = ended | over
-            beta = torch.where(stopping | ~stable, zero, rho_next / rho * alpha / omega)
-            beta = torch.where(active & ~met, beta, zero)[..., None]
-            p = torch.addcmul(r, beta, torch.addcmul(p, omega[..., None], v, value=-1))
-            rho = torch.where(rho_next == 0, one, rho_next)
-            active = active & ~stopping & ~met
-        status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        status = torch.where(broken, int(Status.BREAKDOWN), status)
-        status = torch.where(singular, int(Status.SINGULAR), status)
-        status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        x = torch.where((broken | ended | active)[..., None], best, x)
-        x = torch.where(singular[..., None], modest, x)
-        return Part(
-            x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
-            status=status,
-            iterations=iterations,
-            steps=steps,
-            negative=negative,
-            largest=largest,
-        )
+
+class _Recurrence(Recurrence):
+    """The iteration, by the names of Saad (2003), algorithm 7.7; `shadow` is r0*."""
+
+    def __init__(self, start: Pass) -> None:
+        super().__init__(start)
+        self.coarse = torch.finfo(start.r.dtype).eps ** 0.5
+        self.shadow = self.r = self.p = start.r
+        self.x = self.best = self.modest = torch.zeros_like(start.r)
+        self.size = self.best_size = self.least = torch.linalg.vector_norm(start.r, dim=-1)
+        self.rho, self.shadow_size = self.size.square(), self.size
+        self.ended = self.broken
+
+    def step(self) -> None:
+        """Make one step of two products."""
+        start, active, zero, one = self.start, self.active, self.zero, self.one
+        p_hat = start.preconditioned(self.p)
+        v = start.matvec(p_hat)
+        self.negative = self.negative | (active & curves_down(p_hat, v))
+        v_size, p_size = (torch.linalg.vector_norm(w, dim=-1) for w in (v, p_hat))
+        across = dot(self.shadow, v)
+        sound = across.abs() > self.flat * self.shadow_size * v_size  # false for NaN too
+        alpha = torch.where(sound, self.rho / torch.where(sound, across, one), zero)
+        s = torch.addcmul(self.r, alpha[..., None], v, value=-1)
+        s_size = torch.linalg.vector_norm(s, dim=-1)
+        half = active & sound & (s_size <= start.tol)  # the first half of the step is enough
+        s_hat = start.preconditioned(s)
+        t = start.matvec(s_hat)
+        t_size = torch.linalg.vector_norm(t, dim=-1)
+        ts = dot(t, s)
+        stable = half | (ts.abs() > self.flat * t_size * s_size)
+        omega = torch.where(stable & ~half, ts / t_size.square(), zero)
+        gain = torch.addcmul(alpha[..., None] * p_hat, omega[..., None], s_hat)
+        moving = active & sound  # also by half a step, where the second half is none
+        wide = moving[..., None]
+        self.x = torch.where(wide, self.x + gain, self.x)
+        self.r = torch.where(wide, torch.addcmul(s, omega[..., None], t, value=-1), self.r)
+        self.size = torch.linalg.vector_norm(self.r, dim=-1)
+        over = self._keep_best(moving, v_size, p_size)
+        self.iterations = self.iterations + moving
+
+        met = self.size <= start.tol
+        rho = dot(self.shadow, self.r)
+        vanished = ~met & ~(rho.abs() > self.flat * self.shadow_size * self.size)
+        stopping = active & (~sound | ~stable | vanished | over)
+        # What is not finite from the start is the matrix, and later the method.
+        lost = stopping & ~torch.isfinite(self.size + v_size + t_size) & (self.iterations <= 1)
+        self.unknown = self.unknown | lost
+        self.broken = self.broken | (stopping & ~over & ~(sound & met))
+        beta = torch.where(stopping | ~stable, zero, rho / self.rho * alpha / omega)
+        beta = torch.where(active & ~met, beta, zero)[..., None]
+        self.p = torch.addcmul(self.r, beta, torch.addcmul(self.p, omega[..., None], v, value=-1))
+        self.rho = torch.where(rho == 0, one, rho)
+        self.active = active & ~stopping & ~met
+
+    def _keep_best(self, moving: Tensor, v_size: Tensor, p_size: Tensor) -> Tensor:
+        """Keep the best iterate, and say where the answer is too long to come any closer."""
+        growth = v_size / torch.where(p_size > 0, p_size, self.one)
+        self.largest = torch.where(moving, torch.maximum(self.largest, growth), self.largest)
+        length = self.largest * torch.linalg.vector_norm(self.x, dim=-1)
+        reach, cost = self.flat * length, self.size + PRICE * length
+        # The answer where there is no solution.
+        self.modest = torch.where((moving & (cost < self.least))[..., None], self.x, self.modest)
+        self.least = torch.where(moving, torch.minimum(self.least, cost), self.least)
+        better = moving & (self.size < self.best_size) & (reach < self.size.clamp(min=self.coarse))
+        self.best = torch.where(better[..., None], self.x, self.best)
+        self.best_size = torch.where(better, self.size, self.best_size)
+        over = moving & (reach >= self.best_size)  # at the rounding floor, or singular
+        null = v_size <= self.flat * self.largest * p_size
+        null = self.active & (null | (over & (self.best_size > self.coarse)))
+        self.singular = self.singular | (null & ~(self.size <= self.start.tol))
+        self.ended = self.ended | over
+        return over

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -14,11 +13,13 @@ from torch import Tensor
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
-from ._cg_in_numbers import FLAT, in_numbers, suits
-from ._iterative import AROUND, FEW, Iterative, Part, off_zero
+from ._cg_in_numbers import in_numbers, suits
+from ._fields import tolerance
+from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
+from ._system import Counted, LinearSystem, Solution, graded
+from ._vectors import dot, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ class CG(Iterative):
 
     References
     ----------
-    Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952.
+    Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952,
+    equations 3:1; Saad, Iterative methods for sparse linear systems, 2003, algorithms 6.18 and,
+    with a preconditioner, 9.1.
 
     Examples
     --------
@@ -50,21 +53,20 @@ class CG(Iterative):
 
     needs_symmetry: ClassVar[bool] = True
 
-    def run(self, system: LinearSystem, begun: Part | None = None) -> Solution:
+    def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
         if begun is None and suits(system.b) and self.preconditioner is None:
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
     def _run_in_numbers(self, system: LinearSystem) -> Solution:
-        """What the general way would do where one pass is enough, in a fifth of the operations."""
+        """Do what the general way would, where one pass is enough, in a fifth of the operations."""
         scale = norm(system.b).item()
         looks = system.looks or self.rtol != 0
         if not looks or system.x0 is not None or not 0 < scale < math.inf:
             return super().run(system)
         matvec = Counted(system.matvec, self.damping)
-        b = system.b / scale
-        precision = system.layout.precision
+        b, precision = system.b / scale, system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
@@ -73,24 +75,18 @@ class CG(Iterative):
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
-        x = part.x
-        residual = torch.sub(b, matvec(x))
+        residual = torch.sub(b, matvec(part.x))
         size = norm(residual)
         status = Status(int(part.status))
         solved = status == Status.CONVERGED and size.item() <= tol
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
             return super().run(system, part)
-        if size.item() <= tol:
-            status = Status.CONVERGED
-        inverse = newton = None
-        if part.observer is not None:
-            inverse, newton = part.observer.inverse(part.x), part.observer.newton(part.x)
-        met = status == Status.CONVERGED
+        met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
         return Solution(
-            x=x * scale,
-            status=torch.tensor(int(status), device="cpu"),
+            x=part.x * scale,
+            status=torch.tensor(int(Status.CONVERGED if met else status), device="cpu"),
             success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
             matvecs=matvec.count,
@@ -99,14 +95,15 @@ class CG(Iterative):
             method="CG",
             spectrum=part.ritz,
             residual=residual * scale,
-            linear_error=self._linear_error(x, size, inverse, part.largest, precision),
-            newton=newton,
+            linear_error=self._linear_error(part.x, size, part, precision),
+            newton=None if part.observer is None else part.observer.newton(part.x),
         )
 
-    def _look_around(self, matvec: Counted, b: Tensor, part: Part, tol: float, limit: int) -> None:
+    def _look_around(
+        self, matvec: Counted, b: Tensor, part: Correction, tol: float, limit: int
+    ) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        r = off_zero(matvec, b)
-        more = in_numbers(matvec, None, r, tol, limit, None)
+        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None)
         part.negative = more.negative
         part.largest = torch.maximum(part.largest, more.largest)
         part.ritz = widest(part.ritz, more.ritz)
@@ -114,104 +111,116 @@ class CG(Iterative):
             part.status = more.status
         part.steps += more.steps + 1
 
-    def _iterate(
-        self,
-        matvec: Product,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-    ) -> Part:
-        if looks and suits(r):
-            return in_numbers(matvec, precondition, r, tol.item(), limit * bool(active), condition)
-        target = tol.square()
-        zero = torch.zeros_like(tol)
-        x = torch.zeros_like(r)
-        z = r if precondition is None else precondition(r)
-        p = z
+    def _iterate(self, start: Pass) -> Correction:
+        if start.looks and suits(start.r):
+            limit = start.limit * bool(start.active)
+            return in_numbers(
+                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition
+            )
+        run = _Recurrence(start)
+        while run.goes_on():
+            run.step()
+        return run.ended()
+
+
+class _Recurrence(Recurrence):
+    """The iteration for many tasks at once; the names are the literature's."""
+
+    def __init__(self, start: Pass) -> None:
+        super().__init__(start)
+        zero, self.smooth = self.zero, False
+        self.target = start.tol.square()
+        r, z = start.r, start.preconditioned(start.r)
+        self.rz = dot(r, z)
+        self.rr = self.rz if start.precondition is None else dot(r, r)
+        self.pp = dot(z, z)
+        self.x = self.best = torch.zeros_like(r)
+        self.best_rr = self.rr
         # In place, where no transform is in the way; x stays, since others keep it.
-        scratch = None
+        self.scratch: Tensor | None = None
         if r.device.type == "cpu" and not transforms_active():
-            r, p, scratch = r.clone(), p.clone(), torch.empty_like(r)
-        rz = dot(r, z)
-        rr = rz if precondition is None else dot(r, r)
-        best, best_rr = x, rr
-        steepest = zero  # the largest Rayleigh quotient met, the scale for "p.Ap is zero"
-        flat = FLAT * torch.finfo(r.dtype).eps
-        pp = dot(p, p)
-        stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
-        bent = torch.zeros_like(active)  # p.Ap is zero there, and Ap is not
-        failed = torch.zeros_like(active)
-        curvatures, sizes, betas, known, moves = [], [], [], [], []  # of each step
-        observer = None if condition is None else Observer(condition, r)
-        steps, smooth = 0, False
-        while steps < limit and (smooth or not looks or any_task(active)):
-            steps += 1
-            Ap = matvec(p)
-            pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
-            quotient = pAp / pp
-            steepest = torch.maximum(steepest, quotient.abs())
-            usable = quotient > flat * steepest  # false for NaN too
-            moving = active & usable
-            alpha = torch.where(moving, rz / pAp, zero)[..., None]
-            if observer is not None:
-                observer.along(p, Ap, p, torch.where(moving, pAp, zero))
-            x = torch.addcmul(x, alpha, p)
-            r = torch.addcmul(r, alpha, Ap, value=-1, out=None if scratch is None else r)
-            z = r if precondition is None else precondition(r)
-            # A norm is summed without a vector of the squares.
-            rr = torch.linalg.vector_norm(r, dim=-1).square()
-            rz_new = rr if precondition is None else dot(r, z)
-            beta = torch.where(moving, rz_new / rz, zero)
-            curvatures.append(pAp)
-            sizes.append(rz)
-            betas.append(beta)
-            known.append(active)
-            moves.append(moving)
-            going, better = moving & (rr > target), rr < best_rr
-            # Where every task goes on and comes closer, which one look tells, that is all.
-            smooth = looks and every_task(going & better)
-            if smooth or (looks and every_task(better)):
-                best, best_rr = x, rr
-            elif not looks or any_task(better):
-                best = torch.where(better[..., None], x, best)
-                best_rr = torch.where(better, rr, best_rr)
-            if not looks or not (smooth or every_task(usable | ~active)):
-                stopping = active & ~usable
-                stopped = torch.where(stopping, quotient, stopped)
-                # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
-                bent = bent | (stopping & (dot(Ap, Ap) > 100 * flat * steepest.square() * pp))
-                failed = failed | stopping
-            p = torch.addcmul(z, beta[..., None], p, out=None if scratch is None else p)
-            pp = torch.addcmul(rr, beta.square(), pp) if precondition is None else dot(p, p)
-            rz = rz_new
-            if observer is not None:
-                observer.after_step(x, rr.sqrt(), moving)
-            active = going
-        status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        unknown = failed & ~torch.isfinite(stopped)
-        negative = failed & ~unknown & ((stopped < -flat * steepest) | bent)
-        status = torch.where(failed, int(Status.SINGULAR), status)
-        status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status)
-        status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        if not looks or any_task(failed):
-            x = torch.where(failed[..., None], best, x)
-            x = torch.where(unknown[..., None], torch.full_like(x, math.nan), x)
-        return Part(
-            x=x,
-            status=status,
-            iterations=torch.stack(moves).sum(dim=0) if steps else torch.zeros_like(status),
-            steps=steps,
-            negative=negative,
-            largest=steepest,
-            ritz=partial(_ritz, curvatures, sizes, betas, known) if steps else None,
-            observer=observer,
-        )
+            r, z, self.scratch = r.clone(), z.clone(), torch.empty_like(r)
+        self.r, self.p = r, z
+        # `largest` is the largest Rayleigh quotient met, the scale for "p.Ap is zero".
+        self.stopped = zero  # p.Ap / p.p of the direction at which a task had to stop
+        self.bent = self.singular  # p.Ap is zero there, and Ap is not
+        self.log: list[tuple[Tensor, ...]] = []  # the coefficients of each step
+        self.observer = None if start.condition is None else Observer(start.condition, r)
+
+    def goes_on(self) -> bool:
+        """Count a step, if one is made; where every task goes on there is no need to ask."""
+        if not self.smooth or self.steps >= self.start.limit:
+            return super().goes_on()
+        self.steps += 1
+        return True
+
+    def step(self) -> None:
+        """Make one step: Hestenes and Stiefel (1952), equations 3:1b to 3:1f."""
+        start, zero, p, scratch = self.start, self.zero, self.p, self.scratch
+        Ap = start.matvec(p)
+        pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
+        quotient = pAp / self.pp
+        self.largest = torch.maximum(self.largest, quotient.abs())
+        usable = quotient > self.flat * self.largest  # false for NaN too
+        moving = self.active & usable
+        alpha = torch.where(moving, self.rz / pAp, zero)[..., None]  # 3:1b
+        if self.observer is not None:
+            self.observer.along(p, Ap, p, torch.where(moving, pAp, zero))
+        self.x = torch.addcmul(self.x, alpha, p)  # 3:1c
+        out = None if scratch is None else self.r
+        self.r = torch.addcmul(self.r, alpha, Ap, value=-1, out=out)  # 3:1d
+        z = start.preconditioned(self.r)
+        # A norm is summed without a vector of the squares.
+        self.rr = torch.linalg.vector_norm(self.r, dim=-1).square()
+        rz = self.rr if start.precondition is None else dot(self.r, z)
+        beta = torch.where(moving, rz / self.rz, zero)  # 3:1e
+        self.log.append((pAp, self.rz, beta, self.active, moving))
+        going = moving & (self.rr > self.target)
+        self._keep_best(going)
+        if not start.looks or not (self.smooth or every_task(usable | ~self.active)):
+            self._stop(self.active & ~usable, quotient, Ap)
+        self.p = torch.addcmul(z, beta[..., None], p, out=None if scratch is None else p)  # 3:1f
+        alone = start.precondition is None
+        self.pp = torch.addcmul(self.rr, beta.square(), self.pp) if alone else dot(self.p, self.p)
+        self.rz, self.active = rz, going
+        if self.observer is not None:
+            self.observer.after_step(self.x, self.rr.sqrt(), moving)
+
+    def _keep_best(self, going: Tensor) -> None:
+        """Keep the iterate of the smallest residual."""
+        looks, better = self.start.looks, self.rr < self.best_rr
+        # Where every task goes on and comes closer, which one look tells, that is all.
+        self.smooth = looks and every_task(going & better)
+        if self.smooth or (looks and every_task(better)):
+            self.best, self.best_rr = self.x, self.rr
+        elif not looks or any_task(better):
+            self.best = torch.where(better[..., None], self.x, self.best)
+            self.best_rr = torch.where(better, self.rr, self.best_rr)
+
+    def _stop(self, stopping: Tensor, quotient: Tensor, Ap: Tensor) -> None:
+        """Stop the tasks whose direction has no positive curvature."""
+        self.stopped = torch.where(stopping, quotient, self.stopped)
+        # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
+        bound = 100 * self.flat * self.largest.square() * self.pp
+        self.bent = self.bent | (stopping & (dot(Ap, Ap) > bound))
+        self.singular = self.singular | stopping
+
+    def ended(self) -> Correction:
+        """Say how the tasks ended; one that had to stop returns its best iterate."""
+        failed, x = self.singular, self.x
+        self.unknown = failed & ~torch.isfinite(self.stopped)
+        bent = self.bent | (self.stopped < -self.flat * self.largest)
+        self.negative = failed & ~self.unknown & bent
+        if not self.start.looks or any_task(failed):
+            x = torch.where(failed[..., None], self.best, x)
+        *of_steps, moves = zip(*self.log, strict=True) if self.log else ((),)
+        if moves:
+            self.iterations = torch.stack(moves).sum(dim=0)
+        ritz = partial(_ritz, *of_steps) if self.log else None
+        part = self.correction(x, ritz=ritz, observer=self.observer)
+        part.status = graded({Status.NEGATIVE_CURVATURE: self.negative}, part.status)
+        return part
 
 
-def _ritz(*of_steps: Sequence[Tensor]) -> Tensor:
-    pAp, size, beta, known = (torch.stack(list(kept), dim=-1) for kept in of_steps)
-    return ritz_values_of_cg(pAp, size, beta, known)
+def _ritz(*of_steps: tuple[Tensor, ...]) -> Tensor:
+    return ritz_values_of_cg(*(torch.stack(kept, dim=-1) for kept in of_steps))

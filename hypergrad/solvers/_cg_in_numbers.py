@@ -1,31 +1,32 @@
 """Conjugate gradients for one system on the CPU, where numbers are quicker than 0-d tensors.
 
-`CG._iterate` says what is done and why; this is the same for one system, and the tests hold the
-two against each other.
+`_cg` says what is done and why; this is the same for one system, and the tests hold the two against
+each other.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._base import Product
-from ._iterative import Part
+from ._krylov import Correction
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
+from ._vectors import Product
 
-#: Curvature below so many roundings of the largest is none.
-FLAT = 10
+_FLAT = 10  # curvature below so many roundings of the largest is none
+_TRUE = torch.tensor(True, device="cpu")
 _TOGETHER = 32  # short directions that are kept and added at once
 _SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fill the memory
 
 
 def suits(b: Tensor) -> bool:
-    """Whether this is one system, on the CPU, whose values the host may look at."""
+    """Say whether this is one system, on the CPU, whose values the host may look at."""
     return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
 
 
@@ -36,41 +37,29 @@ def in_numbers(
     tol: float,
     limit: int,
     condition: Tensor | None,
-) -> Part:
-    """One pass of the iteration; with a `limit` of zero, nothing."""
-    target = tol * tol
+) -> Correction:
+    """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
     x = _Sum(r)
-    z = r if precondition is None else precondition(r)
-    p = z
-    rz = _number(r, z)
+    p = r if precondition is None else precondition(r)
+    rz = _number(r, p)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = FLAT * torch.finfo(r.dtype).eps
-    curvatures, sizes, betas = [], [], []
+    flat = _FLAT * torch.finfo(r.dtype).eps
+    log: list[tuple[float, float, float]] = []  # the coefficients of each step
     observer = None if condition is None else Observer(condition, r)
-    true = torch.tensor(True, device="cpu")
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
-    steps = moves = 0
-    while steps < limit:
-        steps += 1
+    for _ in range(limit):
         Ap = matvec(p)
         pAp = _number(p, Ap)
         quotient = pAp / pp if pp else math.nan
         steepest = max(steepest, abs(quotient))
-        curvatures.append(pAp)
-        sizes.append(rz)
         if not quotient > flat * steepest:  # true for NaN too
-            betas.append(0.0)
+            log.append((pAp, rz, 0.0))
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
             bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp
-            status = Status.SINGULAR
-            if quotient < -flat * steepest or bent:
-                status = Status.NEGATIVE_CURVATURE
-            if not math.isfinite(quotient):
-                status = Status.NOT_FINITE
+            status = _why(quotient, bent or quotient < -flat * steepest)
             break
-        moves += 1
         alpha = rz / pAp
         if observer is not None:
             observer.along_alone(p, Ap, pAp)
@@ -81,37 +70,47 @@ def in_numbers(
         x.add(alpha, p, better=rr < best_rr)
         best_rr = min(best_rr, rr)
         beta = rz_new / rz if rz else math.nan
-        betas.append(beta)
-        if observer is not None and observer.is_due:
-            observer.after_step(x.value(), math.sqrt(max(rr, 0.0)), true)
-        elif observer is not None:
-            observer.after_step(p, 0.0, true)
-        if rr <= target:
+        log.append((pAp, rz, beta))
+        if observer is not None:
+            due = observer.is_due
+            observer.after_step(x.value() if due else p, math.sqrt(max(rr, 0.0)), _TRUE)
+        if rr <= tol * tol:
             status = Status.CONVERGED
             break
         p = torch.add(z, p, alpha=beta)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
-    failed = status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE)
-    found = x.best() if failed else x.value()
-    if status == Status.NOT_FINITE:
-        found = torch.full_like(found, math.nan)
-
-    def ritz() -> Tensor:
-        known = torch.ones(steps, dtype=torch.bool, device="cpu")
-        pAp, size, beta = (r.new_tensor(kept) for kept in (curvatures, sizes, betas))
-        return ritz_values_of_cg(pAp, size, beta, known)
-
-    return Part(
-        x=found,
+    stopped = status not in (Status.MAX_ITERATIONS, Status.CONVERGED)
+    return Correction(
+        x=_end(x, status),
         status=torch.tensor(int(status), device="cpu"),
-        iterations=torch.tensor(moves, device="cpu"),
-        steps=steps,
+        iterations=torch.tensor(len(log) - stopped, device="cpu"),
+        steps=len(log),
         negative=torch.tensor(status == Status.NEGATIVE_CURVATURE, device="cpu"),
         largest=r.new_tensor(steepest),
-        ritz=ritz if steps else None,
+        ritz=partial(_ritz, r, log) if log else None,
         observer=observer,
     )
+
+
+def _why(quotient: float, negative: bool) -> Status:
+    """Say why the method had to stop, by the curvature of the direction."""
+    if not math.isfinite(quotient):
+        return Status.NOT_FINITE
+    return Status.NEGATIVE_CURVATURE if negative else Status.SINGULAR
+
+
+def _end(x: _Sum, status: Status) -> Tensor:
+    """Take the best iterate where the method had to stop, and NaN where it met one."""
+    if status == Status.NOT_FINITE:
+        return torch.full_like(x.value(), math.nan)
+    return x.best() if status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE) else x.value()
+
+
+def _ritz(like: Tensor, log: list[tuple[float, float, float]]) -> Tensor:
+    known = torch.ones(len(log), dtype=torch.bool, device="cpu")
+    pAp, size, beta = (like.new_tensor(kept) for kept in zip(*log, strict=True))
+    return ritz_values_of_cg(pAp, size, beta, known)
 
 
 class _Sum:
@@ -135,7 +134,7 @@ class _Sum:
             self.value()
 
     def value(self) -> Tensor:
-        """The sum."""
+        """Add up what is kept, and return the sum."""
         if len(self._weights) == 1:
             self._sum = torch.add(self._sum, self._directions[0], alpha=self._weights[0])
             self._weights, self._directions = [], []
@@ -146,7 +145,7 @@ class _Sum:
         return self._sum
 
     def best(self) -> Tensor:
-        """The sum as it was after the last addition that was better than all before."""
+        """Return the sum as it was after the last addition that was better than all before."""
         return self.value() if self._at_best else self._best
 
 

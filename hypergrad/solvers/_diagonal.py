@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._autograd.host import any_task, every_task
 from .._info import Status
-from ._base import Counted, LinearSystem, NewtonStep, Solution, norm, tolerance
+from ._system import Counted, LinearSystem, NewtonStep, Solution, Units
+from ._vectors import norm
 
 _ROUNDING = 1e4  # units of it, by which an entry may differ between two products
 
@@ -36,44 +37,40 @@ def solve_diagonal(
         How many products it took: at most two without an answer that is to be checked.
     """
     b = system.b
-    scale = norm(b)
-    if not every_task(torch.isfinite(scale)) or not any_task(scale > 0):
+    units, precision = Units(b), system.layout.precision
+    if not every_task(torch.isfinite(units.scale)) or not any_task(units.scale > 0):
         return None, 0
     matvec = Counted(system.matvec, damping)
     first, second = _probes(b)
     diagonal = matvec(first) / first
     if not every_task((torch.isfinite(diagonal) & (diagonal != 0)).all(dim=-1)):
         return None, matvec.count
-    eps = torch.finfo(system.layout.precision).eps
+    eps = torch.finfo(precision).eps
     expected = diagonal * second
     agrees = (matvec(second) - expected).abs() <= _ROUNDING * eps * expected.abs()
     if not every_task(agrees.all(dim=-1)):
         return None, matvec.count
-    unit = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = b / unit[..., None]
-    x = scaled / diagonal
-    residual = scaled - matvec(x)
+    x = units.b / diagonal
+    residual = units.b - matvec(x)
     size = norm(residual)
-    if not every_task(size <= (atol / unit).clamp(min=tolerance(rtol, system.layout.precision))):
+    if not every_task(size <= units.tolerance(rtol, atol, precision)):
         return None, matvec.count
     linear_error: Tensor | None = None
     newton: NewtonStep | None = None
     if system.condition is not None:
         length = norm(x)
         error = norm(residual / diagonal) + 4 * eps * length
-        linear_error = error / torch.where(length > 0, length, torch.ones_like(length))
+        linear_error = error / torch.where(length > 0, length, 1.0)
         step = system.condition / diagonal
         none = torch.zeros_like(step)
         newton = NewtonStep(step, none, none[..., 0], lambda v: v / diagonal)
-    status = torch.full_like(scale, int(Status.CONVERGED), dtype=torch.int64)
+    status = torch.full_like(size, int(Status.CONVERGED), dtype=torch.int64)
     solution = Solution(
-        x=x * unit[..., None],
+        x=x * units.unit,
         status=status,
-        success=torch.ones_like(status, dtype=torch.bool),
         iterations=torch.ones_like(status),
         matvecs=matvec.count,
         residual_norm=size,
-        negative_curvature=torch.zeros_like(status, dtype=torch.bool),
         method="Auto: entry by entry",
         linear_error=linear_error,
         newton=newton,
@@ -83,7 +80,7 @@ def solve_diagonal(
 
 
 def _probes(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two vectors of entries between 1 and 2 without a pattern, and without a random draw."""
+    """Form two vectors of entries between 1 and 2 without a pattern, and without a random draw."""
     count = torch.arange(like.shape[-1], device=like.device).to(like.dtype)
     first, second = (1 + torch.frac((count + 1) * step) for step in (0.61803399, 0.41421356))
     return first.expand_as(like), second.expand_as(like)

@@ -9,7 +9,7 @@ _PASSES = 8  # an imbalance of 2^k is 2^(k / 2^passes) after so many
 
 
 def equilibrated(A: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix whose rows and columns have largest entries near one: ``rows * A * columns``.
+    """Scale a matrix so that rows and columns have largest entries near one.
 
     What is measured in other units comes out as the same matrix, so that pivots, singular values
     and lengths can be judged. The scales are powers of two: multiplying by them rounds nothing.
@@ -33,7 +33,7 @@ def equilibrated(A: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]
     Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices, 2001.
     """
     size = A.detach().abs()
-    size = torch.where(torch.isfinite(size), size, torch.zeros_like(size))
+    size = torch.where(torch.isfinite(size), size, 0.0)
     rows = columns = torch.zeros_like(size[..., 0])  # exponents
     log = torch.log2(size)  # -inf for zero
     for _ in range(_PASSES):
@@ -46,4 +46,4 @@ def equilibrated(A: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _half(exponent: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(exponent), exponent / 2, torch.zeros_like(exponent))
+    return torch.where(torch.isfinite(exponent), exponent / 2, 0.0)

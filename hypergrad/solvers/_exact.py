@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from .._autograd.host import any_task
 from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 from .._info import Status
-from ._base import LinearSystem, NewtonStep, Solution, Solver, finite, norm, tolerance
+from ._base import Solver
 from ._factorisation import Factorisation, signs, times, without_noise
+from ._fields import finite, tolerance
+from ._system import LinearSystem, NewtonStep, Solution, Units, graded
+from ._vectors import norm
 
 _TYPICAL = 0.1  # rounding errors that add up, over what they might come to
 _SPECTRUM_BELOW = 128  # most unknowns where all eigenvalues cost next to nothing
@@ -60,127 +63,93 @@ class Exact(Solver):
 
     def run(self, system: LinearSystem) -> Solution:
         """Form, factorise, solve, and measure the residual."""
-        b = system.b
-        n = b.shape[-1]
-        scale = norm(b)
-        present = (scale > 0) & torch.isfinite(scale)
-        if system.looks and not any_task(present):
-            return _without_system(b, scale)
-        tasks = math.prod(b.shape[:-1])
-        refuse_if_too_large(n, tasks // system.shared, b)
-        assert system.dense is not None
-        symmetric = system.symmetric is True
-        A = without_noise(system.dense(), system.matvec, symmetric=symmetric, looks=system.looks)
-        if self.damping:
-            A = A + self.damping * torch.eye(n, dtype=A.dtype, device=A.device)
-        A = _batched_like(A, b, system.condition)
+        units, n = Units(system.b), system.b.shape[-1]
+        if system.looks and not any_task(units.present):
+            nothing = torch.zeros_like(units.present, dtype=torch.int64)
+            x, status, size = units.settled(system.b, nothing, units.scale)
+            return Solution(x, status, residual_norm=size, method="Exact")
+        A, symmetric = self._matrix(system), system.symmetric is True
         finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)
-        safe_A = torch.where(finite_A[..., None, None], A, torch.zeros_like(A))
-        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        unit_b = torch.where(present[..., None], b / unit, torch.zeros_like(b))
+        safe_A = torch.where(finite_A[..., None, None], A, 0.0)
+        b = torch.where(units.present[..., None], units.b, 0.0)
         factors = Factorisation(safe_A, symmetric=symmetric, looks=system.looks)
-        x = factors.solve(unit_b)
-        residual = unit_b - times(safe_A, x)
+        x = factors.solve(b)
+        residual = b - times(safe_A, x)
         # In the units of the equilibrated matrix, so that it is the same in all units.
-        missed, given, length = (
+        missed, size, length = (
             torch.linalg.vector_norm(v, dim=-1)
-            for v in (factors.rows * residual, factors.rows * unit_b, x / factors.columns)
+            for v in (factors.rows * residual, factors.rows * b, x / factors.columns)
         )
-        sound = finite_A & torch.isfinite(scale)
         tol, eps = tolerance(None, system.layout.precision), torch.finfo(b.dtype).eps
         # As close as the dtype can come to the answer of a matrix that is nearly singular.
-        near = factors.regular & (missed <= (100 * eps * length).minimum(30 * tol * given))
-        status = torch.where(near, int(Status.STAGNATED), int(Status.SINGULAR))
-        status = torch.where(missed <= tol * given, int(Status.CONVERGED), status)
-        status = torch.where(sound, status, int(Status.NOT_FINITE))
-        x = torch.where(sound[..., None], x * unit, torch.full_like(x, math.nan))
-        absent = scale == 0
-        status = torch.where(absent, int(Status.CONVERGED), status)
-        size = norm(residual)
-        known = _Accuracy.of(system, factors, A, x) if system.condition is not None else _Accuracy()
+        near = factors.regular & (missed <= (100 * eps * length).minimum(30 * tol * size))
+        ends = {Status.STAGNATED: near, Status.CONVERGED: missed <= tol * size}
+        status = graded({**ends, Status.NOT_FINITE: ~finite_A}, Status.SINGULAR)
+        sound = finite_A & torch.isfinite(units.scale)
+        x, status, size = units.settled(x * units.unit, status, norm(residual))
         return Solution(
-            x=torch.where(absent[..., None], torch.zeros_like(x), x),
+            x=x,
             status=status,
             success=(status == Status.CONVERGED) | (status == Status.STAGNATED),
-            iterations=torch.zeros_like(status),
             matvecs=n,
-            residual_norm=torch.where(absent, torch.zeros_like(size), size),
-            negative_curvature=factors.negative.expand_as(absent),
+            residual_norm=size,
+            negative_curvature=factors.negative.expand_as(status),
             method="Exact",
             spectrum=lambda: _extreme_eigenvalues(A, sound, known=symmetric),
             null=factors.null(),
-            linear_error=known.linear_error,
-            newton=known.newton,
-            metric=known.metric,
-            further=known.further,
+            **_accuracy(system, factors, A, x),
         )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Accuracy:
-    """What the factors say beside the answer; the names are those of a `Solution`."""
-
-    linear_error: Tensor | None = None
-    newton: NewtonStep | None = None
-    metric: Tensor | None = None
-    further: Callable[[Tensor], Tensor] | None = None
-
-    @classmethod
-    def of(cls, system: LinearSystem, factors: Factorisation, A: Tensor, x: Tensor) -> _Accuracy:
-        """Three more solves with the factors."""
-        eps = torch.finfo(system.layout.precision).eps
-        residual = system.b - times(A, x)
-        terms = times(A.abs(), x.abs()) + system.b.abs()
-        # The error that is left, and that of an answer to entries that are rounded themselves.
-        left = factors.further(residual)
-        rounding = factors.further(eps * _TYPICAL * signs(terms) * terms)
-        size = torch.linalg.vector_norm(x / factors.columns, dim=-1)
-        error = sum(torch.linalg.vector_norm(e / factors.columns, dim=-1) for e in (left, rounding))
-        error = torch.where(size > 0, error / size, torch.zeros_like(size))
+    def _matrix(self, system: LinearSystem) -> Tensor:
+        """Form the matrix, if the memory holds it."""
+        b, n, looks = system.b, system.b.shape[-1], system.looks
+        refuse_if_too_large(n, math.prod(b.shape[:-1]) // system.shared, b)
+        assert system.dense is not None
         symmetric = system.symmetric is True
-        assert system.condition is not None
-        turned = system.transposed and not symmetric
-        again = partial(factors.further, transposed=turned)
-        step = again(system.condition)
-        none = torch.zeros_like(step)
-        return cls(
-            linear_error=error,
-            newton=NewtonStep(step, none, none[..., 0], again),
-            metric=1 / (factors.rows if turned else factors.columns),
-            further=factors.further,
-        )
+        A = without_noise(system.dense(), system.matvec, symmetric=symmetric, looks=looks)
+        if self.damping:
+            A = A + self.damping * torch.eye(n, dtype=A.dtype, device=A.device)
+        return _batched_like(A, b, system.condition)
+
+
+def _accuracy(system: LinearSystem, factors: Factorisation, A: Tensor, x: Tensor) -> dict[str, Any]:
+    """Say what the factors show beside the answer, by three more solves: a Solution's fields."""
+    if system.condition is None:
+        return {}
+    eps = torch.finfo(system.layout.precision).eps
+    residual = system.b - times(A, x)
+    terms = times(A.abs(), x.abs()) + system.b.abs()
+    # The error that is left, and that of an answer to entries that are rounded themselves.
+    left = factors.further(residual)
+    rounding = factors.further(eps * _TYPICAL * signs(terms) * terms)
+    size = torch.linalg.vector_norm(x / factors.columns, dim=-1)
+    error = sum(torch.linalg.vector_norm(e / factors.columns, dim=-1) for e in (left, rounding))
+    error = torch.where(size > 0, error / size, 0.0)
+    symmetric = system.symmetric is True
+    turned = system.transposed and not symmetric
+    again = partial(factors.further, transposed=turned)
+    step = again(system.condition)
+    none = torch.zeros_like(step)
+    return {
+        "linear_error": error,
+        "newton": NewtonStep(step, none, none[..., 0], again),
+        "metric": 1 / (factors.rows if turned else factors.columns),
+        "further": factors.further,
+    }
 
 
 def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
-    """The lowest and highest eigenvalue where A is known to be symmetric and small."""
+    """Find the lowest and highest eigenvalue where A is known to be symmetric and small."""
     nan = A.new_full((*sound.shape, 2), math.nan)
     if not known or not 0 < A.shape[-1] <= _SPECTRUM_BELOW:
         return nan
     finite = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
-    values = torch.linalg.eigvalsh(torch.where(finite, A, torch.zeros_like(A)))
-    return torch.where(
-        sound[..., None], torch.stack([values[..., 0], values[..., -1]], dim=-1), nan
-    )
-
-
-def _without_system(b: Tensor, scale: Tensor) -> Solution:
-    """The answer where no task has a right-hand side: zeros, or NaN for a NaN."""
-    zero = scale == 0
-    nan = torch.full_like(scale, math.nan)
-    return Solution(
-        x=torch.where(zero[..., None], torch.zeros_like(b), torch.full_like(b, math.nan)),
-        status=torch.where(zero, int(Status.CONVERGED), int(Status.NOT_FINITE)),
-        success=zero,
-        iterations=torch.zeros_like(zero, dtype=torch.int64),
-        matvecs=0,
-        residual_norm=torch.where(zero, torch.zeros_like(scale), nan),
-        negative_curvature=torch.zeros_like(zero),
-        method="Exact",
-    )
+    values = torch.linalg.eigvalsh(torch.where(finite, A, 0.0))
+    return torch.where(sound[..., None], values[..., [0, -1]], nan)
 
 
 def _batched_like(A: Tensor, *vectors: Tensor | None) -> Tensor:
-    """The matrix, with a batch at every level of a nested vmap at which a vector has one."""
+    """Give the matrix a batch at every level of a nested vmap at which a vector has one."""
     # Where it has not, torch.linalg.lu_solve is wrong in PyTorch 2.13.
     for v in vectors:
         if v is not None and is_wrapped(v):
@@ -199,13 +168,13 @@ def refuse_if_too_large(n: int, tasks: int, b: Tensor) -> None:
 
 
 def gib_needed(n: int, tasks: int, b: Tensor) -> float:
-    """The memory that a factorisation takes, in GiB."""
+    """Say how much memory a factorisation takes, in GiB."""
     copies = 4  # the columns, the matrix, its factors, one temporary
     return copies * tasks * n * n * b.element_size() / 2**30
 
 
 def free_gib(device: torch.device) -> float:
-    """The memory that is free on a device, in GiB; infinite where it cannot be known."""
+    """Say how much memory is free on a device, in GiB; infinite where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     if device.type == "mps":

@@ -71,16 +71,12 @@ class Factorisation:
             self._factors = torch.where(self.regular[..., None, None], self._factors, unit)
 
     def _indefinite(self) -> Tensor:
-        """Whether the matrix stays indefinite when it is moved up by more than rounding."""
-        shift = (
-            _NEGATIVE
-            * self._eps
-            * torch.eye(self._B.shape[-1], dtype=self._B.dtype, device=self._B.device)
-        )
-        return torch.linalg.cholesky_ex(self._B + shift)[1] != 0
+        """Say whether the matrix stays indefinite when it is moved up by more than rounding."""
+        shift = torch.eye(self._B.shape[-1], dtype=self._B.dtype, device=self._B.device)
+        return torch.linalg.cholesky_ex(self._B + _NEGATIVE * self._eps * shift)[1] != 0
 
     def solve(self, b: Tensor) -> Tensor:
-        """``A^-1 b``, refined once; where A lacks rank, the least-squares answer of least norm.
+        """Solve, and refine once; where A lacks rank, by the least-squares answer of least norm.
 
         Parameters
         ----------
@@ -112,7 +108,7 @@ class Factorisation:
         return torch.where(self.regular[..., None], x, least)
 
     def further(self, b: Tensor, *, transposed: bool = False) -> Tensor:
-        """``A^-1 b`` for another right-hand side, or with the transpose: in one go, unrefined."""
+        """Solve for another right-hand side, or with the transpose: in one go, unrefined."""
         x = self._once(b, transposed=transposed)
         if not self._looks or every_task(self.regular):
             return x
@@ -120,7 +116,7 @@ class Factorisation:
         return torch.where(self.regular[..., None], x, least)
 
     def null(self) -> Tensor | None:
-        """A vector ``(*tasks, n)`` in general position in the null space; zero for full rank.
+        """Find a vector ``(*tasks, n)`` in general position in the null space; zero for full rank.
 
         Returns
         -------
@@ -132,15 +128,15 @@ class Factorisation:
         _, S, Vh = self._singular_values()
         missing = (~self._kept(S)).to(S.dtype) * signs(S)
         vector = self.columns * (Vh.mT @ missing[..., None])[..., 0]
-        return torch.where(self.regular[..., None], torch.zeros_like(vector), vector)
+        return torch.where(self.regular[..., None], 0.0, vector)
 
     def _once(self, b: Tensor, *, transposed: bool = False) -> Tensor:
         rows, columns = (self.columns, self.rows) if transposed else (self.rows, self.columns)
 
-        def apply(given: Tensor) -> Tensor:
+        def apply(v: Tensor) -> Tensor:
             if self._lower is not None:
-                return torch.cholesky_solve(given, self._lower)
-            return torch.linalg.lu_solve(self._factors, self._pivots, given, adjoint=transposed)
+                return torch.cholesky_solve(v, self._lower)
+            return torch.linalg.lu_solve(self._factors, self._pivots, v, adjoint=transposed)
 
         return columns * by_columns(self._B, apply, rows * b)
 
@@ -153,39 +149,32 @@ class Factorisation:
         return _ZERO * self._eps * S.amax(dim=-1, keepdim=True) < S
 
     def _of_least_norm(self, b: Tensor, *, transposed: bool = False) -> Tensor:
-        """The least-squares answer in the units of B, of least norm in those of the caller."""
+        """Find the least-squares answer in the units of B, of least norm in those of the caller."""
         U, S, Vh = self._singular_values()
         left, right = (Vh.mT, U) if transposed else (U, Vh.mT)
         rows, columns = (self.columns, self.rows) if transposed else (self.rows, self.columns)
         kept = self._kept(S)
-        inverse = torch.where(kept, 1 / torch.where(kept, S, torch.ones_like(S)), 0.0)
-
-        def apply(given: Tensor) -> Tensor:
-            return right @ (inverse[..., None] * (left.mT @ given))
-
-        x = columns * by_columns(self._B, apply, rows * b)
+        inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
+        x = by_columns(self._B, lambda v: right @ (inverse[..., None] * (left.mT @ v)), rows * b)
+        x = columns * x
         free = columns[..., None] * right
         free = free / torch.linalg.vector_norm(free, dim=-2, keepdim=True)
         free = free * (~kept)[..., None, :]
         return x - times(free @ torch.linalg.pinv(free), x)
 
     def _of_least_squares(self, b: Tensor) -> Tensor:
-        """The least-squares answer in the caller's units, of the rank that B has."""
+        """Find the least-squares answer in the caller's units, of the rank that B has."""
         rank = self._kept(self._singular_values()[1]).sum(dim=-1, keepdim=True)
         U, S, Vh = torch.linalg.svd(self._A)
         kept = torch.arange(S.shape[-1], device=S.device) < rank
         inverse = torch.where(kept & (S > 0), 1 / torch.where(S > 0, S, 1.0), 0.0)
-
-        def apply(given: Tensor) -> Tensor:
-            return Vh.mT @ (inverse[..., None] * (U.mT @ given))
-
-        return by_columns(self._A, apply, b)
+        return by_columns(self._A, lambda v: Vh.mT @ (inverse[..., None] * (U.mT @ v)), b)
 
 
 def without_noise(
     A: Tensor, product: Callable[[Tensor], Tensor], *, symmetric: bool, looks: bool
 ) -> Tensor:
-    """A matrix without the rows and columns that are the rounding of cancelled terms.
+    """Free a matrix from the rows and columns that are the rounding of cancelled terms.
 
     Such a row would become as large as the others in an equilibrated matrix. It does not come out
     again where the same product is formed with other digits.
@@ -212,10 +201,10 @@ def without_noise(
     small_rows, small_columns = (rows <= least) & (rows > 0), (columns <= least) & (columns > 0)
     if not looks or not any_task((small_rows | small_columns).any(dim=-1)):
         return A
-    scale = torch.where(columns > 0, columns, torch.ones_like(columns)).rsqrt()
+    scale = torch.where(columns > 0, columns, 1.0).rsqrt()
 
     def missed(among: Tensor) -> tuple[Tensor, Tensor]:
-        v = torch.where(among, scale * signs(scale), torch.zeros_like(scale))
+        v = torch.where(among, scale * signs(scale), 0.0)
         v = v / v.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
         terms = size * v.abs()[..., None, :]
         return (product(v) - times(A, v)).abs() > _REPEATS * terms.sum(dim=-1), terms
@@ -227,11 +216,11 @@ def without_noise(
         noise = noise | noise.mT
     else:
         noise = noise | (missed(torch.ones_like(small_rows))[0] & small_rows)[..., None]
-    return torch.where(noise, torch.zeros_like(A), A)
+    return torch.where(noise, 0.0, A)
 
 
 def signs(like: Tensor) -> Tensor:
-    """Fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
+    """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
     # A multiplicative hash, so that the caller's random numbers stay as they are.
     number = torch.arange(1, like.shape[-1] + 1, device=like.device) * 2654435761
     size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
@@ -239,12 +228,12 @@ def signs(like: Tensor) -> Tensor:
 
 
 def by_columns(A: Tensor, apply: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-    """A linear function of columns ``(*tasks, n, k)``, of vectors that may share A."""
+    """Apply a linear function of columns ``(*tasks, n, k)``, of vectors that may share A."""
     if v.ndim < A.ndim:
         return apply(v[..., None])[..., 0]
     return apply(v.movedim(0, -1)).movedim(-1, 0)
 
 
 def times(A: Tensor, v: Tensor) -> Tensor:
-    """``A v``, for vectors that may share A."""
+    """Form ``A v``, for vectors that may share A."""
     return by_columns(A, A.__matmul__, v)

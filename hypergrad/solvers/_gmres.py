@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .._autograd.host import any_task
 from .._info import Status
-from ._base import Product, at_least
-from ._iterative import Iterative, Part, curves_down
+from ._fields import at_least
+from ._krylov import Correction, Iterative, Pass, curves_down
 from ._ritz import condition_of_factors
+from ._system import graded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class GMRES(Iterative):
 
     References
     ----------
-    Saad and Schultz, GMRES: a generalized minimal residual algorithm, 1986.
+    Saad and Schultz, GMRES: a generalized minimal residual algorithm, 1986; Saad, Iterative methods
+    for sparse linear systems, 2003, algorithms 6.9, 6.11 and, with a preconditioner, 9.5.
 
     Examples
     --------
@@ -52,17 +54,8 @@ class GMRES(Iterative):
         super().__post_init__()
         at_least("restart", self.restart, 1)
 
-    def _iterate(
-        self,
-        matvec: Product,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-    ) -> Part:
+    def _iterate(self, start: Pass) -> Correction:
+        r, active = start.r, start.active
         length = self.restart or min(r.shape[-1], 50)
         total = torch.zeros_like(r)
         iterations = torch.zeros_like(active, dtype=torch.int64)
@@ -73,50 +66,47 @@ class GMRES(Iterative):
         negative = torch.zeros_like(active)
         triangles = []
         first: _Cycle | None = None
-        while steps < limit and (not looks or any_task(active)):
+        while start.goes_on(steps, active):  # Saad (2003), algorithm 6.11
             cycle = _Cycle(r, active)
-            for _ in range(min(length, limit - steps)):
-                if looks and not any_task(cycle.active):
+            for _ in range(min(length, start.limit - steps)):
+                if start.looks and not any_task(cycle.active):
                     break
-                cycle.extend(matvec, precondition, tol)
+                cycle.extend(start)
                 steps += 1
-            y = cycle.correction()
+            step = start.preconditioned(cycle.correction())
             triangles.append(cycle.triangle())
             first = first or cycle
-            step = y if precondition is None else precondition(y)
             largest = torch.maximum(largest, cycle.largest)
             negative = negative | cycle.negative
             # A step this long is made of rounding errors: the matrix does not see it.
-            long = torch.linalg.vector_norm(step, dim=-1)
-            empty = 10 * torch.finfo(r.dtype).eps * largest * long > size
-            step = torch.where((active & ~empty)[..., None], step, torch.zeros_like(step))
+            empty = start.flat * largest * torch.linalg.vector_norm(step, dim=-1) > size
+            step = torch.where((active & ~empty)[..., None], step, 0.0)
             total = total + step
-            r = r - matvec(step)
+            r = r - start.matvec(step)
             size_new = torch.linalg.vector_norm(r, dim=-1)
             iterations = iterations + cycle.iterations
-            met = (cycle.residual <= tol) & ~empty
+            met = (cycle.residual <= start.tol) & ~empty
             stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
             singular = singular | cycle.singular | (active & empty)
-            hopeless = torch.where(singular, int(Status.SINGULAR), int(Status.STAGNATED))
-            status = torch.where(active & met, int(Status.CONVERGED), status)
-            status = torch.where(stuck, hopeless, status)
+            ends = {Status.CONVERGED: active & met, Status.STAGNATED: stuck}
+            status = graded({**ends, Status.SINGULAR: stuck & singular}, status)
             active = active & ~met & ~stuck
             size = size_new
         unknown = ~torch.isfinite(size)
-        return Part(
-            x=torch.where(unknown[..., None], torch.full_like(total, math.nan), total),
-            status=torch.where(unknown, int(Status.NOT_FINITE), status),
+        return Correction(
+            x=torch.where(unknown[..., None], math.nan, total),
+            status=graded({Status.NOT_FINITE: unknown}, status),
             iterations=iterations,
             steps=steps,
             negative=negative,
             largest=largest,
-            ritz=None if first is None or precondition else partial(_extremes, first),
+            ritz=partial(_extremes, first) if first and not start.precondition else None,
             condition_number=partial(condition_of_factors, triangles) if triangles else None,
         )
 
 
 def _extremes(cycle: _Cycle) -> Tensor:
-    """The extreme Ritz values of a symmetric matrix."""
+    """Take the extreme Ritz values of a symmetric matrix."""
     core = cycle.curvature()
     sound = torch.isfinite(core).flatten(-2).all(dim=-1)[..., None]
     values = torch.linalg.eigvalsh(torch.where(sound[..., None], core, 0.0))
@@ -144,12 +134,10 @@ class _Cycle:
         self.iterations = torch.zeros_like(active, dtype=torch.int64)
         self.largest = torch.zeros_like(self.residual)
 
-    def extend(self, matvec: Product, precondition: Product | None, tol: Tensor) -> None:
-        """One more basis vector, orthogonalised twice."""
-        eps = torch.finfo(self.residual.dtype).eps
-        v = self.basis[-1]
-        v = v if precondition is None else precondition(v)
-        w = matvec(v)
+    def extend(self, start: Pass) -> None:
+        """Add a basis vector, orthogonalised twice: Saad (2003), algorithm 6.9."""
+        v = start.preconditioned(self.basis[-1])
+        w = start.matvec(v)
         self.negative = self.negative | (self.active & curves_down(v, w))
         before = torch.linalg.vector_norm(w, dim=-1)
         self.largest = torch.maximum(self.largest, before)
@@ -161,28 +149,26 @@ class _Cycle:
             column = column + part
         self.raw.append(column)
         length = torch.linalg.vector_norm(w, dim=-1)
-        invariant = length <= 10 * eps * before
-        length = torch.where(invariant, torch.zeros_like(length), length)
-        self.basis.append(w / torch.where(invariant, torch.ones_like(length), length)[..., None])
-        self._append(column, length, invariant, tol)
+        invariant = length <= start.flat * before
+        self.basis.append(w / torch.where(invariant, 1.0, length)[..., None])
+        self._append(column, torch.where(invariant, 0.0, length), invariant, start.tol)
 
     def _append(self, column: Tensor, length: Tensor, invariant: Tensor, tol: Tensor) -> None:
         """Rotate a Hessenberg column into the triangular factor."""
         column = (self.rotation @ column[..., None])[..., 0]
         diagonal = torch.hypot(column[..., -1], length)
         null = diagonal <= 1e3 * torch.finfo(length.dtype).eps * self.largest
-        safe = torch.where(null, torch.ones_like(diagonal), diagonal)
-        c = torch.where(null, torch.ones_like(safe), column[..., -1] / safe)
-        s = torch.where(null, torch.zeros_like(safe), length / safe)
+        safe = torch.where(null, 1.0, diagonal)
+        c = torch.where(null, 1.0, column[..., -1] / safe)
+        s = torch.where(null, 0.0, length / safe)
         self._rotate_further(c[..., None], s[..., None])
         useful = self.active & ~null
-        zero = torch.zeros_like(safe)
         # A trivial column is as long as the others, so that the triangle's condition is A's.
-        trivial = torch.where(self.largest > 0, self.largest, torch.ones_like(safe))
-        above = torch.where(useful[..., None], column[..., :-1], torch.zeros_like(column[..., :-1]))
+        trivial = torch.where(self.largest > 0, self.largest, 1.0)
+        above = torch.where(useful[..., None], column[..., :-1], 0.0)
         on = torch.where(useful, safe, trivial)[..., None]
         self.columns.append(torch.cat([above, on], dim=-1))
-        self.targets.append(torch.where(useful, c * self.last, zero))
+        self.targets.append(torch.where(useful, c * self.last, 0.0))
         self.last = torch.where(useful, -s * self.last, self.last)
         self.residual = torch.where(useful, self.last.abs(), self.residual)
         self.singular = self.singular | (self.active & null)
@@ -190,30 +176,27 @@ class _Cycle:
         self.active = useful & ~invariant & (self.residual > tol)
 
     def _rotate_further(self, c: Tensor, s: Tensor) -> None:
-        """One more rotation, of the last two rows."""
+        """Append a rotation of the last two rows."""
         above, last = self.rotation[..., :-1, :], self.rotation[..., -1, :]
         rows = torch.cat([above, (c * last)[..., None, :], (-s * last)[..., None, :]], dim=-2)
         column = torch.cat([torch.zeros_like(above[..., 0]), s, c], dim=-1)
         self.rotation = torch.cat([rows, column[..., None]], dim=-1)
 
     def triangle(self) -> Tensor:
-        """The triangular factor: its singular values lie within those of the matrix."""
+        """Form the triangular factor: its singular values lie within those of the matrix."""
         count = len(self.columns)
-        rows = [
-            torch.nn.functional.pad(column, (0, count - column.shape[-1]))
-            for column in self.columns
-        ]
+        rows = [torch.nn.functional.pad(c, (0, count - c.shape[-1])) for c in self.columns]
         return torch.stack(rows, dim=-1)
 
     def curvature(self) -> Tensor:
-        """The matrix between the basis vectors, ``(*tasks, k, k)``: symmetric where A is."""
+        """Form the matrix between the basis vectors, ``(*tasks, k, k)``: symmetric where A is."""
         count = len(self.raw)
         rows = [torch.nn.functional.pad(c, (0, count - c.shape[-1])) for c in self.raw]
         upper = torch.stack(rows, dim=-1)
         return upper.triu() + upper.triu(1).mT
 
     def correction(self) -> Tensor:
-        """The combination of the basis that minimises the residual."""
+        """Form the combination of the basis that minimises the residual."""
         if not self.columns:
             return torch.zeros_like(self.basis[0])
         count, triangle = len(self.columns), self.triangle()

@@ -8,7 +8,10 @@ import math
 import torch
 
 from .._info import Status
-from ._base import LinearSystem, Solution, Solver, finite, norm
+from ._base import Solver
+from ._fields import finite
+from ._system import LinearSystem, Solution, graded
+from ._vectors import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +46,10 @@ class Identity(Solver):
 
     def run(self, system: LinearSystem) -> Solution:
         """Divide by the scale."""
-        tasks = system.b[..., 0].shape if system.b.shape[-1] else system.b.shape[:-1]
-        nan = system.b.new_full(tasks, math.nan)
-        sound = torch.isfinite(norm(system.b))
+        size = norm(system.b)
         return Solution(
             x=system.b / self.scale,
-            status=torch.where(sound, int(Status.CONVERGED), int(Status.NOT_FINITE)),
-            success=sound,
-            iterations=torch.zeros_like(nan, dtype=torch.int64),
-            matvecs=0,
-            residual_norm=nan,
-            negative_curvature=torch.zeros_like(nan, dtype=torch.bool),
+            status=graded({Status.CONVERGED: torch.isfinite(size)}, Status.NOT_FINITE),
+            residual_norm=torch.full_like(size, math.nan),
             method="Identity",
         )

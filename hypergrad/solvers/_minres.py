@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .._autograd.host import any_task
-from .._info import Status
-from ._base import Counted, Product, dot
-from ._iterative import NEGATIVE, PRICE, Iterative, Part
+from ._krylov import NEGATIVE, PRICE, Correction, Iterative, Pass, Recurrence
 from ._observer import Observer
 from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
+from ._vectors import dot
 
 _EVERY = 4  # steps between two looks for a modest answer, which cost as much as a vector operation
 
@@ -52,131 +49,133 @@ class MINRES(Iterative):
     needs_symmetry: ClassVar[bool] = True
     judged_by_residual: ClassVar[bool] = True
 
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-    ) -> Part:
-        zero, one = torch.zeros_like(tol), torch.ones_like(tol)
-        flat = 10 * torch.finfo(r.dtype).eps
-        x = torch.zeros_like(r)
-        # The Lanczos vectors before and after the preconditioner, the first not yet of norm one.
-        before_last, last = torch.zeros_like(r), r
-        z = r if precondition is None else precondition(r)
-        beta, indefinite = _length(dot(r, z))
-        beta_last = one
-        directions = torch.zeros_like(r), torch.zeros_like(r)
-        c, s, delta_bar, epsilon = -one, zero, zero, zero
-        phi_bar = beta
-        residual, size = r, beta
-        modest, least = x, size  # the answer without a solution: see `PRICE`
-        diagonal, beside, known = [], [], []
-        largest = zero  # the largest column of the tridiagonal matrix, a scale for its zeros
-        longest = one if precondition is None else zero  # of |v|, which is one where M is I
-        broken = active & indefinite
-        active = active & ~indefinite
-        singular, unknown = torch.zeros_like(active), torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        observer = None if condition is None else Observer(condition, r)
-        images = directions  # of the last two directions, where somebody asks for them
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
-            steps += 1
-            safe = torch.where(active, beta, one)
-            v = z / safe.unsqueeze(-1)
-            y = matvec(v)
-            image = y
-            if steps > 1:
-                y = torch.addcmul(y, (safe / beta_last).unsqueeze(-1), before_last, value=-1)
-            alpha = dot(v, y)
-            y = torch.addcmul(y, (alpha / safe).unsqueeze(-1), last, value=-1)
-            before_last, last, beta_last = last, y, safe
-            z = y if precondition is None else precondition(y)
-            beta, indefinite = _length(dot(y, z))
-            diagonal.append(alpha)
-            beside.append(beta)
-            known.append(active)
+    def _iterate(self, start: Pass) -> Correction:
+        run = _Recurrence(start)
+        while run.goes_on():
+            run.step()
+        of_steps = run.diagonal, run.beside, run.known
+        x = torch.where(run.singular[..., None], run.modest, run.x)
+        if not run.steps:
+            return run.correction(x, observer=run.observer)
+        ritz = partial(ritz_values_of_lanczos, *of_steps)
+        lowest, highest = ritz().unbind(dim=-1)
+        run.negative = lowest < -NEGATIVE * torch.finfo(x.dtype).eps * highest.abs()
+        condition = partial(_condition, *of_steps)
+        return run.correction(x, ritz=ritz, observer=run.observer, condition_number=condition)
 
-            # The rotation that came before, and what is left of this column of the matrix.
-            epsilon_last = epsilon
-            delta = c * delta_bar + s * alpha
-            gamma_bar = s * delta_bar - c * alpha
-            epsilon, delta_bar = s * beta, -c * beta
-            column = torch.sqrt(alpha.square() + beta.square() + beta_last.square() * (steps > 1))
-            largest = torch.where(active, torch.maximum(largest, column), largest)
-            # |A r| / |r| of the answer so far: zero at a least-squares solution.
-            null = torch.hypot(gamma_bar, delta_bar) <= flat * largest
-            gamma = torch.hypot(gamma_bar, beta)
-            gamma = torch.where(gamma > 0, gamma, one)
-            c, s = gamma_bar / gamma, beta / gamma
-            phi, phi_next = c * phi_bar, s * phi_bar
-            w = torch.addcmul(v, epsilon_last.unsqueeze(-1), directions[0], value=-1)
-            w = torch.addcmul(w, delta.unsqueeze(-1), directions[1], value=-1) / gamma.unsqueeze(-1)
-            if observer is not None:
-                image = torch.addcmul(image, epsilon_last[..., None], images[0], value=-1)
-                image = torch.addcmul(image, delta[..., None], images[1], value=-1)
-                images = images[1], image / gamma[..., None]
-            directions = directions[1], w
-            # |A w| is 1, so that a huge w is a direction that the matrix does not see.
-            if precondition is not None:
-                longest = torch.maximum(longest, torch.linalg.vector_norm(v, dim=-1))
-            null = null | (flat * largest * torch.linalg.vector_norm(w, dim=-1) >= longest)
-            lost = ~torch.isfinite(alpha + beta)
-            moving = active & ~null & ~lost & ~indefinite
-            unknown, broken = unknown | (active & lost), broken | (active & indefinite)
-            singular = singular | (active & null)
-            x = torch.where(moving.unsqueeze(-1), torch.addcmul(x, phi.unsqueeze(-1), w), x)
-            if precondition is None:
-                size = torch.where(moving, phi_next, size)
-            else:
-                step = (phi_next * c / torch.where(beta > 0, beta, one)).unsqueeze(-1)
-                moved = torch.addcmul(s.square().unsqueeze(-1) * residual, step, y, value=-1)
-                residual = torch.where(moving.unsqueeze(-1), moved, residual)
-                size = torch.linalg.vector_norm(residual, dim=-1)
-            if observer is not None:
-                image = images[1]
-                observer.along(w, image, image, torch.where(moving, dot(image, image), zero))
-                observer.after_step(x, size, moving)
-            if steps % _EVERY == 0 or steps <= _EVERY:
-                cost = size.abs() + PRICE * largest * torch.linalg.vector_norm(x, dim=-1)
-                modest = torch.where((moving & (cost < least)).unsqueeze(-1), x, modest)
-                least = torch.where(moving, torch.minimum(least, cost), least)
-            phi_bar = torch.where(moving, phi_next, phi_bar)
-            iterations = iterations + moving
-            active = moving & (size > tol)
-        ritz = partial(ritz_values_of_lanczos, diagonal, beside, known) if steps else None
-        negative = torch.zeros_like(active)
-        if ritz is not None:
-            lowest, highest = ritz().unbind(dim=-1)
-            negative = lowest < -NEGATIVE * torch.finfo(r.dtype).eps * highest.abs()
-        status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        status = torch.where(singular, int(Status.SINGULAR), status)
-        status = torch.where(broken, int(Status.BREAKDOWN), status)
-        status = torch.where(unknown, int(Status.NOT_FINITE), status)
-        x = torch.where(singular[..., None], modest, x)
-        return Part(
-            x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
-            status=status,
-            iterations=iterations,
-            steps=steps,
-            negative=negative,
-            largest=largest,
-            ritz=ritz,
-            observer=observer,
-            condition_number=(
-                lambda: condition_of_factors([lanczos_factor(diagonal, beside, known)])
-            )
-            if steps
-            else None,
-        )
+
+class _Recurrence(Recurrence):
+    """The iteration: Lanczos vectors, one rotation a step, and the answer along `w`."""
+
+    def __init__(self, start: Pass) -> None:
+        super().__init__(start)
+        r, zero = start.r, self.zero
+        self.x = self.modest = none = torch.zeros_like(r)
+        # The Lanczos vectors before and after the preconditioner, the first not yet of norm one.
+        self.before_last, self.last, self.z = none, r, start.preconditioned(r)
+        self.beta, self.indefinite = _length(dot(r, self.z))
+        self.beta_last = self.one
+        self.directions = self.images = none, none  # the last two directions, and A times them
+        self.c, self.s, self.delta_bar, self.epsilon = -self.one, zero, zero, zero
+        self.phi_bar = self.size = self.least = self.beta
+        self.residual = r
+        self.diagonal: list[Tensor] = []
+        self.beside: list[Tensor] = []
+        self.known: list[Tensor] = []
+        # `largest` is the largest column of the tridiagonal matrix, a scale for its zeros.
+        self.longest = zero if start.precondition else self.one  # of |v|, one where M is I
+        self.broken = start.active & self.indefinite
+        self.active = start.active & ~self.indefinite
+        self.observer = None if start.condition is None else Observer(start.condition, r)
+
+    def step(self) -> None:
+        """Make one step."""
+        v, image, alpha, beta = self._lanczos()
+        w, null, phi, phi_bar = self._rotate(v, image, alpha, beta)
+        self.broken = self.broken | (self.active & self.indefinite)
+        self.active = self.active & ~self.indefinite
+        moving = self.moving(null, ~torch.isfinite(alpha + beta))
+        x = torch.addcmul(self.x, phi[..., None], w)
+        self.x = torch.where(moving[..., None], x, self.x)
+        if self.start.precondition is None:
+            self.size = torch.where(moving, phi_bar, self.size)
+        else:
+            along = (phi_bar * self.c / torch.where(beta > 0, beta, self.one))[..., None]
+            r = self.s.square()[..., None] * self.residual
+            r = torch.addcmul(r, along, self.last, value=-1)
+            self.residual = torch.where(moving[..., None], r, self.residual)
+            self.size = torch.linalg.vector_norm(self.residual, dim=-1)
+        if self.observer is not None:
+            Aw = self.images[1]
+            self.observer.along(w, Aw, Aw, torch.where(moving, dot(Aw, Aw), 0.0))
+            self.observer.after_step(self.x, self.size, moving)
+        if self.steps % _EVERY == 0 or self.steps <= _EVERY:
+            self._keep_modest(moving)
+        self.phi_bar = torch.where(moving, phi_bar, self.phi_bar)
+        self.beta = beta
+        self.active = moving & (self.size > self.start.tol)
+
+    def _lanczos(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Append a column to the tridiagonal matrix: a vector, its image, and two entries."""
+        beta = torch.where(self.active, self.beta, self.one)
+        v = self.z / beta[..., None]
+        y = image = self.start.matvec(v)
+        if self.steps > 1:
+            y = torch.addcmul(y, (beta / self.beta_last)[..., None], self.before_last, value=-1)
+        alpha = dot(v, y)
+        y = torch.addcmul(y, (alpha / beta)[..., None], self.last, value=-1)
+        self.before_last, self.last, self.beta_last = self.last, y, beta
+        self.z = self.start.preconditioned(y)
+        beta, self.indefinite = _length(dot(y, self.z))
+        self.diagonal.append(alpha)
+        self.beside.append(beta)
+        self.known.append(self.active)
+        return v, image, alpha, beta
+
+    def _rotate(
+        self, v: Tensor, image: Tensor, alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Make the matrix triangular: the direction, where it is null, and the step along it."""
+        flat, one = self.flat, self.one
+        # The rotation that came before, and what is left of this column of the matrix.
+        epsilon, delta = self.epsilon[..., None], self.c * self.delta_bar + self.s * alpha
+        gamma_bar = self.s * self.delta_bar - self.c * alpha
+        self.epsilon, self.delta_bar = self.s * beta, -self.c * beta
+        before = self.beta_last.square() * (self.steps > 1)
+        column = torch.sqrt(alpha.square() + beta.square() + before)
+        self.grown(column)
+        # |A r| / |r| of the answer so far: zero at a least-squares solution.
+        null = torch.hypot(gamma_bar, self.delta_bar) <= flat * self.largest
+        gamma = torch.hypot(gamma_bar, beta)
+        gamma = torch.where(gamma > 0, gamma, one)
+        self.c, self.s = gamma_bar / gamma, beta / gamma
+
+        def next_of(vector: Tensor, last: tuple[Tensor, Tensor]) -> Tensor:
+            vector = torch.addcmul(vector, epsilon, last[0], value=-1)
+            vector = torch.addcmul(vector, delta[..., None], last[1], value=-1)
+            return vector / gamma[..., None]
+
+        w = next_of(v, self.directions)
+        if self.observer is not None:
+            self.images = self.images[1], next_of(image, self.images)
+        self.directions = self.directions[1], w
+        # |A w| is 1, so that a huge w is a direction that the matrix does not see.
+        if self.start.precondition is not None:
+            self.longest = self.longest.maximum(torch.linalg.vector_norm(v, dim=-1))
+        null = null | (flat * self.largest * torch.linalg.vector_norm(w, dim=-1) >= self.longest)
+        return w, null, self.c * self.phi_bar, self.s * self.phi_bar
+
+    def _keep_modest(self, moving: Tensor) -> None:
+        """Keep the answer for a system without a solution: see `PRICE`."""
+        cost = self.size.abs() + PRICE * self.largest * torch.linalg.vector_norm(self.x, dim=-1)
+        self.modest = torch.where((moving & (cost < self.least))[..., None], self.x, self.modest)
+        self.least = torch.where(moving, torch.minimum(self.least, cost), self.least)
+
+
+def _condition(*coefficients: list[Tensor]) -> Tensor:
+    return condition_of_factors([lanczos_factor(*coefficients)])
 
 
 def _length(square: Tensor) -> tuple[Tensor, Tensor]:
-    """The length in the preconditioner's norm, and whether there is none."""
+    """Take the length in the preconditioner's norm, and say where there is none."""
     return square.clamp(min=0).sqrt(), square < 0

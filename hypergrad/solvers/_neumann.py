@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .._autograd.host import any_task
 from .._info import Status
-from ._base import Counted, LinearSystem, Solution, Solver, at_least, finite, norm
-from ._iterative import curves_down
+from ._base import Solver
+from ._fields import at_least, finite
+from ._krylov import curves_down
+from ._system import Counted, LinearSystem, Solution, Units, graded
+from ._vectors import norm
 
 _TERMS = 20
 _FAR = 0.1  # a residual above it is none that a caller who named no budget has in mind
@@ -72,95 +75,104 @@ class Neumann(Solver):
 
     def run(self, system: LinearSystem) -> Solution:
         """Sum the series until it is short enough, has grown, or the terms run out."""
-        matvec = Counted(system.matvec, self.damping)
-        scale = norm(system.b)
-        present = (scale > 0) & torch.isfinite(scale)
-        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        b = system.b / unit
-        tol = 0.0 if self.rtol is None else self.rtol
-        looks = system.looks or bool(self.rtol)
-        some = not looks or any_task(present)
-        estimated = self.step_size is None and not system.contraction
-        if estimated and some:
-            step = _estimated_step(matvec, b)
-        else:
-            step = torch.full_like(b[..., :1], self.step_size or 1.0)
-        x, residual = torch.zeros_like(b), b
-        size = norm(b)
-        if system.x0 is not None and some:
-            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
-            residual = b - matvec(x)
-            size = norm(residual)
-        best, best_size = x, size
-        highest = torch.full_like(scale, math.nan)
-        active = present & (size > tol)
-        diverged = negative = torch.zeros_like(present)
-        halvings = torch.zeros_like(present, dtype=torch.int64)
-        too_many = min(_HALVINGS, max(3, self.terms // 2))
-        noise = 16 * torch.finfo(system.layout.precision).eps
-        iterations = torch.zeros_like(present, dtype=torch.int64)
+        series = _Series(self, system)
         for _ in range(self.terms):
-            if looks and not any_task(active):
+            if series.looks and not any_task(series.active):
                 break
-            gain = torch.where(active[..., None], step * residual, torch.zeros_like(residual))
-            x = x + gain
-            image = matvec(gain)
-            residual = residual - image
-            negative = negative | (active & curves_down(gain, image))
-            size_new = norm(residual)
-            ratio = size_new / size
-            if estimated:
-                longer = active & (ratio > 1 + noise)
-                step = torch.where(longer[..., None], step / 2, step)
-                halvings = halvings + longer
-            size = torch.where(active, size_new, size)
-            better = active & (size < best_size)
-            best = torch.where(better[..., None], x, best)
-            best_size = torch.where(better, size, best_size)
-            iterations = iterations + active
-            grown = active & (~(size <= _GROWTH * best_size) | (halvings >= too_many))
-            diverged = diverged | grown
-            active = active & ~grown & (size > tol)
-        final = b - matvec(best) if some else b
-        size = torch.where(present, norm(final), torch.zeros_like(scale))
-        growing = active & (size < norm(residual)) & (best_size >= 1)
-        diverged = diverged | growing
-        status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        status = torch.where(diverged, int(Status.DIVERGED), status)
-        sound = torch.isfinite(scale) & torch.isfinite(size)
-        status = torch.where(sound, status, int(Status.NOT_FINITE))
+            series.add()
+        return series.solution()
+
+
+class _Series:
+    """The partial sums of each task: Lorraine, Vicol and Duvenaud (2020), algorithm 3."""
+
+    def __init__(self, solver: Neumann, system: LinearSystem) -> None:
+        self.solver, self.units = solver, Units(system.b)
+        self.matvec = Counted(system.matvec, solver.damping)
+        self.looks = system.looks or bool(solver.rtol)
+        self.tol = solver.rtol or 0.0
+        b, present = self.units.b, self.units.present
+        self.some = not self.looks or any_task(present)
+        self.estimated = solver.step_size is None and not system.contraction
+        if self.estimated and self.some:
+            self.step = _estimated_step(self.matvec, b)
+        else:
+            self.step = torch.full_like(b[..., :1], solver.step_size or 1.0)
+        self.x, self.residual = torch.zeros_like(b), b
+        if system.x0 is not None and self.some:
+            self.x = self.units.start(system.x0)
+            self.residual = b - self.matvec(self.x)
+        self.best, self.size = self.x, norm(self.residual)
+        self.best_size = self.size
+        self.active = present & (self.size > self.tol)
+        self.diverged = self.negative = torch.zeros_like(present)
+        self.iterations = self.halvings = torch.zeros_like(present, dtype=torch.int64)
+        self.too_many = min(_HALVINGS, max(3, solver.terms // 2))
+        self.noise = 16 * torch.finfo(system.layout.precision).eps
+
+    def add(self) -> None:
+        """Add a term, which is the residual so far times the step size."""
+        active = self.active
+        gain = torch.where(active[..., None], self.step * self.residual, 0.0)
+        self.x = self.x + gain
+        image = self.matvec(gain)
+        self.residual = self.residual - image
+        self.negative = self.negative | (active & curves_down(gain, image))
+        size = norm(self.residual)
+        if self.estimated:
+            longer = active & (size / self.size > 1 + self.noise)
+            self.step = torch.where(longer[..., None], self.step / 2, self.step)
+            self.halvings = self.halvings + longer
+        self.size = torch.where(active, size, self.size)
+        better = active & (self.size < self.best_size)
+        self.best = torch.where(better[..., None], self.x, self.best)
+        self.best_size = torch.where(better, self.size, self.best_size)
+        self.iterations = self.iterations + active
+        grown = ~(self.size <= _GROWTH * self.best_size) | (self.halvings >= self.too_many)
+        self.diverged = self.diverged | (active & grown)
+        self.active = active & ~grown & (self.size > self.tol)
+
+    def solution(self) -> Solution:
+        """Measure the residual of the best sum, and say how the series ended."""
+        units, best = self.units, self.best
+        final = units.b - self.matvec(best) if self.some else units.b
+        size = torch.where(units.present, norm(final), 0.0)
+        growing = self.active & (size < norm(self.residual)) & (self.best_size >= 1)
+        diverged = self.diverged | growing
+        ends = {Status.MAX_ITERATIONS: self.active, Status.DIVERGED: diverged}
+        status = graded({**ends, Status.NOT_FINITE: ~torch.isfinite(size)})
+        x, status, size = units.settled(best * units.unit, status, size)
         success = status == Status.CONVERGED
-        if self.rtol is None:
-            enough = size <= (_FAR if self.terms == _TERMS else math.inf)
+        if self.solver.rtol is None:
+            enough = size <= (_FAR if self.solver.terms == _TERMS else math.inf)
             success = success | ((status == Status.MAX_ITERATIONS) & enough)
-        x = torch.where(sound[..., None], best * unit, torch.full_like(best, math.nan))
-        too_long = diverged & (halvings < too_many)
-        if looks and any_task(too_long):
-            highest = torch.where(too_long, largest_eigenvalue(matvec, residual), math.nan)
-        low = torch.full_like(highest, math.nan)
+        highest = low = torch.full_like(size, math.nan)
+        too_long = diverged & (self.halvings < self.too_many)
+        if self.looks and any_task(too_long):
+            highest = torch.where(too_long, largest_eigenvalue(self.matvec, self.residual), low)
         return Solution(
             x=x,
             status=status,
             success=success,
-            iterations=iterations,
-            matvecs=matvec.count,
-            residual_norm=torch.where(sound, size, torch.full_like(size, math.nan)),
-            negative_curvature=negative,
+            iterations=self.iterations,
+            matvecs=self.matvec.count,
+            residual_norm=size,
+            negative_curvature=self.negative,
             method="Neumann",
-            residual=final * unit,
+            residual=final * units.unit,
             spectrum=lambda: torch.stack([low, highest], dim=-1),
         )
 
 
 def _estimated_step(matvec: Counted, b: Tensor) -> Tensor:
-    """A step size ``(*tasks, 1)`` below 2 / (largest eigenvalue that `b` can excite)."""
+    """Estimate a step size ``(*tasks, 1)`` below 2 / (largest eigenvalue that `b` can excite)."""
     largest = largest_eigenvalue(matvec, b)[..., None]
     usable = (largest > 0) & torch.isfinite(largest)
     return torch.where(usable, 1 / (_SAFETY * largest), torch.ones_like(largest))
 
 
 def largest_eigenvalue(matvec: Counted, v: Tensor) -> Tensor:
-    """The largest modulus of an eigenvalue, seen from below by a power iteration from `v`."""
+    """Find the largest modulus of an eigenvalue, seen from below by a power iteration from `v`."""
     largest = torch.zeros_like(v[..., 0])
     for _ in range(_POWER_STEPS):
         v = matvec(v / norm(v).clamp(min=torch.finfo(v.dtype).tiny)[..., None])

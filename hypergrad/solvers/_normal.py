@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .._autograd.host import any_task
 from .._errors import UnsupportedOperation
 from .._info import Status
-from ._base import Counted, LinearSystem, Product, Solution, dot, norm, tolerance
-from ._iterative import Iterative, Part, batched_preconditioner
+from ._fields import tolerance
+from ._krylov import Correction, Iterative, Pass, Recurrence
+from ._system import LinearSystem, Solution, Units, graded
+from ._vectors import Product, dot, norm
 
 _PASSES = 4  # of an iteration, each from the true residual of the one before
 
@@ -28,29 +28,14 @@ class LeastSquares(Iterative):
     judged_by_residual: ClassVar[bool] = True
     takes_rectangles: ClassVar[bool] = True
 
-    def run(self, system: LinearSystem, begun: Part | None = None) -> Solution:
+    def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Solve a square system as all methods do, and a rectangular one by least squares."""
         if system.layout.n == system.b.shape[-1]:
             return super().run(system, begun)
         return self._rectangular(system)
 
-    @abstractmethod
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-        enough: float = 0.0,
-    ) -> Part:
-        """Correct an answer, until ``||r|| <= tol`` or ``||A^T r|| <= enough ||A|| ||r||``."""
-
     def _rectangular(self, system: LinearSystem) -> Solution:
-        """The x of least ||b - A x||, and among those the closest to x0.
+        """Find the x of least ||b - A x||, and among those the closest to x0.
 
         It is met where ``||r|| <= max(rtol ||b||, atol)``, or where ``||A^T r||`` is `rtol` times
         ``||A|| ||r||``; without `rtol`, where it is down to rounding.
@@ -76,71 +61,56 @@ class LeastSquares(Iterative):
                 "damping means (A + damping I), which a rectangular A has not. For the penalty "
                 "damping ||x||^2 let matvec return (A x, damping**0.5 x) too, and b a zero for it."
             )
-        matvec = Counted(system.matvec, 0.0, self._transpose(system))
-        precondition = batched_preconditioner(self.preconditioner, system, matvec)
-        scale = norm(system.b)
-        present = (scale > 0) & torch.isfinite(scale)
-        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        b, n, precision = system.b / unit, system.layout.n, system.layout.precision
-        usual = tolerance(self.rtol, precision)
-        tol = (self.atol / unit[..., 0]).clamp(min=usual)
-        eps = torch.finfo(b.dtype).eps
+        units, precision = Units(system.b), system.layout.precision
+        x, start = self._start(system, units)
+        usual, eps = tolerance(self.rtol, precision), torch.finfo(x.dtype).eps
         enough = 10 * eps if self.rtol is None else max(self.rtol, 10 * eps)
-        looks = system.looks or self.rtol != 0
-        limit = self.maxiter or min(10 * min(n, b.shape[-1]) + 10, 5000)
-
-        x, r = b.new_zeros((*b.shape[:-1], n)), b
-        if system.x0 is not None:
-            x = torch.where(present[..., None], system.x0.to(b.dtype) / unit, x)
-            r = b - matvec(x)
-        size, active = norm(r), present
-        iterations = torch.zeros_like(present, dtype=torch.int64)
-        status = torch.where(present, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-        status = torch.where(torch.isfinite(scale), status, int(Status.NOT_FINITE))
-        largest = torch.zeros_like(scale)
-        slope = torch.full_like(scale, math.inf)  # ||A^T r||, in units of ||A|| ||r||
+        limit = self.maxiter or min(10 * min(x.shape[-1], start.r.shape[-1]) + 10, 5000)
+        start = dataclasses.replace(start, limit=limit, condition=None, enough=enough)
+        size = norm(start.r)
+        status = graded({Status.MAX_ITERATIONS: start.active})
+        iterations, largest = torch.zeros_like(status), torch.zeros_like(size)
+        slope = torch.full_like(size, math.inf)  # ||A^T r||, in units of ||A|| ||r||
         for _ in range(_PASSES):
-            if limit <= 0 or (looks and not any_task(active)):
+            active = start.active
+            if not start.goes_on(0, active):
                 break
-            part = self._iterate(matvec, precondition, r, tol, active, limit, looks, enough=enough)
-            limit -= part.steps
+            part = self._iterate(start)
             iterations = iterations + torch.where(active, part.iterations, 0)
             largest = torch.where(active, torch.maximum(largest, part.largest), largest)
             candidate = x + part.x
-            r_new = b - matvec(candidate)
-            size_new, gradient = norm(r_new), norm(matvec.transposed(r_new))
+            r = units.b - start.matvec(candidate)
+            size_new, gradient = norm(r), norm(start.matvec.transposed(r))
             sizes = largest * size_new
             slope_new = torch.where(sizes > 0, gradient / torch.where(sizes > 0, sizes, 1.0), 0.0)
-            good = (size_new <= tol) | (slope_new <= 10 * enough)
+            good = (size_new <= start.tol) | (slope_new <= 10 * enough)
             sound = torch.isfinite(size_new) & torch.isfinite(slope_new)
             better = sound & ((size_new < size) | (slope_new < slope) | good)
             going = sound & ~good & (slope_new < 0.5 * slope)
-            ended = torch.where(going, int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
-            cut = part.status == Status.MAX_ITERATIONS
-            ended = torch.where(cut, int(Status.MAX_ITERATIONS), ended)
-            ended = torch.where(good, int(Status.CONVERGED), ended)
-            ended = torch.where(sound, ended, int(Status.NOT_FINITE))
+            unfinished = going | (part.status == Status.MAX_ITERATIONS)
+            ends = {Status.MAX_ITERATIONS: unfinished, Status.CONVERGED: good}
+            ended = graded({**ends, Status.NOT_FINITE: ~sound}, Status.STAGNATED)
             status = torch.where(active, ended, status)
-            keep = (active & better)[..., None]
-            x, r = torch.where(keep, candidate, x), torch.where(keep, r_new, r)
-            size = torch.where(keep[..., 0], size_new, size)
-            slope = torch.where(keep[..., 0], slope_new, slope)
-            active = active & going
+            keep = active & better
+            x = torch.where(keep[..., None], candidate, x)
+            size = torch.where(keep, size_new, size)
+            slope = torch.where(keep, slope_new, slope)
+            r = torch.where(keep[..., None], r, start.r)
+            limit = start.limit - part.steps
+            start = dataclasses.replace(start, r=r, limit=limit, active=active & going)
+        x, status, size = units.settled(x * units.unit, status, size)
         success = status == Status.CONVERGED
         if self.rtol is None:
             near = (size <= usual) | (slope <= usual)
             success = success | ((status == Status.STAGNATED) & near)
             success = success | ((status == Status.MAX_ITERATIONS) & (self.maxiter is not None))
-        x = torch.where((status == Status.NOT_FINITE)[..., None], math.nan, x * unit)
-        size = torch.where(torch.isfinite(scale), size, math.nan)
         return Solution(
-            x=torch.where((scale == 0)[..., None], 0.0, x),
+            x=x,
             status=status,
             success=success,
             iterations=iterations,
-            matvecs=matvec.count,
-            residual_norm=torch.where(scale == 0, 0.0, size),
-            negative_curvature=torch.zeros_like(success),
+            matvecs=start.matvec.count,
+            residual_norm=size,
             method=type(self).__name__,
         )
 
@@ -166,7 +136,8 @@ class NormalCG(LeastSquares):
     References
     ----------
     Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952,
-    section 10; Björck, Numerical methods for least squares problems, 1996, section 7.4.
+    section 10; Björck, Numerical methods for least squares problems, 1996, section 7.4; Saad,
+    Iterative methods for sparse linear systems, 2003, algorithm 8.4 (CGNR).
 
     Examples
     --------
@@ -179,62 +150,43 @@ class NormalCG(LeastSquares):
     (True, 'CONVERGED')
     """
 
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-        enough: float = 0.0,
-    ) -> Part:
-        there, back = _preconditioned(matvec, precondition)
-        zero, one = torch.zeros_like(tol), torch.ones_like(tol)
-        flat = 10 * torch.finfo(r.dtype).eps
+    def _iterate(self, start: Pass) -> Correction:
+        there, back = _preconditioned(start)
+        flat, enough = start.flat, max(start.flat, start.enough)
+        r, run = start.r, Recurrence(start)
         size = torch.linalg.vector_norm(r, dim=-1)
         s = back(r)
         y = torch.zeros_like(s)
         # Divided by its scale, lest the fourth power of a matrix of 1e12 or 1e-12 be no number.
-        scale = norm(s) / torch.where(size > 0, size, one)
-        scale = torch.where(scale > 0, scale, one)[..., None]
+        scale = norm(s) / torch.where(size > 0, size, 1.0)
+        scale = torch.where(scale > 0, scale, 1.0)[..., None]
         s = s / scale
         p, gamma = s, dot(s, s)
-        largest = torch.where(size > 0, gamma.sqrt() / size, zero)
-        unknown = active & ~torch.isfinite(gamma)
-        singular = torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        active = active & ~unknown
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
-            steps += 1
+        run.largest = torch.where(size > 0, gamma.sqrt() / size, 0.0)
+        run.unknown = run.active & ~torch.isfinite(gamma)
+        run.active = run.active & ~run.unknown
+        while run.goes_on():  # Saad (2003), algorithm 8.4
             q = there(p) / scale
             qq, pp = dot(q, q), dot(p, p)
-            pp = torch.where(pp > 0, pp, one)
-            largest = torch.where(active, torch.maximum(largest, (qq / pp).sqrt()), largest)
+            pp = torch.where(pp > 0, pp, 1.0)
+            run.grown((qq / pp).sqrt())
             # |A^T r| is zero at a least-squares answer, |A p| in a direction that A does not see.
-            null = (gamma.sqrt() <= max(flat, enough) * largest * size) | (
-                qq <= (flat * largest).square() * pp
-            )
-            lost = active & ~torch.isfinite(qq)
-            moving = active & ~null & ~lost
-            unknown, singular = unknown | lost, singular | (active & null)
-            alpha = torch.where(moving, gamma / torch.where(moving, qq, one), zero)[..., None]
-            y = torch.where(moving[..., None], torch.addcmul(y, alpha, p), y)
-            r = torch.where(moving[..., None], torch.addcmul(r, alpha, q, value=-1), r)
+            null = gamma.sqrt() <= enough * run.largest * size
+            null = null | (qq <= (flat * run.largest).square() * pp)
+            moving = run.moving(null, ~torch.isfinite(qq))
+            wide = moving[..., None]
+            alpha = torch.where(moving, gamma / torch.where(moving, qq, 1.0), 0.0)[..., None]
+            y = torch.where(wide, torch.addcmul(y, alpha, p), y)
+            r = torch.where(wide, torch.addcmul(r, alpha, q, value=-1), r)
             size = torch.linalg.vector_norm(r, dim=-1)
             s = back(r) / scale
             gamma_next = dot(s, s)
-            beta = torch.where(moving, gamma_next / torch.where(moving, gamma, one), zero)
+            beta = torch.where(moving, gamma_next / torch.where(moving, gamma, 1.0), 0.0)
             p = torch.addcmul(s, beta[..., None], p)
             gamma = gamma_next
-            iterations = iterations + moving
-            active = moving & (size > tol)
-        largest = largest * scale[..., 0]
-        y = y / scale
-        return _part(y, precondition, active, singular, unknown, iterations, steps, largest)
+            run.active = moving & (size > start.tol)
+        run.largest = run.largest * scale[..., 0]
+        return run.correction(start.preconditioned(y / scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +209,8 @@ class LSMR(LeastSquares):
 
     References
     ----------
-    Fong and Saunders, LSMR: an iterative algorithm for sparse least-squares problems, 2011.
+    Fong and Saunders, LSMR: an iterative algorithm for sparse least-squares problems, 2011; for the
+    bidiagonalisation, Paige and Saunders, LSQR, 1982, equation 3.1.
 
     Examples
     --------
@@ -270,79 +223,62 @@ class LSMR(LeastSquares):
     (True, 'CONVERGED')
     """
 
-    def _iterate(
-        self,
-        matvec: Counted,
-        precondition: Product | None,
-        r: Tensor,
-        tol: Tensor,
-        active: Tensor,
-        limit: int,
-        looks: bool,
-        condition: Tensor | None = None,
-        enough: float = 0.0,
-    ) -> Part:
-        there, back = _preconditioned(matvec, precondition)
-        zero, one = torch.zeros_like(tol), torch.ones_like(tol)
-        flat = 10 * torch.finfo(r.dtype).eps
+    def _iterate(self, start: Pass) -> Correction:
+        there, back = _preconditioned(start)
+        run = Recurrence(start)
+        zero, one, flat = run.zero, run.one, run.flat
+        r, enough = start.r, max(flat, start.enough)
         u, size = _unit(r)
         v, alpha = _unit(back(u))
-        y, r_now = torch.zeros_like(v), r
+        y = torch.zeros_like(v)
         # The names are the paper's; the images A h and A h_bar give the residual itself.
         h, h_bar, Ah, Ah_bar = v, torch.zeros_like(v), torch.zeros_like(u), torch.zeros_like(u)
         zeta_bar, alpha_bar = alpha * size, alpha
         rho, rho_bar, c_bar, s_bar = one, one, one, zero
-        theta, largest = zero, alpha
-        unknown = active & ~torch.isfinite(alpha)
-        singular = torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        active = active & ~unknown
-        steps = 0
-        while steps < limit and (not looks or any_task(active)):
-            steps += 1
-            Av = there(v)
+        theta, run.largest = zero, alpha
+        run.unknown = run.active & ~torch.isfinite(alpha)
+        run.active = run.active & ~run.unknown
+        while run.goes_on():
+            Av = there(v)  # Paige and Saunders (1982), equation 3.1
             u, beta = _unit(torch.addcmul(Av, alpha[..., None], u, value=-1))
             v_next, alpha = _unit(torch.addcmul(back(u), beta[..., None], v, value=-1))
-            largest = torch.where(active, torch.maximum(largest, torch.hypot(alpha, beta)), largest)
+            run.grown(torch.hypot(alpha, beta))
 
-            h = v if steps == 1 else torch.addcmul(v, (theta / rho)[..., None], h, value=-1)
-            Ah = Av if steps == 1 else torch.addcmul(Av, (theta / rho)[..., None], Ah, value=-1)
+            h = v if run.steps == 1 else torch.addcmul(v, (theta / rho)[..., None], h, value=-1)
+            Ah = Av if run.steps == 1 else torch.addcmul(Av, (theta / rho)[..., None], Ah, value=-1)
             rho_last, rho_bar_last = rho, rho_bar
             rho = torch.hypot(alpha_bar, beta)
-            null = rho <= flat * largest
+            null = rho <= flat * run.largest
             rho = torch.where(rho > 0, rho, one)
             c, s = alpha_bar / rho, beta / rho
             theta, alpha_bar = s * alpha, c * alpha
             theta_bar = s_bar * rho
             rho_bar = torch.hypot(c_bar * rho, theta)
-            null = null | (rho_bar <= flat * largest)
+            null = null | (rho_bar <= flat * run.largest)
             rho_bar = torch.where(rho_bar > 0, rho_bar, one)
             zeta_last = zeta_bar  # |A^T r| so far, zero at a least-squares answer
-            null = null | (zeta_last.abs() <= max(flat, enough) * largest * size)
+            null = null | (zeta_last.abs() <= enough * run.largest * size)
             c_bar, s_bar = c_bar * rho / rho_bar, theta / rho_bar
             zeta, zeta_bar = c_bar * zeta_bar, -s_bar * zeta_bar
             back_by = (theta_bar * rho / (rho_last * rho_bar_last))[..., None]
             h_bar = torch.addcmul(h, back_by, h_bar, value=-1)
             Ah_bar = torch.addcmul(Ah, back_by, Ah_bar, value=-1)
             # |A^T A h_bar| is rho rho_bar: a huge h_bar is what the matrix does not see.
-            reach = torch.linalg.vector_norm(h_bar, dim=-1) * (flat * largest).square()
+            reach = torch.linalg.vector_norm(h_bar, dim=-1) * (flat * run.largest).square()
             null = null | (reach >= rho * rho_bar)
-            lost = active & ~torch.isfinite(alpha + beta)
-            moving = active & ~null & ~lost
-            unknown, singular = unknown | lost, singular | (active & null)
+            moving = run.moving(null, ~torch.isfinite(alpha + beta))
             step = torch.where(moving, zeta / (rho * rho_bar), zero)[..., None]
             y = torch.where(moving[..., None], torch.addcmul(y, step, h_bar), y)
-            moved = torch.addcmul(r_now, step, Ah_bar, value=-1)
-            r_now = torch.where(moving[..., None], moved, r_now)
-            size = torch.linalg.vector_norm(r_now, dim=-1)
+            r = torch.where(moving[..., None], torch.addcmul(r, step, Ah_bar, value=-1), r)
+            size = torch.linalg.vector_norm(r, dim=-1)
             v = v_next
-            iterations = iterations + moving
-            active = moving & (size > tol)
-        return _part(y, precondition, active, singular, unknown, iterations, steps, largest)
+            run.active = moving & (size > start.tol)
+        return run.correction(start.preconditioned(y))
 
 
-def _preconditioned(matvec: Counted, precondition: Product | None) -> tuple[Product, Product]:
-    """Products with A M and M^T A^T, for a preconditioner M that is a linear map."""
+def _preconditioned(start: Pass) -> tuple[Product, Product]:
+    """Form products with A M and M^T A^T, for a preconditioner M that is a linear map."""
+    matvec, precondition = start.matvec, start.precondition
     if precondition is None:
         return matvec, matvec.transposed
     pull: Callable[[Tensor], tuple[Tensor]] | None = None
@@ -358,30 +294,6 @@ def _preconditioned(matvec: Counted, precondition: Product | None) -> tuple[Prod
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """A vector of norm one, or zero, and the norm."""
+    """Take a vector to norm one, or zero, and the norm."""
     length = torch.linalg.vector_norm(v, dim=-1)
-    return v / torch.where(length > 0, length, torch.ones_like(length))[..., None], length
-
-
-def _part(
-    y: Tensor,
-    precondition: Product | None,
-    active: Tensor,
-    singular: Tensor,
-    unknown: Tensor,
-    iterations: Tensor,
-    steps: int,
-    largest: Tensor,
-) -> Part:
-    status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED))
-    status = torch.where(singular, int(Status.SINGULAR), status)
-    status = torch.where(unknown, int(Status.NOT_FINITE), status)
-    x = y if precondition is None else precondition(y)
-    return Part(
-        x=torch.where(unknown[..., None], torch.full_like(x, math.nan), x),
-        status=status,
-        iterations=iterations,
-        steps=steps,
-        negative=torch.zeros_like(active),
-        largest=largest,
-    )
+    return v / torch.where(length > 0, length, 1.0)[..., None], length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -12,7 +11,10 @@ from .._autograd.host import any_task
 from .._autograd.rows import by_rows
 from .._autograd.transforms import outside_transforms
 from .._info import Status
-from ._base import Counted, LinearSystem, Product, Solution, Solver, at_least, norm, tolerance
+from ._base import Solver
+from ._fields import at_least, tolerance
+from ._system import Counted, LinearSystem, Solution, Units, graded
+from ._vectors import Product, norm
 
 _SEED = 0x5EED
 _ZERO = 30  # values below so many roundings of the largest are zero
@@ -63,34 +65,21 @@ class Nystrom(Solver):
     def run(self, system: LinearSystem) -> Solution:
         """Approximate the matrix, solve, and measure the residual."""
         matvec = Counted(system.matvec, self.damping)
-        scale = norm(system.b)
-        present = (scale > 0) & torch.isfinite(scale)
-        unit = torch.where(present, scale, torch.ones_like(scale))[..., None]
-        b = torch.where(present[..., None], system.b / unit, torch.zeros_like(system.b))
-        x = torch.zeros_like(b)
-        size = torch.zeros_like(scale)
-        if any_task(present):
+        units = Units(system.b)
+        b = torch.where(units.present[..., None], units.b, 0.0)
+        x, size = torch.zeros_like(b), torch.zeros_like(units.scale)
+        if any_task(units.present):
             vectors, values = _approximation(matvec, b, self.rank)
             x = _solved(vectors, values, self.damping, b, beyond=self.damping)
             size = norm(b - matvec(x))
         met = size <= tolerance(None, system.layout.precision)
-        sound = torch.isfinite(scale) & torch.isfinite(size)
-        status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_ITERATIONS))
-        status = torch.where(sound, status, int(Status.NOT_FINITE))
-        nan = torch.full_like(scale, math.nan)
-        return Solution(
-            x=torch.where(sound[..., None], x * unit, torch.full_like(x, math.nan)),
-            status=status,
-            success=status == Status.CONVERGED,
-            iterations=torch.zeros_like(status),
-            matvecs=matvec.count,
-            residual_norm=torch.where(sound, size, nan),
-            negative_curvature=torch.zeros_like(sound),
-            method="Nystrom",
-        )
+        ends = {Status.CONVERGED: met, Status.NOT_FINITE: ~torch.isfinite(size)}
+        status = graded(ends, Status.MAX_ITERATIONS)
+        x, status, size = units.settled(x * units.unit, status, size)
+        return Solution(x, status, residual_norm=size, matvecs=matvec.count, method="Nystrom")
 
     def as_preconditioner(self, matvec: Counted, b: Tensor) -> Product:
-        """The approximate inverse, made at its first use from the products of the solver."""
+        """Make the approximate inverse, at its first use, from the products of the solver."""
         damping = self.damping or max(matvec.damping, 0.0)
         made: list[tuple[Tensor, Tensor]] = []
 
@@ -100,14 +89,14 @@ class Nystrom(Solver):
             vectors, values = made[0]
             # What the approximation does not see is taken to be as large as its least value.
             least = torch.maximum(values.amin(dim=-1), 1e-12 * values.amax(dim=-1)) + damping
-            least = torch.where(least > 0, least, torch.ones_like(least))[..., None]
+            least = torch.where(least > 0, least, 1.0)[..., None]
             return _solved(vectors, values, damping, v, beyond=least)
 
         return apply
 
 
 def _approximation(matvec: Counted, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal vectors ``(*tasks, n, rank)`` and values of the undamped matrix."""
+    """Find orthonormal vectors ``(*tasks, n, rank)`` and values of the undamped matrix."""
     n = b.shape[-1]
     rank = min(rank, n)
     with outside_transforms():
@@ -117,29 +106,27 @@ def _approximation(matvec: Counted, b: Tensor, rank: int) -> tuple[Tensor, Tenso
     columns = test.T.reshape(rank, *[1] * (b.ndim - 1), n).expand(rank, *b.shape)
     matvec.count += rank
     sketch = by_rows(matvec.matvec, columns).movedim(0, -1)
-    sketch = torch.where(torch.isfinite(sketch), sketch, torch.zeros_like(sketch))
+    sketch = torch.where(torch.isfinite(sketch), sketch, 0.0)
     core = test.T @ sketch
     spectrum, basis = torch.linalg.eigh((core + core.mT) / 2)
     floor = _ZERO * torch.finfo(b.dtype).eps * spectrum.abs().amax(dim=-1, keepdim=True)
     usable = spectrum > floor
-    weight = torch.where(usable, spectrum, torch.ones_like(spectrum)).rsqrt() * usable
+    weight = torch.where(usable, spectrum, 1.0).rsqrt() * usable
     vectors, singular, _ = torch.linalg.svd(sketch @ (basis * weight[..., None, :]), False)
     values = singular.square()
     kept = values > _ZERO * torch.finfo(b.dtype).eps * values.amax(dim=-1, keepdim=True)
-    return vectors, torch.where(kept, values, torch.zeros_like(values))
+    return vectors, torch.where(kept, values, 0.0)
 
 
 def _solved(
     vectors: Tensor, values: Tensor, damping: float, v: Tensor, beyond: Tensor | float
 ) -> Tensor:
-    """``(A_rank + damping I)^-1 v``, with `beyond` for the matrix where it is not known."""
+    """Form ``(A_rank + damping I)^-1 v``, with `beyond` for the matrix where it is not known."""
     known = values > 0
-    part = (vectors.mT @ v[..., None])[..., 0]
-    shifted = torch.where(known, values + damping, torch.ones_like(values))
-    inside = (vectors @ torch.where(known, part / shifted, torch.zeros_like(part))[..., None])[
-        ..., 0
-    ]
+    part = vectors.mT @ v[..., None]
+    known, shifted = known[..., None], torch.where(known, values + damping, 1.0)[..., None]
+    inside = (vectors @ torch.where(known, part / shifted, 0.0))[..., 0]
     if isinstance(beyond, float) and beyond == 0:
         return inside
-    seen = (vectors @ torch.where(known, part, torch.zeros_like(part))[..., None])[..., 0]
+    seen = (vectors @ torch.where(known, part, 0.0))[..., 0]
     return inside + (v - seen) / beyond

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import NewtonStep, dot, norm
+from ._system import NewtonStep
+from ._vectors import dot, norm
 
 
 class Observer:
@@ -45,13 +46,13 @@ class Observer:
             ``weight . A p`` for each task; zero where a task stands still.
         """
         moving = length > 0
-        part = dot(weight, self.left) / torch.where(moving, length, torch.ones_like(length))
-        part = torch.where(moving, part, torch.zeros_like(part))[..., None]
+        part = dot(weight, self.left) / torch.where(moving, length, 1.0)
+        part = torch.where(moving, part, 0.0)[..., None]
         self.step = torch.addcmul(self.step, part, direction)
         self.left = torch.addcmul(self.left, part, image, value=-1)
 
     def along_alone(self, direction: Tensor, image: Tensor, length: float) -> None:
-        """The same for one system by conjugate gradients, in numbers in place of tensors."""
+        """Do so for one system by conjugate gradients, in numbers in place of tensors."""
         part = torch.dot(direction, self.left).item() / length
         self.step = torch.add(self.step, direction, alpha=part)
         self.left = torch.sub(self.left, image, alpha=part)
@@ -77,12 +78,12 @@ class Observer:
         self._newer = torch.where(going, x, newer_x), torch.where(active, size, newer_size)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """``||A^-1 r|| / ||r||`` as the later half of an iteration that ended at `x` saw it."""
+        """Estimate ``||A^-1 r|| / ||r||`` from the later half of an iteration that ended at `x`."""
         older_x, older_size = self._older
         return norm(x - older_x) / older_size
 
     def newton(self, x: Tensor) -> NewtonStep:
-        """``A^-1 F`` as far as it was projected, and what was left over."""
+        """Form ``A^-1 F`` as far as it was projected, and what was left over."""
         size = norm(self.left)
-        beyond = torch.where(size > 0, self.inverse(x) * size, torch.zeros_like(size))
+        beyond = torch.where(size > 0, self.inverse(x) * size, 0.0)
         return NewtonStep(self.step, self.left, beyond)

@@ -13,7 +13,7 @@ _ENTRIES = 2**22  # of all blocks together
 
 
 def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tensor:
-    """The lowest and highest eigenvalue of each task's symmetric tridiagonal matrix.
+    """Find the lowest and highest eigenvalue of each task's symmetric tridiagonal matrix.
 
     Every eigenvalue of the matrix lies within the spectrum of the operator, and so does every
     eigenvalue of a diagonal block of it: a long recurrence is taken apart into blocks, so that
@@ -37,10 +37,10 @@ def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tens
     known = known & torch.isfinite(diagonal)
     some = known[..., :1]
     # A task that stopped early is filled up with a value that lies between its extremes.
-    filler = torch.where(some, diagonal[..., :1], torch.zeros_like(diagonal[..., :1]))
+    filler = torch.where(some, diagonal[..., :1], 0.0)
     diagonal = torch.where(known, diagonal, filler)
     joined = known[..., 1:] & torch.isfinite(beside[..., :-1])
-    beside = torch.where(joined, beside[..., :-1], torch.zeros_like(beside[..., :-1]))
+    beside = torch.where(joined, beside[..., :-1], 0.0)
     room = _ENTRIES // max(diagonal.numel(), 1)
     length = max(min(_LONGEST, room), 64)
     low, high = filler[..., 0], filler[..., 0]
@@ -51,14 +51,13 @@ def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tens
             block = block + torch.diag_embed(beside[..., start:stop], offset=-1)
         values = torch.linalg.eigvalsh(block)
         low, high = torch.minimum(low, values[..., 0]), torch.maximum(high, values[..., -1])
-    found = torch.stack([low, high], dim=-1)
-    return torch.where(some, found, torch.full_like(found, math.nan))
+    return torch.where(some, torch.stack([low, high], dim=-1), math.nan)
 
 
 def widest(
     one: Callable[[], Tensor] | None, other: Callable[[], Tensor] | None
 ) -> Callable[[], Tensor] | None:
-    """The extremes of two recurrences with the same matrix."""
+    """Take the extremes of two recurrences with the same matrix."""
     if one is None or other is None:
         return one or other
 
@@ -71,7 +70,7 @@ def widest(
 
 
 def condition_of_factors(factors: Sequence[Tensor]) -> Tensor:
-    """The condition number of A as a Krylov space has seen it: never above the true one.
+    """Find the condition number of A as a Krylov space has seen it: never above the true one.
 
     Parameters
     ----------
@@ -95,7 +94,7 @@ def condition_of_factors(factors: Sequence[Tensor]) -> Tensor:
 def lanczos_factor(
     diagonal: Sequence[Tensor], beside: Sequence[Tensor], known: Sequence[Tensor]
 ) -> Tensor:
-    """The ``(*tasks, k + 1, k)`` matrix of a Lanczos recurrence, indefinite or not."""
+    """Form the ``(*tasks, k + 1, k)`` matrix of a Lanczos recurrence, indefinite or not."""
     a, b, some = (torch.stack(list(c), dim=-1) for c in (diagonal, beside, known))
     zero = torch.zeros_like(a)
     # A task that stopped early is filled up with columns as long as its others.
@@ -110,12 +109,12 @@ def lanczos_factor(
 def ritz_values_of_lanczos(
     diagonal: Sequence[Tensor], beside: Sequence[Tensor], known: Sequence[Tensor]
 ) -> Tensor:
-    """The extreme Ritz values from the coefficients of each step."""
+    """Find the extreme Ritz values from the coefficients of each step."""
     return extreme_ritz_values(*(torch.stack(list(c), dim=-1) for c in (diagonal, beside, known)))
 
 
 def ritz_values_of_cg(pAp: Tensor, size: Tensor, beta: Tensor, known: Tensor) -> Tensor:
-    """The extreme Ritz values from p.Ap, r.z and beta of each step, ``(*tasks, k)``, of CG.
+    """Find the extreme Ritz values from p.Ap, r.z and beta of each step, ``(*tasks, k)``, of CG.
 
     The matrix of the Lanczos recurrence is L D L^T with D the values of 1 / alpha = p.Ap / r.z
     and L unit lower bidiagonal with the square roots of beta beside its diagonal. It is right

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hypergrad import CG, MINRES
+from hypergrad.solvers._krylov import Pass
 from hypergrad.solvers._observer import Observer
+from hypergrad.solvers._system import Counted
 from tests.problems import F64, data, relative_error
 
 n = 40
@@ -27,16 +29,17 @@ def test_an_observed_iteration_finds_the_newton_step(indefinite):
     b, F = data(5, size, dtype=F64), data(6, size, dtype=F64)
     solver = MINRES(rtol=1e-12) if indefinite else CG(rtol=1e-12)
     for method in {solver, MINRES(rtol=1e-12)}:
-        part = method._iterate(
-            lambda v: v @ M,
-            None,
-            b,
-            torch.tensor(1e-14, dtype=F64),
-            torch.tensor(True),
-            size,
-            True,
-            F,
+        start = Pass(
+            matvec=Counted(lambda v: v @ M, 0.0),
+            precondition=None,
+            r=b,
+            tol=torch.tensor(1e-14, dtype=F64),
+            active=torch.tensor(True),
+            limit=size,
+            looks=True,
+            condition=F,
         )
+        part = method._iterate(start)
         assert isinstance(part.observer, Observer)
         assert relative_error(part.observer.step, torch.linalg.solve(M, F)) < 1e-8
         assert part.observer.left.norm() < 1e-8

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-from torch import Tensor
 
-from ._base import LinearSystem, Solution, norm
 from ._factorisation import signs
+from ._system import LinearSystem, Probe, Solution
+from ._vectors import norm
 
 # A residual that is larger than this beside its right-hand side, once each equation is taken in
 # units of its own, and so many times larger than it was before, hides an error.
@@ -16,30 +14,14 @@ _ERROR = {torch.float64: 1e-4, torch.float32: 1e-3}
 _TIMES = 30.0
 
 
-@dataclasses.dataclass
-class Probe:
-    """One product with a vector in general position, which shows the size of every row.
-
-    Attributes
-    ----------
-    rows : Tensor
-        About the size of the rows of the matrix, ``(*tasks, n)``.
-    hides : Tensor
-        bool, for each task: the residual is small in units that hide a large error.
-    """
-
-    rows: Tensor
-    hides: Tensor
-
-
-def probed(system: LinearSystem, found: Solution, damping: float) -> Probe | None:
+def probed(system: LinearSystem, solution: Solution, damping: float) -> Probe | None:
     """Form the product, and judge the residual of an answer by it.
 
     Parameters
     ----------
     system : LinearSystem
         What was solved.
-    found : Solution
+    solution : Solution
         The answer, with its residual.
     damping : float
         Of the solver.
@@ -49,7 +31,7 @@ def probed(system: LinearSystem, found: Solution, damping: float) -> Probe | Non
     probe : Probe or None
         None where the method does not tell its residual.
     """
-    if found.residual is None:
+    if solution.residual is None:
         return None
     z = signs(system.b)
     z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
@@ -62,11 +44,11 @@ def probed(system: LinearSystem, found: Solution, damping: float) -> Probe | Non
     # Of n rows some come out n times too small by chance.
     chance = (rows < middle) & (rows > middle / (10 * rows.shape[-1]))
     scale = middle / torch.where(chance, middle, rows)
-    given = norm(scale * system.b)
-    left = norm(scale * found.residual) / torch.where(given > 0, given, 1.0)
-    size = found.residual_norm
-    low, high = found.eigenvalues.unbind(dim=-1)
+    size_b = norm(scale * system.b)
+    left = norm(scale * solution.residual) / torch.where(size_b > 0, size_b, 1.0)
+    size = solution.residual_norm
+    low, high = solution.eigenvalues.unbind(dim=-1)
     # Or the spectrum that was seen leaves no digit.
     uneven = (left > _TIMES * size) | (high * size > low)
     error = _ERROR.get(system.layout.precision, 1.0)
-    return Probe(rows, (left > error) & uneven & (given > 0))
+    return Probe(rows, (left > error) & uneven & (size_b > 0))

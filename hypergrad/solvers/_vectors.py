@@ -1,0 +1,49 @@
+"""Flat vectors ``(*tasks, n)``: inner products, norms, and the matrix of a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._autograd.rows import by_rows
+from .._autograd.transforms import is_wrapped
+
+Product = Callable[[Tensor], Tensor]
+
+# Norms between these are right to rounding, though their squares are summed in the dtype.
+_SAFE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-15, 1e15)}
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Form the inner product of each task's vectors."""
+    return torch.linalg.vecdot(a, b)
+
+
+def norm(v: Tensor) -> Tensor:
+    """Form the Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
+    if v.shape[-1] == 0:
+        return v.new_zeros(v.shape[:-1])
+    if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v):
+        # Several times as fast, and right where no square leaves the range of the dtype.
+        length = torch.linalg.vector_norm(v, dim=-1)
+        low, high = _SAFE[v.dtype]
+        if length.ndim == 0:
+            safe = low < length.item() < high
+        else:
+            safe = bool(((length > low) & (length < high)).all())
+        if safe:
+            return length
+    if v.dtype != torch.float64:  # squares fit into the wider dtype, without a look at the largest
+        return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).to(v.dtype)
+    largest = v.abs().amax(dim=-1)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    return unit * torch.linalg.vector_norm(v / unit[..., None], dim=-1)
+
+
+def dense_by_products(matvec: Product, b: Tensor) -> Tensor:
+    """Form the matrix of a product, column by column, for one system."""
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    columns: Tensor = by_rows(matvec, eye)
+    return columns.mT
