@@ -40,8 +40,10 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
-# In prose, as types of fields; Solver is the private base class of the solvers.
-nitpick_ignore = [("py:class", name) for name in ("Tensor", "pytree", "Solver")]
+# In prose, as types of fields.
+PROSE = ("Tensor", "pytree", "Solver", "callable", "optional", '{"warn"', '"raise"', '"ignore"}')
+OF_A_SYSTEM = ("Layout", "Tree", "NewtonStep", "Probe", "State")
+nitpick_ignore = [("py:class", name) for name in (*PROSE, *OF_A_SYSTEM)]
 # Where signatures name a class of torch by the module that defines it.
 nitpick_ignore += [
     ("py:class", name) for name in ("torch._C.Generator", "torch.optim.optimizer.Optimizer")
