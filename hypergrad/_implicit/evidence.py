@@ -465,7 +465,10 @@ class Evidence:
         if linear is None:
             return torch.full_like(self.length, math.nan)
         linear = torch.where(self.strength > 0, linear, torch.zeros_like(linear))
-        total = _MARGIN * linear * self.use.share() + _AGAIN * approximation + inner
+        linear = _MARGIN * linear
+        # Of a solution that is hardly known, neither is its share of the hypergradient.
+        share = torch.where(linear > _HARDLY, 1.0, self.use.share())
+        total = linear * share + _AGAIN * approximation + inner
         lost = torch.zeros_like(self.success)
         for status in _LOST:
             lost = lost | (self.status == status)
