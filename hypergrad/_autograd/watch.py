@@ -9,7 +9,7 @@ from torch._C import _functorch
 from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
 
-# What asks autograd itself: for a derivative, or whether one will be taken.
+# The functions that ask autograd itself: for a derivative, or whether one will be taken.
 _ASKS_AUTOGRAD = frozenset({
     torch.autograd.grad,
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
