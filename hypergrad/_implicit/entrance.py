@@ -80,9 +80,9 @@ def implicit_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient of an outer loss through the solution of an inner problem.
+    """Compute the hypergradient of an outer loss through the solution of an inner problem.
 
-    Computes d/d hparams of ``outer(params*(hparams), hparams)`` by implicit differentiation:
+    It is d/d hparams of ``outer(params*(hparams), hparams)``, by implicit differentiation:
     the direct term minus ``(dF/dhparams)^T u``, where ``A^T u = d outer / d params``.
 
     Each loss is evaluated once, and once more, a Newton step of the inner problem further on,
