@@ -89,7 +89,7 @@ class AmIGO(DoubleLoop):
     outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
-        """The running solution of the linear system."""
+        """Start the running solution of the linear system."""
         return {"u": levels.zeros()}
 
     def solved(self, levels: Levels, by_params: Tensor, rate: float) -> Tensor:

@@ -63,7 +63,7 @@ class F2SA(Decaying):
     outer_decay: float = exponent(5 / 7)
 
     def start(self, levels: Levels) -> State:
-        """The second copy of the parameters."""
+        """Make the second copy of the parameters."""
         if not isinstance(levels.condition, Minimum | GaussNewton):
             raise UnsupportedOperation(
                 f"F2SA needs an inner loss; {type(levels.condition).__name__} has none. Use SOBA, "
