@@ -126,7 +126,7 @@ def evolution_strategies_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient from values of the outer loss at random hyperparameters, in pairs.
+    """Estimate the hypergradient from values of the outer loss at random hyperparameters, in pairs.
 
     With ``f(hparams) = outer(params, hparams)``, `params` being what the inner solver makes of
     `hparams`, and standard normal ``e_i``::

@@ -54,10 +54,10 @@ def one_step_grad(
     return_params: bool = False,
     on_failure: OnFailure = "warn",
 ) -> Any:
-    """Hypergradient by differentiating one step of an inner solver that has (nearly) converged.
+    """Estimate the hypergradient by differentiating one step of an inner solver near convergence.
 
-    Makes one step from `params` and differentiates that step alone, with `params` a constant:
-    ``outer(step(params, hparams), hparams)`` by `hparams`. The cost is one step and its
+    One step is made from `params`, and that step alone is differentiated, with `params` a
+    constant: ``outer(step(params, hparams), hparams)`` by `hparams`. The cost is one step and its
     gradient, the memory that of one step.
 
     It is exact at a fixed point of a step whose derivative by `params` is zero there, as that of

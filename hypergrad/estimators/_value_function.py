@@ -29,7 +29,7 @@ _RISING = (
 
 @dataclasses.dataclass(frozen=True)
 class ValueFunctionInfo:
-    """What comes with a value-function gradient.
+    """The evidence beside a value-function gradient.
 
     It is a registered pytree whose leaves are tensors.
 
@@ -131,7 +131,7 @@ def value_function_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Direction of joint descent on outer and inner variables, from first derivatives: BOME.
+    """Form the direction of joint descent on both levels, from first derivatives: BOME.
 
     The inner problem is the constraint that the gap ``q = inner(params) - inner(y)`` be zero,
     with ``y`` made from `params` by gradient steps and held constant. The direction is ``d outer +
