@@ -265,7 +265,7 @@ class Solver(Fields, ABC):
 
 
 class _Rectangular(Exception):
-    """What a product with the transpose returned, where that is not shaped like the right side."""
+    """An image under the transpose that is not shaped like the right-hand side."""
 
     def __init__(self, image: Any) -> None:
         super().__init__("rmatvec(v) is not shaped like b.")
