@@ -140,7 +140,7 @@ class SolveInfo:
     method: str = ""
 
     def __str__(self) -> str:
-        """One line, for people; of a batch the counts and the largest figures."""
+        """Write the evidence in a line, for people; of a batch the counts and largest figures."""
         states = Counter(Status(s).name for s in self.status.reshape(-1).tolist())
         tasks = self.status.numel()
         if self.status.ndim == 0:
@@ -160,7 +160,7 @@ class SolveInfo:
         return text
 
     def __repr__(self) -> str:
-        """The fields, with shapes in place of tensors."""
+        """Write the fields, with shapes in place of tensors."""
         return fields_of(self)
 
 
