@@ -63,10 +63,11 @@ _WATCHED = _IN_PLACE | _NORMS | _EMBEDDINGS | _MAKES_NEW | {torch.autograd.grad}
 class Guard(TorchFunctionMode):
     """One evaluation of a user's function, in which nothing of the caller's may change.
 
-    Modules that run work on copies of their state, which is put back at the end. What would change
-    a caller's tensor otherwise, or has no derivative, is refused before it does: norm layers that
-    would update running statistics, embeddings that would renormalise their weight, parameters
-    that are overwritten, modules that are split over processes. One thread at a time is inside.
+    Modules that run work on copies of their state, which is put back at the end. Calls that would
+    change a caller's tensor otherwise, or have no derivative, are refused before they do: norm
+    layers that would update running statistics, embeddings that would renormalise their weight,
+    parameters that are overwritten, modules that are split over processes. One thread at a time
+    is inside.
     """
 
     def __init__(self) -> None:

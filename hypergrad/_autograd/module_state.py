@@ -54,7 +54,7 @@ class _Held:
     slots : dict
         Its buffers, as they were seen last, and the attributes that carry derivatives.
     replaced : dict
-        For each slot what was put there in the evaluation, and what was there before it.
+        For each slot the values put there in the evaluation, each with the one there before it.
     parts : list
         Itself and those of its parts that have slots.
     ran : bool
