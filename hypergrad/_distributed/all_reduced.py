@@ -28,9 +28,9 @@ def all_reduced(share: Any, group: Any = None, *, reduction: Literal["sum", "mea
 
     Data-parallel hypergradients: each process holds its part of the data and a copy of the
     variables, and `share` is its part of the loss. The whole loss is returned: its value
-    and its derivatives of every order are reduced over the processes, so that `implicit_grad`, the
-    decorators and `Bilevel`, called in every process with the same variables and with both losses
-    wrapped, give the same answer in all of them: that of one process with all the data.
+    and its derivatives of every order are reduced over the processes. Call `implicit_grad`, the
+    decorators and `Bilevel` in every process with the same variables and with both losses wrapped.
+    They give the same answer in all of them: that of one process with all the data.
 
     There is one all-reduce for each evaluation, each gradient, each product with the Hessian (two
     for a `GaussNewton` with a regulariser) and each cross derivative. Solvers see reduced vectors
