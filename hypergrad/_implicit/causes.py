@@ -1,4 +1,4 @@
-"""Why a number is not finite: where it first was not, and what that says."""
+"""Why a number is not finite: the place where it first was not, and its meaning."""
 
 from __future__ import annotations
 

@@ -118,10 +118,10 @@ def implicit_grad(
     inner_tol : float, optional
         Above this relative inner residual (`SolveInfo.inner_residual`) the inner problem counts as
         unsolved, unless the answer moves by less than 20 times `inner_tol` on a Newton step, up to
-        an inner residual of as much; below it too, if the answer moves by more. None: measured,
-        not judged, but for a `Minimum` with negative curvature and for params that have run away,
-        so far that a Newton step leads back to less than a third of their length while the outer
-        loss does not change on it as its slope says.
+        an inner residual of as much. Below it the same holds if the answer moves by more. None:
+        measured, not judged, but for a `Minimum` with negative curvature and for params that have
+        run away. From such params a Newton step leads back to less than a third of their length,
+        while the outer loss does not change on it as its slope says.
     on_failure : {"warn", "raise", "ignore"}
         What to do when the answer may be wrong.
     return_info : bool

@@ -376,7 +376,7 @@ class _Hypergradient(Use):
         return [_difference(d, c, h) for d, c, h in zip(direct, indirect, like, strict=True)]
 
     def _cross(self, u: Tensor) -> Parts:
-        """Form ``(dF/dhparams)^T u``, for every task's u where the tasks share the inner problem."""
+        """Form ``(dF/dhparams)^T u``, for each task's u where the tasks share the inner problem."""
         if self.lin.lead == self._lead:
             return self.lin.cross(u)
         connected = [part is not None for part in self.lin.cross(u[0])]
