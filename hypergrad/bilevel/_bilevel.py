@@ -47,9 +47,9 @@ class Bilevel:
     """The outer problem ``min over hparams of outer(params*(hparams), hparams)``, step by step.
 
     It holds what has to live from one outer step to the next: the variables of both levels, the
-    `torch.optim` optimisers that move them, the inner solution and the linear system's, both of
-    which the next step starts from, and where the batches are drawn. How a step is made is the
-    `method`: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
+    `torch.optim` optimisers that move them, the inner solution and the linear system's, and where
+    the batches are drawn. The next step starts from both solutions. The `method` says how a step
+    is made: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
     `MASOBA`, `SABA`, `AmIGO`, `StocBiO` and `F2SA`.
 
     Parameters

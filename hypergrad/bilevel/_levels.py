@@ -59,8 +59,8 @@ class Levels:
     """The two levels of a problem as a `Method` sees them; `Bilevel` makes it.
 
     In formulas F is the inner condition, for an objective its gradient by the parameters, and A is
-    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``;
-    what is shaped like the hyperparameters is a list of tensors, one for each. Everything that is
+    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``.
+    One shaped like the hyperparameters is a list of tensors, one for each. Everything that is
     returned is detached.
 
     Attributes

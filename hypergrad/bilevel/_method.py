@@ -36,7 +36,7 @@ class Method(Fields, ABC):
       inference mode.
     - ``levels.state`` is what `start` returned, or what the last step left there. It is saved and
       restored with the loop, so that it may hold tensors, numbers, text, and lists and dicts of
-      them; a restored state has the structure, shapes and dtypes of the one that is there.
+      them. A restored state has the structure, shapes and dtypes of the one that is there.
     - ``levels.steps`` outer steps have been made, and nothing else moves the variables.
 
     It has to move both levels: the inner variables by `Levels.inner_step`, `Levels.inner_steps` or
