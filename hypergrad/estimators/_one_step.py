@@ -63,8 +63,8 @@ def one_step_grad(
     It is exact at a fixed point of a step whose derivative by `params` is zero there, as that of
     Newton's method is. Where that derivative has norm ``rho < 1`` the error is at most
     ``rho / (1 - rho)`` times the norms of the two factors that are left, ``d step / d hparams``
-    and ``d outer / d params``: small for a solver that converges in a few steps, and larger than
-    the answer for gradient steps on an ill-conditioned problem.
+    and ``d outer / d params``. That is small for a solver that converges in a few steps, and
+    larger than the answer for gradient steps on an ill-conditioned problem.
 
     Parameters
     ----------

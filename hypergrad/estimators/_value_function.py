@@ -140,9 +140,9 @@ def value_function_grad(
 
         multiplier = max(eta - <d outer, d q> / ||d q||^2, 0)
 
-    At a solution of the inner problem the gap's gradient is zero and what is left is the direct
-    term alone, so this is no hypergradient there: `params` is meant to be where the joint descent
-    has led. With its own direction by `params` gone to zero, the answer is the hypergradient up
+    At a solution of the inner problem the gap's gradient is zero and the direct term alone is
+    left, so this is no hypergradient there: `params` is meant to be where the joint descent has
+    led. With its own direction by `params` gone to zero, the answer is the hypergradient up
     to a bias of order ``1 / multiplier``, as in `penalty_grad`.
 
     It costs `steps` gradients of `inner` by `params`, two more of `inner` and one of `outer`,
