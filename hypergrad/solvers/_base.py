@@ -234,7 +234,7 @@ class Solver(Fields, ABC):
         Parameters
         ----------
         system : LinearSystem
-            The system. Gradients are off, and what it holds is described there.
+            The system. Gradients are off. `LinearSystem` describes its fields.
 
         Returns
         -------

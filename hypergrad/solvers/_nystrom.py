@@ -36,8 +36,8 @@ class Nystrom(Solver):
     rank : int
         How many products are made; at most the unknowns are.
     damping : float
-        The system solved is ``(A + damping I) x = b``. With zero, what the approximation does
-        not see is left out of the answer.
+        The system solved is ``(A + damping I) x = b``. With zero, the part that the approximation
+        does not see is left out of the answer.
 
     References
     ----------
