@@ -88,8 +88,8 @@ class SolveInfo:
     error_estimate : Tensor
         Estimate of the relative error of the hypergradient: from the linear residual and what the
         solve has seen of the inverse, from the change of the hypergradient on an inner Newton step
-        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out; at most
-        10, which says that nothing is known, as at a saddle. It needs ``return_info=True`` (in the
+        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out. It is at
+        most 10, where nothing is known, as at a saddle. It needs ``return_info=True`` (in the
         decorators a `callback`), and `CG`, `MINRES` or `Exact`, by themselves or in `Auto`;
         otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
         without such a change. See the page on reliability for how often it holds.

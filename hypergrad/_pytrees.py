@@ -21,7 +21,7 @@ class Tree:
     """An argument taken apart: the tensors that a derivative can reach, and the rest.
 
     Floating-point tensors are variables. Integer and boolean tensors, None, numbers and, with
-    ``skip_frozen``, what is frozen beside others that are not, are constants.
+    ``skip_frozen``, leaves that are frozen beside others that are not, are constants.
 
     Parameters
     ----------
@@ -32,9 +32,9 @@ class Tree:
     skip_frozen : bool
         Whether an `nn.Parameter` that is frozen beside tensors that are not is a constant.
     of_autograd : bool
-        Whether the tensors are the variables that an optimiser of PyTorch moves: then one that
-        requires grad counts once under however many names it stands, and with `skip_frozen` a
-        plain tensor that does not require grad beside leaves that do is a constant too.
+        Whether the tensors are the variables that an optimiser of PyTorch moves. Then one that
+        requires grad counts once under however many names it stands. With `skip_frozen` a plain
+        tensor that does not require grad beside leaves that do is then a constant too.
     constants : bool
         Whether what cannot be a variable may stand there as a constant: a sparse tensor, say, or
         a module without parameters.
