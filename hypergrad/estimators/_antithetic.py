@@ -46,7 +46,7 @@ class Evaluation:
     _further_out: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
-        """Evaluate the loss, once for each row of the tensors."""
+        """Form the values, one for each row of the tensors."""
         if self.batching == "loop":
             return torch.stack([self._drawn(self._one, rows) for rows in zip(*batch, strict=True)])
         try:

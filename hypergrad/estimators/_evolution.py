@@ -135,9 +135,10 @@ def evolution_strategies_grad(
 
     It is an unbiased estimate of the gradient of ``f`` smoothed by a Gaussian. The distance to the
     gradient of ``f`` is of order ``sigma ** 2``: small for a smooth loss. The smoothed gradient is
-    useful by itself where ``f`` is chaotic, as after many unstable steps. The noise is large: with ``n``
-    hyperparameters its norm is about ``sqrt(n / pairs)`` times that of the gradient. No derivative
-    through the inner solver is taken, so it need have none, and memory is flat in the steps.
+    useful by itself where ``f`` is chaotic, as after many unstable steps. The noise is large: with
+    ``n`` hyperparameters its norm is about ``sqrt(n / pairs)`` times that of the gradient. No
+    derivative through the inner solver is taken, so it need have none, and memory is flat in the
+    steps.
 
     All ``2 * pairs`` evaluations see the same random numbers of the functions' own.
 
