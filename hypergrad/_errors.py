@@ -53,7 +53,7 @@ class HypergradError(Exception):
 
 
 def argument_of(leaf: str) -> str | None:
-    """The name that a path begins with; None where it begins with words."""
+    """Read the name that a path begins with; None where it begins with words."""
     name = re.match(r"[A-Za-z_]\w*(?=$|[\[.(]| for )", leaf)
     return name and name[0]
 
@@ -208,7 +208,7 @@ class StructureMismatch(HypergradError, ValueError):
 
 
 class UnsupportedOperation(HypergradError):
-    """What was asked for cannot be computed rightly; the message says what to do instead.
+    """A request that cannot be computed rightly; the message says what to do instead.
 
     `leaf` and `argument` name the leaf that it is about, where there is one.
 

@@ -88,8 +88,8 @@ class SolveInfo:
     error_estimate : Tensor
         Estimate of the relative error of the hypergradient: from the linear residual and what the
         solve has seen of the inverse, from the change of the hypergradient on an inner Newton step
-        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out; at most
-        10, which says that nothing is known, as at a saddle. It needs ``return_info=True`` (in the
+        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out. It is at
+        most 10, where nothing is known, as at a saddle. It needs ``return_info=True`` (in the
         decorators a `callback`), and `CG`, `MINRES` or `Exact`, by themselves or in `Auto`;
         otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
         without such a change. See the page on reliability for how often it holds.
@@ -140,7 +140,7 @@ class SolveInfo:
     method: str = ""
 
     def __str__(self) -> str:
-        """One line, for people; of a batch the counts and the largest figures."""
+        """Write the evidence in a line, for people; of a batch the counts and largest figures."""
         states = Counter(Status(s).name for s in self.status.reshape(-1).tolist())
         tasks = self.status.numel()
         if self.status.ndim == 0:
@@ -160,7 +160,7 @@ class SolveInfo:
         return text
 
     def __repr__(self) -> str:
-        """The fields, with shapes in place of tensors."""
+        """Write the fields, with shapes in place of tensors."""
         return fields_of(self)
 
 

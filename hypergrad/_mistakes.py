@@ -137,7 +137,7 @@ def explained(entrance: Fun) -> Fun:
     return cast("Fun", call)
 
 
-# What a function of the caller's raises where it is given something else than it expects.
+# The errors of a caller's function where it is given something else than it expects.
 _USERS = (TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 

@@ -21,7 +21,7 @@ class Tree:
     """An argument taken apart: the tensors that a derivative can reach, and the rest.
 
     Floating-point tensors are variables. Integer and boolean tensors, None, numbers and, with
-    ``skip_frozen``, what is frozen beside others that are not, are constants.
+    ``skip_frozen``, leaves that are frozen beside others that are not, are constants.
 
     Parameters
     ----------
@@ -32,9 +32,9 @@ class Tree:
     skip_frozen : bool
         Whether an `nn.Parameter` that is frozen beside tensors that are not is a constant.
     of_autograd : bool
-        Whether the tensors are the variables that an optimiser of PyTorch moves: then one that
-        requires grad counts once under however many names it stands, and with `skip_frozen` a
-        plain tensor that does not require grad beside leaves that do is a constant too.
+        Whether the tensors are the variables that an optimiser of PyTorch moves. Then one that
+        requires grad counts once under however many names it stands. With `skip_frozen` a plain
+        tensor that does not require grad beside leaves that do is then a constant too.
     constants : bool
         Whether what cannot be a variable may stand there as a constant: a sparse tensor, say, or
         a module without parameters.
@@ -93,11 +93,11 @@ class Tree:
         self.variables: list[Tensor] = [self.leaves[i] for i in self.where]
 
     def path(self, index: int) -> str:
-        """The name of a leaf for a message, such as ``params['0.weight']``."""
+        """Name a leaf for a message, such as ``params['0.weight']``."""
         return self.name + str(pytree.keystr(self._paths[index]))
 
     def variable_path(self, position: int) -> str:
-        """The name of the variable at a position of `variables`."""
+        """Name the variable at a position of `variables`."""
         return self.path(self.where[position])
 
     def refuse_constants(self) -> None:
@@ -157,14 +157,14 @@ class Tree:
             )
 
     def rebuild(self, variables: Sequence[Any]) -> Any:
-        """The argument with other variables in it and the constants in their places."""
+        """Put other variables into the argument, with the constants in their places."""
         leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
         return self._unflattened(leaves)
 
     def rebuild_tensors(self, tensors: Sequence[Any]) -> Any:
-        """The argument with other tensors in it."""
+        """Put other tensors into the argument."""
         leaves = list(self.leaves)
         for index, value in zip(self.places, tensors, strict=True):
             leaves[index] = value
@@ -176,7 +176,7 @@ class Tree:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def fill(self, variables: Sequence[Tensor]) -> Any:
-        """A derivative shaped like the argument: zeros where a tensor carries none."""
+        """Shape a derivative like the argument: zeros where a tensor carries none."""
         leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
@@ -186,7 +186,7 @@ class Tree:
         return self._unflattened(leaves)
 
     def match(self, what: str, value: Any, cure: str = "") -> list[Tensor]:
-        """The leaves of `value` at the variables' places, after a check of the structure.
+        """Pick the leaves of `value` at the variables' places, after a check of the structure.
 
         Parameters
         ----------
@@ -291,7 +291,7 @@ class Layout:
         self._uniform = all(dtype == self.dtype for dtype in self.dtypes)
 
     def flatten(self, parts: Sequence[Tensor | None], lead: Sequence[int] = ()) -> Tensor:
-        """One vector ``(*lead, n)`` from the parts; None stands for zeros."""
+        """Join the parts to one vector ``(*lead, n)``; None stands for zeros."""
         if self.is_flat and parts[0] is not None:
             return parts[0]
         dims = len(lead) + 1
@@ -305,7 +305,7 @@ class Layout:
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """The parts of a vector, each in its variable's shape and dtype."""
+        """Split a vector into its parts, each in its variable's shape and dtype."""
         if self.is_flat:
             return [vector]
         lead = vector.shape[:-1]
@@ -328,13 +328,13 @@ class _Word:
 
 
 def _shown(leaves: Sequence[Any], spec: pytree.TreeSpec, most: int = 300) -> str:
-    """A pytree with the kinds of its leaves in their places, such as ``{'w': tensor}``."""
+    """Write a pytree with the kinds of its leaves in their places, such as ``{'w': tensor}``."""
     text = repr(pytree.tree_unflatten([_Word(leaf) for leaf in leaves], spec))
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def _usable(leaf: Any) -> Any:
-    """An inference tensor as a copy that autograd may keep, outside of inference mode."""
+    """Copy an inference tensor, outside of inference mode, into one that autograd may keep."""
     if isinstance(leaf, Tensor) and leaf.is_inference() and not torch.is_inference_mode_enabled():
         return leaf.clone()
     return leaf
@@ -345,12 +345,12 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def is_ordinary(leaf: Any) -> bool:
-    """Whether a leaf is a tensor with data of its own in rows and columns."""
+    """Say whether a leaf is a tensor with data of its own in rows and columns."""
     return isinstance(leaf, Tensor) and not _oddity(leaf)
 
 
 def _oddity(tensor: Tensor) -> str:
-    """What keeps a tensor from being an array of numbers, and the cure; empty: nothing."""
+    """Say why a tensor is no array of numbers, and name the cure; empty: it is one."""
     if isinstance(tensor, UninitializedTensorMixin):
         return "has no shape yet. Call the module once on data, which makes it"
     if tensor.is_nested:
@@ -395,7 +395,7 @@ def refuse_odd(path: str, leaf: Any, *, constants: bool = False) -> None:
 
 
 def _hides_tensors(leaf: Any) -> bool:
-    """Whether a leaf is a container of tensors that torch takes for one value."""
+    """Say whether a leaf is a container of tensors that torch takes for one value."""
     if isinstance(leaf, Tensor):
         return False
     held = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
@@ -415,10 +415,10 @@ def _refuse_modules(name: str, value: Any, *, constants: bool = False) -> None:
 
 
 def _frozen(leaves: Sequence[Any], of_autograd: bool) -> Callable[[Tensor], bool]:
-    """Whether a leaf is frozen beside others that are not."""
+    """Make the test of whether a leaf is frozen beside others that are not."""
     plain = [layers(leaf)[-1] for leaf in leaves if _is_variable(leaf)]
     some = any(leaf.requires_grad for leaf in leaves if _is_variable(leaf))
-    # What an operation has returned may require grad by whatever it was computed from.
+    # The result of an operation may require grad by whatever it was computed from.
     chosen = of_autograd and any(t.requires_grad and t.is_leaf for t in plain)
 
     def frozen(leaf: Tensor) -> bool:

@@ -71,7 +71,7 @@ def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None])
 
 
 def counted(failed: int, tasks: int, *, exact: bool) -> str:
-    """How many tasks failed; in a warning exactly up to three, since it moves from step to step."""
+    """Say how many tasks failed; in a warning exactly up to three, since it moves at every step."""
     if tasks == 1:
         return ""
     few = exact or failed <= 3

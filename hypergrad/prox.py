@@ -39,7 +39,7 @@ Number = float | Tensor
 
 
 def soft_threshold(v: Any, threshold: Any) -> Any:
-    """Soft thresholding: ``sign(v) max(|v| - threshold, 0)``, entry by entry.
+    """Apply soft thresholding: ``sign(v) max(|v| - threshold, 0)``, entry by entry.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def soft_threshold(v: Any, threshold: Any) -> Any:
 
 
 def l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
-    """The proximal map of ``penalty ||x||_1``, the lasso's.
+    """Apply the proximal map of ``penalty ||x||_1``, the lasso's.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
 
 
 def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
-    """The proximal map of ``l1 ||x||_1 + l2 ||x||^2 / 2``.
+    """Apply the proximal map of ``l1 ||x||_1 + l2 ||x||^2 / 2``.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def elastic_net(v: Any, step_size: Number, l1: Any, l2: Any) -> Any:
 
 
 def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
-    """The proximal map of ``penalty sum(x)`` over x >= 0, the non-negative lasso's.
+    """Apply the proximal map of ``penalty sum(x)`` over x >= 0, the non-negative lasso's.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def non_negative_l1(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
 
 
 def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
-    """The proximal map of ``penalty ||x||^2 / 2``.
+    """Apply the proximal map of ``penalty ||x||^2 / 2``.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
 
 
 def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
-    """The proximal map of ``penalty ||x||^2 / 2`` over x >= 0.
+    """Apply the proximal map of ``penalty ||x||^2 / 2`` over x >= 0.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def non_negative_ridge(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
 
 
 def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
-    """The proximal map of ``penalty ||x||_*``, the sum of the singular values of matrices.
+    """Apply the proximal map of ``penalty ||x||_*``, the sum of the singular values of matrices.
 
     Parameters
     ----------
@@ -275,7 +275,7 @@ def nuclear(v: Any, step_size: Number, penalty: Any = 1.0) -> Any:
 
 
 def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
-    """The proximal map of a set: its projection, called as a proximal map is.
+    """Make the proximal map of a set: its projection, called as a proximal map is.
 
     Parameters
     ----------
@@ -306,7 +306,7 @@ def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
 def group_lasso(
     v: Any, step_size: Number, penalty: Any = 1.0, *, groups: Tensor | None = None
 ) -> Any:
-    """The proximal map of ``penalty`` times the sum of the Euclidean norms of groups.
+    """Apply the proximal map of ``penalty`` times the sum of the Euclidean norms of groups.
 
     Parameters
     ----------
@@ -364,7 +364,7 @@ def group_lasso(
 
 
 def _kept(squares: Tensor, scale: Tensor, threshold: Number) -> Tensor:
-    """``max(1 - threshold / norm, 0)`` with ``norm = scale sqrt(squares)``, without NaN at zero."""
+    """Form ``max(1 - threshold / norm, 0)`` of ``norm = scale sqrt(squares)``; no NaN at zero."""
     threshold = not_negative("penalty", threshold)
     present = squares > 0
     norm = scale * torch.where(present, squares, torch.ones_like(squares)).sqrt()
@@ -373,7 +373,7 @@ def _kept(squares: Tensor, scale: Tensor, threshold: Number) -> Tensor:
 
 
 def size_of(*leaves: Tensor) -> Tensor:
-    """A scale for squares of entries of 1e-30 and 1e30, constant for derivatives."""
+    """Choose a scale for squares of entries of 1e-30 and 1e30, constant for derivatives."""
     sizes = [leaf.detach().abs().amax() for leaf in leaves if leaf.numel()]
     if not sizes:
         return torch.ones_like(leaves[0].detach().sum())
@@ -381,12 +381,12 @@ def size_of(*leaves: Tensor) -> Tensor:
 
 
 def unit_of(largest: Tensor) -> Tensor:
-    """The largest entry of something as a unit: one where it is 0 or not finite."""
+    """Take the largest entry of something for a unit: one where it is 0 or not finite."""
     return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
 
 
 def not_negative(name: str, value: Number) -> Number:
-    """The number; NaN, or for a Python number an error, where it is negative."""
+    """Pass a number on; where it is negative NaN, or for a Python number an error."""
     if isinstance(value, Tensor):
         return torch.where(value < 0, torch.full_like(value, math.nan), value)
     if value < 0:
@@ -395,7 +395,7 @@ def not_negative(name: str, value: Number) -> Number:
 
 
 def _growth(step_size: Number, penalty: Number, name: str = "penalty") -> Number:
-    """What a squared penalty divides by."""
+    """Form the number that a squared penalty divides by."""
     return 1 + step_size * not_negative(name, penalty)
 
 
@@ -404,7 +404,7 @@ def _times(step_size: Number, penalty: Any) -> Any:
 
 
 def as_floating(name: str, value: Any) -> Tensor:
-    """A floating-point tensor of a leaf: itself, or that of a number or of integers.
+    """Make a floating-point tensor of a leaf: itself, or that of a number or of integers.
 
     Parameters
     ----------
@@ -439,7 +439,7 @@ def as_floating(name: str, value: Any) -> Tensor:
 
 
 def _with_each(one: Callable[[Tensor, Any], Tensor], v: Any, values: Any) -> Any:
-    """``one(leaf, value)`` for the leaves of `v`, with one value for all or one for each.
+    """Call ``one(leaf, value)`` for the leaves of `v`, with one value for all or one for each.
 
     A leaf of None, or whose own value is None, stays as it is.
 
@@ -485,7 +485,7 @@ def leafwise(v: Any, one: Callable[[Tensor, int], Tensor], wanted: list[Any] | N
 
 
 def one_for_each(name: str, values: Any, v: Any, *, none: bool = False) -> list[Any]:
-    """One value for each leaf of `v`.
+    """Take one value for each leaf of `v`.
 
     Parameters
     ----------

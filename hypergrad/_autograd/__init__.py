@@ -1,1 +1,1 @@
-"""What PyTorch does around a call of the library."""
+"""PyTorch's side of a call of the library: transforms, recordings, modules and kernels."""

@@ -55,7 +55,7 @@ _STILL = (
 
 
 class FusedAttention(Exception):
-    """What is being recorded went through a fused kernel; whoever records it begins again."""
+    """A recording that went through a fused kernel; whoever makes it begins again."""
 
 
 class _Shared:
@@ -93,7 +93,7 @@ class _Shared:
 
 
 def _kernels() -> list[tuple[str, Callable[[], bool], Callable[[bool], None]]]:
-    """The kernels of the process by name: whether each is enabled, and how to enable it."""
+    """List the kernels of the process by name, with how to ask for each and how to enable it."""
     return [
         (
             name,
@@ -128,7 +128,7 @@ _attempt: ContextVar[_Attempt | None] = ContextVar("hypergrad_attention_attempt"
 
 
 def under_math() -> bool:
-    """Whether what is being recorded is recorded under the MATH kernel."""
+    """Say whether the current recording is made under the MATH kernel."""
     attempt = _attempt.get()
     return attempt is not None and attempt.math
 
@@ -208,7 +208,7 @@ def _recorded_under_math(record: Callable[[], T], draw: Draw) -> T:
 
 
 def has_fused(nodes: set[Any], *, again: bool) -> bool:
-    """Whether a graph goes through a fused kernel and may: else the recording begins again.
+    """Say whether a graph goes through a fused kernel and may: else the recording begins again.
 
     Parameters
     ----------
@@ -257,7 +257,7 @@ class InnerChoices(TorchFunctionMode):
 
     @classmethod
     def alone(cls) -> bool:
-        """Whether no other mode is around."""
+        """Say whether no other mode is around."""
         return all(isinstance(mode, cls) for mode in _get_current_function_mode_stack())
 
     def __torch_function__(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def captured_by(problem: Problem) -> list[Tensor]:
-    """What an inner problem captures that carries a derivative or a batch.
+    """Find the values of an inner problem that capture a derivative or a batch.
 
     The condition is evaluated once, unless no derivative can be taken.
 
@@ -55,7 +55,7 @@ def captured_by(problem: Problem) -> list[Tensor]:
 
 
 def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
-    """Whether a value depends on a derivative or a batch further out than the traced aliases."""
+    """Say whether a value depends on a derivative or a batch beyond the traced aliases."""
     own, *further = layers(value)
     if any(carries_derivative(layer) for layer in further) or is_batched(value):
         return True
@@ -66,14 +66,14 @@ def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:
 
 
 def carries_something(tensor: Tensor) -> bool:
-    """Whether a tensor carries a derivative or a batch."""
+    """Say whether a tensor carries a derivative or a batch."""
     return carries_derivative(tensor) or is_batched(tensor)
 
 
 def names_of_captured(
     functions: Sequence[Callable[..., Any]], wanted: Callable[[Tensor], bool]
 ) -> str:
-    """The names, for a message, of the wanted ones among the tensors that functions capture."""
+    """Name, for a message, the wanted ones among the tensors that functions capture."""
     names: list[str] = []
     for function in functions:
         for name, tensor in _captured(function):
@@ -112,7 +112,7 @@ def refuse_one_level_reduced(
 
 
 def _is_reduced(function: Callable[..., Any]) -> bool:
-    """Whether a function is, or has hold of, one that `all_reduced` has made."""
+    """Say whether a function is, or has hold of, one that `all_reduced` has made."""
     if isinstance(function, functools.partial):
         return any(_is_reduced(part) for part in (function.func, *function.args) if callable(part))
     held = [function, *(value for _, value in _closure(function))]
@@ -125,7 +125,7 @@ def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _closure(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """What a function holds, by name: bound arguments, its owner's attributes, its closure."""
+    """List what a function holds, by name: bound arguments, its owner's attributes, its closure."""
     while isinstance(function, functools.partial):
         yield "partial", [function.args, function.keywords]
         function = function.func

@@ -19,7 +19,7 @@ Recompute = Callable[..., None]
 
 
 class Region:
-    """What modules held when a region began.
+    """The tensors and attributes that modules held when a region began.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ class Region:
 
     def add(self, slots: Iterable[Slot]) -> None:
         """Take note of modules that run for the first time after the region has begun."""
-        # What is computed from the region must not be kept by it, or neither would ever be freed;
-        # and what the region puts into a module itself, it will put there again.
+        # The region must not keep its own results, or neither would ever be freed; and it will put
+        # its own values into a module again.
         self._slots += [slot for slot in slots if self._was_before(slot.value)]
 
     @contextmanager

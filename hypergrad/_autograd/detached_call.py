@@ -26,7 +26,7 @@ def call_outside(
     *,
     named: dict[str, Any],
 ) -> Any:
-    """``fit(*arguments, **named, **keywords)`` on detached plain tensors, with grad mode on.
+    """Call ``fit(*arguments, **named, **keywords)`` on detached plain tensors, with grad mode on.
 
     Under `torch.func.vmap` the solver is mapped, or called once a task.
 
@@ -77,7 +77,7 @@ def _refuse_captured(fit: Callable[..., Any]) -> None:
 
 @dataclasses.dataclass
 class _Structure:
-    """What the solver returned, with its tensors taken out."""
+    """The structure that the solver returned, with its tensors taken out."""
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
     spec: Any = None

@@ -204,7 +204,7 @@ def refuse_once_differentiable(value: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def _reaches(node: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether a backward from a node arrives at one of the inputs."""
+    """Say whether a backward from a node arrives at one of the inputs."""
     leaves = {id(t) for t in inputs}
     edges = {(t.grad_fn, t.output_nr) for t in inputs if t.grad_fn is not None}
     visited, stack = set(), [node]

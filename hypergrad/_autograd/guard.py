@@ -34,7 +34,7 @@ _RUNNING = (
 )
 _NORMS = frozenset({functional.batch_norm, functional.instance_norm})
 _EMBEDDINGS = frozenset({functional.embedding, functional.embedding_bag, torch.embedding})
-# What returns memory of its own; the last five, where they convert.
+# The functions that return memory of their own; the last five, where they convert.
 _MAKES_NEW = frozenset({
     torch.clone, torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.rand,
     torch.randn, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
@@ -63,10 +63,11 @@ _WATCHED = _IN_PLACE | _NORMS | _EMBEDDINGS | _MAKES_NEW | {torch.autograd.grad}
 class Guard(TorchFunctionMode):
     """One evaluation of a user's function, in which nothing of the caller's may change.
 
-    Modules that run work on copies of their state, which is put back at the end. What would change
-    a caller's tensor otherwise, or has no derivative, is refused before it does: norm layers that
-    would update running statistics, embeddings that would renormalise their weight, parameters
-    that are overwritten, modules that are split over processes. One thread at a time is inside.
+    Modules that run work on copies of their state, which is put back at the end. Calls that would
+    change a caller's tensor otherwise, or have no derivative, are refused before they do: norm
+    layers that would update running statistics, embeddings that would renormalise their weight,
+    parameters that are overwritten, modules that are split over processes. One thread at a time
+    is inside.
     """
 
     def __init__(self) -> None:
@@ -96,8 +97,8 @@ class Guard(TorchFunctionMode):
                 end_turn()
 
     def enter(self, module: nn.Module) -> None:
-        """A module is about to run."""
-        with torch._C.DisableTorchFunction():  # what is asked here is not the function's doing
+        """Note that a module is about to run."""
+        with torch._C.DisableTorchFunction():  # these questions are not the function's doing
             if type(module) not in self._kinds:
                 refuse_distributed_module(module)
                 self._kinds.add(type(module))
@@ -106,7 +107,7 @@ class Guard(TorchFunctionMode):
                     refuse_distributed_tensor(f"{type(module).__name__}.{name}", parameter)
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             if hooks is not None and hooks[0].__module__ != checkpoints.__name__:
-                notes().around = Guard  # what runs here may run in products again
+                notes().around = Guard  # this part may run in products again
             known = len(self._state)
             self._state.enter(module)
             if self._regions and len(self._state) > known:
@@ -118,15 +119,15 @@ class Guard(TorchFunctionMode):
                     refuse_moving()  # inside a torch.func transform of the function's own
 
     def leave(self, module: nn.Module) -> None:
-        """A module has run, or failed."""
+        """Note that a module has run, or failed."""
         self._state.leave(module)
 
     def keeps(self) -> bool:
-        """Whether a region under a checkpoint is to keep what it computes, here."""
+        """Say whether a region under a checkpoint is to keep what it computes, here."""
         return level_of() > 0  # in a function transform, where PyTorch cannot compute it again
 
     def begin(self, again: Recompute) -> Recompute:
-        """A region under a checkpoint begins."""
+        """Note that a checkpoint's region begins; wrap the function that computes it again."""
         if self.keeps() or not torch.is_grad_enabled():
             return again  # which will never be called
         region = Region(self._state.slots())
@@ -170,7 +171,7 @@ class Guard(TorchFunctionMode):
         return result
 
     def _compiled(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An operation of a compiled function, in which modules are not noticed."""
+        """Call an operation of a compiled function, in which modules are not noticed."""
         if func in _NORMS and _updated(func, args, kwargs):
             raise self._running()
         if func in (functional.embedding, torch.embedding):
@@ -181,7 +182,7 @@ class Guard(TorchFunctionMode):
         return result
 
     def _allowed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The arguments to call a function with, unless it is refused."""
+        """Choose the arguments to call a function with, unless it is refused."""
         if func in _NORMS:
             self._refuse_updates(func, args, kwargs)
         elif func in _EMBEDDINGS:
@@ -234,7 +235,7 @@ class Guard(TorchFunctionMode):
 
 
 def _updated(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The running statistics that a norm layer would update."""
+    """List the running statistics that a norm layer would update."""
     training = "training" if func is functional.batch_norm else "use_input_stats"
     default = func is not functional.batch_norm
     names = ("input", "running_mean", "running_var", "weight", "bias", training)
@@ -259,7 +260,7 @@ def _refuse_in_transform(buffer: Tensor, error: RuntimeError) -> None:
 
 
 def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """An embedding's arguments without the sparse gradient, from which no product is formed."""
+    """Turn off an embedding's sparse gradient, from which no product is formed."""
     names: tuple[str, ...] = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
     if func is functional.embedding:
         names = ("input", "weight", "padding_idx", "max_norm", "norm_type", *names[3:])
@@ -272,7 +273,7 @@ def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[st
 def _without_renormalising(
     func: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The arguments of an embedding without max_norm; an error where that would change rows."""
+    """Drop an embedding's max_norm from its arguments; raise where it would change rows."""
     names: tuple[str, ...] = ("input", "weight", "padding_idx", "max_norm", "norm_type")
     if func is functional.embedding_bag:
         names = ("input", "weight", "offsets", "max_norm", "norm_type")
@@ -297,7 +298,7 @@ def _without_renormalising(
 
 
 def _memory(tensor: Any) -> int | None:
-    """The address of a tensor's memory; None where it has none of its own."""
+    """Look up the address of a tensor's memory; None where it has none of its own."""
     if not isinstance(tensor, Tensor):
         return None
     try:

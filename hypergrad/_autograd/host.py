@@ -40,7 +40,7 @@ class _AllTasks(torch.autograd.Function):
 
 
 def all_tasks(rows: Tensor) -> Tensor:
-    """Rows of every task, ``(tasks, k)``, as a plain tensor that the host may read."""
+    """Gather the rows of every task, ``(tasks, k)``, in a plain tensor that the host may read."""
     rows = rows.detach()
     if is_wrapped(rows):
         rows = _AllTasks.apply(rows)
@@ -51,12 +51,12 @@ def all_tasks(rows: Tensor) -> Tensor:
 
 
 def any_task(flag: Tensor) -> bool:
-    """Whether a flag is set for any task. Synchronises with the host once."""
+    """Say whether a flag is set for any task. Synchronises with the host once."""
     flag = layers(flag)[-1]  # of all tasks, in whatever order
     return bool(flag.any()) if flag.ndim else bool(flag)
 
 
 def every_task(flag: Tensor) -> bool:
-    """Whether a flag is set for every task. Synchronises with the host once."""
+    """Say whether a flag is set for every task. Synchronises with the host once."""
     flag = layers(flag)[-1]
     return bool(flag.all()) if flag.ndim else bool(flag)

@@ -42,7 +42,7 @@ _FIRST_ORDER = (
 
 
 def cure_of(text: str) -> str | None:
-    """What to do about a derivative that PyTorch says it lacks.
+    """Say what to do about a derivative that PyTorch says it lacks.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def cure_of(text: str) -> str | None:
 
 
 def _weights(kernel: str, name: str) -> str:
-    """How a loss is weighted by a hyperparameter."""
+    """Say how to weight a loss by a hyperparameter."""
     each = kernel.removesuffix("_forward").removesuffix("2d").removesuffix("_nd")
     if name == "pos_weight":
         how = (

@@ -15,19 +15,19 @@ from torch.utils import checkpoint
 
 
 class Watcher(Protocol):
-    """What is told about the modules that run, and the checkpoints that begin."""
+    """A listener to the modules that run, and the checkpoints that begin."""
 
     def enter(self, module: nn.Module) -> None:
-        """A module is about to run."""
+        """Hear that a module is about to run."""
 
     def leave(self, module: nn.Module) -> None:
-        """It has run, or failed."""
+        """Hear that it has run, or failed."""
 
     def keeps(self) -> bool:
-        """Whether a region under a checkpoint is to keep what it computes, here."""
+        """Say whether a region under a checkpoint is to keep what it computes, here."""
 
     def begin(self, again: Callable[..., None]) -> Callable[..., None]:
-        """A region under a checkpoint begins; returns what computes it again, as `again` does."""
+        """Hear that a checkpoint's region begins; return a function that does as `again` does."""
 
 
 _checkpoints: Any = checkpoint
@@ -81,7 +81,7 @@ class _Hooks:
 
 
 def _watching() -> Watcher | None:
-    """Who is told in this thread."""
+    """Find the watcher that is told in this thread."""
     return None if torch.compiler.is_compiling() else _watcher.get()
 
 
@@ -98,7 +98,7 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes the frame of a checkpoint that begins."""
+    """Wrap the function that makes the frame of a checkpoint, to tell when one begins."""
 
     def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
         watcher = _watching()
@@ -108,7 +108,7 @@ def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _surrounding(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable[..., Any]:
-    """What a region runs inside of."""
+    """Wrap the function that makes the context which a region runs in."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
         watcher = _watching()
@@ -154,7 +154,7 @@ if hasattr(checkpoint, "_NoopSaveInputs"):  # PyTorch 2.10
 
 
 def _has_others() -> bool:
-    """Whether there are global hooks on modules beside these."""
+    """Say whether there are global hooks on modules beside these."""
     before = [*modules._global_forward_pre_hooks.values(), *modules._global_forward_hooks.values()]
     return any(hook not in (_entering, _leaving) for hook in before) or bool(
         modules._global_backward_pre_hooks or modules._global_backward_hooks

@@ -1,4 +1,4 @@
-"""What modules hold while a user's function runs: put back afterwards, whatever ran.
+"""The state of modules while a user's function runs: put back afterwards, whatever ran.
 
 A module that runs works on copies of its buffers and tensor attributes. So what the caller owns
 is never written to, not even for a while, and a recorded graph keeps the values that it saw.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .transforms import at_level, carries_derivative, level_of
 
 MISSING: Any = object()
-# What attributes are, mostly: to ask whether it is a tensor takes longer.
+# The types of most attributes: to ask whether one is a tensor takes longer.
 _NO_TENSORS = frozenset({bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None)})
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
@@ -41,7 +41,7 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass
 class _Held:
-    """What one module held before.
+    """The slots of one module as they were before.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class _Held:
     slots : dict
         Its buffers, as they were seen last, and the attributes that carry derivatives.
     replaced : dict
-        For each slot what was put there in the evaluation, and what was there before it.
+        For each slot the values put there in the evaluation, each with the one there before it.
     parts : list
         Itself and those of its parts that have slots.
     ran : bool
@@ -70,7 +70,7 @@ class _Held:
     ran: bool = False
 
     def before(self, name: str, now: Any) -> Any:
-        """What was in a slot before it was replaced by what is there now."""
+        """Look up the value that a slot had before it was replaced by the one there now."""
         return next((b for was, b in self.replaced.get(name, ()) if was is now), now)
 
 
@@ -94,7 +94,7 @@ class ModuleState:
         self._depth = 0
 
     def enter(self, module: nn.Module) -> None:
-        """A module is about to run."""
+        """Note that a module is about to run."""
         self._depth += 1
         held = self._held.get(id(module)) or self._take(module)
         if held.slots:
@@ -108,7 +108,7 @@ class ModuleState:
                     attributes[name] = self._copy(tensor)
 
     def leave(self, module: nn.Module) -> None:
-        """A module has run, or failed."""
+        """Note that a module has run, or failed."""
         self._depth -= 1
         held = self._held.get(id(module))
         if held is not None:
@@ -126,12 +126,12 @@ class ModuleState:
                     del attributes[name]
             for name, value in held.attributes.items():
                 now = attributes.get(name, MISSING)
-                # What nobody here has put into a slot is what functional_call has put back.
+                # A value that nobody here has put into a slot was put back by functional_call.
                 if now is not value and (name not in held.slots or held.before(name, now) is value):
                     attributes[name] = value
 
     def is_copy(self, tensor: Tensor) -> bool:
-        """Whether a tensor stands in for one of the caller's."""
+        """Say whether a tensor stands in for one of the caller's."""
         return id(tensor) in self._originals
 
     @property
@@ -140,11 +140,11 @@ class ModuleState:
         return (held.module for held in self._held.values())
 
     def __len__(self) -> int:
-        """How many modules have run, or are parts of those."""
+        """Count the modules that have run, with those that are parts of them."""
         return len(self._held)
 
     def slots(self, since: int = 0) -> Iterator[Slot]:
-        """What these modules hold now, in a form that may be kept.
+        """List what these modules hold now, in a form that may be kept.
 
         Parameters
         ----------
@@ -172,7 +172,7 @@ class ModuleState:
                     yield Slot(attributes, name, self._kept(value))
 
     def path(self, module: nn.Module) -> str:
-        """What a module is called within the outermost one that has run."""
+        """Name a module within the outermost one that has run."""
         for outermost in self.modules:
             for name, part in outermost.named_modules():
                 if part is module:
@@ -228,7 +228,7 @@ class ModuleState:
     def _put_back_buffers(self, held: _Held) -> None:
         buffers = held.module._buffers
         for name in [name for name in held.slots if name not in held.attributes]:
-            there = name in buffers  # those of a scripted module are no dict
+            there = name in buffers  # a scripted module's are no dict
             now = buffers[name] if there else held.slots[name]
             before = self._before(held, name, now)
             if before is MISSING:
@@ -239,7 +239,7 @@ class ModuleState:
                 buffers[name] = before
 
     def _before(self, held: _Held, name: str, now: Any) -> Any:
-        """What was in a slot before the evaluation."""
+        """Look up the value that a slot had before the evaluation."""
         while True:
             before = held.before(name, now)
             before = self._originals.get(id(before), before)
@@ -248,7 +248,7 @@ class ModuleState:
             now = before
 
     def _kept(self, value: Tensor | None) -> Tensor | None:
-        """A tensor with the values of this one, to which nobody will write."""
+        """Keep the values of a tensor in one to which nobody will write."""
         if value is None:
             return None
         original = self._originals.get(id(value))
@@ -259,7 +259,7 @@ class ModuleState:
         return value
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """A copy to work on; the tensor itself where it is the evaluation's own, or an argument."""
+        """Copy a tensor to work on; leave one that is the evaluation's own, or an argument."""
         if id(tensor) in self._originals:
             return tensor
         known = self._copies.get(id(tensor))

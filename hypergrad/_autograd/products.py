@@ -42,7 +42,7 @@ class Replay:
         self._math = under_math()
 
     def bare(self) -> Product | None:
-        """The product of one output and one input with nothing around it; None: not to be had."""
+        """Make the product of one output and one input, bare; None: it is not to be had."""
         single = len(self._outputs) == len(self._inputs) == 1
         if not single or self._math or _wrapped(self._outputs):
             return None
@@ -64,7 +64,7 @@ class Replay:
         return form
 
     def __call__(self, cotangents: Parts, create_graph: bool = False) -> Parts:
-        """One product; None where an input is not reached."""
+        """Form one product; None where an input is not reached."""
         if not self._outputs or not self._inputs:
             return [None] * len(self._inputs)
         if self._math:  # a checkpoint computes attention again
@@ -101,7 +101,7 @@ class ForwardReplay:
         self._transpose = Replay(pulled, self._dummies)
 
     def __call__(self, tangents: Parts, create_graph: bool = False) -> Parts:
-        """One product; None where an output does not depend on the inputs."""
+        """Form one product; None where an output does not depend on the inputs."""
         pushed: list[Tensor | None] = [None] * self._count
         for i, part in zip(self._used, self._transpose(tangents, create_graph), strict=True):
             pushed[i] = part
@@ -111,7 +111,7 @@ class ForwardReplay:
 def gradient_of(
     value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
 ) -> list[Tensor | None]:
-    """The gradient of a scalar, or of the sum of a tensor; None where an input is not reached."""
+    """Form the gradient of a scalar or of a tensor's sum; None where an input is not reached."""
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
     if create_graph:
@@ -130,7 +130,7 @@ def _pulled(
     *,
     keep: bool = True,
 ) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad`, or what it calls."""
+    """Call `torch.autograd.grad`, or the engine below it."""
     if _wrapped(outputs):
         pulled: Parts = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,
@@ -144,12 +144,12 @@ def _pulled(
 
 
 def _dense(part: Tensor) -> Tensor:
-    """A gradient that some operation has made sparse, with its zeros."""
+    """Fill in the zeros of a gradient that some operation has made sparse."""
     return part if part.layout == torch.strided else part.to_dense()
 
 
 def _wrapped(outputs: tuple[Tensor, ...]) -> bool:
-    """Whether the checks and wrappers of torch.autograd.grad do more than cost time."""
+    """Say whether the checks and wrappers of torch.autograd.grad do more than cost time."""
     # They take as long as a small product. On a GPU they prepare the threads of the devices, and
     # a mode has to see the call.
     if outputs[0].device.type != "cpu":

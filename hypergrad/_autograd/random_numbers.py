@@ -48,11 +48,11 @@ class Draw:
             restore(now)
 
     def forget(self) -> None:
-        """Begin again: what was drawn has been put back."""
+        """Begin again: the draws have been put back."""
         self._first = None
 
     def again(self) -> None:
-        """Within an evaluation: begin it again."""
+        """Begin an evaluation again, from within it."""
         assert self._first is not None
         restore(self._first)
 
@@ -81,7 +81,7 @@ def generators() -> State:
 
 
 def same(one: State, other: State | None) -> bool:
-    """Whether nothing has been drawn between two states."""
+    """Say whether nothing has been drawn between two states."""
     if other is None or one[1].keys() != other[1].keys():
         return False
     pairs = [(one[0], other[0]), *((one[1][i], other[1][i]) for i in one[1])]

@@ -43,7 +43,7 @@ class Recording:
         self.notes: Notes = notes()
 
     def placed(self, tensors: Iterable[Tensor], places: Sequence[int]) -> list[Tensor]:
-        """The tensors of a problem, with aliases in these places."""
+        """Put the aliases in these places among the tensors of a problem."""
         given = list(tensors)
         for place, alias in zip(places, self.aliases, strict=True):
             given[place] = alias
@@ -54,7 +54,7 @@ class Recording:
         self.values = values
 
     def captured(self) -> list[Tensor]:
-        """What the returned values depend on that is differentiated further out."""
+        """List what the returned values depend on that is differentiated further out."""
         return [t for value in self.values for t in further_out(value, self.aliases)]
 
     def refuse_past_arguments(self, what: str, trees: Sequence[Tree] | None = None) -> None:
@@ -149,7 +149,7 @@ def refuse_past_arguments(
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What identifies a plain tensor's memory; nothing for wrapped and empty ones."""
+    """Identify a plain tensor's memory; nothing for wrapped and empty ones."""
     if is_wrapped(tensor) or tensor.numel() == 0:
         return ()
     return tensor.data_ptr(), tensor.shape, tensor.dtype

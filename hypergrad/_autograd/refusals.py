@@ -1,4 +1,4 @@
-"""What cannot be differentiated, compiled or traced: said where it is tried."""
+"""Calls that cannot be differentiated, compiled or traced: refused where it is tried."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def refuse_derivatives(
     *,
     plain: bool = False,
 ) -> list[Tensor]:
-    """Results that raise where a transform or, with `plain`, autograd differentiates them."""
+    """Make results raise where a transform or, with `plain`, autograd differentiates them."""
 
     def refused(source: Tensor) -> bool:
         *wrappers, own = layers(source)

@@ -59,7 +59,7 @@ def refuse_distributed_tensor(what: str, tensor: Tensor | None) -> None:
 
 
 def moves_without_derivative(module: nn.Module) -> bool:
-    """Whether a module is a `spectral_norm`, which in train mode moves its vectors so."""
+    """Say whether a module is a `spectral_norm`, which in train mode moves its vectors so."""
     if type(module).__name__ == "_SpectralNorm":
         return "_u" in module._buffers
     hooks = module._forward_pre_hooks
@@ -67,7 +67,7 @@ def moves_without_derivative(module: nn.Module) -> bool:
 
 
 def _distributed(kind: type) -> str | None:
-    """Which of the known classes a class is, or is made from."""
+    """Name the known class that a class is, or is made from."""
     for base in kind.__mro__:
         if base.__name__ in _CURES and base.__module__.startswith("torch."):
             return base.__name__

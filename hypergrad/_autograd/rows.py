@@ -16,7 +16,7 @@ _mapping: ContextVar[bool] = ContextVar("hypergrad_mapping_rows", default=False)
 
 
 def by_rows(product: Callable[..., Any], *vectors: Tensor) -> Any:
-    """The product for every row of some tensors, stacked along the first axis.
+    """Form the product for every row of some tensors, stacked along the first axis.
 
     A function of the caller's that leaves PyTorch, for NumPy or SciPy say, cannot be mapped by
     `torch.func.vmap`. It is then called once a row, as is a product that `refuse_mapping`.

@@ -1,4 +1,4 @@
-"""What PyTorch's own functions take, which Python's `inspect` does not know."""
+"""The arguments of PyTorch's own functions, which Python's `inspect` does not know."""
 
 from __future__ import annotations
 

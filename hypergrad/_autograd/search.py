@@ -60,7 +60,7 @@ class _Search(WithoutDerivative):
 
 
 def in_front(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:
-    """The batch in front of every tensor, also of those that do not have it."""
+    """Put the batch in front of every tensor, also of those that do not have it."""
     return [
         t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
         for t, d in zip(tensors, in_dims, strict=True)

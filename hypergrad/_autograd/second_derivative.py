@@ -64,7 +64,7 @@ def compare_product(
 ) -> Comparison:
     """Compare a product with the derivative of a gradient, by differences along one direction.
 
-    What looks wrong is compared along a second direction too, and counts if it is wrong there.
+    A product that looks wrong is compared along a second direction too, and counts if wrong there.
     It costs five gradients and one product, and twice that where something looks wrong.
 
     Parameters
@@ -101,7 +101,7 @@ def compare_product(
 
 
 def nodes_of(outputs: Sequence[Tensor]) -> set[str]:
-    """The names of the nodes in the graph that was recorded for some tensors.
+    """Name the nodes in the graph that was recorded for some tensors.
 
     Whoever looks for an unknown node asks for those of a loss and of its gradient: where a custom
     Function detaches its derivative, or the loss is linear in it, the gradient's graph has none.
@@ -127,7 +127,7 @@ def nodes_of(outputs: Sequence[Tensor]) -> set[str]:
 
 
 def _lengths(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The root mean square of each leaf's entries; where all are zero, that of the other leaves."""
+    """Measure the root mean square of each leaf; of one that is zero, that of the others."""
     parts = x.split(list(sizes), dim=-1)
     size = torch.stack([p.square().sum(-1) / max(p.shape[-1], 1) for p in parts], -1).sqrt()
     present = size > 0
@@ -140,7 +140,7 @@ def _along(
     gradient: Function, x: Tensor, product: Function, lengths: Tensor, sizes: Sequence[int],
     *, seed: int,
 ) -> Comparison:  # fmt: skip
-    """The comparison along one direction, which is the same in every call."""
+    """Compare along one direction, which is the same in every call."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x)
     spread = torch.tensor(list(sizes), device=x.device)
@@ -164,7 +164,7 @@ def _along(
     units = lengths.to(torch.float64) if alike else torch.ones_like(lengths[..., :1])
 
     def norms(vector: Tensor) -> Tensor:
-        """The norm of each leaf's part, in units in which all leaves are alike."""
+        """Measure the norm of each leaf's part, in units in which all leaves are alike."""
         parts = vector.split(list(sizes), dim=-1) if alike else (vector,)
         by_leaf = torch.stack([p.norm(dim=-1) for p in parts], -1) if alike else vector.norm()
         return (by_leaf * units).reshape(-1, len(parts)).norm(dim=0)

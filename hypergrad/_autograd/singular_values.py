@@ -16,7 +16,7 @@ _STEPS = 3  # of an iteration that gains an order each: right up to the third de
 
 
 def shrunk_singular_values(v: Tensor, threshold: float | Tensor) -> Tensor:
-    """``U max(S - threshold, 0) V^T`` of ``v = U S V^T``.
+    """Form ``U max(S - threshold, 0) V^T`` of ``v = U S V^T``.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def shrunk_singular_values(v: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def _inverse_root(G: Tensor) -> Tensor:
-    """``G^(-1/2)`` of a matrix that is the identity, but for its derivatives."""
+    """Form ``G^(-1/2)`` of a matrix that is the identity, but for its derivatives."""
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     root = eye
     for _ in range(_STEPS):

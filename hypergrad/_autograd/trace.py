@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How many traces surround a call: what is computed inside one will be differentiated.
+# How many traces surround a call: a result from inside one will be differentiated.
 _depth: ContextVar[int] = ContextVar("hypergrad_trace_depth", default=0)
 
 
 @dataclasses.dataclass
 class Notes:
-    """What was noticed while a user's functions ran.
+    """The notes taken while a user's functions ran.
 
     Attributes
     ----------
@@ -54,12 +54,12 @@ class Notes:
     around: Callable[[], AbstractContextManager[Any]] | None = None
 
 
-# Those of the innermost trace.
+# The notes of the innermost trace.
 _notes: ContextVar[Notes | None] = ContextVar("hypergrad_notes", default=None)
 
 
 class Graph(NamedTuple):
-    """What an output was computed through.
+    """The graph that an output was computed through.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
 
 
 def notes() -> Notes:
-    """What has been noticed in the innermost trace."""
+    """Return the notes of the innermost trace."""
     return _notes.get() or Notes()
 
 
@@ -144,7 +144,7 @@ def refuse_moving() -> None:
 
 
 def being_traced() -> bool:
-    """Whether the call is made by a function that the library is tracing."""
+    """Say whether the call is made by a function that the library is tracing."""
     return _depth.get() > 0
 
 
@@ -157,7 +157,7 @@ def _alias(variable: Tensor) -> Tensor:
 
 
 def detached(variable: Tensor) -> Tensor:
-    """The tensor's values, cut off from every derivative that surrounds the call."""
+    """Cut the tensor's values off from every derivative that surrounds the call."""
     if variable.is_inference():
         with torch.inference_mode(False):
             return variable.clone()  # an inference tensor cannot take part in autograd
@@ -165,13 +165,13 @@ def detached(variable: Tensor) -> Tensor:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often the memory of each tensor has been changed in place."""
+    """Count how often the memory of each tensor has been changed in place."""
     plain = [layers(tensor)[-1] for tensor in tensors]
     return [0 if tensor.is_inference() else tensor._version for tensor in plain]
 
 
 def further_out(output: Tensor, aliases: Sequence[Tensor]) -> list[Tensor]:
-    """What a traced output depends on that is differentiated around the trace (call it there)."""
+    """Find what an output depends on that is differentiated around the trace (call it there)."""
     own, *further = layers(output)
     if any(carries_derivative(layer) for layer in further):
         return further[:1]
@@ -185,7 +185,7 @@ def further_out(output: Tensor, aliases: Sequence[Tensor]) -> list[Tensor]:
 
 
 def graph(output: Tensor) -> Graph:
-    """The graph of an output, which is walked once in a trace."""
+    """Look up the graph of an output, which is walked once in a trace."""
     known = _walked.get()
     if known is None:
         return _walk(output)

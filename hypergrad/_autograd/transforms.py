@@ -22,29 +22,29 @@ is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
 def inside_vmap() -> bool:
-    """Whether one of the transforms around the caller is a vmap."""
+    """Say whether one of the transforms around the caller is a vmap."""
     stack = _functorch.get_interpreter_stack() or ()
     return any(i.key() == _functorch.TransformType.Vmap for i in stack)
 
 
 def forward_mode_active() -> bool:
-    """Whether the caller is inside `torch.autograd.forward_ad.dual_level`."""
+    """Say whether the caller is inside `torch.autograd.forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
 
 
 def alive(tensor: Tensor) -> Tensor:
-    """What a saved tensor is once the transform that it was saved under has returned."""
+    """Unwrap a saved tensor once the transform that it was saved under has returned."""
     return _functorch.unwrap_if_dead(tensor)
 
 
 def primal(tensor: Tensor) -> Tensor:
-    """The tensor without its tangent at the innermost forward-mode level."""
+    """Strip a tensor of its tangent at the innermost forward-mode level."""
     return forward_ad.unpack_dual(tensor, level=0).primal if forward_mode_active() else tensor
 
 
 @contextmanager
 def lower_levels() -> Iterator[None]:
-    """Inside a jvp rule: let operations carry the tangents of the levels further out.
+    """Let operations inside a jvp rule carry the tangents of the levels further out.
 
     PyTorch switches forward mode off while a rule runs, which would cut those levels off in
     silence. Use it on tensors that have been through `primal`.
@@ -54,7 +54,7 @@ def lower_levels() -> Iterator[None]:
 
 
 def layers(tensor: Tensor) -> list[Tensor]:
-    """The tensor and what it wraps, outermost wrapper first, the plain tensor last."""
+    """List a tensor and what it wraps, outermost wrapper first, the plain tensor last."""
     peeled = [tensor]
     while is_wrapped(peeled[-1]):
         peeled.append(_functorch.get_unwrapped(peeled[-1]))
@@ -62,7 +62,7 @@ def layers(tensor: Tensor) -> list[Tensor]:
 
 
 def without_left(tensor: Tensor) -> Tensor:
-    """What a tensor wraps below the layers of transforms that the caller has left by now."""
+    """Unwrap a tensor down from the layers of transforms that the caller has left by now."""
     level = _functorch.maybe_current_level() or 0
     while is_wrapped(tensor) and _functorch.maybe_get_level(tensor) > level:
         tensor = _functorch.get_unwrapped(tensor)
@@ -70,19 +70,19 @@ def without_left(tensor: Tensor) -> Tensor:
 
 
 def carries_derivative(tensor: Tensor) -> bool:
-    """Whether any transform, or plain autograd, differentiates with respect to this tensor."""
+    """Say whether any transform, or plain autograd, differentiates with respect to this tensor."""
     if not is_wrapped(tensor):
         return tensor.requires_grad or has_tangent(tensor)
     return any(layer.requires_grad or has_tangent(layer) for layer in layers(tensor))
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether the tensor carries a batch dimension of a surrounding `torch.func.vmap`."""
+    """Say whether the tensor carries a batch dimension of a surrounding `torch.func.vmap`."""
     return any(_functorch.is_batchedtensor(layer) for layer in layers(tensor))
 
 
 def first_slice(tensor: Tensor) -> Tensor:
-    """A plain tensor with the logical shape of `tensor`: the first task of every batch."""
+    """Take the first task of every batch: a plain tensor with the logical shape of `tensor`."""
     if not is_wrapped(tensor):
         return tensor.detach()
     inner = _functorch.get_unwrapped(tensor)
@@ -94,7 +94,7 @@ def first_slice(tensor: Tensor) -> Tensor:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether the tensor is dual at the forward-mode level that it belongs to."""
+    """Say whether the tensor is dual at the forward-mode level that it belongs to."""
     if not forward_mode_active() or _functorch.is_batchedtensor(tensor):
         return False  # a batch has its tangents in what it wraps
     # An operation sees the tangents of the innermost level alone.
@@ -103,7 +103,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def level_of(tensor: Tensor | None = None) -> int:
-    """The level of a tensor's outermost transform, or of the innermost one around the call."""
+    """Look up the level of a tensor's outermost transform, or of the innermost around the call."""
     if tensor is None:
         return _functorch.maybe_current_level() or 0
     return max(_functorch.maybe_get_level(tensor), 0) if is_wrapped(tensor) else 0
@@ -122,7 +122,7 @@ def at_level(level: int) -> Iterator[None]:
 def without_saved_tensor_hooks() -> Iterator[None]:
     """Record graphs of our own without the caller's saved-tensor hooks.
 
-    Those of `torch.utils.checkpoint` would compute the whole region again, this call included,
+    The hooks of `torch.utils.checkpoint` would compute the whole region again, this call included,
     at each product; and `torch.func` refuses to work beside any.
     """
     hooks = []

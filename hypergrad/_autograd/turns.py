@@ -45,7 +45,7 @@ def end_turn() -> None:
 
 
 def _for_us() -> bool:
-    """Whether this is one of autograd's threads, for which the thread that has the turn waits."""
+    """Say whether this thread is one of autograd's, for which the one that has the turn waits."""
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return False
     frame = _frame()
@@ -53,7 +53,7 @@ def _for_us() -> bool:
 
 
 def _waits() -> tuple[FrameType, int] | None:
-    """Where the thread that has the turn waits for another thread; None: it does not."""
+    """Find where the thread that has the turn waits for another thread; None: it does not."""
     frame = _frame()
     if frame is None or frame.f_code.co_filename != threading.__file__:
         return None
@@ -61,6 +61,6 @@ def _waits() -> tuple[FrameType, int] | None:
 
 
 def _frame() -> FrameType | None:
-    """What the thread that has the turn is about."""
+    """Find the frame that the thread that has the turn is in."""
     holder = _holders[-1:]
     return sys._current_frames().get(holder[0]) if holder else None

@@ -23,7 +23,7 @@ from .watch import WatchForDerivatives
 
 T = TypeVar("T")
 
-# What PyTorch says where something that a function has recorded runs outside of the vmaps.
+# PyTorch's words where something that a function has recorded runs outside of the vmaps.
 _ESCAPED = "escaped from inside a function being vmapped"
 
 
@@ -81,7 +81,7 @@ class Vmaps:
 
     @classmethod
     def around(cls) -> Vmaps | None:
-        """Those around the call; None where there are none, or another transform among them."""
+        """Find the vmaps around the call; None: there are none, or another transform among them."""
         if not torch._C._are_functorch_transforms_active():
             return None
         around = pyfunctorch.retrieve_all_functorch_interpreters()
@@ -93,12 +93,12 @@ class Vmaps:
 
     @contextmanager
     def left(self) -> Iterator[None]:
-        """Outside of them."""
+        """Run the body outside of them."""
         with pyfunctorch.temporarily_clear_interpreter_stack() as self._stack:
             yield
 
     def entered(self) -> AbstractContextManager[None]:
-        """Inside of them again."""
+        """Run the body inside of them again."""
         return pyfunctorch.temporarily_restore_interpreter_stack(self._stack)
 
     def inside(self, fun: Callable[..., T], *given: Any, differentiated: bool = True) -> T:
@@ -138,7 +138,7 @@ class Vmaps:
         return answer
 
     def unwrapped(self, tensor: Tensor) -> Tensor:
-        """The plain tensor, a dimension for every vmap in front."""
+        """Unwrap a tensor into a plain one, with a dimension for every vmap in front."""
         places: dict[int, int] = {}
         while _functorch.is_batchedtensor(tensor):
             places[_functorch.maybe_get_level(tensor)] = _functorch.maybe_get_bdim(tensor)
@@ -154,15 +154,15 @@ class Vmaps:
         return tensor.expand(self.sizes + tensor.shape[len(self._levels) :])
 
     def wrapped(self, tensor: Tensor) -> Tensor:
-        """The tensor of one task that a plain one with dimensions in front stands for."""
+        """Wrap a plain tensor with dimensions in front into the tensor of one task."""
         for level in self._levels:
             tensor = _functorch._add_batch_dim(tensor, 0, level)
         return tensor
 
     def unwrapped_tree(self, tree: Any) -> Any:
-        """All tensors of a pytree unwrapped."""
+        """Unwrap all tensors of a pytree."""
         return pytree.tree_map_only(Tensor, self.unwrapped, tree)
 
     def wrapped_tree(self, tree: Any) -> Any:
-        """All tensors of a pytree wrapped."""
+        """Wrap all tensors of a pytree."""
         return pytree.tree_map_only(Tensor, self.wrapped, tree)

@@ -9,7 +9,7 @@ from torch._C import _functorch
 from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
 
-# What asks autograd itself: for a derivative, or whether one will be taken.
+# The functions that ask autograd itself: for a derivative, or whether one will be taken.
 _ASKS_AUTOGRAD = frozenset({
     torch.autograd.grad,
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
@@ -24,9 +24,9 @@ class WatchForDerivatives(TorchFunctionMode):
     """Notices whether a function that is being called has to do with derivatives itself.
 
     `seen` is set when an operation runs in a transform that is entered inside it, when
-    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad; and by a
-    custom function or operator with a batching rule of its own: a vmap puts the rule in its place,
-    so that whoever differentiates from outside of the vmap never gets to its derivative.
+    `torch.autograd.grad` is called, or when a tensor is asked whether it requires grad. A custom
+    function or operator with a batching rule of its own sets it too: a vmap puts the rule in its
+    place, so that whoever differentiates from outside of the vmap never gets to its derivative.
     """
 
     def __init__(self) -> None:

@@ -123,7 +123,7 @@ class Case:
         return value
 
     def flat(self, params: Any) -> Tensor:
-        """The variables of `params` as one vector."""
+        """Join the variables of `params` to one vector."""
         tree = self._taken_apart(params)
         layout = self.problem(self.condition, params, self.at).layout()
         return layout.flatten([detached(v) for v in tree.variables])

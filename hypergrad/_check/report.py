@@ -31,7 +31,7 @@ from .suspects import Finding, Trial, When, first, hiding, unsymmetric
 
 # How far two derivatives may be apart, and the error of a difference that shows nothing.
 _RTOL = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-# The terms of a derivative may cancel, at an optimum of the outer problem: what is left is then
+# The terms of a derivative may cancel, at an optimum of the outer problem: the rest is then
 # rounding of the terms, and an error is measured by no less than this part of them.
 _CANCELLED = 1e-2
 # A leaf that matters less than this part of the one that matters most is measured by the latter.
@@ -110,7 +110,7 @@ class Report:
     question: str | None = None
 
     def __str__(self) -> str:
-        """The verdict, the evidence, and the figures."""
+        """Write the verdict, the evidence, and the figures."""
         verdict = "ok"
         if not self.ok:
             verdict = f"{'NOT CHECKED' if self.blame in _UNCHECKED else 'WRONG'}, {self.blame}"
@@ -356,7 +356,7 @@ class _Check:
         return self.compare(_Comparison(implicit, differences, errors, terms))
 
     def along(self, gradient: Sequence[Tensor]) -> Tensor:
-        """Derivatives along all directions."""
+        """Form the derivatives along all directions."""
         return _numbers([line.dot(gradient) for line in self.lines])
 
     def difference(self, line: Direction, least: float) -> tuple[float, float]:

@@ -93,7 +93,7 @@ class Trial:
         return 10 * torch.finfo(case.precision).eps * terms / first_step(case.precision)
 
     def condition(self, params: Any, variables: Sequence[Tensor]) -> float:
-        """The inner condition at some point, times `u`."""
+        """Evaluate the inner condition at some point, times `u`."""
         return float(self.u @ self.case.linearised(params, variables).residual)
 
     def differs(
@@ -222,7 +222,7 @@ def _not_finite(trial: Trial) -> str | None:
 
 
 def _no_gradient(trial: Trial) -> str | None:
-    """An objective whose gradient, the condition, is not its own."""
+    """Look for an objective whose gradient, the condition, is not its own."""
     case = trial.case
     if not isinstance(case.condition, Minimum):
         return None
@@ -331,7 +331,7 @@ def _mended(trial: Trial) -> str | None:
 
 
 def _by_hparams(trial: Trial) -> str | None:
-    """A derivative by the hyperparameters that is not the function's own."""
+    """Look for a derivative by the hyperparameters that is not the function's own."""
     case, line = trial.case, trial.line
     lin = case.linearised(case.solution, case.at)
     _, direct = case.slopes()
@@ -353,7 +353,7 @@ def _by_hparams(trial: Trial) -> str | None:
 
 
 def _by_params(trial: Trial) -> str | None:
-    """A derivative by the inner variables that is not the function's own."""
+    """Look for a derivative by the inner variables that is not the function's own."""
     case, v = trial.case, trial.v
     cotangent, _ = case.slopes()
     lin, flat = case.linearised(case.solution, case.at), case.flat(case.solution)
@@ -383,7 +383,7 @@ def _by_params(trial: Trial) -> str | None:
 
 
 def _kinked(trial: Trial) -> str | None:
-    """A solution whose slopes on the two sides differ, however small the step."""
+    """Look for a solution whose slopes on the two sides differ, however small the step."""
     case, line = trial.case, trial.line
     f, centre = case.along(line), case.value(case.solution, case.at)
     step = first_step(case.precision) * line.length / 4
@@ -408,7 +408,7 @@ def _singular(trial: Trial) -> str | None:
 
 
 def _unheard(trial: Trial) -> str | None:
-    """A hyperparameter that `solve` and `inner` do not use in the same way."""
+    """Look for a hyperparameter that `solve` and `inner` do not use in the same way."""
     case, line = trial.case, trial.line
     step = first_step(case.precision) * line.length / 4
     up, down = (line.moved(case.at, sign * step) for sign in (1, -1))
@@ -446,7 +446,7 @@ def _unheard(trial: Trial) -> str | None:
 
 
 def _unsolved(trial: Trial) -> str | None:
-    """An inner problem whose derivatives agree once it is solved further."""
+    """Look for an inner problem whose derivatives agree once it is solved further."""
     case, line = trial.case, trial.line
     try:
         params = case.newton(case.solution, case.at)

@@ -24,13 +24,13 @@ from .collectives import Session, copies, stand_in, summed, widest
 
 
 def all_reduced(share: Any, group: Any = None, *, reduction: Literal["sum", "mean"] = "sum") -> Any:
-    """A loss or condition that is the sum, or the mean, of what every process computes.
+    """Reduce a loss or condition: the sum, or the mean, of what every process computes.
 
     Data-parallel hypergradients: each process holds its part of the data and a copy of the
-    variables, and `share` is its part of the loss. What is returned is the whole loss: its value
-    and its derivatives of every order are reduced over the processes, so that `implicit_grad`, the
-    decorators and `Bilevel`, called in every process with the same variables and with both losses
-    wrapped, give the same answer in all of them: that of one process with all the data.
+    variables, and `share` is its part of the loss. The whole loss is returned: its value
+    and its derivatives of every order are reduced over the processes. Call `implicit_grad`, the
+    decorators and `Bilevel` in every process with the same variables and with both losses wrapped.
+    They give the same answer in all of them: that of one process with all the data.
 
     There is one all-reduce for each evaluation, each gradient, each product with the Hessian (two
     for a `GaussNewton` with a regulariser) and each cross derivative. Solvers see reduced vectors
@@ -133,7 +133,7 @@ class AllReduced:
         self._share, self._group, self._kind, self._reduction = share, group, kind, reduction
 
     def __call__(self, *args: Any) -> Any:
-        """The whole value, or the outputs of this process's data."""
+        """Evaluate the whole value, or the outputs of this process's data."""
         if not _several(self._group):
             return self._share(*args)
         if transforms_active():
@@ -182,7 +182,7 @@ class AllReduced:
 
 
 def _several(group: Any) -> bool:
-    """Whether there are other processes.
+    """Say whether there are other processes.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def _several(group: Any) -> bool:
 
 
 def _payload(kind: str, args: Sequence[Any]) -> tuple[torch.dtype, int, torch.device]:
-    """What a process that fails must give in place of its value: dtype, length and device."""
+    """Say what a process that fails must give in place of its value: dtype, length and device."""
     like = _floating(args[0]) or _floating(args)
     device = like[0].device if like else torch.device("cpu")
     if kind != "equation":
@@ -220,17 +220,17 @@ def _payload(kind: str, args: Sequence[Any]) -> tuple[torch.dtype, int, torch.de
 
 
 def _tie(anchors: Sequence[Tensor]) -> Tensor:
-    """A zero on which every order of derivative depends, whatever the anchors are."""
+    """Form a zero on which every order of derivative depends, whatever the anchors are."""
     return functools.reduce(torch.add, anchors).tanh()
 
 
 def _tied(outputs: Any, tie: Tensor) -> Any:
-    """Outputs with a zero added to them."""
+    """Add a zero to outputs."""
     return pytree.tree_map(lambda x: x + tie.to(x.dtype) if _is_float(x) else x, outputs)
 
 
 def _connected(terms: Sequence[Tensor], variables: Sequence[Tensor]) -> list[bool]:
-    """Which of the variables this process's values depend on."""
+    """Mark the variables that this process's values depend on."""
     edges = set[tuple[Any, int]]().union(*(graph(term).edges for term in terms))
     return [(v.grad_fn, v.output_nr) in edges for v in variables]
 

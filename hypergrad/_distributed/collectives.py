@@ -24,7 +24,7 @@ _MOST = 5  # process numbers that a message names
 
 
 class Session:
-    """What belongs to one evaluation of a shared function: the group, and what is checked.
+    """One evaluation of a shared function: the group, and the figures that are checked.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Session:
             self._square = square if self._square is None else self._square + square
 
     def reduce(self, flat: Tensor, *, failed: bool = False) -> Tensor:
-        """The sum over processes of a vector, after a check that they are at the same place.
+        """Sum a vector over processes, after a check that they are at the same place.
 
         Parameters
         ----------
@@ -86,7 +86,7 @@ class Session:
         return total
 
     def _judge(self, norms: list[float], places: list[float], eps: float) -> None:
-        """The same numbers in every process, and so the same verdict."""
+        """Judge the same numbers in every process, and so reach the same verdict."""
         failed = [rank for rank, place in enumerate(places) if place == _FAILED]
         if failed:
             raise RankFailed(
@@ -112,7 +112,7 @@ class Session:
 
 
 def copies(session: Session, first: int, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Aliases of variables whose derivatives are sums over processes, and their anchor."""
+    """Make aliases of variables whose derivatives are sums over processes, and their anchor."""
     *aliases, anchor = _Copy.apply(session, first, (), *parts)
     return aliases, anchor
 
@@ -120,7 +120,7 @@ def copies(session: Session, first: int, parts: Sequence[Tensor]) -> tuple[list[
 def summed(
     session: Session, flags: Sequence[bool], dtype: torch.dtype, anchor: Tensor, parts: list[Tensor]
 ) -> list[Tensor]:
-    """The sums over processes of values; `flags`: which variables they depend on, here."""
+    """Sum values over processes; `flags`: which variables they depend on, here."""
     return list(_Sum.apply(session, tuple(flags), dtype, anchor, *parts))
 
 
@@ -210,7 +210,7 @@ class _Sum(torch.autograd.Function):
 
 
 def widest(parts: Sequence[Tensor]) -> torch.dtype:
-    """What sums are formed in: never narrower than float32."""
+    """Choose the dtype that sums are formed in: never narrower than float32."""
     return functools.reduce(torch.promote_types, [p.dtype for p in parts], torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Why a number is not finite: where it first was not, and what that says."""
+"""Why a number is not finite: the place where it first was not, and its meaning."""
 
 from __future__ import annotations
 
@@ -147,6 +147,6 @@ def _over_nothing(again: Callable[[], Any]) -> bool:
     try:
         with unnoticed(), torch.no_grad(), watch:
             again()
-    except Exception:  # what cannot be evaluated here says nothing about the cause
+    except Exception:  # a failure here says nothing about the cause
         return watch.seen
     return watch.seen

@@ -11,7 +11,7 @@ from ..solvers._base import Solver
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What the caller has chosen about a linear solve.
+    """The caller's choices about a linear solve.
 
     Attributes
     ----------
@@ -47,5 +47,5 @@ class Choices:
 
 
 def needs_product(solver: Solver, condition: Condition, *, transpose: bool) -> bool:
-    """Whether a solve, with the transpose of A or with A, forms products with A itself."""
+    """Say whether a solve, with the transpose of A or with A, forms products with A itself."""
     return (not transpose or solver.needs_transpose) and not condition.symmetric

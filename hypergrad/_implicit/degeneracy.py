@@ -20,13 +20,13 @@ DEGENERATE = 1e-2
 
 
 def degeneracy(lin: Linearisation, u: Tensor, b: Tensor, *, transpose: bool) -> Tensor | None:
-    """How far the sides of a kink are apart, as a part of the linear system; None: not known.
+    """Measure how far apart the sides of a kink are, in the linear system; None: not known.
 
     With D the derivative that the condition has taken of its map, D' that on another side and u
     the solution of the system, it is ``||(D' - D)^T u||`` divided by the smaller of ``||b||`` and
     ``||u||``. A solution of the system with A itself is zero just where the map holds its entries
     fixed, and so shows nothing of the other side: there a vector in general position takes u's
-    place. Infinite where the gradients of the active constraints are linearly dependent.
+    place. It is infinite where the gradients of the active constraints are linearly dependent.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 `ImplicitSolution` is the identity on a solution and carries the implicit derivative.
 `LinearSolve` is the linear solve; its derivatives call it again, so that every order is there.
-Both carry the problem, and their vmap rules add a task axis to it: what is solved are always
+Both carry the problem, and their vmap rules add a task axis to it. Systems are always solved in
 plain tensors with task dimensions in front.
 """
 
@@ -64,7 +64,7 @@ class Rule:
     captured: str = ""
 
     def forward(self, transpose: bool) -> bool:
-        """Whether a solve needs products with A itself, and they are to be recorded."""
+        """Say whether a solve needs products with A itself, and they are to be recorded."""
         return needs_product(self.solver, self.problem.condition, transpose=transpose)
 
     @property
@@ -73,7 +73,7 @@ class Rule:
         return self.callback is not None
 
     def under(self, axis: TaskAxis) -> Rule:
-        """The rule under one more vmap."""
+        """Put the rule under one more vmap."""
         return dataclasses.replace(self, problem=self.problem.with_axis(axis))
 
     def solve(
@@ -114,7 +114,7 @@ class Rule:
         return u.permute(*inverse, u.ndim - 1)
 
     def _order(self, count: int) -> list[int]:
-        """The task dimensions, those that share a matrix first."""
+        """Order the task dimensions, those that share a matrix first."""
         axes = self.problem.axes
         return sorted(range(count), key=lambda i: not axes[i].shared)
 
@@ -290,7 +290,7 @@ def _warn_of_unused(rule: Rule, wanted: Sequence[int], grads: Sequence[Tensor | 
 
 
 def higher_order() -> bool:
-    """Whether what a backward computes may itself be differentiated."""
+    """Say whether the results of a backward may themselves be differentiated."""
     return torch.is_grad_enabled() or transforms_active() or forward_mode_active()
 
 
@@ -305,7 +305,7 @@ def _require_second_derivatives(rule: Rule) -> None:
 def _with_axis(
     problem: Problem, info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor], own: bool
 ) -> tuple[TaskAxis, list[Tensor]]:
-    """The axis of a vmap around a problem, and the tensors with that axis in front."""
+    """Make the axis of a vmap around a problem, and put that axis in front of the tensors."""
     own = own or any(dim is not None for dim in in_dims)
     dims: list[int | None] = [None if dim is None else 0 for dim in in_dims]
     moved = [

@@ -80,9 +80,9 @@ def implicit_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient of an outer loss through the solution of an inner problem.
+    """Compute the hypergradient of an outer loss through the solution of an inner problem.
 
-    Computes d/d hparams of ``outer(params*(hparams), hparams)`` by implicit differentiation:
+    It is d/d hparams of ``outer(params*(hparams), hparams)``, by implicit differentiation:
     the direct term minus ``(dF/dhparams)^T u``, where ``A^T u = d outer / d params``.
 
     Each loss is evaluated once, and once more, a Newton step of the inner problem further on,
@@ -118,10 +118,10 @@ def implicit_grad(
     inner_tol : float, optional
         Above this relative inner residual (`SolveInfo.inner_residual`) the inner problem counts as
         unsolved, unless the answer moves by less than 20 times `inner_tol` on a Newton step, up to
-        an inner residual of as much; below it too, if the answer moves by more. None: measured,
-        not judged, but for a `Minimum` with negative curvature and for params that have run away,
-        so far that a Newton step leads back to less than a third of their length while the outer
-        loss does not change on it as its slope says.
+        an inner residual of as much. Below it the same holds if the answer moves by more. None:
+        measured, not judged, but for a `Minimum` with negative curvature and for params that have
+        run away. From such params a Newton step leads back to less than a third of their length,
+        while the outer loss does not change on it as its slope says.
     on_failure : {"warn", "raise", "ignore"}
         What to do when the answer may be wrong.
     return_info : bool

@@ -31,13 +31,13 @@ from .second_look import is_noise
 from .uses import Use
 from .verdict import Cause
 
-# What an estimate is multiplied by, without and with a second look, from benchmarks/calibration.py
-# and benchmarks/networks.py. Above `_HARDLY` it says that little is known.
+# The factors of an estimate, without and with a second look, from benchmarks/calibration.py and
+# benchmarks/networks.py. Above `_HARDLY` it says that little is known.
 _MARGIN = 4.0
 _HARDLY = 0.9
 _AGAIN = 2.0
 _FROM_STEP = 8.0
-#: What an estimate is where nothing is known of the answer.
+#: The estimate where nothing is known of the answer.
 _UNKNOWN = 10.0
 #: How a solve ends that leaves an answer of unknown quality.
 _LOST = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED, Status.SINGULAR)
@@ -58,12 +58,12 @@ _PART = 1e-2  # entries that carry less of params than this do not count
 _MUCH = 0.1  # the relative change of an entry that is no rounding
 _SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
 _AROUND = 8  # products that look for negative curvature
-_BLIND = 3.0  # what a right-hand side may be larger by behind the inverse
+_BLIND = 3.0  # the factor by which a right-hand side may be larger behind the inverse
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
 class Evidence:
-    """What is known about a solution, gathered in the order in which it is needed."""
+    """The evidence about a solution, gathered in the order in which it is needed."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Evidence:
         self.degeneracy: Tensor | None = None
 
     def gathered(self) -> SolveInfo:
-        """All of it, as far as it is wanted."""
+        """Gather all of it, as far as it is wanted."""
         if not self.choices.judged:
             return info_of(self.solution, solution=None, success=self.success)
         outer_error = dot(self.solution.x, self.lin.residual)
@@ -132,7 +132,7 @@ class Evidence:
         self.success = self.success & ~which
 
     def forgive_rounding(self) -> None:
-        """A right-hand side that is rounding is in no range of a singular matrix, and is zero."""
+        """Take for zero a right-hand side that is rounding: it is in no range of a singular A."""
         lost = (self.status == Status.SINGULAR) & torch.isfinite(self.length)
         if not self.choices.looks or not any_task(lost):
             return
@@ -149,7 +149,7 @@ class Evidence:
         self.length = torch.where(none, torch.zeros_like(self.length), self.length)
 
     def _judge_curvature(self) -> None:
-        """Negative curvature: said of a minimum, whatever method has met it."""
+        """Judge negative curvature: of a minimum, whatever method has met it."""
         solution, condition = self.solution, self.lin.problem.condition
         if not condition.minimum:
             return
@@ -164,7 +164,7 @@ class Evidence:
         self._fail(self.negative, Cause.CURVATURE)
 
     def _look_for_curvature(self) -> None:
-        """Negative curvature that a method has not looked for itself."""
+        """Look for negative curvature where the method has not looked for it itself."""
         solver, solution = self.choices.solver, self.solution
         if isinstance(solver, GMRES) and solution.spectrum is not None:
             low, high = solution.eigenvalues.unbind(dim=-1)
@@ -178,7 +178,7 @@ class Evidence:
             self.negative = self.negative | around.negative_curvature
 
     def _judge_rank(self) -> None:
-        """Whether the derivative is determined, where the matrix lacks rank."""
+        """Judge whether the derivative is determined, where the matrix lacks rank."""
         null = self.solution.null
         if null is None:
             return
@@ -192,7 +192,7 @@ class Evidence:
         )
 
     def _judge_units(self) -> None:
-        """A residual that is small in units that hide an error."""
+        """Judge a residual that is small in units that hide an error."""
         solver, solution = self.choices.solver, self.solution
         if not (self.choices.looks and self.choices.spends) or isinstance(solver, Identity):
             return
@@ -211,7 +211,7 @@ class Evidence:
             self._fail(self.solution.probe.hides, Cause.UNITS)
 
     def _newton(self) -> tuple[Tensor, NewtonStep]:
-        """The relative length of the inner Newton step, and the step."""
+        """Form the inner Newton step, and measure its relative length."""
         F, solution = self.lin.residual, self.solution
         weighted = self._weighted(self.params)
         self.extent = norm(weighted)
@@ -238,14 +238,14 @@ class Evidence:
         return v if self.solution.metric is None else v * self.solution.metric
 
     def _unreached(self, newton: NewtonStep, F: Tensor) -> bool:
-        """Whether the search directions have left out a part of the condition that counts."""
+        """Say whether the search directions left out a part of the condition that counts."""
         alone = newton.again is None and newton.left.shape == F.shape
         if not alone or not (self.choices.looks and self.choices.spends):
             return False
         return any_task(norm(newton.left) > _LEFT * norm(F))
 
     def _along_condition(self, F: Tensor, newton: NewtonStep | None) -> NewtonStep:
-        """A step along what is left of F, by its curvature, which costs a product."""
+        """Make a step along what is left of F, by its curvature, which costs a product."""
         along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
         left = F if newton is None else newton.left
         size, none = norm(left), torch.zeros_like(left)
@@ -280,14 +280,14 @@ class Evidence:
         return NewtonStep(before + step, rest, beyond)
 
     def _rows(self) -> Tensor:
-        """The size of the rows of A, as far as they were probed."""
+        """Measure the rows of A, as far as they were probed."""
         probe = self.solution.probe
         if probe is not None:
             return probe.rows
         return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
 
     def _by_entry(self, left: Tensor, curvature: Tensor) -> Tensor:
-        """How long the step is in those entries of params that it changes by much.
+        """Measure the step in those entries of params that it changes by much.
 
         The curvature of each entry by itself, where that of all together is that of a few.
 
@@ -308,7 +308,7 @@ class Evidence:
         return torch.where(length > _PART * norm(p), length, torch.zeros_like(length))
 
     def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
-        """The relative error that the unsolved inner problem leaves, as far as it is known."""
+        """Judge the relative error that the unsolved inner problem leaves, where it is known."""
         step = newton.step
         tol, looks = self.choices.inner_tol, self.choices.looks
         some = self.strength > 0  # without a right-hand side nothing depends on the solution
@@ -324,7 +324,7 @@ class Evidence:
         known = not isinstance(self.choices.solver, Identity)
         if looks and known and any_task(wanted):
             look = self.use.second_look(newton, self.solution, self._left_over())
-        # What looks like a singular matrix, or a slow iteration, may be a point that is far out.
+        # An apparently singular matrix, or a slow iteration, may be a point that is far out.
         blamed = some & ~(residual <= max(tol, _AWAY)) & ~self.success
         linear = torch.zeros_like(blamed)
         for cause in (Cause.SOLVE, Cause.UNITS, Cause.RANK):
@@ -338,7 +338,7 @@ class Evidence:
                 estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
             self._fail(unsolved, Cause.INNER)
             return estimate
-        # What the step did not reach is taken for as harmful as any way of its length.
+        # The part that the step did not reach is taken for as harmful as any way of its length.
         beyond = _FROM_STEP * newton.beyond / self.extent
         change = _AGAIN * look.change.nan_to_num(math.inf) + beyond.nan_to_num(math.inf)
         # Another step would be about as long as this one: they do not lead to a solution.
@@ -358,7 +358,7 @@ class Evidence:
         return torch.where(wanted, change, estimate)
 
     def _left_over(self) -> Tensor:
-        """``b - A u`` of the answer: what damping, a budget, or another matrix leave by design."""
+        """Form ``b - A u`` as damping, a budget, or another matrix leave it by design."""
         u, solver = self.solution.x, self.choices.solver
         if self.solution.residual is not None:
             return self.solution.residual + getattr(solver, "damping", 0.0) * u
@@ -368,7 +368,7 @@ class Evidence:
         return self.system.b - self.system.matvec(u)
 
     def _length_of(self, bent: Tensor, newton: NewtonStep) -> Tensor:
-        """How long the Newton step is that a rest of the condition calls for."""
+        """Estimate the length of the Newton step that a rest of the condition calls for."""
         if newton.again is not None:
             return norm(self._weighted(newton.again(bent)))
         size = norm(self.lin.residual)
@@ -377,7 +377,7 @@ class Evidence:
         return norm(bent) * inverses.sqrt()
 
     def _judge_runaway(self, far: Tensor, step: Tensor, outer_error: Tensor) -> None:
-        """Params far out, from which a Newton step leads back, and not where its slope says."""
+        """Judge params far out: a Newton step leads back, and not where its slope says."""
         if not self.choices.looks or step.ndim != self.params.ndim:
             return
         far = far & ~(norm(self._weighted(self.params - step)) > _BACK * self.extent)
@@ -389,7 +389,7 @@ class Evidence:
             self._fail(far & ~believed, Cause.AWAY)
 
     def _judge_approximation(self) -> Tensor:
-        """The relative error of `u` that a curvature in place of the Hessian makes."""
+        """Judge the relative error of `u` that a curvature in place of the Hessian makes."""
         hessian, solution = self.lin.record.hessian, self.solution
         tol = self.choices.inner_tol
         if hessian is None:
@@ -415,7 +415,7 @@ class Evidence:
         return lost
 
     def _indefinite(self, hessian: Product) -> Tensor:
-        """Whether the Hessian has negative curvature that its approximation cannot show.
+        """Say whether the Hessian has negative curvature that its approximation cannot show.
 
         It is looked for where the answer has taken few products, or as many as unknowns.
 
@@ -451,7 +451,7 @@ class Evidence:
         return solution.negative_curvature.expand_as(self.success)
 
     def _judge_degeneracy(self, among: Tensor | bool) -> None:
-        """A kink, or constraints that are dependent, for some of the tasks."""
+        """Judge a kink, or constraints that are dependent, for some of the tasks."""
         if self.degeneracy is None:
             self.degeneracy = degeneracy(
                 self.lin, self.solution.x, self.system.b, transpose=self.transpose
@@ -460,7 +460,7 @@ class Evidence:
             self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)
 
     def _estimate(self, inner: Tensor, approximation: Tensor) -> Tensor:
-        """The relative error of the answer; NaN where the method does not know."""
+        """Estimate the relative error of the answer; NaN where the method does not know."""
         linear = self.solution.linear_error
         if linear is None:
             return torch.full_like(self.length, math.nan)

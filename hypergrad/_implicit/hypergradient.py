@@ -44,7 +44,7 @@ from .task_norms import size_of
 from .uses import Use
 
 _BENDS = 0.1  # the relative change of a slope that is a bend
-_CANCELLED = 1e-2  # what is left of two terms that cancel counts as so much of them at least
+_CANCELLED = 1e-2  # the rest of two terms that cancel counts as so much of them at least
 
 
 @dataclasses.dataclass
@@ -170,7 +170,7 @@ class _Call:
             return Hypergradient(H.fill(leaves), leaves, info)
 
     def _of_all_tasks(self, vmaps: Vmaps, draw: Draw, forward: bool) -> Linearisation | None:
-        """The inner problem, where it is one and the same for all tasks of a vmap: its matrix too.
+        """Evaluate the inner problem, and its matrix, once where all tasks of a vmap share it.
 
         So it is where test points are mapped over. None where a task has anything of its own: a
         variable, what the functions close over, or random numbers.
@@ -195,7 +195,7 @@ class _Call:
         tensors = [detached(t) for t in self.problem.tensors]
         try:
             lin = Linearisation(self.problem, tensors, draw, forward=forward)
-        except Exception:  # what a task closes over cannot be used here: see what fails there
+        except Exception:  # a task's closure cannot be used here: see what fails there
             restore(before)
             draw.forget()
             return None
@@ -244,35 +244,35 @@ class _Hypergradient(Use):
         self._leaves: list[Tensor] = []
 
     def values(self) -> list[Tensor]:
-        """The outer loss."""
+        """List the outer loss."""
         return [self._at.value]
 
     def leaves(self, u: Tensor) -> list[Tensor]:
-        """The hypergradient."""
+        """Form the hypergradient."""
         self.indirect = self._cross(u)
         self._leaves = self._differences(self._at.direct, self.indirect)
         return self._leaves
 
     def share(self) -> Tensor:
-        """The size of the implicit term over that of the whole."""
+        """Measure the implicit term against the whole."""
         share = self._size(self.indirect) / self._size(self._leaves)
         return torch.where(torch.isnan(share), torch.ones_like(share), share)
 
     def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
-        """The relative change of the hypergradient, and no less than what is missing says."""
+        """Measure the hypergradient's relative change, no less than what is missing says."""
         change = self._size(self._cross(missing)) / self._scale()
         return torch.maximum(change, lost * self.share())
 
     def _scale(self) -> Tensor:
-        """The size of the hypergradient, or a part of its terms' where they cancel."""
+        """Measure the hypergradient, or a part of its terms where they cancel."""
         terms = self._size(self._at.direct) + self._size(self.indirect)
         return self._size(self._leaves) + _CANCELLED * terms
 
     def second_look(
         self, newton: NewtonStep, solution: Solution, planned: Tensor
     ) -> SecondLook | None:
-        """The hypergradient at ``params - step`` with the same u, and what is missing in u."""
-        # What the solver has left over of the system itself, `planned`, is no matter of the step.
+        """Form the hypergradient at ``params - step`` with the same u, and what is missing in u."""
+        # The rest of the system itself, `planned`, which the solver has left, is not the step's.
         if self.lin.lead != self._lead:
             return None
         lin, at, lead, u = self.lin, self._at, self.lin.lead, solution.x
@@ -299,7 +299,7 @@ class _Hypergradient(Use):
         return SecondLook(change / self._scale(), inner.residual - newton.left)
 
     def mere_rounding(self) -> Tensor:
-        """Whether the slope of the outer loss changes by about itself from rounding alone."""
+        """Say whether the slope of the outer loss changes by about itself from rounding alone."""
         layout, lead = self.lin.layout, self._lead
         params = layout.flatten([self._tensors[i] for i in self.lin.problem.inner], lead)
         here = layout.flatten(self._at.cotangent, lead)
@@ -309,12 +309,12 @@ class _Hypergradient(Use):
         return norm(layout.flatten(there.cotangent, lead) - here) > _BENDS * norm(here)
 
     def falls_by(self, step: Tensor) -> Tensor:
-        """By how much the outer loss falls on the way to ``params - step``."""
+        """Measure by how much the outer loss falls on the way to ``params - step``."""
         there = self._outer_at(step)
         return self._at.value - (there.value if there else math.nan)
 
     def negligible(self, params: Tensor) -> Tensor:
-        """Whether params are nothing at the length on which the outer loss bends.
+        """Say whether params are nothing at the length on which the outer loss bends.
 
         So it is where the slope of the loss is nearly the same, but not quite, at params that are
         longer by one over the square root of a rounding.
@@ -339,7 +339,7 @@ class _Hypergradient(Use):
         return (bend > 100 * eps) & (bend < _BENDS)
 
     def _outer_at(self, step: Tensor) -> OuterSlopes | None:
-        """The outer loss at ``params - step``; None where it fails."""
+        """Evaluate the outer loss at ``params - step``; None where it fails."""
         step = step.expand((*self._lead, step.shape[-1]))
         there = shifted(self.lin, self._tensors, step)
         try:
@@ -348,7 +348,7 @@ class _Hypergradient(Use):
             return None
 
     def places(self, answer: Answer) -> Iterable[Place]:
-        """Everything that went into an answer, by name, in the order of its making."""
+        """List all that went into a hypergradient, by name, in the order of its making."""
         lin, at, problem, tensors = self.lin, self._at, self.lin.problem, self._tensors
         P, H = problem.params, problem.args[0]
         for position, place in enumerate(problem.inner):
@@ -376,7 +376,7 @@ class _Hypergradient(Use):
         return [_difference(d, c, h) for d, c, h in zip(direct, indirect, like, strict=True)]
 
     def _cross(self, u: Tensor) -> Parts:
-        """``(dF/dhparams)^T u``, for every task's u where the tasks share the inner problem."""
+        """Form ``(dF/dhparams)^T u``, for each task's u where the tasks share the inner problem."""
         if self.lin.lead == self._lead:
             return self.lin.cross(u)
         connected = [part is not None for part in self.lin.cross(u[0])]
@@ -403,7 +403,7 @@ def _at(
 
 
 class OuterSlopes(NamedTuple):
-    """What `outer_gradient` returns."""
+    """The outer loss and its gradients, as `outer_gradient` returns them."""
 
     value: Tensor
     aux: Any

@@ -130,7 +130,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _names(parameters: list[inspect.Parameter], count: int) -> list[str]:
-    """What the arguments after the initial guess are called, for messages."""
+    """Name the arguments after the initial guess, for messages."""
     names = [f"args[{i}]" for i in range(count)]
     for i, parameter in enumerate(parameters[:count]):
         if parameter.kind in _POSITIONAL:

@@ -47,7 +47,7 @@ class Linearisation:
         Sizes of all task axes: every task gets a matrix of its own, also where they are shared.
     inside : callable, optional
         ``inside(linearisation, seed)``, called while the evaluation is being recorded, with a
-        zero that is recorded too; what it returns is kept as `extra`.
+        zero that is recorded too; its results are kept as `extra`.
     """
 
     def __init__(
@@ -106,16 +106,16 @@ class Linearisation:
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
-        """``A^T u``."""
+        """Form ``A^T u``."""
         return self._apply(self.record.transposed, u, create_graph)
 
     def product(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """``A v``."""
+        """Form ``A v``."""
         assert self.record.product is not None
         return self._apply(self.record.product, v, create_graph)
 
     def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
-        """The same products with A, or with its transpose, with nothing around them."""
+        """Make the same products with A, or with its transpose, with nothing around them."""
         product = self.record.transposed if transpose else self.record.product
         assert product is not None
         layout, dims = self.layout, len(self.lead) + 1
@@ -135,25 +135,25 @@ class Linearisation:
         return form
 
     def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
-        """``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+        """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
         if self.one_by_one:
             refuse_mapping()
         return self._cross(self.layout.split(u), create_graph)
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
-        """``(dF/dargs) tangents``."""
+        """Form ``(dF/dargs) tangents``."""
         if self.one_by_one:
             refuse_mapping()
         return self.layout.flatten(self._cross_forward(tangents, create_graph), self.lead)
 
     def dense(self, transpose: bool) -> Tensor:
-        """A, or its transpose, as a matrix ``(*tasks, n, n)``."""
+        """Form A, or its transpose, as a matrix ``(*tasks, n, n)``."""
         product = self.record.transposed if transpose else self.record.product
         assert product is not None
         return self.dense_of(product)
 
     def dense_of(self, recorded: Product) -> Tensor:
-        """A recorded product as a matrix."""
+        """Form the matrix of a recorded product."""
         product = partial(self.replayed, recorded)
         n = self.layout.n
         if not self.lead:
@@ -163,7 +163,7 @@ class Linearisation:
         return product(columns).movedim(0, -1)
 
     def replayed(self, product: Product, u: Tensor) -> Tensor:
-        """Another product that was recorded with the condition."""
+        """Form another product that was recorded with the condition."""
         return self._apply(product, u, False)
 
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
@@ -181,7 +181,7 @@ class Linearisation:
 
 
 def maps_wrongly(part: Tensor | None) -> bool:
-    """Whether a mapped derivative of a tensor would be wrong in PyTorch itself."""
+    """Say whether a mapped derivative of a tensor would be wrong in PyTorch itself."""
     if part is None:
         return False
     return not WRONG_WHEN_MAPPED.isdisjoint({node.name() for node, _ in graph(part).edges})

@@ -64,9 +64,9 @@ def root_vjp(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Vector-Jacobian product of the root ``params(args)`` of ``F(params, *args) = 0``.
+    """Form the vector-Jacobian product of the root ``params(args)`` of ``F(params, *args) = 0``.
 
-    Computes ``-(dF/dargs)^T u`` with ``A^T u = cotangent`` and A = dF/dparams. The result is
+    It is ``-(dF/dargs)^T u`` with ``A^T u = cotangent`` and A = dF/dparams. The result is
     differentiable where the inputs carry derivatives.
 
     Parameters
@@ -177,9 +177,9 @@ def root_jvp(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Jacobian-vector product of the root ``params(args)`` of ``F(params, *args) = 0``.
+    """Form the Jacobian-vector product of the root ``params(args)`` of ``F(params, *args) = 0``.
 
-    Computes ``-v`` with ``A v = (dF/dargs) tangents`` and A = dF/dparams. The result is
+    It is ``-v`` with ``A v = (dF/dargs) tangents`` and A = dF/dparams. The result is
     differentiable where the inputs carry derivatives.
 
     Parameters
@@ -277,7 +277,7 @@ def _chosen(answer: list[Any], argnums: int | Sequence[int] | None) -> Any:
 
 
 def _captured(rule: Rule) -> list[Tensor]:
-    """What depends on what F captures, under plain autograd; elsewhere it is an error."""
+    """List what depends on captures of F, under plain autograd; elsewhere it is an error."""
     captured = captured_by(rule.problem)
     if captured and (transforms_active() or forward_mode_active()):
         raise _lost(rule)
@@ -285,7 +285,7 @@ def _captured(rule: Rule) -> list[Tensor]:
 
 
 def _constant_in(captured: list[Tensor], rule: Rule, answer: Any) -> Any:
-    """The answer, whose differentiation by what F captures raises."""
+    """Make the answer raise where it is differentiated by what F captures."""
     leaves, spec = pytree.tree_flatten(answer)
     leaves = [
         refuse_derivatives([leaf], captured, lambda: _lost(rule), plain=True)[0]
@@ -305,7 +305,7 @@ def _lost(rule: Rule) -> Exception:
 
 
 def _tracked(*tensors: Tensor, problem: Problem) -> bool:
-    """Whether what is computed from these and the problem may be differentiated."""
+    """Say whether a result of these and the problem may be differentiated."""
     return torch.is_grad_enabled() and any(
         carries_derivative(t) for t in [*tensors, *problem.tensors]
     )
@@ -314,7 +314,7 @@ def _tracked(*tensors: Tensor, problem: Problem) -> bool:
 def _solved(
     rule: Rule, b: Tensor, *, transpose: bool, return_info: bool
 ) -> tuple[Linearisation, Tensor, SolveInfo | None]:
-    """The linearisation and the solution: with its evidence, or differentiable."""
+    """Linearise and solve: with the evidence, or differentiable."""
     problem = rule.problem
     if not return_info and not (_tracked(b, problem=problem) or transforms_active()):
         tensors = [t.detach() for t in problem.tensors]

@@ -18,7 +18,7 @@ _JUMP = 0.25  # the relative change there that only rounding makes
 
 @dataclasses.dataclass(frozen=True)
 class SecondLook:
-    """What has changed at ``params - step``.
+    """The changes at ``params - step``.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class SecondLook:
 
 
 def shifted(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor) -> list[Tensor]:
-    """The problem's tensors with the inner variables moved back along a flat step."""
+    """Move the inner variables, among the problem's tensors, back along a flat step."""
     moved = list(tensors)
     for place, part in zip(lin.problem.inner, lin.layout.split(step), strict=True):
         moved[place] = tensors[place] - part.reshape(tensors[place].shape)
@@ -41,7 +41,7 @@ def shifted(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor) -> list
 
 
 def is_noise(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor, draw: Draw) -> Tensor:
-    """Whether the inner condition is mere rounding, so that no step can make it smaller.
+    """Say whether the inner condition is mere rounding, so that no step can make it smaller.
 
     Parameters
     ----------

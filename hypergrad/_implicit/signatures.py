@@ -1,4 +1,4 @@
-"""What the overloads of the public functions share: for type checkers, and who reads signatures."""
+"""Types that the overloads of the public functions share: for type checkers, and for readers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
 
 
 class RuleOptions(TypedDict, total=False):
-    """Those of `root_vjp` and `root_jvp`."""
+    """The options of `root_vjp` and `root_jvp`."""
 
     solver: Solver | None
     on_failure: OnFailure

@@ -14,19 +14,19 @@ from ..solvers._vectors import norm
 
 
 def size_of(terms: Parts, lead: Sequence[int], like: Tensor) -> Tensor:
-    """The norm of all entries of some tensors, for each task."""
+    """Measure the norm of all entries of some tensors, for each task."""
     sizes = [norm(rows_of(t, lead)).to(like) for t in terms if t is not None]
     return norm(torch.stack(sizes, dim=-1)) if sizes else torch.zeros_like(like)
 
 
 def size_for_each(part: Tensor, lead: Sequence[int]) -> Tensor:
-    """The norm of a derivative for each task; of all of it where the tasks share a tensor."""
+    """Measure a derivative for each task; measure all of it where the tasks share a tensor."""
     own = part.shape[: len(lead)] == torch.Size(lead)
     return norm(rows_of(part, lead)) if own else norm(part.reshape(-1)).expand(tuple(lead))
 
 
 def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
-    """Whether all entries of all tensors are finite, for each task: bool, shaped like `lead`."""
+    """Say whether all entries of all tensors are finite, for each task: bool, like `lead`."""
     rows = [rows_of(t, lead) for t in tensors if t is not None and t.numel()]
     if not rows:
         return torch.ones(tuple(lead), dtype=torch.bool, device="cpu")
@@ -42,5 +42,5 @@ def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
 
 
 def rows_of(tensor: Tensor, lead: Sequence[int]) -> Tensor:
-    """The entries of each task in one dimension, behind those of the tasks."""
+    """Lay the entries of each task in one dimension, behind those of the tasks."""
     return tensor.reshape(*lead, -1) if tensor.numel() else tensor.new_zeros(*lead, 0)

@@ -25,7 +25,7 @@ _TRIES = 3
 
 
 class _Met:
-    """What a process has compared so far, by the kind of node: how often, or whether it was right.
+    """The comparisons of a process so far, by the kind of node: how often, or whether it was right.
 
     A kind is the class of a custom Function, or the name of one of PyTorch's own nodes.
     """
@@ -36,7 +36,7 @@ class _Met:
         self._names: dict[str, int] = {}
 
     def open(self, kind: type | str) -> bool:
-        """Whether a kind of node is still to be compared."""
+        """Say whether a kind of node is still to be compared."""
         with self._lock:
             return self._of(kind) < _TRIES
 
@@ -100,7 +100,7 @@ def check_nodes(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> No
 
 
 def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
-    """The kinds of nodes in a graph that are not on the tested list, with their names."""
+    """List the kinds of nodes in a graph that are not on the tested list, with their names."""
     unknown: list[tuple[type | str, str]] = []
     for value in values:
         for node, _ in graph(value)[1]:
@@ -114,7 +114,7 @@ def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
     return unknown
 
 
-# What autograd itself puts into a graph.
+# The nodes that autograd itself puts into a graph.
 _PLUMBING = ("torch::autograd::", "struct torch::autograd::")
 
 _Comparison = tuple[
@@ -123,7 +123,7 @@ _Comparison = tuple[
 
 
 def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> list[_Comparison]:
-    """Functions beside their derivatives: by the inner and by the outer variables."""
+    """Put functions beside their derivatives: by the inner and by the outer variables."""
     problem, layout = lin.problem, lin.layout
     params = layout.flatten([tensors[i] for i in problem.inner]).detach()
 

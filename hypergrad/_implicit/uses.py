@@ -1,4 +1,4 @@
-"""The uses of a solution of a linear system: what is computed from it, and what moves it."""
+"""The uses of a solution of a linear system: the tensors computed from it, and their changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .task_norms import size_for_each
 
 
 class Use:
-    """What a solution of the linear system is used for: here, for nothing but itself.
+    """The use of a solution of the linear system: here, for nothing but itself.
 
     A hypergradient takes it further, to the cross derivative and the outer loss.
 
@@ -28,41 +28,41 @@ class Use:
         self.lin = lin
 
     def leaves(self, u: Tensor) -> list[Tensor]:
-        """What is computed from `u`."""
+        """List the tensors that are computed from `u`."""
         return []
 
     def values(self) -> list[Tensor]:
-        """What must be finite beside them, for each task."""
+        """List what must be finite beside them, for each task."""
         return []
 
     def share(self) -> Tensor | float:
-        """The part of `leaves` that depends on `u`, relative to the whole."""
+        """Measure the part of `leaves` that depends on `u`, relative to the whole."""
         return 1.0
 
     def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
-        """The relative change that a part missing in `u` makes, which is `lost` of it."""
+        """Measure the relative change that a part missing in `u` makes, which is `lost` of it."""
         return lost
 
     def second_look(
         self, newton: NewtonStep, solution: Solution, planned: Tensor
     ) -> SecondLook | None:
-        """The same a Newton step further on; None: there is no more to it."""
+        """Form the same a Newton step further on; None: there is no more to it."""
         return None
 
     def falls_by(self, step: Tensor) -> Tensor | None:
-        """By how much the outer loss falls on the way to ``params - step``; None: there is none."""
+        """Measure the outer loss's fall on the way to ``params - step``; None: there is no loss."""
         return None
 
     def mere_rounding(self) -> Tensor | None:
-        """Whether the right-hand side is what is left of terms that cancel; None: not known."""
+        """Say whether the right-hand side is left over from cancelling terms; None: not known."""
         return None
 
     def negligible(self, params: Tensor) -> Tensor:
-        """Whether params are nothing at the length on which the outer loss bends."""
+        """Say whether params are nothing at the length on which the outer loss bends."""
         return torch.zeros_like(params[..., 0], dtype=torch.bool)
 
     def moves_off(self, null: Tensor) -> Tensor:
-        """Whether the condition has no solution a little further on, by a null vector of A^T.
+        """Say whether the condition has no solution a little further on, by a null vector of A^T.
 
         So it is where the cross derivative does not vanish along it: then the hyperparameters move
         the condition in a direction that the inner variables cannot follow.

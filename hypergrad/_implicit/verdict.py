@@ -135,7 +135,7 @@ class _Row(NamedTuple):
     degeneracy: float
 
     def severity(self) -> tuple[bool, float]:
-        """Failures of the linear solve first, then by the size of the figure."""
+        """Rank failures of the linear solve first, then by the size of the figure."""
         figure = self.residual if math.isfinite(self.residual) else self.inner
         return self.status != Status.CONVERGED, figure
 
@@ -168,7 +168,7 @@ def _rows(
 
 
 def _plain(info: SolveInfo) -> SolveInfo:
-    """The evidence of all tasks, free of function transforms, which end with the error."""
+    """Free the evidence of all tasks from function transforms, which end with the error."""
 
     def plain(figure: Tensor) -> Tensor:
         if not is_wrapped(figure):
@@ -203,7 +203,7 @@ class _Failure(NamedTuple):
         return f" after {int(self.row.iterations)} iterations" if self.exact else ""
 
     def diagnosis(self) -> _Diagnosis:
-        """The error that is due, and its text: by the cause, else by how the linear solve ended."""
+        """Choose the error that is due, and its text: by the cause, else by how the solve ended."""
         cause = Cause(int(self.row.cause))
         if cause is Cause.KINK and math.isinf(self.row.degeneracy):
             return SingularHessian, _dependent

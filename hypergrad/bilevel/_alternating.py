@@ -46,7 +46,7 @@ class Alternating(Method):
     inner_tol: float | None = checked(1e-3, least(0.0))
 
     def start(self, levels: Levels) -> State:
-        """The solution of the linear system, and whether there is one."""
+        """Start the solution of the linear system, with a note of whether there is one."""
         return {"u": levels.zeros(), "started": False}
 
     def step(self, levels: Levels) -> StepInfo:

@@ -56,8 +56,8 @@ class AmIGO(DoubleLoop):
     """Amortised implicit gradient optimisation (Arbel and Mairal, 2022).
 
     Each step makes `inner_steps` stochastic gradient steps on the inner problem, then
-    `linear_steps` of them on ``A u = d outer / d params``, each with an inner batch of its own
-    and all with one outer batch, and one outer step with the cross derivative of a last inner
+    `linear_steps` of them on ``A u = d outer / d params``. Each has an inner batch of its own, and
+    all have one outer batch. One outer step follows, with the cross derivative of a last inner
     batch. Both loops start where they left off.
 
     Parameters
@@ -89,7 +89,7 @@ class AmIGO(DoubleLoop):
     outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
-        """The running solution of the linear system."""
+        """Start the running solution of the linear system."""
         return {"u": levels.zeros()}
 
     def solved(self, levels: Levels, by_params: Tensor, rate: float) -> Tensor:

@@ -16,7 +16,7 @@ Source = Sequence[Any] | Iterable[Any] | Callable[[torch.Generator], Any] | None
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a loss is given after ``(params, hparams)``: nothing, or one mini-batch.
+    """The arguments of a loss after ``(params, hparams)``: nothing, or one mini-batch.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Batches:
         return self._source is not None
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """One batch."""
+        """Draw one batch."""
         if self._source is None:
             return Batch(index=0)
         if self.count == 1:
@@ -100,7 +100,7 @@ class Batches:
         return Batch((self._source[index],), index)  # type: ignore[index]
 
     def state(self) -> int:
-        """How far the pass through an iterable has come."""
+        """Say how far the pass through an iterable has come."""
         return self._taken
 
     def load(self, taken: int) -> None:

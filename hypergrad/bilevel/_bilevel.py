@@ -47,9 +47,9 @@ class Bilevel:
     """The outer problem ``min over hparams of outer(params*(hparams), hparams)``, step by step.
 
     It holds what has to live from one outer step to the next: the variables of both levels, the
-    `torch.optim` optimisers that move them, the inner solution and the linear system's, both of
-    which the next step starts from, and where the batches are drawn. How a step is made is the
-    `method`: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
+    `torch.optim` optimisers that move them, the inner solution and the linear system's, and where
+    the batches are drawn. The next step starts from both solutions. The `method` says how a step
+    is made: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
     `MASOBA`, `SABA`, `AmIGO`, `StocBiO` and `F2SA`.
 
     Parameters
@@ -88,8 +88,8 @@ class Bilevel:
         ``callback(info)``, called with the `StepInfo` of every step.
     hparams_projection : callable, optional
         ``hparams_projection(hparams) -> hparams``, one of `hypergrad.projections` perhaps: applied
-        after each outer step, to the variables themselves, without any derivative. What the outer
-        optimiser remembers, such as a momentum, stays as it is.
+        after each outer step, to the variables themselves, without any derivative. The outer
+        optimiser's memory, such as a momentum, stays as it is.
 
     Raises
     ------
@@ -170,16 +170,16 @@ class Bilevel:
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
-        """What moves the parameters, for a scheduler of its learning rate, say."""
+        """The optimiser of the parameters, for a scheduler of its learning rate, say."""
         return self._levels.inner_optimizer
 
     @property
     def outer_optimizer(self) -> torch.optim.Optimizer:
-        """What moves the hyperparameters."""
+        """The optimiser of the hyperparameters."""
         return self._levels.outer_optimizer
 
     def __repr__(self) -> str:
-        """The method, the variables' shapes and the optimisers, in one line."""
+        """Write the method, the variables' shapes and the optimisers, in one line."""
         return (
             f"Bilevel(method={self.method!r}, steps={self.steps}, params={shown(self.params)}, "
             f"hparams={shown(self.hparams)}, inner_optimizer={_named(self.inner_optimizer)}, "
@@ -239,13 +239,13 @@ class Bilevel:
         return info
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as copies: tensors, numbers, text, lists and dicts.
+        """Copy everything that a resumed run needs: tensors, numbers, text, lists and dicts.
 
         ``torch.load(..., weights_only=True)`` reads what ``torch.save`` has written of it. A run
         that goes on from it is bit-equal on the same machine, given the same losses, optimisers,
-        method and batches. What is not ours is not in it: the generators that the losses draw
-        from, and the order in which an iterable gives its batches; a sequence or a callable is
-        drawn from with the generator that is.
+        method and batches. It leaves out two things that are not ours: the generators that the
+        losses draw from, and the order in which an iterable gives its batches. A sequence or a
+        callable is drawn from with the generator that is in it.
 
         Returns
         -------
@@ -320,7 +320,7 @@ class Bilevel:
 
 
 def _by_estimator(method: Any) -> Method:
-    """The method that a word or a function of the losses stands for.
+    """Find the method that a word or a function of the losses stands for.
 
     Parameters
     ----------

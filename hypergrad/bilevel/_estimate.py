@@ -58,7 +58,7 @@ def estimate(
     inner: Batch,
     outer: Batch,
 ) -> tuple[list[Tensor], Tensor, SolveInfo | None]:
-    """The hypergradient on a batch of each level.
+    """Estimate the hypergradient on a batch of each level.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def estimate(
     started, last = levels.state["started"], levels.layout.split(levels.state["u"])
     grads, info = solve(x0=levels.params.fill(last) if started else None)
     if started and float(info.residual_norm) > 1:
-        # Farther away than zero: what the last step knew is of no use to this one.
+        # Farther away than zero: the last step's solution is of no use to this one.
         grads, info = solve()
     leaves = levels.hparams.match("grads", grads)
     solution = levels.layout.flatten(levels.params.match("solution", info.solution))
@@ -117,7 +117,7 @@ def estimate(
 
 
 def _words() -> dict[str, Callable[[Any, Any, Any, Any], Any]]:
-    """The public estimators with the call of `implicit_grad`, by the word before ``_grad``."""
+    """List the public estimators with the call of `implicit_grad`, by the word before ``_grad``."""
     import hypergrad
 
     words: dict[str, Callable[[Any, Any, Any, Any], Any]] = {}

@@ -19,8 +19,8 @@ class F2SA(Decaying):
     """The fully first-order stochastic approximation of Kwon et al. (2023).
 
     No second derivative is formed. Beside the parameters z, which follow the inner loss G, a second
-    copy y follows ``F + lam G``; with both at their minima
-    ``dF/dx(y) + lam (dG/dx(y) - dG/dx(z))`` is the derivative of a penalty whose distance from the
+    copy y follows ``F + lam G``. With both at their minima
+    ``dF/dx(y) + lam (dG/dx(y) - dG/dx(z))`` is the derivative of a penalty. Its distance from the
     hypergradient is of the order 1 / lam, and lam grows: ``lam_k = penalty (k + 1) ** growth``.
     Each of the `inner_steps` moves z by the inner optimiser and y by gradient descent with the
     rate ``relaxed_lr / lam``, every derivative on a batch of its own; then x moves. ``params`` of
@@ -63,7 +63,7 @@ class F2SA(Decaying):
     outer_decay: float = exponent(5 / 7)
 
     def start(self, levels: Levels) -> State:
-        """The second copy of the parameters."""
+        """Make the second copy of the parameters."""
         if not isinstance(levels.condition, Minimum | GaussNewton):
             raise UnsupportedOperation(
                 f"F2SA needs an inner loss; {type(levels.condition).__name__} has none. Use SOBA, "

@@ -83,13 +83,13 @@ class HOAG(Method):
     solver: Solver | None = None
 
     def tolerance(self, steps: int) -> float:
-        """The tolerance after so many outer steps, without the lowest one."""
+        """Compute the tolerance after so many outer steps, without the lowest one."""
         if self.decrease == "exponential":
             return float(self.tol * 0.9**steps)
         return float(self.tol / (steps + 1) ** (2 if self.decrease == "quadratic" else 3))
 
     def start(self, levels: Levels) -> State:
-        """The solution of the linear system, and the curvature that it has shown."""
+        """Start the solution of the linear system, and the curvature that it has shown."""
         return {"u": levels.zeros(), "started": False, "scale": 0.0}
 
     def step(self, levels: Levels) -> StepInfo:
@@ -161,6 +161,6 @@ class HOAG(Method):
 
 
 def _reachable(precision: torch.dtype) -> float:
-    """What a line search on losses can reach, and a linear solver too."""
+    """Bound the tolerance that a line search on losses can reach, and a linear solver too."""
     by_losses = 3 * math.sqrt(torch.finfo(precision).eps)
     return max(min(by_losses, 0.1), tolerance(None, precision))

@@ -38,7 +38,7 @@ _TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
 
 @dataclasses.dataclass
 class Products:
-    """What one batch of the inner problem says at a vector u, all from one evaluation.
+    """The products of one batch of the inner problem with a vector u, all from one evaluation.
 
     Attributes
     ----------
@@ -59,8 +59,8 @@ class Levels:
     """The two levels of a problem as a `Method` sees them; `Bilevel` makes it.
 
     In formulas F is the inner condition, for an objective its gradient by the parameters, and A is
-    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``;
-    what is shaped like the hyperparameters is a list of tensors, one for each. Everything that is
+    the derivative of F by the parameters. A vector shaped like the parameters is flat, ``(n,)``.
+    One shaped like the hyperparameters is a list of tensors, one for each. Everything that is
     returned is detached.
 
     Attributes
@@ -152,7 +152,7 @@ class Levels:
         self._heard: set[str] = set()  # in this step
 
     def _hear(self, text: str) -> bool:
-        """Count a warning; whether it is the first of its kind in this run."""
+        """Count a warning, and say whether it is the first of its kind in this run."""
         kind = re.split(r"[:.(]", _TASKS.sub("", text))[0].strip()
         if kind not in self._heard:
             self._heard.add(kind)
@@ -163,15 +163,15 @@ class Levels:
     # --- batches -------------------------------------------------------------------------
 
     def inner_batch(self) -> Batch:
-        """The next batch of the inner problem."""
+        """Draw the next batch of the inner problem."""
         return self.passed[0] or self.inner_batches.draw(self.generator)
 
     def outer_batch(self) -> Batch:
-        """The next batch of the outer problem."""
+        """Draw the next batch of the outer problem."""
         return self.passed[1] or self.outer_batches.draw(self.generator)
 
     def inner_on(self, batch: Batch) -> Condition:
-        """The inner problem on one batch, as a function of params and hparams."""
+        """Pose the inner problem on one batch, as a function of params and hparams."""
         if not batch.args:
             return self.condition
         assert dataclasses.is_dataclass(self.condition)
@@ -184,7 +184,7 @@ class Levels:
         return replaced
 
     def outer_on(self, batch: Batch) -> Callable[..., Any]:
-        """The outer loss on one batch, as a function of params and hparams."""
+        """Bind the outer loss to one batch, as a function of params and hparams."""
         return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
 
     def _refuse_signatures(self, error: TypeError) -> None:
@@ -199,7 +199,7 @@ class Levels:
     # --- derivatives ---------------------------------------------------------------------
 
     def inner_gradient(self, batch: Batch) -> tuple[Tensor, Leaves]:
-        """The inner condition at the variables, and a value for optimisers that ask for one.
+        """Evaluate the inner condition, and a value for optimisers that ask for one.
 
         Parameters
         ----------
@@ -219,12 +219,12 @@ class Levels:
         return self._first_order(batch, by_hparams=False)
 
     def size(self, condition: Tensor | Leaves) -> Tensor:
-        """The norm of the inner condition, flat or as it is returned by `inner_step`."""
+        """Measure the norm of the inner condition, flat or as it is returned by `inner_step`."""
         flat = condition if isinstance(condition, Tensor) else self.layout.flatten(condition)
         return norm(flat)
 
     def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Leaves:
-        """First derivatives of the inner loss, by the inner and then the outer variables."""
+        """Form the derivatives of the inner loss, by the inner and then the outer variables."""
         return self._first_order(batch, by_hparams=True, params=params)[1]
 
     def _first_order(
@@ -246,7 +246,7 @@ class Levels:
         return value, _filled(slopes, [tensors[i] for i in places])
 
     def products(self, batch: Batch, u: Tensor) -> Products:
-        """F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
+        """Form F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
         lin = self._linearised(batch)
         leaves, count = self.layout.split(u), len(self.problem.inner)
         cross: Sequence[Tensor | None]
@@ -259,17 +259,17 @@ class Levels:
         return Products(lin.residual, product, _filled(cross, self.hparams.variables))
 
     def product(self, batch: Batch, u: Tensor) -> Tensor:
-        """``A^T u`` on one batch."""
+        """Form ``A^T u`` on one batch."""
         return self._linearised(batch).transposed(u)
 
     def cross(self, batch: Batch, u: Tensor) -> Leaves:
-        """``(dF/dhparams)^T u`` on one batch."""
+        """Form ``(dF/dhparams)^T u`` on one batch."""
         return _filled(self._linearised(batch).cross(u), self.hparams.variables)
 
     def outer_slopes(
         self, batch: Batch, params: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Leaves]:
-        """The outer loss on one batch, its gradient by params (flat), and that by hparams."""
+        """Evaluate the outer loss on one batch, with its gradients by params (flat) and hparams."""
         value, _, by_params, by_hparams, _ = outer_gradient(
             self.outer_on(batch), self.problem, self._tensors(params), False
         )
@@ -298,7 +298,7 @@ class Levels:
     def inner_step(
         self, batch: Batch, factor: float = 1.0, *, above: float | None = None
     ) -> tuple[Leaves, bool]:
-        """One step of the inner optimiser, unless the condition's norm is below a bound.
+        """Make one step of the inner optimiser, unless the condition's norm is below a bound.
 
         Parameters
         ----------
@@ -354,14 +354,14 @@ class Levels:
         return condition
 
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
-        """One step of the inner optimiser along a flat direction."""
+        """Make one step of the inner optimiser along a flat direction."""
         with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
             # Copies: one that is all of the vector may be kept by the optimiser.
             fill([leaf.clone() for leaf in self.layout.split(direction)])
             self.inner_optimizer.step()
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
-        """One step of the outer optimiser, and the way back to where hyperparameters may be."""
+        """Make one step of the outer optimiser, and go back to where hyperparameters may be."""
         with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
             fill([leaf.clone() for leaf in direction])
             self.outer_optimizer.step()
@@ -431,7 +431,7 @@ class Levels:
         inner_steps: int = 1,
         **known: Any,
     ) -> StepInfo:
-        """The record of a step whose moves are made.
+        """Write the record of a step whose moves are made.
 
         Parameters
         ----------
@@ -483,7 +483,7 @@ class Levels:
                 )
 
     def now(self, name: str) -> Any:
-        """The variables of a level as a pytree of aliases, cut off from the caller's graph."""
+        """Build a level's variables as a pytree of aliases, cut off from the caller's graph."""
         tree = self.params if name == "params" else self.hparams
         aliases = [v.detach() for v in tree.variables]
         if len(aliases) < sum(isinstance(t, Tensor) and t.is_floating_point() for t in tree.leaves):
@@ -492,22 +492,22 @@ class Levels:
         return tree.rebuild(aliases)
 
     def _begin(self) -> None:
-        """Begin a step: what was heard, and taken for curvature, belongs to the last one."""
+        """Begin a step: warnings heard, and curvature taken, belong to the last one."""
         self._heard.clear()
         if isinstance(self.inner_optimizer, torch.optim.LBFGS):
             self.inner_optimizer.state.clear()
 
     def shaped(self, leaves: Sequence[Tensor]) -> Any:
-        """What is shaped like the hyperparameters, as a pytree."""
+        """Turn tensors shaped like the hyperparameters into a pytree."""
         return self.hparams.fill(leaves)
 
     def zeros(self) -> Tensor:
-        """A flat vector of zeros, shaped like the inner variables."""
+        """Make a flat vector of zeros, shaped like the inner variables."""
         return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
 
 
 def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Leaves:
-    """The difference of two lists of tensors."""
+    """Form the difference of two lists of tensors."""
     return [x - y for x, y in zip(a, b, strict=True)]
 
 

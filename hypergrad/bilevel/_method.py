@@ -1,4 +1,4 @@
-"""How a `Bilevel` makes a step: what all methods share."""
+"""How a `Bilevel` makes a step: the base of all methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Method(Fields, ABC):
       inference mode.
     - ``levels.state`` is what `start` returned, or what the last step left there. It is saved and
       restored with the loop, so that it may hold tensors, numbers, text, and lists and dicts of
-      them; a restored state has the structure, shapes and dtypes of the one that is there.
+      them. A restored state has the structure, shapes and dtypes of the one that is there.
     - ``levels.steps`` outer steps have been made, and nothing else moves the variables.
 
     It has to move both levels: the inner variables by `Levels.inner_step`, `Levels.inner_steps` or
@@ -82,7 +82,7 @@ class Method(Fields, ABC):
                 check(field.name, getattr(self, field.name))
 
     def start(self, levels: Levels) -> State:
-        """What the method remembers from step to step, as it is before the first: nothing here."""
+        """Start what the method remembers from step to step: nothing here."""
         return {}
 
     @abstractmethod
@@ -103,12 +103,12 @@ class Decaying(Method):
     outer_decay: float
 
     def decays(self, levels: Levels) -> tuple[float, float]:
-        """What both learning rates are multiplied by now: ``(steps + 1) ** -exponent``."""
+        """Compute the factor of both learning rates now: ``(steps + 1) ** -exponent``."""
         after = levels.steps + 1
         return float(after**-self.inner_decay), float(after**-self.outer_decay)
 
     def rate(self, levels: Levels, field: str = "linear_lr", share: float = 1.0) -> float:
-        """A learning rate of the method: a share of the inner optimiser's where none is set.
+        """Choose a learning rate of the method: a share of the inner optimiser's where none is set.
 
         Parameters
         ----------
@@ -145,12 +145,12 @@ class Decaying(Method):
 
 
 def checked(default: Any, *checks: Callable[[str, Any], None]) -> Any:
-    """A field whose value is looked at when the method is made: ``check(name, value)``."""
+    """Make a field whose value is looked at when the method is made: ``check(name, value)``."""
     return dataclasses.field(default=default, metadata={"checks": checks})
 
 
 def least(bound: float) -> Callable[[str, Any], None]:
-    """The check that a number is at least a bound, or None."""
+    """Make the check that a number is at least a bound, or None."""
     return functools.partial(at_least, bound=bound)
 
 
@@ -163,5 +163,5 @@ def positive(name: str, value: float | None) -> None:
 
 
 def exponent(default: float) -> Any:
-    """A field that is an exponent of a learning rate: finite, and not negative."""
+    """Make a field that is an exponent of a learning rate: finite, and not negative."""
     return checked(default, finite, least(0.0))

@@ -18,7 +18,7 @@ Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimiz
 def take(
     name: str, value: Any, optimizer: Optimiser, skip_frozen: bool, of_autograd: bool
 ) -> tuple[Tree, Any]:
-    """The tree of a level's variables, and its optimiser.
+    """Take the tree of a level's variables, and its optimiser.
 
     A factory is given copies of the variables, so that the caller's stay as they are. A ready
     optimiser moves the caller's own, as it does everywhere.

@@ -55,7 +55,7 @@ class SABA(SingleLoop):
     outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
-        """The running solution of the linear system, and the memory, still empty."""
+        """Start the running solution of the linear system, and the memory, still empty."""
         n, m = (_count(b) for b in (levels.inner_batches, levels.outer_batches))
         flat, P = _flat(levels), levels.zeros()
         H = torch.zeros(flat.n, dtype=flat.dtype, device=flat.device)
@@ -69,7 +69,7 @@ class SABA(SingleLoop):
         return {"u": P, "filled": False, "memory": memory, "means": means}
 
     def directions(self, levels: Levels) -> Directions:
-        """The directions with the noise reduced; the memory takes in what was seen."""
+        """Form the directions with the noise reduced; the memory takes in what was seen."""
         if any(levels.passed):
             raise UnsupportedOperation(
                 "SABA keeps what it has seen of each batch, and so draws the batches itself. Pass "
@@ -97,7 +97,7 @@ class SABA(SingleLoop):
     def _seen(
         self, levels: Levels, i: Batch, j: Batch
     ) -> tuple[dict[str, tuple[int | None, Tensor]], Tensor]:
-        """What a batch of each level says at the current point, flat, and the outer loss.
+        """Evaluate a batch of each level at the current point, flat, and the outer loss.
 
         Returns
         -------
@@ -138,5 +138,5 @@ def _count(batches: Batches) -> int:
 
 
 def _flat(levels: Levels) -> Layout:
-    """How the hyperparameters lie in one vector."""
+    """Lay the hyperparameters out in one vector."""
     return Layout(levels.hparams, levels.hparams.variables)

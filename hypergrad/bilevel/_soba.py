@@ -26,17 +26,17 @@ class SingleLoop(Decaying):
     """A method that moves both levels and the linear system at the same time."""
 
     def start(self, levels: Levels) -> State:
-        """The running solution of the linear system."""
+        """Start the running solution of the linear system."""
         return {"u": levels.zeros()}
 
     def directions(self, levels: Levels) -> Directions:
-        """The directions from one inner and one outer batch, all at the same point."""
+        """Form the directions from one inner and one outer batch, all at the same point."""
         seen = levels.products(levels.inner_batch(), levels.state["u"])
         value, by_params, direct = levels.outer_slopes(levels.outer_batch())
         return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
 
     def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
-        """What the hyperparameters move along: the outer direction."""
+        """Choose what the hyperparameters move along: the outer direction."""
         return outer
 
     def step(self, levels: Levels) -> StepInfo:
@@ -135,12 +135,12 @@ class MASOBA(SingleLoop):
     outer_decay: float = exponent(0.0)
 
     def start(self, levels: Levels) -> State:
-        """The running solution of the linear system, and the average."""
+        """Start the running solution of the linear system, and the average."""
         zeros = [torch.zeros_like(v, requires_grad=False) for v in levels.hparams.variables]
         return {"u": levels.zeros(), "h": zeros}
 
     def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
-        """The average as it was; it goes on to the outer direction."""
+        """Return the average as it was, and move it on to the outer direction."""
         average: Leaves = levels.state["h"]
         levels.state["h"] = [
             torch.lerp(h, d, self.theta * decay) for h, d in zip(average, outer, strict=True)

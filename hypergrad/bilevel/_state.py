@@ -1,4 +1,4 @@
-"""What a run remembers: copied, compared with what there is, and put back."""
+"""The state of a run: copied, compared with what there is, and put back."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .._errors import StructureMismatch
 
 
 def copied(state: Any) -> Any:
-    """A copy of everything in a state, detached."""
+    """Copy everything in a state, detached."""
     return pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, state)
 
 
 def restored(target: Any, saved: Any, path: str) -> Any:
-    """A saved state, compared with the one that it is to replace and on its devices.
+    """Compare a saved state with the one that it is to replace, and put it on its devices.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What one step of the outer problem leaves behind."""
+"""The record that one step of the outer problem leaves behind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StepInfo:
     warned: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        """One line, for people."""
+        """Write one line, for people."""
         text = f"step {self.step}: outer value {shown(self.outer_value)}, inner norm "
         text += f"{shown(self.inner_norm)} after {self.inner_steps} inner steps"
         if self.tolerance is not None:
@@ -75,5 +75,5 @@ class StepInfo:
         return text + (f"; warned of: {', '.join(met)}" if met else "")
 
     def __repr__(self) -> str:
-        """The fields, with shapes in place of tensors."""
+        """Write the fields, with shapes in place of tensors."""
         return fields_of(self)

@@ -17,9 +17,9 @@ class StocBiO(DoubleLoop):
     """The stochastic bilevel optimiser of Ji, Yang and Liang (2021).
 
     Each step makes `inner_steps` stochastic gradient steps on the inner problem, started where
-    they left off, and takes ``u = eta sum_{q=0}^{Q} (I - eta A_Q) ... (I - eta A_{Q-q+1}) b``
-    with ``b = d outer / d params`` on one outer batch and every A of an inner batch of its own;
-    then one outer step with the cross derivative of a last inner batch.
+    they left off. Then it takes ``u = eta sum_{q=0}^{Q} (I - eta A_Q) ... (I - eta A_{Q-q+1}) b``
+    with ``b = d outer / d params`` on one outer batch and every A of an inner batch of its own.
+    One outer step follows, with the cross derivative of a last inner batch.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Conditions: what an inner solution satisfies."""
+"""Conditions that an inner solution satisfies."""

@@ -1,4 +1,4 @@
-"""Condition objects: what an inner solution satisfies, and how products with A are formed."""
+"""Condition objects: the equation of an inner solution, and how products with A are formed."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Record:
 
 
 class Condition(Fields, ABC):
-    """What an inner solution satisfies: F(params, *args) = 0, shaped like ``params``.
+    """The equation that an inner solution satisfies: F(params, *args) = 0, like ``params``.
 
-    Every condition has a bool `symmetric`: whether A = dF/dparams is known to be symmetric.
+    Every condition has a bool `symmetric`, which says that A = dF/dparams is known to be symmetric.
     """
 
     #: Whether second derivatives through the solution are right.
@@ -70,7 +70,7 @@ class Condition(Fields, ABC):
     contraction: ClassVar[bool] = False
     #: Whether the solution is meant to be a minimum, where no curvature is negative.
     minimum: ClassVar[bool] = False
-    #: What makes a point a kink, for messages.
+    #: The reason why a point is a kink, for messages.
     kink: ClassVar[str] = ""
 
     if TYPE_CHECKING:  # a class variable of some conditions and a field of others
@@ -80,11 +80,11 @@ class Condition(Fields, ABC):
 
     @abstractmethod
     def functions(self) -> list[Callable[..., Any]]:
-        """The user's functions, to look for what they capture."""
+        """List the user's functions, to look for what they capture."""
 
     @abstractmethod
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What the condition depends on, evaluated once without any derivative."""
+        """Evaluate once, without any derivative, what the condition depends on."""
 
     @abstractmethod
     def record(
@@ -100,7 +100,7 @@ class Condition(Fields, ABC):
 
 
 def as_condition(inner: Any, default: Callable[[Any], Condition]) -> Condition:
-    """`inner` itself if it is a condition object, else the default kind made from a callable."""
+    """Take `inner` itself if it is a condition object, else make the default kind of a callable."""
     if isinstance(inner, Condition):
         return inner
     if not callable(inner):
@@ -160,7 +160,7 @@ def require_all(problem: Problem, reached: Sequence[Tensor | None]) -> None:
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum, where None stands for zero."""
+    """Add two tensors, where None stands for zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b

@@ -38,11 +38,11 @@ class FixedPoint(Condition):
     contraction: ClassVar[bool] = True
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The map."""
+        """List the map."""
         return [self.T]
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The map's value."""
+        """Evaluate the map."""
         return problem.equation("T(params, ...)", self.T, tensors)
 
     def record(
@@ -54,7 +54,7 @@ class FixedPoint(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """``params - T``, recorded."""
+        """Record ``params - T``."""
         values = problem.equation("T(params, ...)", self.T, tensors)
         residual = [p - value for p, value in zip(params, values, strict=True)]
         return record_equation(problem, residual, params, seed, self.symmetric, forward=forward)

@@ -62,11 +62,11 @@ class GaussNewton(Condition):
     twice: ClassVar[bool] = False
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The outputs, the loss and the regulariser."""
+        """List the outputs, the loss and the regulariser."""
         return [f for f in (self.outputs, self.loss, self.regulariser) if f is not None]
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The loss and the regulariser."""
+        """Evaluate the loss and the regulariser."""
         outputs = problem.outputs(self.outputs, tensors)
         values = [problem.objective("loss", self.loss, tensors, first=outputs)]
         if self.regulariser is not None:
@@ -82,7 +82,7 @@ class GaussNewton(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The exact gradient, and the products of the Gauss-Newton matrix."""
+        """Record the exact gradient, and the products of the Gauss-Newton matrix."""
         outputs = problem.outputs(self.outputs, tensors)
         # Fresh aliases: one output may have been computed from another.
         outputs = pytree.tree_map(lambda o: o.view_as(o) if _differentiable(o) else o, outputs)

@@ -117,7 +117,7 @@ class GradientStep(Condition):
         stepped = self.applied(problem, tensors, v, estimated)
         residual = [p - new for p, new in zip(params, stepped, strict=True)]
         outputs: list[Tensor | None] = list(residual)
-        # What lies to either side of v is looked at by the same map.
+        # The points to either side of v are looked at by the same map.
         applied = functools.partial(self.applied, problem, tensors, step=estimated)
         return Record(
             values=[value, *stepped],
@@ -135,7 +135,7 @@ class GradientStep(Condition):
             step = self.step(args)
             if isinstance(step, Tensor):
                 return step
-            # With all digits of a number: what is passed to prox must be the same.
+            # With all digits of a number: prox must be passed the same.
             return torch.tensor(step, dtype=layout.dtype, device=layout.device)
 
         lengths: Tensor = problem.outputs(length, tensors)

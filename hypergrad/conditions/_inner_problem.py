@@ -78,7 +78,7 @@ class Problem:
 
     @classmethod
     def of(cls, condition: Condition, params: Tree, args: Sequence[Tree]) -> Problem:
-        """A problem in which every variable of `args` is differentiated."""
+        """Pose a problem in which every variable of `args` is differentiated."""
         outer, start = [], len(params.tensors)
         for tree in args:
             outer += [start + i for i in tree.variables_among_tensors]
@@ -86,7 +86,7 @@ class Problem:
         return cls(condition, params, tuple(args), tuple(outer))
 
     def restricted(self, arguments: Collection[int]) -> Problem:
-        """The problem in which only the variables of some of `args` are differentiated."""
+        """Restrict the problem: only the variables of some of `args` are differentiated."""
         owner = [i for i, tree in enumerate(self.args) for _ in tree.tensors]
         first = len(self.params.tensors)
         outer = tuple(place for place in self.outer if owner[place - first] in arguments)
@@ -103,7 +103,7 @@ class Problem:
         return [t for tree in (self.params, *self.args) for t in tree.tensors]
 
     def path(self, place: int) -> str:
-        """The name of the tensor at a position of `tensors`, for messages."""
+        """Name the tensor at a position of `tensors`, for messages."""
         names = [tree.path(i) for tree in (self.params, *self.args) for i in tree.places]
         return names[place]
 
@@ -118,20 +118,20 @@ class Problem:
         return tuple(axis for axis in self.axes if not axis.shared)
 
     def layout(self) -> Layout:
-        """How one task's inner variables lie in a vector."""
+        """Lay one task's inner variables out in a vector."""
         return Layout(self.params, self.params.variables)
 
     def outside(self, vmaps: Vmaps) -> Problem:
-        """The problem of all tasks of the caller's vmaps, each with a matrix of its own."""
+        """Pose the problem of all tasks of the caller's vmaps, each with a matrix of its own."""
         axis = TaskAxis((0,) * len(self.tensors))
         return dataclasses.replace(self, axes=(axis,) * len(vmaps.sizes), vmaps=vmaps)
 
     def with_axis(self, axis: TaskAxis) -> Problem:
-        """The problem under one more vmap, around those that there are."""
+        """Put the problem under one more vmap, around those that there are."""
         return dataclasses.replace(self, axes=(axis, *self.axes))
 
     def with_own_axes(self) -> Problem:
-        """The problem in which every task has inner variables, and so a matrix, of its own."""
+        """Pose the problem in which every task has inner variables, and so a matrix, of its own."""
         axes = []
         for axis in self.axes:
             in_dims = list(axis.in_dims)
@@ -141,14 +141,14 @@ class Problem:
         return dataclasses.replace(self, axes=tuple(axes))
 
     def one_for_each(self, tensor: Tensor, tasks: Sequence[int]) -> Tensor:
-        """An inner variable repeated along the axes whose tasks share it."""
+        """Repeat an inner variable along the axes whose tasks share it."""
         for place, axis in enumerate(self.axes):
             if axis.shared:
                 tensor = tensor.unsqueeze(place)
         return tensor.expand((*tasks, *tensor.shape[len(tasks) :]))
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """``(params, *args)`` from their tensors."""
+        """Build ``(params, *args)`` from their tensors."""
         given, start = [], 0
         for tree in (self.params, *self.args):
             stop = start + len(tree.tensors)
@@ -159,7 +159,7 @@ class Problem:
     def objective(
         self, what: str, fun: Callable[..., Any], tensors: Sequence[Tensor], first: Any = None
     ) -> Tensor:
-        """The sum over tasks of a scalar function; `first` may take the place of `params`."""
+        """Sum a scalar function over tasks; `first` may take the place of `params`."""
 
         def one(first: Any, tensors: Sequence[Tensor]) -> Tensor:
             params, *args = self.arguments(tensors)
@@ -175,7 +175,7 @@ class Problem:
         cure: str = "",
         first: tuple[Tensor, ...] | None = None,
     ) -> list[Tensor]:
-        """The values of a function shaped like ``params``; `cure` is for one that is not.
+        """Evaluate a function shaped like ``params``; `cure` is for one that is not.
 
         Parameters
         ----------
@@ -201,7 +201,7 @@ class Problem:
         return values
 
     def outputs(self, fun: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-        """Whatever a function of ``(params, *args)`` returns, with task dimensions in front."""
+        """Evaluate any function of ``(params, *args)``, with task dimensions in front."""
         return self._over_tasks(lambda _, tensors: fun(*self.arguments(tensors)), None, tensors)
 
     def _over_tasks(
@@ -246,7 +246,7 @@ class Problem:
     def _looped(
         self, one: Callable[[Any, Sequence[Tensor]], Any], first: Any, tensors: Sequence[Tensor]
     ) -> Any:
-        """The same task by task, for functions that take derivatives themselves."""
+        """Call the same task by task, for functions that take derivatives themselves."""
         # A derivative of a mapped derivative is wrong in PyTorch 2.13 through affine norm layers.
         if not self.own_axes:
             with Guard():
@@ -269,7 +269,7 @@ class Problem:
 
 
 def scalar(what: str, value: Any) -> Tensor:
-    """A loss as a 0-d tensor, or an error that says what it is instead."""
+    """Take a loss as a 0-d tensor, or raise an error that says what it is instead."""
     if not isinstance(value, Tensor):
         cures = {
             "float": " Leave out .item() and float(), which cut the connection.",
@@ -298,7 +298,7 @@ def scalar(what: str, value: Any) -> Tensor:
 
 
 def without_aux(what: str, returned: Any, has_aux: bool, first: str) -> tuple[Any, Any]:
-    """What a function returned, and the aux beside it: None without `has_aux`."""
+    """Split what a function returned from the aux beside it: None without `has_aux`."""
     if not has_aux:
         return returned, None
     if not (isinstance(returned, tuple) and len(returned) == 2):

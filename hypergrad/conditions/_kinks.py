@@ -1,4 +1,4 @@
-"""Whether a solution sits where its derivative jumps, or is not determined."""
+"""Kinks: solutions at which the derivative jumps, or is not determined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOLVED = 1e-4
 
 
 def reach(scale: Tensor, residual: Tensor, precision: torch.dtype) -> Tensor:
-    """How far a kink may be away and still be met, for each task.
+    """Bound how far a kink may be away and still be met, for each task.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def reach(scale: Tensor, residual: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def directions(layout: Layout) -> Tensor:
-    """A fixed vector ``(n,)`` in general position, with entries from 0.5 to 1.5 of either sign.
+    """Make a fixed vector ``(n,)`` in general position, entries from 0.5 to 1.5 of either sign.
 
     Where a kink is near, the two sides of it lie along almost every direction. All ones would
     not do: a projection onto the simplex does not see them.
@@ -68,7 +68,7 @@ def directions(layout: Layout) -> Tensor:
 
 
 def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:
-    """Whether the active ones of some vectors are linearly dependent, to the dtype's precision.
+    """Say whether the active vectors are linearly dependent, to the dtype's precision.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:
 
 
 def largest(parts: Sequence[Tensor], lead: int) -> Tensor:
-    """The largest modulus among the entries of some tensors, for each task."""
+    """Find the largest modulus among the entries of some tensors, for each task."""
     sizes = [
         part.detach().abs().reshape(*part.shape[:lead], -1).amax(dim=-1)
         for part in parts

@@ -81,18 +81,18 @@ class KKT(Condition):
         return self.inequalities is None
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The objective and the constraints."""
+        """List the objective and the constraints."""
         return [f for f in (self.f, self.equalities, self.inequalities) if f is not None]
 
     def lagrangian(self, params: Any, *args: Any) -> Tensor:
-        """``f + nu.h + lam.g``."""
+        """Evaluate ``f + nu.h + lam.g``."""
         x, nu, lam = _three(params)
         value = scalar("f", self.f(x, *args))
         value = value + _priced("nu", nu, "equalities", self.equalities, x, args)
         return value + _priced("lam", lam, "inequalities", self.inequalities, x, args)
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The Lagrangian."""
+        """Evaluate the Lagrangian."""
         return [problem.objective("the Lagrangian", self.lagrangian, tensors)]
 
     def record(
@@ -104,7 +104,7 @@ class KKT(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The conditions, recorded; every function is evaluated once."""
+        """Record the conditions; every function is evaluated once."""
         value = problem.objective("the Lagrangian", self.lagrangian, tensors)
         # The derivatives by the multipliers are the constraints themselves.
         gradient = recorded_gradient(value, params)
@@ -161,7 +161,7 @@ def _priced(
     x: Any,
     args: Sequence[Any],
 ) -> Tensor | float:
-    """The sum of multipliers times constraints."""
+    """Sum multipliers times constraints."""
     price, spec = pytree.tree_flatten(multipliers)
     if constraint is None:
         if all(not (isinstance(leaf, Tensor) and leaf.numel()) for leaf in price):
@@ -193,7 +193,7 @@ def _priced(
 
 
 def _places(params: Tree) -> tuple[list[int], list[int], list[int]]:
-    """The positions, among the variables, of x, nu and lam."""
+    """Find the positions, among the variables, of x, nu and lam."""
     places: tuple[list[int], list[int], list[int]] = ([], [], [])
     sizes = [len(pytree.tree_leaves(part)) for part in _three(params.rebuild(params.variables))]
     for position, leaf in enumerate(params.where):
@@ -203,7 +203,7 @@ def _places(params: Tree) -> tuple[list[int], list[int], list[int]]:
 
 
 def _sides(shifted: dict[int, Tensor], distance: Tensor, count: int) -> list[Product]:
-    """The changes of the derivative of max(lam + g, 0) a little to either side."""
+    """Form the changes of the derivative of max(lam + g, 0) a little to either side."""
     changes = []
     for sign in (1, -1):
         change = {}
@@ -227,7 +227,7 @@ def _sides(shifted: dict[int, Tensor], distance: Tensor, count: int) -> list[Pro
 
 @dataclasses.dataclass(frozen=True)
 class _Dependence:
-    """Whether the gradients of the active constraints are linearly dependent (LICQ fails)."""
+    """The test of whether the active constraints' gradients are dependent (LICQ fails)."""
 
     pullback: Replay  # of the constraints, to x
     constraints: list[Tensor]

@@ -40,11 +40,11 @@ class Minimum(Condition):
     of_objective: ClassVar[bool] = True
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The objective."""
+        """List the objective."""
         return [self.f]
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The objective's value."""
+        """Evaluate the objective."""
         return [problem.objective("inner", self.f, tensors)]
 
     def record(
@@ -56,7 +56,7 @@ class Minimum(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The gradient, recorded."""
+        """Record the gradient."""
         value = problem.objective("inner", self.f, tensors)
         gradient = recorded_gradient(value, params)
         require_all(problem, gradient)

@@ -42,11 +42,11 @@ class Root(Condition):
     symmetric: bool = False
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The equation."""
+        """List the equation."""
         return [self.F]
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The equation's value."""
+        """Evaluate the equation."""
         return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
 
     def record(
@@ -58,6 +58,6 @@ class Root(Condition):
         *,
         forward: bool,
     ) -> Record:
-        """The equation, recorded."""
+        """Record the equation."""
         values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
         return record_equation(problem, values, params, seed, self.symmetric, forward=forward)

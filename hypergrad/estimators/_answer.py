@@ -55,7 +55,7 @@ class Estimate:
 
 
 def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure, cure: str) -> Any:
-    """The answer of the estimator called `name`, shaped like `hparams` and detached.
+    """Return the answer of the estimator called `name`, shaped like `hparams` and detached.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure,
 def handed_out(
     grads: Any, estimate: Estimate, has_aux: bool, return_params: bool, info: Any = None
 ) -> Any:
-    """The hypergradient, alone or in front of what else was asked for.
+    """Hand out the hypergradient, alone or in front of what else was asked for.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def evidence(
     failed: Status = Status.MAX_ITERATIONS,
     **figures: Tensor,
 ) -> SolveInfo:
-    """A `SolveInfo` of an estimator that solves no linear system: NaN where it knows nothing."""
+    """Fill a `SolveInfo` for an estimator without a linear system: NaN where it knows nothing."""
     nan = torch.full_like(wide(slopes.value), math.nan)
     zero = torch.zeros_like(slopes.value, dtype=torch.int64)
     known: dict[str, Any] = dict.fromkeys(

@@ -46,7 +46,7 @@ class Evaluation:
     _further_out: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
-        """The values, one for each row of the tensors."""
+        """Form the values, one for each row of the tensors."""
         if self.batching == "loop":
             return torch.stack([self._drawn(self._one, rows) for rows in zip(*batch, strict=True)])
         try:
@@ -83,7 +83,7 @@ class Evaluation:
 
     @property
     def captured(self) -> list[Tensor]:
-        """What the functions capture that is differentiated further out."""
+        """The tensors that the functions capture and that are differentiated further out."""
         return [without_left(t) for t in self._further_out]
 
 
@@ -138,11 +138,11 @@ class Moments:
         return mean
 
     def mean(self) -> list[Tensor]:
-        """The estimate."""
+        """Form the estimate."""
         return [s / self._pairs for s in self._sums]
 
     def standard_error(self) -> list[Tensor]:
-        """That of each entry of the estimate; NaN for a single pair."""
+        """Form the standard error of each entry of the estimate; NaN for a single pair."""
         if self._pairs == 1:
             return [torch.full_like(s, math.nan) for s in self._sums]
         spread = zip(self._sums, self._squares, strict=True)
@@ -150,7 +150,7 @@ class Moments:
         return [((q - s.square() / self._pairs).clamp(min=0) / scale).sqrt() for s, q in spread]
 
     def rounding(self) -> Tensor:
-        """The rounding of the values over their differences."""
+        """Measure the rounding of the values over their differences."""
         size = (self._sizes / 2).sqrt()  # of as many values as there are differences
         share: Tensor = self._eps * size / self._differences.sqrt()
         return torch.where(self._differences == 0, torch.full_like(share, math.inf), share)

@@ -126,18 +126,19 @@ def evolution_strategies_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient from values of the outer loss at random hyperparameters, in pairs.
+    """Estimate the hypergradient from values of the outer loss at random hyperparameters, in pairs.
 
     With ``f(hparams) = outer(params, hparams)``, `params` being what the inner solver makes of
     `hparams`, and standard normal ``e_i``::
 
         1 / pairs  sum_i  (f(hparams + sigma e_i) - f(hparams - sigma e_i)) / (2 sigma)  e_i
 
-    It is an unbiased estimate of the gradient of ``f`` smoothed by a Gaussian, whose distance to
-    the gradient of ``f`` is of order ``sigma ** 2``: small for a smooth loss, and useful by itself
-    where ``f`` is chaotic, as after many unstable steps. The noise is large: with ``n``
-    hyperparameters its norm is about ``sqrt(n / pairs)`` times that of the gradient. No derivative
-    through the inner solver is taken, so it need have none, and memory is flat in the steps.
+    It is an unbiased estimate of the gradient of ``f`` smoothed by a Gaussian. The distance to the
+    gradient of ``f`` is of order ``sigma ** 2``: small for a smooth loss. The smoothed gradient is
+    useful by itself where ``f`` is chaotic, as after many unstable steps. The noise is large: with
+    ``n`` hyperparameters its norm is about ``sqrt(n / pairs)`` times that of the gradient. No
+    derivative through the inner solver is taken, so it need have none, and memory is flat in the
+    steps.
 
     All ``2 * pairs`` evaluations see the same random numbers of the functions' own.
 

@@ -89,10 +89,10 @@ def finite_difference_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient without a second derivative: DARTS and SAMA.
+    """Estimate the hypergradient without a second derivative: DARTS and SAMA.
 
     The cross product ``(d2 inner / d params d hparams)^T u`` is the central difference of ``d
-    inner / d hparams`` at ``params + h u`` and ``params - h u``, and ``u`` stands for the
+    inner / d hparams`` at ``params + h u`` and ``params - h u``. Here ``u`` stands for the
     solution of the linear system: ``u = b / scale`` with ``b = d outer / d params``, or
     ``preconditioner(b)``. Only first derivatives are taken, so that it works where double
     backward does not: fused attention, compiled functions.
@@ -208,7 +208,7 @@ def finite_difference_grad(
 
 
 def _length(at: Arguments, epsilon: float | None) -> Tensor:
-    """How far `params` is moved to each side."""
+    """Choose how far `params` is moved to each side."""
     size = norm(at.layout.flatten(at.params))
     if epsilon is not None:
         return torch.full_like(size, epsilon)

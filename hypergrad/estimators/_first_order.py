@@ -53,7 +53,7 @@ class FirstOrder:
         self.inner = Loss("inner", inner, self.at)
 
     def outer_slopes(self, params: Sequence[Tensor]) -> Slopes:
-        """The outer loss and its gradients.
+        """Evaluate the outer loss and its gradients.
 
         Parameters
         ----------
@@ -125,12 +125,12 @@ class FirstOrder:
 
 
 def difference(a: Leaves, b: Leaves) -> Leaves:
-    """The difference of two gradients; None where one of them is."""
+    """Form the difference of two gradients; None where one of them is."""
     return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
 
 
 def added(direct: Leaves, weight: Tensor | float, leaves: Leaves) -> Leaves:
-    """``direct + weight * leaves``, where None stands for zero."""
+    """Form ``direct + weight * leaves``, where None stands for zero."""
     factors = [
         weight.to(x.dtype) if isinstance(weight, Tensor) and x is not None else weight
         for x in leaves

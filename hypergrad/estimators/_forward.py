@@ -61,7 +61,7 @@ class Forward:
         captured: list[Tensor],
         k: int | None,
     ) -> tuple[Any, list[Tensor]]:
-        """The value of step `k`, or of `init`, and its tangents in all directions."""
+        """Evaluate step `k`, or `init`, and push its tangents in all directions."""
         loop = self.loop
 
         def evaluate(recording: Recording, arguments: Any, ended: Any) -> tuple[Any, list[Tensor]]:
@@ -94,7 +94,7 @@ class Forward:
         tangents: list[Tensor],
         captured: list[Tensor],
     ) -> Estimate:
-        """The gradient of the outer loss, applied to the tangents."""
+        """Apply the gradient of the outer loss to the tangents."""
         point = Arguments(tree, self.loop.H)
         slopes = Loss("outer", self.outer, point, has_aux=self.has_aux)(point.params)
         grads = list(slopes.by_hparams)
@@ -110,7 +110,7 @@ class Forward:
 
 
 def _basis(constants: list[Tensor]) -> list[Tensor]:
-    """For each hyperparameter, its entry in every one of the ``n`` unit directions."""
+    """Make, for each hyperparameter, its entry in every one of the ``n`` unit directions."""
     sizes = [c.numel() for c in constants]
     columns = torch.eye(sum(sizes), device=constants[0].device).split(sizes, dim=1)
     return [b.to(c.dtype).reshape(-1, *c.shape) for b, c in zip(columns, constants, strict=True)]

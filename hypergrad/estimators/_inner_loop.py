@@ -45,7 +45,7 @@ class InnerLoop:
 
     @classmethod
     def of(cls, step: Callable[..., Any], init: Any, H: Tree) -> InnerLoop:
-        """An inner loop, after a check that its start does not lose a gradient."""
+        """Make an inner loop, after a check that its start does not lose a gradient."""
         _refuse_shared(init, H)
         return cls(step, init, H, _takes_number(step))
 
@@ -151,14 +151,14 @@ class InnerLoop:
         return record(taken, [*constants, *start, *further], trees, [self.H], draw)
 
     def begin(self, constants: list[Tensor]) -> Any:
-        """The initial point where the steps are run and not differentiated."""
+        """Make the initial point where the steps are run and not differentiated."""
         if not callable(self.init):
             return self.start
         with torch.no_grad():
             return map_tensors(self.made(self.H.rebuild(constants)), Tensor.detach)
 
     def made(self, arguments: Any) -> Any:
-        """What `init` makes of the hyperparameters."""
+        """Call `init` on the hyperparameters."""
         with Guard():
             return self.init(arguments)
 
@@ -186,14 +186,14 @@ def _refuse_cut_off(before: Any, after: Any) -> None:
 
 
 def hyperparameters(hparams: Any) -> Tree:
-    """`hparams` taken apart."""
+    """Take `hparams` apart."""
     tree = Tree("hparams", hparams, of_autograd=True)
     tree.refuse_constant()
     return own_constants(tree)
 
 
 def own_constants(tree: Tree) -> Tree:
-    """The same with copies of its integer tensors, which nothing stops a function from changing."""
+    """Copy a tree's integer tensors, which nothing stops a function from changing."""
     for place, leaf in enumerate(tree.leaves):
         if isinstance(leaf, Tensor) and not leaf.is_floating_point():
             tree.leaves[place] = _own(leaf)
@@ -201,7 +201,7 @@ def own_constants(tree: Tree) -> Tree:
 
 
 def map_tensors(tree: Any, fun: Callable[[Tensor], Tensor]) -> Any:
-    """The pytree with a function applied to its tensors, and all else as it was."""
+    """Apply a function to the tensors of a pytree, and leave all else as it was."""
     return pytree.tree_map(lambda leaf: fun(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 

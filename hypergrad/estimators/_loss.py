@@ -51,7 +51,7 @@ class Arguments:
 
     @classmethod
     def of(cls, params: Any, hparams: Any) -> Arguments:
-        """Those of a call, with frozen parameters as constants."""
+        """Take the arguments of a call, with frozen parameters as constants."""
         P = Tree("params", params, skip_frozen=True, of_autograd=True)
         H = Tree("hparams", hparams, of_autograd=True)
         P.refuse_constant()
@@ -164,7 +164,7 @@ class Loss:
 def moved(
     layout: Layout, at: Sequence[Tensor], along: Sequence[Tensor | None], by: Tensor | float
 ) -> list[Tensor]:
-    """Tensors of their own, ``at + by * along``, rounded once."""
+    """Form ``at + by * along``, rounded once, in tensors of their own."""
     return [
         a.clone() if d is None else (a + by * d.to(layout.dtype)).to(a.dtype)
         for a, d in zip(at, along, strict=True)
@@ -184,14 +184,14 @@ def descend(
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor with the digits that sums of it need: those of float32, at least."""
+    """Give a tensor the digits that sums of it need: as many as float32 has, at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rounding_share(
     layout: Layout, side: Sequence[Tensor | None], grads: Sequence[Tensor | None], by: Any
 ) -> Tensor:
-    """The share of an answer that rounding may be: of a difference with one `side`, times `by`."""
+    """Bound the rounding's share of an answer: of a difference with one `side`, times `by`."""
     least = torch.finfo(layout.precision).eps
 
     def size(leaves: Sequence[Tensor | None], *, last: bool = False) -> Tensor:

@@ -54,17 +54,17 @@ def one_step_grad(
     return_params: bool = False,
     on_failure: OnFailure = "warn",
 ) -> Any:
-    """Hypergradient by differentiating one step of an inner solver that has (nearly) converged.
+    """Estimate the hypergradient by differentiating one step of an inner solver near convergence.
 
-    Makes one step from `params` and differentiates that step alone, with `params` a constant:
-    ``outer(step(params, hparams), hparams)`` by `hparams`. The cost is one step and its
+    One step is made from `params`, and that step alone is differentiated, with `params` a
+    constant: ``outer(step(params, hparams), hparams)`` by `hparams`. The cost is one step and its
     gradient, the memory that of one step.
 
     It is exact at a fixed point of a step whose derivative by `params` is zero there, as that of
     Newton's method is. Where that derivative has norm ``rho < 1`` the error is at most
     ``rho / (1 - rho)`` times the norms of the two factors that are left, ``d step / d hparams``
-    and ``d outer / d params``: small for a solver that converges in a few steps, and larger than
-    the answer for gradient steps on an ill-conditioned problem.
+    and ``d outer / d params``. That is small for a solver that converges in a few steps, and
+    larger than the answer for gradient steps on an ill-conditioned problem.
 
     Parameters
     ----------

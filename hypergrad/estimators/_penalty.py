@@ -101,7 +101,7 @@ def penalty_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Hypergradient from first derivatives at two inner solutions: F2SA's penalty method.
+    """Estimate the hypergradient from first derivatives at two inner solutions: F2SA's penalty.
 
     With ``y`` the minimiser of `inner` and ``z`` that of ``inner + outer / penalty``::
 
@@ -223,7 +223,7 @@ def penalty_grad(
 
 
 def _unsolved(at: Arguments, b: Tensor, F: Tensor, u: Tensor) -> Tensor:
-    """The relative inner residual; without an outer gradient there is nothing to judge it by."""
+    """Measure the relative inner residual; without an outer gradient nothing judges it."""
     y = at.layout.flatten(at.params)
     least = (torch.finfo(y.dtype).eps * at.layout.n) ** 0.5
     unsolved = norm(F) * norm(u) / (norm(b) * norm(y).clamp(min=least))
@@ -231,6 +231,6 @@ def _unsolved(at: Arguments, b: Tensor, F: Tensor, u: Tensor) -> Tensor:
 
 
 def _rounding(at: Arguments, b: Tensor, there: Slopes, grads: Leaves, penalty: float) -> Tensor:
-    """The share of the answer that rounding may be, where there is an outer gradient."""
+    """Bound the rounding's share of the answer, where there is an outer gradient."""
     share = rounding_share(at.layout, there.by_hparams, grads, penalty)
     return torch.where(norm(b) == 0, torch.zeros_like(share), share)

@@ -25,8 +25,8 @@ from ._inner_loop import InnerLoop, map_tensors
 class Reverse:
     """The steps as a chain of segments, differentiated one by one from the last.
 
-    Only the inner variables between segments are kept; what a segment computes is recorded when
-    its turn comes. Without checkpointing there is a single segment.
+    Only the inner variables between segments are kept. A segment is recorded when its turn comes.
+    Without checkpointing there is a single segment.
     """
 
     outer: Callable[[Any, Any], Any]

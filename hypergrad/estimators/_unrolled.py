@@ -67,7 +67,7 @@ def unrolled_grad(
     return_params: bool = False,
     on_failure: OnFailure = "warn",
 ) -> Any:
-    """Hypergradient by differentiating through `steps` steps of an inner optimiser.
+    """Compute the hypergradient by differentiating through `steps` steps of an inner optimiser.
 
     This is the exact derivative of what the steps compute, whether or not they have converged.
     Its memory grows with the steps in reverse mode, with their square root with `checkpoint`, and

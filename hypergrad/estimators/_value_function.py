@@ -29,7 +29,7 @@ _RISING = (
 
 @dataclasses.dataclass(frozen=True)
 class ValueFunctionInfo:
-    """What comes with a value-function gradient.
+    """The evidence beside a value-function gradient.
 
     It is a registered pytree whose leaves are tensors.
 
@@ -131,7 +131,7 @@ def value_function_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
 ) -> Any:
-    """Direction of joint descent on outer and inner variables, from first derivatives: BOME.
+    """Form the direction of joint descent on both levels, from first derivatives: BOME.
 
     The inner problem is the constraint that the gap ``q = inner(params) - inner(y)`` be zero,
     with ``y`` made from `params` by gradient steps and held constant. The direction is ``d outer +
@@ -140,9 +140,9 @@ def value_function_grad(
 
         multiplier = max(eta - <d outer, d q> / ||d q||^2, 0)
 
-    At a solution of the inner problem the gap's gradient is zero and what is left is the direct
-    term alone, so this is no hypergradient there: `params` is meant to be where the joint descent
-    has led. With its own direction by `params` gone to zero, the answer is the hypergradient up
+    At a solution of the inner problem the gap's gradient is zero and the direct term alone is
+    left, so this is no hypergradient there: `params` is meant to be where the joint descent has
+    led. With its own direction by `params` gone to zero, the answer is the hypergradient up
     to a bias of order ``1 / multiplier``, as in `penalty_grad`.
 
     It costs `steps` gradients of `inner` by `params`, two more of `inner` and one of `outer`,

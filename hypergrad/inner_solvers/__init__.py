@@ -4,8 +4,8 @@ All are frozen dataclasses and are called alike, ``solver(objective, init, *args
 ``(params, info)``; `Anderson` takes a map in place of an objective, `Bisection` a
 system of scalar equations, `LevenbergMarquardt` residuals. They work under
 `torch.func.vmap` over tasks, where each task stops by itself, and inside the `fit` of the
-decorators. One that fails does not raise or warn: look at ``info.success``. What they return is
-detached; `hypergrad.argmin` and the decorators differentiate it.
+decorators. One that fails does not raise or warn: look at ``info.success``. Their results are
+detached; `hypergrad.argmin` and the decorators differentiate them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class FISTA(InnerSolver):
     References
     ----------
     Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse
-    problems, 2009; O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
+    problems, 2009, equations 4.1 to 4.3; O'Donoghue and Candes, Adaptive restart for accelerated
+    gradient schemes, 2015.
 
     Examples
     --------
@@ -153,6 +154,7 @@ def _accelerated(
         active = progress.active
         # Momentum that points uphill is lost.
         uphill = dot(y - z, z - x) > 0
+        # Beck and Teboulle (2009), equations 4.2 and 4.3.
         following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
         pushed = z + ((momentum - 1) / following) * (z - x)
         y_new = torch.where(active, torch.where(uphill, z, pushed), y)

@@ -1,4 +1,4 @@
-"""What the inner solvers share.
+"""The base of the inner solvers.
 
 A solver works on flat vectors, ``(*tasks, n)`` outside of the caller's vmaps, with numbers
 ``(*tasks, 1)``. No branch looks at one task, only at whether any is still at work, and a task that

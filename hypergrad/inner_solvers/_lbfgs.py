@@ -30,7 +30,8 @@ class LBFGS(InnerSolver):
 
     References
     ----------
-    Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
+    Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989; Nocedal
+    and Wright, Numerical optimization, 2006, algorithms 7.4 and 7.5.
 
     Examples
     --------
@@ -78,7 +79,7 @@ class LBFGS(InnerSolver):
 
 
 def _two_loops(memory: list[tuple[Tensor, Tensor, Tensor]], scale: Tensor, g: Tensor) -> Tensor:
-    """Multiply the gradient by the inverse Hessian that the memory stands for."""
+    """Multiply g by the memory's inverse Hessian: Nocedal and Wright (2006), algorithm 7.4."""
     q, shares = g, []
     for s, y, weight in reversed(memory):
         share = weight * dot(s, q)

@@ -14,7 +14,7 @@ from ._evaluator import Evaluator
 from ._info import InnerInfo
 from ._numbers import dot, norm
 
-# What ``tol=None`` means, by the dtype in which the objective is computed.
+# The tolerance for ``tol=None``, by the dtype in which the objective is computed.
 _REACHABLE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 _ENOUGH = 1e-3  # the relative residual that `implicit_grad` lets pass without a word
 _WINDOW = 10  # iterations whose lowest curvature counts

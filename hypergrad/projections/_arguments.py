@@ -1,4 +1,4 @@
-"""What the projections ask of their arguments, and what they say where it is not so."""
+"""Checks of the projections' arguments, and the messages where one fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Number = float | Tensor
 
 
 def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """All leaves of `v` as one vector, and the way back.
+    """Join all leaves of `v` to one vector, and give the way back.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     Raises
     ------
     StructureMismatch
-        If there is no tensor, or a leaf beside others is not one of floating point: whether it is
-        a coordinate or a constant, nobody can tell.
+        If there is no tensor, or a leaf beside others is not one of floating point: nobody can
+        tell whether it is a coordinate or a constant.
     """
     keyed, spec = pytree.tree_flatten_with_path(v)
     there = [(pytree.keystr(path), leaf) for path, leaf in keyed if leaf is not None]
@@ -71,7 +71,7 @@ def joined(v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 
 def radius_of(value: Any) -> Number:
-    """The argument `radius`: one number, not negative.
+    """Check the argument `radius`: one number, not negative.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def radius_of(value: Any) -> Number:
 
 
 def one_number(name: str, value: Any) -> Any:
-    """A number, or a tensor of one entry as a tensor without dimensions.
+    """Check a number, and take the dimensions off a tensor of one entry.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def one_number(name: str, value: Any) -> Any:
 
 
 def described(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An array that describes a set, as a tensor like another one.
+    """Turn an array that describes a set into a tensor like another one.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def refuse_empty(empty: Tensor, message: str, *figures: Tensor) -> None:
 
 
 def vector(v: Any) -> Tensor:
-    """What is projected, if it is a vector.
+    """Check that the argument to be projected is a vector.
 
     Parameters
     ----------
@@ -205,23 +205,23 @@ def vector(v: Any) -> Tensor:
 
 
 def alike(value: Any, like: Tensor) -> Tensor:
-    """A number or a tensor, with the dtype and on the device of another."""
+    """Make a tensor of a number or a tensor, with the dtype and on the device of another."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def share(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where b is not positive; so are its derivatives."""
+    """Divide: ``a / b``, and 0 where b is not positive; so are its derivatives."""
     there = b > 0
     return torch.where(there, a, 0.0) / torch.where(there, b, 1.0)
 
 
 def nan_where(empty: Tensor, x: Tensor) -> Tensor:
-    """NaN in place of a point of an empty set."""
+    """Put NaN in place of a point of an empty set."""
     return torch.where(empty, torch.full_like(x, math.nan), x)
 
 
 def widest(v: Tensor) -> Tensor:
-    """`v` with the digits that sums of it need, as far as the device has them."""
+    """Give `v` the digits that sums of it need, as far as the device has them."""
     return v.float() if v.device.type == "mps" else v.double()
 
 

@@ -12,7 +12,7 @@ from ._arguments import Number, alike, nan_where, radius_of, refuse_empty
 
 
 def non_negative(v: Any) -> Any:
-    """The projection onto x >= 0, entry by entry.
+    """Project onto x >= 0, entry by entry.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def non_negative(v: Any) -> Any:
 
 
 def box(v: Any, lower: Any = None, upper: Any = None) -> Any:
-    """The projection onto lower <= x <= upper, entry by entry.
+    """Project onto lower <= x <= upper, entry by entry.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def box(v: Any, lower: Any = None, upper: Any = None) -> Any:
 
 
 def hypercube(v: Any, side: Any = 1.0) -> Any:
-    """The projection onto 0 <= x <= side, entry by entry.
+    """Project onto 0 <= x <= side, entry by entry.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def hypercube(v: Any, side: Any = 1.0) -> Any:
 
 
 def linf_ball(v: Any, radius: Number = 1.0) -> Any:
-    """The projection onto the ball ``max |x| <= radius``, with the maximum over all leaves.
+    """Project onto the ball ``max |x| <= radius``, with the maximum over all leaves.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def linf_ball(v: Any, radius: Number = 1.0) -> Any:
 
 
 def _held(v: Tensor, lower: Any, upper: Any, message: str | None = None) -> Tensor:
-    """`v` between its bounds; at a bound it is the bound that is differentiated."""
+    """Hold `v` between its bounds; at a bound it is the bound that is differentiated."""
     x = v
     low, high = (None if bound is None else alike(bound, v) for bound in (lower, upper))
     if high is not None:

@@ -14,7 +14,7 @@ from ._arguments import Number, alike, joined, nan_where, one_number, refuse_emp
 
 
 def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """The projection onto the solutions x of A x = b.
+    """Project onto the solutions x of A x = b.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 
 def hyperplane(v: Any, a: Any, b: Number) -> Any:
-    """The projection onto the solutions x of ``a . x = b``, one equation.
+    """Project onto the solutions x of ``a . x = b``, one equation.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def hyperplane(v: Any, a: Any, b: Number) -> Any:
 
 
 def halfspace(v: Any, a: Any, b: Number) -> Any:
-    """The projection onto the x with ``a . x <= b``, one inequality.
+    """Project onto the x with ``a . x <= b``, one inequality.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def halfspace(v: Any, a: Any, b: Number) -> Any:
 
 
 def _along(v: Any, a: Any, b: Number, *, one_sided: bool) -> Any:
-    """The least step along `a` that meets the equation, or the inequality."""
+    """Make the least step along `a` that meets the equation, or the inequality."""
     x, rebuild = joined(v)
     leaves, normals = pytree.tree_leaves(v), pytree.tree_leaves(a)
     shapes = [

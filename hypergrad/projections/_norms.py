@@ -13,7 +13,7 @@ from ._arguments import Number, joined, radius_of
 
 
 def l2_ball(v: Any, radius: Number = 1.0) -> Any:
-    """The projection onto the ball ||x|| <= radius, with the norm of all leaves together.
+    """Project onto the ball ||x|| <= radius, with the norm of all leaves together.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def l2_ball(v: Any, radius: Number = 1.0) -> Any:
 
 
 def l2_sphere(v: Any, radius: Number = 1.0) -> Any:
-    """The projection onto the sphere ||x|| = radius, with the norm of all leaves together.
+    """Project onto the sphere ||x|| = radius, with the norm of all leaves together.
 
     The set is not convex. Where `v` is 0 all its points are equally close: the one whose entries
     are all the same is taken.
@@ -74,7 +74,7 @@ def l2_sphere(v: Any, radius: Number = 1.0) -> Any:
 
 
 def second_order_cone(v: Tensor, *, dim: int = -1) -> Tensor:
-    """The projection onto the second-order cone: ``x = (t, z)`` with ``||z|| <= t``.
+    """Project onto the second-order cone: ``x = (t, z)`` with ``||z|| <= t``.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def second_order_cone(v: Tensor, *, dim: int = -1) -> Tensor:
 
 
 def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm ``(..., 1)`` along the last dimension, 1 in place of 0, and whether it is not 0."""
+    """Measure the norm ``(..., 1)`` along the last dimension, 1 for 0; say where it is not 0."""
     if x.shape[-1] == 0:
         one = x.new_ones((*x.shape[:-1], 1))
         return one, torch.zeros_like(one, dtype=torch.bool)

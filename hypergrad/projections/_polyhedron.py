@@ -10,12 +10,12 @@ from .._errors import NotConverged
 from ._arguments import described, vector, widest
 
 _MET = 1e3  # units of rounding within which a constraint counts as met
-_DEPENDENT = 1e-11  # of a row of length one: what is left of it beside those before
+_DEPENDENT = 1e-11  # of a row of length one: the rest of it beside those before
 _APART = 1e-6  # the same for a row that touches without a multiplier
 
 
 def polyhedron(v: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
-    """The projection onto the x with ``A x = b`` and ``G x <= h``.
+    """Project onto the x with ``A x = b`` and ``G x <= h``.
 
     It is exact, by the dual active-set method. Rows may depend on each other.
 
@@ -105,7 +105,7 @@ class _Active:
         self.largest = float(v.abs().max()) if len(v) else 0.0
 
     def rows(self) -> list[int]:
-        """The active rows, independent of each other.
+        """Find the active rows, independent of each other.
 
         Returns
         -------
@@ -140,14 +140,14 @@ class _Active:
         return _MET * self.eps * size + torch.finfo(size.dtype).tiny
 
     def _beside(self, k: int) -> tuple[Tensor, Tensor]:
-        """The coordinates of a row along the active ones, and what is left of it."""
+        """Split a row into its coordinates along the active ones, and what is left of it."""
         along = self.columns.mT @ self.C[k]
         left = self.C[k] - self.columns @ along
         again = self.columns.mT @ left  # once more, for orthogonality
         return along + again, left - self.columns @ again
 
     def _split(self, k: int) -> tuple[Tensor, Tensor]:
-        """The weights of the active rows in a row, and what is left of it."""
+        """Find the weights of the active rows in a row, and what is left of it."""
         along, left = self._beside(k)
         weights = torch.linalg.solve_triangular(self.triangle, along[:, None], upper=True)[:, 0]
         if float(torch.linalg.vector_norm(left)) <= max(_DEPENDENT, 100 * self.coarse):
@@ -209,7 +209,7 @@ class _Active:
             self._drop(leaving)
 
     def _with_touching(self) -> list[int]:
-        """The active rows, and those that are met without a multiplier: they count as active."""
+        """List the active rows, with those met without a multiplier, which count as active."""
         touching = (self._excess().abs() <= self._rounding()).nonzero()[:, 0].tolist()
         for k in touching:
             if k in self.working or len(self.working) >= len(self.x):

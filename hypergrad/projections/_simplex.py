@@ -13,7 +13,7 @@ from ._arguments import Number, joined, radius_of
 
 
 def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
-    """The projection onto the simplex: x >= 0 with the sum `radius`, along a dimension.
+    """Project onto the simplex: x >= 0 with the sum `radius`, along a dimension.
 
     It is exact, by sorting. Entries that tie are treated alike.
 
@@ -47,7 +47,7 @@ def simplex(v: Tensor, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
 
 
 def sparse_simplex(v: Tensor, max_nz: int, radius: Number = 1.0, *, dim: int = -1) -> Tensor:
-    """The projection onto the vectors of the simplex with at most `max_nz` entries that are not 0.
+    """Project onto the vectors of the simplex with at most `max_nz` entries that are not 0.
 
     The set is not convex. The largest entries are kept and projected onto the simplex; of entries
     that tie those that come first are kept.
@@ -93,7 +93,7 @@ def sparse_simplex(v: Tensor, max_nz: int, radius: Number = 1.0, *, dim: int = -
 
 
 def l1_ball(v: Any, radius: Number = 1.0) -> Any:
-    """The projection onto ``sum |x| <= radius``, with the sum over all leaves.
+    """Project onto ``sum |x| <= radius``, with the sum over all leaves.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def l1_ball(v: Any, radius: Number = 1.0) -> Any:
 
 
 def l1_sphere(v: Any, radius: Number = 1.0) -> Any:
-    """The projection onto ``sum |x| = radius``, with the sum over all leaves.
+    """Project onto ``sum |x| = radius``, with the sum over all leaves.
 
     The set is not convex. Where a sign makes no difference, for entries that are 0, it is plus.
 

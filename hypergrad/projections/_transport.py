@@ -19,7 +19,7 @@ _FAIR = 1e-3  # how far the sums of rows and columns may differ, in float32; 1e-
 
 
 def transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The projection onto the transport polytope: x >= 0 with given sums of rows and of columns.
+    """Project onto the transport polytope: x >= 0 with given sums of rows and of columns.
 
     The dual problem is solved by Newton's method, to rounding.
 
@@ -28,8 +28,8 @@ def transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     v : Tensor
         ``(m, n)``, what is projected.
     rows, columns : Tensor
-        ``(m,)`` and ``(n,)``, not negative: the sums. Their own sums are equal; what rounding
-        makes different is evened out.
+        ``(m,)`` and ``(n,)``, not negative: the sums. Their own sums are equal; differences from
+        rounding are evened out.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def birkhoff(v: Tensor) -> Tensor:
-    """The projection onto the Birkhoff polytope: x >= 0 with rows and columns that sum to 1.
+    """Project onto the Birkhoff polytope: x >= 0 with rows and columns that sum to 1.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def birkhoff(v: Tensor) -> Tensor:
 
 
 def kl_transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The projection of ``exp(v)`` onto the transport polytope, by Kullback and Leibler.
+    """Project ``exp(v)`` onto the transport polytope, by Kullback and Leibler.
 
     It is ``exp(v + f + g)`` with an f for each row and a g for each column: entropic optimal
     transport of the costs ``-v``. The dual problem is solved by Newton's method, to rounding, with
@@ -99,8 +99,8 @@ def kl_transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     v : Tensor
         ``(m, n)``, the logarithm of what is projected; minus infinity stands for 0.
     rows, columns : Tensor
-        ``(m,)`` and ``(n,)``, not negative: the sums. Their own sums are equal; what rounding
-        makes different is evened out.
+        ``(m,)`` and ``(n,)``, not negative: the sums. Their own sums are equal; differences from
+        rounding are evened out.
 
     Returns
     -------
@@ -148,7 +148,7 @@ def kl_transport(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def kl_birkhoff(v: Tensor) -> Tensor:
-    """The projection of ``exp(v)`` onto the Birkhoff polytope, by Kullback and Leibler.
+    """Project ``exp(v)`` onto the Birkhoff polytope, by Kullback and Leibler.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def _ones(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _arguments(v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`v` as it came and with more digits, and the sums, whose own sums are made equal."""
+    """Take `v` as it came and with more digits, and the sums, with their own sums made equal."""
     v = as_floating("v", v)
     if v.ndim != 2:
         raise StructureMismatch(
@@ -223,7 +223,7 @@ def _arguments(v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
 
 
 def _of_each(one: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A search for one task, task by task."""
+    """Search task by task, with a search for one task."""
 
     def find(*tensors: Tensor) -> tuple[Tensor, ...]:
         results = [one(*task) for task in zip(*tensors, strict=True)]
@@ -234,7 +234,7 @@ def _of_each(one: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
 
 @_of_each
 def _euclidean(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is added to `v`, where the sum is positive, and the system of the multipliers there.
+    """Find the matrix to add to `v`, where the sum is positive, and the multipliers' system there.
 
     The dual function of the multipliers is piecewise quadratic: Newton's method with an exact
     line search ends on the right piece.
@@ -288,7 +288,7 @@ def _euclidean(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _line(raised: Tensor, along: Tensor, falls: float) -> float:
-    """The length of a step at which a piecewise quadratic function of it is least."""
+    """Find the length of a step at which a piecewise quadratic function of it is least."""
 
     def slope(t: float) -> float:
         return float((torch.relu(raised + t * along) * along).sum()) - falls
@@ -319,7 +319,7 @@ def _line(raised: Tensor, along: Tensor, falls: float) -> float:
 
 
 def _laplacian(support: Tensor) -> Tensor:
-    """The derivative of the sums of rows and columns by what is added to each."""
+    """Form the derivative of the sums of rows and columns by what is added to each."""
     on, m = widest(support), len(support)
     system = on.new_zeros(sum(on.shape), sum(on.shape))
     system[:m, m:], system[m:, :m] = on, on.mT
@@ -328,7 +328,7 @@ def _laplacian(support: Tensor) -> Tensor:
 
 
 def _grounded(support: Tensor) -> Tensor:
-    """What makes the system regular: in each connected part a constant may move from f to g."""
+    """Make the system regular: in each connected part a constant may move from f to g."""
     m, n = support.shape
     labels = torch.arange(m + n, device=support.device)
     for _ in range(m + n):
@@ -347,7 +347,7 @@ def _grounded(support: Tensor) -> Tensor:
 
 @_of_each
 def _entropic(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is added to the logarithms of rows and columns, and the inverse of their system.
+    """Find what to add to the logarithms of rows and columns, and the inverse of their system.
 
     Returns
     -------
@@ -399,7 +399,7 @@ def _entropic(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SemiDual:
-    """The dual problem in the multipliers f of the rows; those of the columns follow from them."""
+    """The dual problem in the multipliers f of the rows; those of the columns follow from f."""
 
     def __init__(
         self, logits: Tensor, log_a: Tensor, log_b: Tensor, on: Tensor, off: Tensor
@@ -409,25 +409,25 @@ class _SemiDual:
         self.a, self.b = torch.where(on, log_a.exp(), 0.0), torch.where(off, log_b.exp(), 0.0)
 
     def columns(self, f: Tensor) -> Tensor:
-        """What is added to the columns, so that they have their sums."""
+        """Find what to add to the columns, so that they have their sums."""
         sums = torch.logsumexp(self.logits + f[:, None], dim=0)
         return torch.where(self.off, self.log_b - sums, 0.0)
 
     def rows(self, g: Tensor) -> Tensor:
-        """What is added to the rows, so that they have their sums."""
+        """Find what to add to the rows, so that they have their sums."""
         return torch.where(self.on, self.log_a - torch.logsumexp(self.logits + g, dim=1), 0.0)
 
     def plan(self, f: Tensor) -> Tensor:
-        """The matrix whose columns have their sums."""
+        """Form the matrix whose columns have their sums."""
         x = (self.logits + f[:, None] + self.columns(f)).exp()
         return torch.where(self.there, x, 0.0)
 
     def value(self, f: Tensor) -> float:
-        """What is minimised, a convex function."""
+        """Evaluate the convex function that is minimised."""
         return float(-(self.b * self.columns(f)).sum() - (self.a * f).sum())
 
     def solve(self, f: Tensor) -> tuple[Tensor, float]:
-        """The multipliers, and how much the sums of rows still miss, relatively."""
+        """Find the multipliers, and how much the sums of rows still miss, relatively."""
         for _ in range(10):
             f = self.rows(self.columns(f))
         best, least, idle = f, float("inf"), 0
@@ -462,7 +462,7 @@ class _SemiDual:
 
 
 def _constants(there: Tensor, root: Tensor) -> Tensor:
-    """The constants of connected parts, in the scaled variables, where the system has none."""
+    """Form the constants of connected parts, in the scaled variables, where the system has none."""
     m = len(root)
     same = _grounded(there)[:m, :m] != 0
     weight = torch.where(same, root[:, None] * root, 0.0)

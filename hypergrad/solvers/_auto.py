@@ -1,4 +1,4 @@
-"""The default solver: what suits the matrix, and what to try when that fails."""
+"""The default solver: a method that suits the matrix, and others to try when it fails."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Auto(Solver):
         if fits and looks and self.maxiter is None:
             return self._patiently(system, max(n // (_PATIENCE * shared), 2))
         slow = (*_STUCK, Status.MAX_ITERATIONS)
-        # What follows the first method, and after which ends of those before it.
+        # The methods after the first, each with the ends that call for it.
         then: Sequence[tuple[type[Iterative], Sequence[Status]]] = [(MINRES, _INDEFINITE)]
         if not system.symmetric:
             then = [(BiCGSTAB, slow), (LSMR, slow)][: 1 if system.rmatvec is None else 2]
@@ -139,7 +139,7 @@ class Auto(Solver):
         return _said(solution, used)
 
     def _within_budget(self, system: LinearSystem) -> Solution:
-        """Run one method for as long as the budget lasts; what it has left undone is no success."""
+        """Run one method for as long as the budget lasts; an unfinished run is no success."""
         solution = self._iterated(_first(system), maxiter=_BUDGET).run(system)
         near = solution.residual_norm <= 10 * tolerance(self.rtol, system.layout.precision)
         solution.success = solution.success & ((solution.status == Status.CONVERGED) | near)
@@ -228,7 +228,7 @@ def _one_of(status: Tensor, wanted: Sequence[Status]) -> Tensor:
 
 
 def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
-    """Take the later answer where it was asked for and is no worse; what both of them have cost."""
+    """Take the later answer where it was asked for and is no worse; add up their costs."""
     closer = ~(after.residual_norm > before.residual_norm) & (after.status != Status.NOT_FINITE)
     taken = failed & (after.success | closer)
     return Solution(

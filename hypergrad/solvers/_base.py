@@ -234,7 +234,7 @@ class Solver(Fields, ABC):
         Parameters
         ----------
         system : LinearSystem
-            The system. Gradients are off, and what it holds is described there.
+            The system. Gradients are off. `LinearSystem` describes its fields.
 
         Returns
         -------
@@ -265,7 +265,7 @@ class Solver(Fields, ABC):
 
 
 class _Rectangular(Exception):
-    """What a product with the transpose returned, where that is not shaped like the right side."""
+    """An image under the transpose that is not shaped like the right-hand side."""
 
     def __init__(self, image: Any) -> None:
         super().__init__("rmatvec(v) is not shaped like b.")

@@ -41,7 +41,7 @@ class BiCGSTAB(Iterative):
     (True, 'CONVERGED')
     """
 
-    judged_by_residual: ClassVar[bool] = True  # what it returns is its best iterate
+    judged_by_residual: ClassVar[bool] = True  # it returns its best iterate
 
     def _iterate(self, start: Pass) -> Correction:
         run = _Recurrence(start)
@@ -95,7 +95,7 @@ class _Recurrence(Recurrence):
         rho = dot(self.shadow, self.r)
         vanished = ~met & ~(rho.abs() > self.flat * self.shadow_size * self.size)
         stopping = active & (~sound | ~stable | vanished | over)
-        # What is not finite from the start is the matrix, and later the method.
+        # A number that is not finite from the start is the matrix's, and a later one the method's.
         lost = stopping & ~torch.isfinite(self.size + v_size + t_size) & (self.iterations <= 1)
         self.unknown = self.unknown | lost
         self.broken = self.broken | (stopping & ~over & ~(sound & met))

@@ -11,7 +11,7 @@ _PASSES = 8  # an imbalance of 2^k is 2^(k / 2^passes) after so many
 def equilibrated(A: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scale a matrix so that rows and columns have largest entries near one.
 
-    What is measured in other units comes out as the same matrix, so that pivots, singular values
+    A matrix measured in other units comes out as the same matrix, so that pivots, singular values
     and lengths can be judged. The scales are powers of two: multiplying by them rounds nothing.
 
     Parameters

@@ -1,4 +1,4 @@
-"""A dense matrix factorised in units of its own: what it says of rank, sign and inverse."""
+"""A dense matrix factorised in units of its own: its rank, sign and inverse."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-# What ``rtol=None`` means, by the dtype in which products are formed.
+# The tolerance for ``rtol=None``, by the dtype in which products are formed.
 _REACHABLE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

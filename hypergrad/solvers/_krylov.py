@@ -1,4 +1,4 @@
-"""What the Krylov methods share: their fields, the passes of an iteration, and the judgement."""
+"""The base of the Krylov methods: their fields, the passes of an iteration, the judgement."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ class _Passes:
             )
             self.expected = plain and first and self._as_expected(part, size)
             if self.expected:
-                # What follows would say the same, in some forty operations.
+                # The operations below would say the same, some forty of them.
                 self.x, self.size, self.next = candidate, size, dataclasses.replace(self.next, r=r)
                 self.status = graded({Status.CONVERGED: size <= self.next.tol}, part.status)
                 self.iterations, self.negative = part.iterations, part.negative

@@ -137,7 +137,7 @@ class _Recurrence(Recurrence):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Make the matrix triangular: the direction, where it is null, and the step along it."""
         flat, one = self.flat, self.one
-        # The rotation that came before, and what is left of this column of the matrix.
+        # The rotation that came before, and the rest of this column of the matrix.
         epsilon, delta = self.epsilon[..., None], self.c * self.delta_bar + self.s * alpha
         gamma_bar = self.s * self.delta_bar - self.c * alpha
         self.epsilon, self.delta_bar = self.s * beta, -self.c * beta

@@ -22,7 +22,7 @@ _PASSES = 4  # of an iteration, each from the true residual of the one before
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares(Iterative):
-    """What both methods share: rectangular systems, whose answer is that of least squares."""
+    """The base of both methods: rectangular systems, whose answer is that of least squares."""
 
     needs_transpose: ClassVar[bool] = True
     judged_by_residual: ClassVar[bool] = True

@@ -36,8 +36,8 @@ class Nystrom(Solver):
     rank : int
         How many products are made; at most the unknowns are.
     damping : float
-        The system solved is ``(A + damping I) x = b``. With zero, what the approximation does
-        not see is left out of the answer.
+        The system solved is ``(A + damping I) x = b``. With zero, the part that the approximation
+        does not see is left out of the answer.
 
     References
     ----------
@@ -87,7 +87,7 @@ class Nystrom(Solver):
             if not made:
                 made.append(_approximation(matvec, b, self.rank))
             vectors, values = made[0]
-            # What the approximation does not see is taken to be as large as its least value.
+            # The part unseen by the approximation is taken to be as large as its least value.
             least = torch.maximum(values.amin(dim=-1), 1e-12 * values.amax(dim=-1)) + damping
             least = torch.where(least > 0, least, 1.0)[..., None]
             return _solved(vectors, values, damping, v, beyond=least)

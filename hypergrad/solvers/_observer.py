@@ -1,4 +1,4 @@
-"""What the directions of an iteration say about the inverse, beside the answer itself."""
+"""The inverse as the directions of an iteration show it, beside the answer itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a residual hides where the unknowns have different units."""
+"""The error that a residual hides where the unknowns have different units."""
 
 from __future__ import annotations
 
