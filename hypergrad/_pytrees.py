@@ -92,6 +92,12 @@ class Tree:
         #: The tensors that carry derivatives, in the order of the pytree.
         self.variables: list[Tensor] = [self.leaves[i] for i in self.where]
 
+    def replace(self, index: int, constant: Tensor) -> None:
+        """Put another constant in the place of one."""
+        self.leaves[index] = constant
+        if index in self.places:
+            self.tensors[self.places.index(index)] = constant
+
     def path(self, index: int) -> str:
         """Name a leaf for a message, such as ``params['0.weight']``."""
         return self.name + str(pytree.keystr(self._paths[index]))

@@ -196,7 +196,7 @@ def own_constants(tree: Tree) -> Tree:
     """Copy a tree's integer tensors, which nothing stops a function from changing."""
     for place, leaf in enumerate(tree.leaves):
         if isinstance(leaf, Tensor) and not leaf.is_floating_point():
-            tree.leaves[place] = _own(leaf)
+            tree.replace(place, _own(leaf))
     return tree
 
 
