@@ -15,7 +15,7 @@ FENCE = re.compile(r"```(python|\{testcode\}|\{testoutput\})\n(.*?)```", re.DOTA
 
 
 def check_package(work: Path) -> None:
-    """The package is the installed one, whole and typed, with one version."""
+    """Check that the package is the installed one, whole and typed, with one version."""
     import hypergrad
 
     home = Path(hypergrad.__file__).parent
@@ -41,7 +41,7 @@ def check_dependencies(work: Path) -> None:
 
 
 def check_sdist(work: Path) -> None:
-    """The sdist holds files of the repository alone, and is small."""
+    """Check that the sdist holds files of the repository alone, and is small."""
     (archive,) = (work / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {member.name.partition("/")[2] for member in tar if member.isfile()}

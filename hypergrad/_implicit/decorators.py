@@ -26,7 +26,8 @@ from ..conditions._fixed_point import FixedPoint
 from ..conditions._inner_problem import Problem, without_aux
 from ..conditions._minimum import Minimum
 from ..conditions._root import Root
-from ..solvers import Solver, choose
+from ..solvers import Solver
+from ..solvers._auto import choose
 from .differentiable import ImplicitSolution, Rule
 from .keywords import Arguments, bound
 from .linearisation import Linearisation

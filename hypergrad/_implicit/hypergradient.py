@@ -29,7 +29,8 @@ from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
-from ..solvers import Solver, choose
+from ..solvers import Solver
+from ..solvers._auto import choose
 from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution

@@ -23,7 +23,8 @@ from .._warnings import OnFailure, check_on_failure
 from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._root import Root
-from ..solvers import Solver, choose
+from ..solvers import Solver
+from ..solvers._auto import choose
 from .differentiable import LinearSolve, Rule
 from .linearisation import Linearisation
 from .signatures import Params, RuleOptions

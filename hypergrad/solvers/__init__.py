@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._auto import Auto, choose
+from ._auto import Auto
 from ._base import Solver
 from ._bicgstab import BiCGSTAB
 from ._cg import CG
@@ -30,5 +30,4 @@ __all__ = [
     "Nystrom",
     "Solution",
     "Solver",
-    "choose",
 ]

@@ -63,6 +63,19 @@ class LinearSystem:
         Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int
         How many right-hand sides, along the first axis of `b`, have one matrix in common.
+
+    Examples
+    --------
+    >>> import dataclasses, torch, hypergrad
+    >>> from hypergrad.solvers import LinearSystem, Solution, Solver
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Direct(Solver):
+    ...     def run(self, system: LinearSystem) -> Solution:
+    ...         return Solution(torch.linalg.solve(system.dense(), system.b))
+    >>> inner = lambda w, t: ((w - t) ** 2).sum()
+    >>> one = torch.ones(2)
+    >>> hypergrad.implicit_grad(lambda w, t: w.sum(), inner, one, one.clone(), solver=Direct())
+    tensor([1., 1.])
     """
 
     matvec: Product
@@ -207,6 +220,13 @@ class Solution:
         ``v -> A^-1 v`` for further right-hand sides.
     probe : Probe, optional
         What a product with a vector in general position has shown.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hypergrad.solvers import Solution
+    >>> Solution(torch.tensor([1.0, 2.0])).success
+    tensor(True)
     """
 
     x: Tensor

@@ -9,7 +9,7 @@ import torch
 
 import hypergrad
 from docs.links import dead_links
-from hypergrad import inner_solvers, projections, prox
+from hypergrad import bilevel, inner_solvers, projections, prox, solvers
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -19,6 +19,11 @@ PUBLIC = {
         f"{module.__name__}.{name}": getattr(module, name)
         for module in (inner_solvers, prox, projections)
         for name in module.__all__
+    },
+    **{
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module in (bilevel, solvers)
+        for name in set(module.__all__) - set(hypergrad.__all__)
     },
 }
 # Those outside of the site, whose links the build of the documentation checks.

@@ -207,13 +207,13 @@ class Runner:
 
 
 def _ready(active: "Sequence[_Active]", waiting: Sequence[Planned]) -> Planned | None:
-    """The first run that does not wait for another one's files."""
+    """Find the first run that does not wait for another one's files."""
     open_runs = {one.run.name for one in active} | {run.name for run in waiting}
     return next((run for run in waiting if run.after not in open_runs), None)
 
 
 def _torchrun(processes: int) -> tuple[str, ...]:
-    """What comes before "-m" in the command line of a program with so many processes."""
+    """Say what comes before "-m" in the command line of a program with so many processes."""
     if processes == 1:
         return ()
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")

@@ -278,7 +278,7 @@ def least(enough: Callable[[int], bool], start: int) -> int:
 
 
 def _solved_to(accuracy: float, problem: Quadratic, method: Method) -> tuple[int, Tensor]:
-    """The fewest steps to a point whose implicit meta-gradient is so accurate, and the point."""
+    """Find the fewest steps to a point whose implicit meta-gradient is so accurate, and it."""
     exact = problem.meta_gradient()
     for steps, (_, phi) in enumerate(problem.momentum_path(*method(problem))):
         if problem.error(problem.meta_gradient_at(phi), exact) <= accuracy:
@@ -292,7 +292,7 @@ def _cg(steps: int, rtol: float = 0.0) -> hypergrad.CG:
 
 
 def _implicit(problem: Quadratic, accuracy: float, steps: int, phi: Tensor, solve: Solve) -> Run:
-    """The implicit meta-gradient at `phi`, where `solve` ends, with the fewest steps of CG."""
+    """Form the implicit meta-gradient at `phi`, where `solve` ends, with the fewest steps of CG."""
 
     def enough(products: int) -> bool:
         found = _implicit_gradient(problem, problem.inner(Calls()), phi, products)
