@@ -23,7 +23,8 @@ PUBLIC = {
     **{
         f"{module.__name__}.{name}": getattr(module, name)
         for module in (bilevel, solvers)
-        for name in set(module.__all__) - set(hypergrad.__all__)
+        for name in module.__all__
+        if name not in hypergrad.__all__
     },
 }
 # Those outside of the site, whose links the build of the documentation checks.
