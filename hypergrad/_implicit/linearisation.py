@@ -16,7 +16,7 @@ from .._autograd.rows import by_rows, refuse_mapping
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
-from ..conditions._base import Product
+from ..conditions._base import Point, Product
 from ..conditions._inner_problem import Problem
 from ..solvers._vectors import dense_by_products
 
@@ -82,9 +82,8 @@ class Linearisation:
                 for place in inner:
                     given[place] = problem.one_for_each(given[place], tasks)
             params, args = [given[i] for i in inner], aliases[len(inner) :]
-            self.record = self.problem.condition.record(
-                self.problem, given, params, seed, forward=forward
-            )
+            point = Point(self.problem, given, params, seed, forward)
+            self.record = self.problem.condition.record(point)
             self._cross = Replay(self.record.residual, args)
             recording.returned(self.record.values)
             self.captured, self.notes = recording.captured(), recording.notes

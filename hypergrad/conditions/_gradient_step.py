@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .._autograd.maps import most_positional, selected
-from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.products import Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
 from ..solvers._vectors import norm
-from ._base import Condition, Record, recorded_gradient, require_all
+from ._base import Condition, Point, Record
 from ._inner_problem import Problem
 from ._kinks import directions, reach
 
@@ -91,19 +91,11 @@ class GradientStep(Condition):
         value = problem.objective("inner", self.f, tensors)
         return [value, *self.applied(problem, tensors, [tensors[i] for i in problem.inner])]
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the step: `f` is evaluated once, P three times."""
+        problem, tensors, params = point.problem, point.tensors, point.params
         value = problem.objective("inner", self.f, tensors)
-        gradient = recorded_gradient(value, params)
-        require_all(problem, gradient)
+        gradient = point.gradient(value)
         lead = params[0].shape[: len(problem.own_axes)]
         estimated = None
         if self.step_size is None:
@@ -123,7 +115,7 @@ class GradientStep(Condition):
             values=[value, *stepped],
             residual=outputs,
             transposed=Replay(residual, params),
-            product=ForwardReplay(outputs, params, seed) if forward and seed is not None else None,
+            product=point.product(outputs),
             sides=self._sides(problem, applied, v, stepped, residual),
         )
 

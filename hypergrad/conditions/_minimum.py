@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .._autograd.products import Replay
-from ._base import Condition, Record, recorded_gradient, require_all
+from ._base import Condition, Point, Record
 from ._inner_problem import Problem
 
 
@@ -47,18 +47,9 @@ class Minimum(Condition):
         """The objective's value."""
         return [problem.objective("inner", self.f, tensors)]
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """The gradient, recorded."""
-        value = problem.objective("inner", self.f, tensors)
-        gradient = recorded_gradient(value, params)
-        require_all(problem, gradient)
-        hessian = Replay(gradient, params)
+        value = point.problem.objective("inner", self.f, point.tensors)
+        gradient = point.gradient(value)
+        hessian = Replay(gradient, point.params)
         return Record([value], gradient, hessian, hessian)
