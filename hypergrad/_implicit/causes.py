@@ -95,7 +95,7 @@ def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Plac
             if part is not None:
                 where = f"the gradient of the smooth part by {name(i)}"
                 yield Place(where, part, derivative, name(i))
-        called = condition.outer_map[0]
+        called = condition.called
         for i, part in enumerate(stepped):
             where = f"what {called} returned at {name(i)}"
             yield Place(where, part, lambda: _of_map(called), name(i), called)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +15,7 @@ from .._autograd.products import Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
+from ..solvers._fields import positive
 from ..solvers._vectors import norm
 from ._base import Condition, Point, Record
 from ._inner_problem import Problem
@@ -43,11 +42,31 @@ class GradientStep(Condition):
     symmetric: ClassVar[bool] = False
     contraction: ClassVar[bool] = True
     kink: ClassVar[str] = "its prox or projection changes its form there"
+    #: The field that holds P, and how many of ``v, step_size`` it takes in front of the arguments.
+    called: ClassVar[str]
+    leading: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        """Refuse a step that is none."""
+        if isinstance(self.step_size, int | float):
+            positive("step_size", self.step_size)
+
+    def functions(self) -> list[Callable[..., Any]]:
+        """List the smooth part and P."""
+        return [self.f, getattr(self, self.called)]
 
     @property
-    @abstractmethod
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
         """Give P, as ``P(v, step_size, *args)``, and its name in messages."""
+        return self.called, self._mapped
+
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return most_positional(getattr(self, self.called), self.leading)
+
+    def _mapped(self, v: Any, step_size: Any, *args: Any) -> Any:
+        first = (v, step_size)[: self.leading]
+        return getattr(self, self.called)(*selected(self._most, first, args))
 
     def step(self, args: Sequence[Any]) -> Any:
         """Take the caller's step size, a constant for derivatives; one where there is none."""
@@ -165,11 +184,11 @@ class GradientStep(Condition):
             return
         if not all(torch.equal(a, b) for a, b in zip(there, stepped, strict=True)):
             raise NotConnected(
-                f"{self.outer_map[0]} moves with v, but autograd does not see how, so that its "
+                f"{self.called} moves with v, but autograd does not see how, so that its "
                 "derivative would be lost: a .detach() or .numpy() inside cuts the connection. "
                 "Write it in differentiable operations, or take one of hypergrad.prox or "
                 "hypergrad.projections.",
-                argument=self.outer_map[0],
+                argument=self.called,
             )
 
 
@@ -243,26 +262,8 @@ class ProximalGradient(GradientStep):
     f: Callable[..., Any]
     prox: Callable[..., Any]
     step_size: StepSize = None
-
-    def __post_init__(self) -> None:
-        """Refuse a step that is none."""
-        check_step_size(self.step_size)
-
-    @property
-    def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """Give the proximal map."""
-        return "prox", self._prox
-
-    @functools.cached_property
-    def _most(self) -> int | None:
-        return most_positional(self.prox, 2)
-
-    def _prox(self, v: Any, step_size: Any, *args: Any) -> Any:
-        return self.prox(*selected(self._most, (v, step_size), args))
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the smooth part and the proximal map."""
-        return [self.f, self.prox]
+    called = "prox"
+    leading = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,29 +312,5 @@ class ProjectedGradient(GradientStep):
     f: Callable[..., Any]
     project: Callable[..., Any]
     step_size: StepSize = None
-
-    def __post_init__(self) -> None:
-        """Refuse a step that is none."""
-        check_step_size(self.step_size)
-
-    @property
-    def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """Give the projection, which does not depend on the step."""
-        return "project", self._project
-
-    @functools.cached_property
-    def _most(self) -> int | None:
-        return most_positional(self.project, 1)
-
-    def _project(self, v: Any, step_size: Any, *args: Any) -> Any:
-        return self.project(*selected(self._most, (v,), args))
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the objective and the projection."""
-        return [self.f, self.project]
-
-
-def check_step_size(step_size: Any) -> None:
-    """Raise ValueError where a number is no step size."""
-    if isinstance(step_size, int | float) and not (0 < step_size < math.inf):
-        raise ValueError(f"step_size must be positive and finite; got {step_size!r}.")
+    called = "project"
+    leading = 1

@@ -20,6 +20,7 @@ from .._implicit.task_norms import finite
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
 from .._warnings import OnFailure, counted, warn
+from ..solvers._fields import positive
 from ._loss import Slopes, wide
 
 _OF_VALUE = (
@@ -246,8 +247,7 @@ def judge_figure(
 def check_positive(**numbers: float | None) -> None:
     """Refuse numbers that are not positive and finite."""
     for name, value in numbers.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite; got {value!r}.")
+        positive(name, value)
 
 
 def check_not_negative(**numbers: float | None) -> None:
