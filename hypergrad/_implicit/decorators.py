@@ -27,6 +27,7 @@ from ..conditions._inner_problem import Problem, without_aux
 from ..conditions._minimum import Minimum
 from ..conditions._root import Root
 from ..solvers import Solver, choose
+from .choices import Choices
 from .differentiable import ImplicitSolution, Rule
 from .keywords import Arguments, bound
 from .linearisation import Linearisation
@@ -294,14 +295,9 @@ def _solve(
     params = Tree("params", solution)
     problem = _restricted(Problem.of(condition, params, trees), options.argnums, call.places)
     problem.layout()  # raises, here and not in a backward, where nothing can be differentiated
-    rule = Rule(
-        problem=problem,
-        solver=choose(options.solver, condition.symmetric),
-        inner_tol=options.inner_tol,
-        on_failure=options.on_failure,
-        callback=options.callback,
-        draw=Draw(),
-    )
+    solver, callback = choose(options.solver, condition.symmetric), options.callback
+    choices = Choices(solver, options.inner_tol, options.on_failure, callback is not None)
+    rule = Rule(problem, choices, callback, Draw())
     try:
         rule, captured = _with_captured(rule)
     except TypeError as error:

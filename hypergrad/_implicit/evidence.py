@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from .._autograd.random_numbers import Draw
 from .._info import SolveInfo, Status
 from ..conditions._base import Product
 from ..solvers._base import info_of
@@ -26,7 +24,6 @@ from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
 from .choices import Choices
 from .degeneracy import DEGENERATE, degeneracy
-from .linearisation import Linearisation
 from .second_look import is_noise
 from .uses import Use
 from .verdict import Cause
@@ -66,20 +63,10 @@ class Evidence:
     """What is known about a solution, gathered in the order in which it is needed."""
 
     def __init__(
-        self,
-        lin: Linearisation,
-        choices: Choices,
-        system: LinearSystem,
-        solution: Solution,
-        tensors: Sequence[Tensor],
-        use: Use,
-        transpose: bool,
-        draw: Draw,
+        self, use: Use, choices: Choices, system: LinearSystem, solution: Solution
     ) -> None:
-        self.draw = draw
-        self.lin, self.choices, self.system, self.solution = lin, choices, system, solution
-        self.tensors, self.use, self.transpose = tensors, use, transpose
-        self.params = lin.layout.flatten([tensors[i] for i in lin.problem.inner], lin.lead)
+        self.use, self.choices, self.system, self.solution = use, choices, system, solution
+        self.lin, self.params = use.lin, use.lin.params
         self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
         self.matvecs = solution.matvecs
@@ -183,7 +170,7 @@ class Evidence:
         if null is None:
             return
         lacking = null.any(dim=-1).expand_as(self.status)
-        if self.transpose:
+        if self.system.transposed:
             moves = self.use.moves_off(null)
             lacking = lacking & moves
         self._fail(lacking, Cause.RANK)
@@ -333,7 +320,7 @@ class Evidence:
         if look is None:
             unsolved = some & ~(residual <= tol)
             if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
-                noise = is_noise(self.lin, self.tensors, step, self.draw)
+                noise = is_noise(self.lin, step)
                 unsolved = unsolved & ~noise
                 estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
             self._fail(unsolved, Cause.INNER)
@@ -454,7 +441,7 @@ class Evidence:
         """A kink, or constraints that are dependent, for some of the tasks."""
         if self.degeneracy is None:
             self.degeneracy = degeneracy(
-                self.lin, self.solution.x, self.system.b, transpose=self.transpose
+                self.lin, self.solution.x, self.system.b, transpose=self.system.transposed
             )
         if self.degeneracy is not None:
             self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)

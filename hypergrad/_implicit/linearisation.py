@@ -63,6 +63,7 @@ class Linearisation:
         inside: Callable[[Linearisation, Tensor], Any] | None = None,
     ) -> None:
         self.problem = problem if tasks is None else problem.with_own_axes()
+        self.tensors, self.draw = tensors, draw
         self.layout = problem.layout()
         self.extra: Any = None
         inner = problem.inner
@@ -103,6 +104,15 @@ class Linearisation:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
         record(evaluate, variables, problem.trees, draw=draw)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    @property
+    def params(self) -> Tensor:
+        """The inner variables as one vector."""
+        return self.layout.flatten([self.tensors[i] for i in self.problem.inner], self.lead)
+
+    def at(self, tensors: Sequence[Tensor]) -> Linearisation:
+        """Linearise the same at other tensors, with the same random numbers."""
+        return Linearisation(self.problem, tensors, self.draw)
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
         """``A^T u``."""

@@ -24,6 +24,7 @@ from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._root import Root
 from ..solvers import Solver, choose
+from .choices import Choices
 from .differentiable import LinearSolve, Rule
 from .linearisation import Linearisation
 from .signatures import Params, RuleOptions
@@ -106,7 +107,7 @@ def root_vjp(
     >>> hypergrad.root_vjp(F, torch.tensor(2.0), (torch.tensor(4.0),), torch.tensor(1.0))
     (tensor(0.2500),)
     """
-    rule, trees = _rule(F, params, args, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure, return_info)
     for position in _positions(argnums, len(trees)):
         trees[position - 1].refuse_opaque()
         trees[position - 1].refuse_constants()
@@ -208,7 +209,7 @@ def root_jvp(
     >>> hypergrad.root_jvp(F, torch.tensor(2.0), (torch.tensor(4.0),), (torch.tensor(1.0),))
     tensor(0.2500)
     """
-    rule, trees = _rule(F, params, args, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure, return_info)
     problem = rule.problem
     captured = [] if return_info else _captured(rule)
     given = (tangents,) if isinstance(argnums, int) else tuple(tangents)
@@ -242,6 +243,7 @@ def _rule(
     args: tuple[Any, ...],
     solver: Solver | None,
     on_failure: OnFailure,
+    figures: bool,
 ) -> tuple[Rule, list[Tree]]:
     check_on_failure(on_failure)
     if not isinstance(args, tuple):
@@ -252,7 +254,8 @@ def _rule(
     trees = [Tree(f"args[{i}]", value, constants=True) for i, value in enumerate(args)]
     # Every argument stays a variable, whichever are asked for: the answer may depend on all.
     problem = Problem.of(condition, Tree("params", params), trees)
-    return Rule(problem, choose(solver, condition.symmetric), None, on_failure, None, Draw()), trees
+    choices = Choices(choose(solver, condition.symmetric), None, on_failure, figures)
+    return Rule(problem, choices, None, Draw()), trees
 
 
 def _positions(argnums: int | Sequence[int] | None, count: int) -> list[int]:
@@ -319,7 +322,7 @@ def _solved(
     if not return_info and not (_tracked(b, problem=problem) or transforms_active()):
         tensors = [t.detach() for t in problem.tensors]
         lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
-        return lin, rule.solve(lin, tensors, b.detach(), transpose), None
+        return lin, rule.solve(lin, b.detach(), transpose), None
     if not return_info:
         lin = Linearisation(problem, problem.tensors, rule.draw, again=True)
         return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None
@@ -332,5 +335,5 @@ def _solved(
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     infos: list[SolveInfo] = []
     rule = dataclasses.replace(rule, callback=infos.append)
-    u = rule.solve(lin, tensors, b, transpose)
+    u = rule.solve(lin, b, transpose)
     return lin, u, infos[0]

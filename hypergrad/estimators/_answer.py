@@ -15,7 +15,7 @@ from .._autograd.refusals import refuse_derivatives
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
-from .._implicit.causes import Place, derivative
+from .._implicit.causes import Place, derivative, of_leaves
 from .._implicit.task_norms import finite
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
@@ -89,10 +89,7 @@ def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure,
                 for path, leaf in _named(estimate.params)
             ),
             Place("the outer loss", estimate.value, lambda: _OF_VALUE, argument="outer"),
-            *(
-                Place(f"the gradient by {path}", leaf, lambda: _OF_GRADIENT, path)
-                for path, leaf in zip(map(H.variable_path, range(len(leaves))), leaves, strict=True)
-            ),
+            *of_leaves("the gradient by ", H, leaves, lambda: _OF_GRADIENT),
         ])
 
     def error() -> Exception:
