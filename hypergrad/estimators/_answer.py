@@ -20,7 +20,9 @@ from .._implicit.task_norms import finite
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
 from .._warnings import OnFailure, counted, warn
+from ..solvers._base import info_of
 from ..solvers._fields import positive
+from ..solvers._system import Solution, graded
 from ._loss import Slopes, wide
 
 _OF_VALUE = (
@@ -180,23 +182,10 @@ def evidence(
 ) -> SolveInfo:
     """A `SolveInfo` of an estimator that solves no linear system: NaN where it knows nothing."""
     nan = torch.full_like(wide(slopes.value), math.nan)
-    zero = torch.zeros_like(slopes.value, dtype=torch.int64)
-    known: dict[str, Any] = dict.fromkeys(
-        ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
-    )
-    return SolveInfo(
-        status=torch.where(success, zero + int(Status.CONVERGED), int(failed)),
-        success=success,
-        iterations=zero,
-        matvecs=zero,
-        negative_curvature=torch.zeros_like(success),
-        eigenvalues=torch.stack([nan, nan]),
-        solution=solution,
-        outer_value=slopes.value,
-        aux=slopes.aux,
-        method=method,
-        **(known | figures),
-    )
+    status, size = graded({Status.CONVERGED: success}, failed), figures.pop("residual_norm", nan)
+    known: dict[str, Any] = {"outer_value": slopes.value, "aux": slopes.aux, **figures}
+    solved = Solution(nan[None], status, success, residual_norm=size, method=method)
+    return info_of(solved, solution=solution, eigenvalues=torch.stack([nan, nan]), **known)
 
 
 def judge_figure(
