@@ -15,11 +15,12 @@ from .._autograd.products import Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
+from ..solvers._factorisation import signs
 from ..solvers._fields import positive
 from ..solvers._vectors import norm
 from ._base import Condition, Point, Record
 from ._inner_problem import Problem
-from ._kinks import directions, reach
+from ._kinks import reach
 
 StepSize = float | Tensor | Callable[..., Any] | None
 
@@ -167,7 +168,8 @@ class GradientStep(Condition):
         flat = layout.flatten([leaf.detach() for leaf in v], lead)
         missed = layout.flatten([leaf.detach() for leaf in residual], lead)
         distance = reach(flat.abs().amax(dim=-1), missed, layout.precision)
-        away = layout.split(distance[..., None] * directions(layout))
+        # Ones would not do: a projection onto the simplex does not see them.
+        away = layout.split(distance[..., None] * signs(flat))
         sides = []
         for sign in (1, -1):
             there = applied([leaf + sign * a for leaf, a in zip(v, away, strict=True)])
@@ -196,7 +198,8 @@ def _inverse_curvature(
     hessian: Callable[[Parts], Parts], layout: Layout, lead: Sequence[int]
 ) -> Tensor:
     """Estimate one over the largest curvature of each task by power steps; one for none."""
-    v = directions(layout).expand(*lead, layout.n)
+    v = signs(torch.empty(layout.n, dtype=layout.dtype, device=layout.device))
+    v = v.expand(*lead, layout.n)
     seen = torch.zeros_like(v[..., 0])
     for _ in range(_POWER_STEPS):
         unit = v / torch.where(seen > 0, seen, norm(v))[..., None]
