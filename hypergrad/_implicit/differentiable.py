@@ -18,6 +18,7 @@ from torch import Tensor
 from .._autograd.products import ForwardReplay, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import refuse_old_vmap
+from .._autograd.search import in_front
 from .._autograd.transforms import (
     alive,
     forward_mode_active,
@@ -111,7 +112,7 @@ class LinearSolve(torch.autograd.Function):
         info: Any, in_dims: Any, rule: Rule, transpose: bool, b: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, int]:
         axis, moved = _with_axis(rule.problem, info, in_dims[3:], tensors, own=False)
-        b = _in_front(b, in_dims[2], info.batch_size)
+        (b,) = in_front([b], in_dims[2:3], info.batch_size)
         return LinearSolve.apply(rule.under(axis), transpose, b, *moved), 0
 
     @staticmethod
@@ -278,21 +279,10 @@ def _with_axis(
     problem: Problem, info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor], own: bool
 ) -> tuple[TaskAxis, list[Tensor]]:
     """The axis of a vmap around a problem, and the tensors with that axis in front."""
-    own = own or any(dim is not None for dim in in_dims)
-    dims: list[int | None] = [None if dim is None else 0 for dim in in_dims]
-    moved = [
-        t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=True)
-    ]
-    if own:
-        for place in problem.inner:
-            dims[place], moved[place] = (
-                0,
-                _in_front(tensors[place], in_dims[place], info.batch_size),
-            )
-    return TaskAxis(tuple(dims), info.randomness), moved
-
-
-def _in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    if dim is None:
-        return tensor.expand((size, *tensor.shape))
-    return tensor.movedim(dim, 0)
+    mapped = {place for place, dim in enumerate(in_dims) if dim is not None}
+    if own or mapped:
+        mapped |= set(problem.inner)
+    dims = tuple(0 if place in mapped else None for place in range(len(tensors)))
+    front = in_front(tensors, in_dims, info.batch_size)
+    moved = [t if dim is None else f for t, dim, f in zip(tensors, dims, front, strict=True)]
+    return TaskAxis(dims, info.randomness), moved
