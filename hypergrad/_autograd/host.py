@@ -42,11 +42,11 @@ def all_tasks(rows: Tensor) -> Tensor:
 
 def any_task(flag: Tensor) -> bool:
     """Whether a flag is set for any task. Synchronises with the host once."""
-    flag = layers(flag)[-1]  # of all tasks, in whatever order
+    flag = layers(flag)[-1] if is_wrapped(flag) else flag  # of all tasks, in whatever order
     return bool(flag.any()) if flag.ndim else bool(flag)
 
 
 def every_task(flag: Tensor) -> bool:
     """Whether a flag is set for every task. Synchronises with the host once."""
-    flag = layers(flag)[-1]
+    flag = layers(flag)[-1] if is_wrapped(flag) else flag
     return bool(flag.all()) if flag.ndim else bool(flag)

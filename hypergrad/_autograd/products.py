@@ -59,7 +59,9 @@ class Replay:
             except RuntimeError as error:
                 advise(error)
                 raise
-            return torch.zeros_like(cotangent) if pulled is None else _dense(pulled)
+            if pulled is None:
+                return torch.zeros_like(cotangent)
+            return pulled if pulled.layout == torch.strided else pulled.to_dense()
 
         return form
 
