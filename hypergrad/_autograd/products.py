@@ -110,6 +110,13 @@ class ForwardReplay:
         return pushed
 
 
+def filled(leaves: Parts, like: Sequence[Tensor]) -> list[Tensor]:
+    """Put zeros, each like its variable, in the places of leaves that are None."""
+    return [
+        torch.zeros_like(v) if leaf is None else leaf for leaf, v in zip(leaves, like, strict=True)
+    ]
+
+
 def gradient_of(
     value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
 ) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._autograd.guard import Guard
+from .._autograd.products import filled
 from .._autograd.random_numbers import Draw
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
@@ -247,10 +248,7 @@ class Case:
         except Exception as error:  # whatever the caller's solver raises
             text = str(error).strip().split("\n")[0]
             return None, f"it raised {type(error).__name__}: {text[:200].rstrip('.')}"
-        return [
-            torch.zeros_like(v) if g is None else g
-            for v, g in zip(variables, gradient, strict=True)
-        ], ""
+        return filled(gradient, variables), ""
 
     def newton(self, params: Any, variables: Sequence[Tensor]) -> Any:
         """Make Newton steps from `params` on the condition, as long as they help."""

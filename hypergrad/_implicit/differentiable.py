@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay, Replay
+from .._autograd.products import ForwardReplay, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import refuse_old_vmap
 from .._autograd.search import in_front
@@ -166,9 +166,7 @@ class LinearSolve(torch.autograd.Function):
                 tasks=u.shape[:-1],
                 inside=along,
             )
-            moved = [
-                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i] for i in places
-            ]
+            moved = filled([tangents[i] for i in places], [tensors[i] for i in places])
             change = lin.extra(moved, create_graph=True)[0]
             rhs = rhs if change is None else rhs - change
         return LinearSolve.apply(rule, ctx.transpose, rhs, *tensors)
@@ -243,10 +241,8 @@ class ImplicitSolution(torch.autograd.Function):
         with lower_levels():
             rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
             lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)
-            given = [
-                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i]
-                for i in rule.problem.outer
-            ]
+            outer = rule.problem.outer
+            given = filled([tangents[i] for i in outer], [tensors[i] for i in outer])
             du = LinearSolve.apply(rule, False, -lin.cross_forward(given, True), *tensors)
             return tuple(lin.layout.split(du))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.captured import captured_by, carries_something, names_of_captured
+from .._autograd.products import filled
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import never_compiled, refuse_derivatives
 from .._autograd.torch_pytrees import pytree
@@ -122,11 +123,7 @@ def root_vjp(
     start, answer = len(problem.params.tensors), []
     for tree in trees:
         places = [start + i for i in tree.variables_among_tensors]
-        parts = [
-            torch.zeros_like(v) if grads.get(p) is None else grads[p]
-            for p, v in zip(places, tree.variables, strict=True)
-        ]
-        answer.append(tree.fill(parts))  # type: ignore[arg-type]
+        answer.append(tree.fill(filled([grads.get(p) for p in places], tree.variables)))
         start += len(tree.tensors)
     chosen = _chosen(_constant_in(captured, rule, answer), argnums)
     return (chosen, info) if return_info else chosen

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.products import Parts, Replay
+from .._autograd.products import Parts, Replay, filled
 from .._autograd.rows import by_rows
 from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
@@ -237,11 +237,7 @@ class _Dependence:
                 part.to(c.dtype).expand(*tasks, size).reshape(c.shape)
                 for part, size, c in zip(weights.split(sizes), sizes, self.constraints, strict=True)
             ]
-            pulled = self.pullback(given)
-            parts = [
-                torch.zeros_like(x) if part is None else part
-                for part, x in zip(pulled, self.x, strict=True)
-            ]
+            parts = filled(self.pullback(given), self.x)
             return torch.cat([part.reshape(*tasks, -1).to(dtype) for part in parts], dim=-1)
 
         with torch.no_grad():
