@@ -48,7 +48,6 @@ class Case:
         condition: Condition,
         solve: Callable[[Any], Any],
         tree: Tree,
-        hparams: Any,
         solver: Solver | None,
     ) -> None:
         self.outer, self.condition, self.solve = outer, condition, solve

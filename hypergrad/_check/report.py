@@ -238,7 +238,7 @@ def check_hypergrad(
         torch.enable_grad(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return _Check(Case(outer, condition, solve, tree, hparams, solver), rtol).report()
+        return _Check(Case(outer, condition, solve, tree, solver), rtol).report()
 
 
 @dataclasses.dataclass(eq=False)

@@ -115,9 +115,11 @@ class Condition(Fields, ABC):
         @property
         def symmetric(self) -> bool: ...
 
-    @abstractmethod
     def functions(self) -> list[Callable[..., Any]]:
-        """The user's functions, to look for what they capture."""
+        """The user's functions, to look for what they capture: the fields that can be called."""
+        itself: Any = self
+        values = [getattr(self, field.name) for field in dataclasses.fields(itself)]
+        return [value for value in values if callable(value)]
 
     @abstractmethod
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -37,10 +37,6 @@ class FixedPoint(Condition):
     symmetric: bool = False
     contraction: ClassVar[bool] = True
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """The map."""
-        return [self.T]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The map's value."""
         return problem.equation("T(params, ...)", self.T, tensors)

@@ -61,10 +61,6 @@ class GaussNewton(Condition):
     of_objective: ClassVar[bool] = True
     twice: ClassVar[bool] = False
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """The outputs, the loss and the regulariser."""
-        return [f for f in (self.outputs, self.loss, self.regulariser) if f is not None]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The loss and the regulariser."""
         outputs = problem.outputs(self.outputs, tensors)

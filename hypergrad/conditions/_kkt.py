@@ -80,10 +80,6 @@ class KKT(Condition):
         """Whether there are equalities alone."""
         return self.inequalities is None
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """The objective and the constraints."""
-        return [f for f in (self.f, self.equalities, self.inequalities) if f is not None]
-
     def lagrangian(self, params: Any, *args: Any) -> Tensor:
         """``f + nu.h + lam.g``."""
         x, nu, lam = _three(params)

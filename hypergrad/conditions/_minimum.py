@@ -39,10 +39,6 @@ class Minimum(Condition):
     minimum: ClassVar[bool] = True
     of_objective: ClassVar[bool] = True
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """The objective."""
-        return [self.f]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The objective's value."""
         return [problem.objective("inner", self.f, tensors)]

@@ -41,10 +41,6 @@ class Root(Condition):
     F: Callable[..., Any]
     symmetric: bool = False
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """The equation."""
-        return [self.F]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The equation's value."""
         return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
