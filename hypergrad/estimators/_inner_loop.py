@@ -192,6 +192,7 @@ def own_constants(tree: Tree) -> Tree:
     for place, leaf in enumerate(tree.leaves):
         if isinstance(leaf, Tensor) and not leaf.is_floating_point():
             tree.leaves[place] = _own(leaf)
+    tree.tensors = [tree.leaves[i] for i in tree.places]
     return tree
 
 
