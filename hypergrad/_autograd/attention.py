@@ -228,7 +228,8 @@ def has_fused(nodes: set[Any], *, again: bool) -> bool:
         If its second derivative is needed: `again`, or the graph holds the first already.
     """
     names = {node.name() for node in nodes}
-    if not any(name.startswith(_NODE) for name in names):
+    fused = [name for name in names if name.startswith(_NODE)]
+    if not fused:
         return False
     if again or _WITHOUT_DERIVATIVE in names:
         raise FusedAttention

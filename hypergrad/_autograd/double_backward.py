@@ -134,12 +134,16 @@ def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None
         _refuse_two_dtypes(trees, error)
 
 
+def _named(trees: Sequence[Tree]) -> list[tuple[str, Tensor]]:
+    """List all variables with their paths."""
+    return [(tree.variable_path(i), v) for tree in trees for i, v in enumerate(tree.variables)]
+
+
 def _refuse_statistics(trees: Sequence[Tree], error: Exception) -> None:
     """Raise where the running statistics of a norm layer are among the variables."""
     if "is not differentiable with respect to argument 'running_" not in str(error):
         return
-    paths = [tree.variable_path(i) for tree in trees for i in range(len(tree.variables))]
-    running = [path for path in paths if "running_" in path]
+    running = [path for path, _ in _named(trees) if "running_" in path]
     raise StructureMismatch(
         "The running statistics of a norm layer are among the variables "
         f"({', '.join(running) or 'a leaf'}): they are buffers, which a state_dict() holds too. "
@@ -149,15 +153,12 @@ def _refuse_statistics(trees: Sequence[Tree], error: Exception) -> None:
 
 
 def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
-    leaves = [
-        (tree.variable_path(i), leaf.device)
-        for tree in trees
-        for i, leaf in enumerate(tree.variables)
-    ]
-    for name, device in leaves:
-        if device != leaves[0][1]:
+    leaves = _named(trees)
+    for name, leaf in leaves:
+        first, other = leaves[0]
+        if leaf.device != other.device:
             raise StructureMismatch(
-                f"{name} is on {device} but {leaves[0][0]} is on {leaves[0][1]}; move them to one "
+                f"{name} is on {leaf.device} but {first} is on {other.device}; move them to one "
                 f"device, or one to the other's inside the loss. ({error})",
                 leaf=name,
             ) from error
@@ -165,9 +166,8 @@ def _refuse_two_devices(trees: Sequence[Tree], error: Exception) -> None:
 
 def _refuse_two_dtypes(trees: Sequence[Tree], error: Exception) -> None:
     names: dict[str, str] = {}
-    for tree in trees:
-        for i, leaf in enumerate(tree.variables):
-            names.setdefault(str(leaf.dtype), tree.variable_path(i))
+    for path, leaf in _named(trees):
+        names.setdefault(str(leaf.dtype), path)
     if names:
         given = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
         raise StructureMismatch(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from .refusals import WithoutDerivative
 from .transforms import is_wrapped, layers
 
 
-class _AllTasks(torch.autograd.Function):
+class _AllTasks(WithoutDerivative):
     """All tasks' rows of a ``(k,)`` tensor as one plain ``(tasks, k)`` tensor.
 
     The batching rule returns an unbatched result, so that Python may look at it under any
@@ -19,31 +19,21 @@ class _AllTasks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(rows: Tensor) -> Tensor:
-        return rows.detach().reshape(-1, rows.shape[-1]).clone()
+    def forward(rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.detach().reshape(-1, rows.shape[-1]).clone(),)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], rows: Tensor) -> tuple[Tensor, None]:
-        return _AllTasks.apply(rows.movedim(in_dims[0], 0)), None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        return None
+    def vmap(
+        info: Any, in_dims: tuple[int], rows: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[None]]:
+        return _AllTasks.apply(rows.movedim(in_dims[0], 0)), (None,)
 
 
 def all_tasks(rows: Tensor) -> Tensor:
     """Gather the rows of every task, ``(tasks, k)``, in a plain tensor that the host may read."""
     rows = rows.detach()
     if is_wrapped(rows):
-        rows = _AllTasks.apply(rows)
+        (rows,) = _AllTasks.apply(rows)
         while is_wrapped(rows):
             rows = _functorch.get_unwrapped(rows)
         return rows
@@ -52,11 +42,11 @@ def all_tasks(rows: Tensor) -> Tensor:
 
 def any_task(flag: Tensor) -> bool:
     """Say whether a flag is set for any task. Synchronises with the host once."""
-    flag = layers(flag)[-1]  # of all tasks, in whatever order
+    flag = layers(flag)[-1] if is_wrapped(flag) else flag  # of all tasks, in whatever order
     return bool(flag.any()) if flag.ndim else bool(flag)
 
 
 def every_task(flag: Tensor) -> bool:
     """Say whether a flag is set for every task. Synchronises with the host once."""
-    flag = layers(flag)[-1]
+    flag = layers(flag)[-1] if is_wrapped(flag) else flag
     return bool(flag.all()) if flag.ndim else bool(flag)

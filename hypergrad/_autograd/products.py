@@ -59,7 +59,9 @@ class Replay:
             except RuntimeError as error:
                 advise(error)
                 raise
-            return torch.zeros_like(cotangent) if pulled is None else _dense(pulled)
+            if pulled is None:
+                return torch.zeros_like(cotangent)
+            return pulled if pulled.layout == torch.strided else pulled.to_dense()
 
         return form
 
@@ -106,6 +108,13 @@ class ForwardReplay:
         for i, part in zip(self._used, self._transpose(tangents, create_graph), strict=True):
             pushed[i] = part
         return pushed
+
+
+def filled(leaves: Parts, like: Sequence[Tensor]) -> list[Tensor]:
+    """Put zeros, each like its variable, in the places of leaves that are None."""
+    return [
+        torch.zeros_like(v) if leaf is None else leaf for leaf, v in zip(leaves, like, strict=True)
+    ]
 
 
 def gradient_of(

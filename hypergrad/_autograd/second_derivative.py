@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .trace import graph
+
 Function = Callable[[Tensor], Tensor]
 
 # The step along a direction as long as the point itself: near the cube root of the rounding unit.
@@ -116,14 +118,7 @@ def nodes_of(outputs: Sequence[Tensor]) -> set[str]:
     set of str
         The names, as ``grad_fn.name()`` gives them.
     """
-    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return {node.name() for node in seen}
+    return {node.name() for y in outputs for node in graph(y).nodes}
 
 
 def _lengths(x: Tensor, sizes: Sequence[int]) -> Tensor:

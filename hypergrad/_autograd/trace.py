@@ -20,6 +20,7 @@ from .._errors import UnsupportedOperation
 from .transforms import (
     carries_derivative,
     has_tangent,
+    is_wrapped,
     layers,
     transforms_active,
     without_saved_tensor_hooks,
@@ -166,7 +167,7 @@ def detached(variable: Tensor) -> Tensor:
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Count how often the memory of each tensor has been changed in place."""
-    plain = [layers(tensor)[-1] for tensor in tensors]
+    plain = [layers(t)[-1] if is_wrapped(t) else t for t in tensors]
     return [0 if tensor.is_inference() else tensor._version for tensor in plain]
 
 

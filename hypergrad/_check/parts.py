@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._autograd.guard import Guard
+from .._autograd.products import filled
 from .._autograd.random_numbers import Draw
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
@@ -21,7 +22,8 @@ from .._implicit.entrance import implicit_grad
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
 from .._info import SolveInfo
-from .._pytrees import Tree
+from .._pytrees import Layout, Tree
+from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..conditions._inner_problem import Problem, scalar
 from ..solvers import GMRES, Exact, Solver
@@ -46,7 +48,6 @@ class Case:
         condition: Condition,
         solve: Callable[[Any], Any],
         tree: Tree,
-        hparams: Any,
         solver: Solver | None,
     ) -> None:
         self.outer, self.condition, self.solve = outer, condition, solve
@@ -63,11 +64,12 @@ class Case:
                 f"returned {type(self.solution).__name__}. Is a return missing?",
                 argument="solve",
             )
+        self.layout = Layout(self.params, self.params.variables)
         # Nothing is taken on trust here: neither the solver nor the symmetry.
         self.plain = condition
         if any(f.name == "symmetric" for f in _fields(condition)):
             self.plain = dataclasses.replace(condition, symmetric=False)  # type: ignore[type-var]
-        n = sum(v.numel() for v in self.params.variables)
+        n = self.layout.n
         self.exact: Solver = Exact() if n <= _DENSE_BELOW else GMRES(rtol=1e-8, maxiter=5 * n)
 
     # The functions.
@@ -104,8 +106,7 @@ class Case:
 
     def at_params(self, flat: Tensor) -> Any:
         """Take params out of a vector in which they lie as `flat` puts them there."""
-        leaves = self.problem(self.condition, self.solution, self.at).layout().split(flat)
-        pairs = zip(self.params.variables, leaves, strict=True)
+        pairs = zip(self.params.variables, self.layout.split(flat), strict=True)
         return self.params.rebuild([like(p, leaf) for p, leaf in pairs])
 
     def _taken_apart(self, params: Any) -> Tree:
@@ -125,14 +126,12 @@ class Case:
     def flat(self, params: Any) -> Tensor:
         """Join the variables of `params` to one vector."""
         tree = self._taken_apart(params)
-        layout = self.problem(self.condition, params, self.at).layout()
-        return layout.flatten([detached(v) for v in tree.variables])
+        return Layout(tree, tree.variables).flatten([detached(v) for v in tree.variables])
 
     def adjoint(self, info: SolveInfo) -> Tensor:
         """Lay out the solution of the linear system as one vector, as `flat` does."""
         leaves = pytree.tree_leaves(info.solution)
-        layout = self.problem(self.condition, self.solution, self.at).layout()
-        return layout.flatten([leaves[i] for i in self.params.where])
+        return self.layout.flatten([leaves[i] for i in self.params.where])
 
     def problem(self, condition: Condition, params: Any, variables: Sequence[Tensor]) -> Problem:
         """Pose the inner problem at some point."""
@@ -155,7 +154,11 @@ class Case:
         )
 
     def implicit(
-        self, solver: Solver | None, params: Any = None, condition: Condition | None = None
+        self,
+        solver: Solver | None,
+        params: Any = None,
+        condition: Condition | None = None,
+        on_failure: OnFailure = "ignore",
     ) -> tuple[list[Tensor], SolveInfo]:
         """Compute the implicit hypergradient, a tensor for each variable, and its evidence."""
         grads, info = implicit_grad(
@@ -165,7 +168,7 @@ class Case:
             self.hparams,
             solver=solver,
             inner_tol=None,
-            on_failure="ignore",
+            on_failure=on_failure,
             return_info=True,
         )
         return Tree("hparams", grads).variables, info
@@ -204,15 +207,7 @@ class Case:
     def judgement(self) -> HypergradError | None:
         """The error that `implicit_grad` raises where it is to raise one."""
         try:
-            implicit_grad(
-                self.outer,
-                self.condition,
-                self.solution,
-                self.hparams,
-                solver=self.solver,
-                inner_tol=None,
-                on_failure="raise",
-            )
+            self.implicit(self.solver, on_failure="raise")
         except HypergradError as error:
             return error
         return None
@@ -223,7 +218,7 @@ class Case:
         tensors = [detached(t) for t in problem.tensors]
         with self._outer.evaluation():
             _, _, cotangent, direct, _ = outer_gradient(self.outer, problem, tensors, False)
-        return problem.layout().flatten(cotangent), direct
+        return self.layout.flatten(cotangent), direct
 
     def terms(self, lines: Sequence[Direction], u: Tensor) -> list[float]:
         """Add up the absolute sizes of a hypergradient's terms, along directions."""
@@ -252,10 +247,7 @@ class Case:
         except Exception as error:  # whatever the caller's solver raises
             text = str(error).strip().split("\n")[0]
             return None, f"it raised {type(error).__name__}: {text[:200].rstrip('.')}"
-        return [
-            torch.zeros_like(v) if g is None else g
-            for v, g in zip(variables, gradient, strict=True)
-        ], ""
+        return filled(gradient, variables), ""
 
     def newton(self, params: Any, variables: Sequence[Tensor]) -> Any:
         """Make Newton steps from `params` on the condition, as long as they help."""

@@ -238,7 +238,7 @@ def check_hypergrad(
         torch.enable_grad(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return _Check(Case(outer, condition, solve, tree, hparams, solver), rtol).report()
+        return _Check(Case(outer, condition, solve, tree, solver), rtol).report()
 
 
 @dataclasses.dataclass(eq=False)
@@ -286,26 +286,28 @@ class _Check:
 
     def report(self) -> Report:
         """Compare the derivatives, and look for the part at fault where they disagree."""
+        none, unrolled, unrolled_error = _numbers([]), None, math.nan
+        seen = _Comparison(none, none, none, none, tolerance=self.rtol)
         finding = first(When.FIRST, Trial(self.case, self.lines[0]))
-        if finding is not None:
-            return self.ended(finding)
-        seen = self.compared()
-        unrolled, unrolled_error = self.unrolled(seen)
-        finding = self.suspected(seen)
-        self.remark(finding is None, unrolled_error, seen)
+        compared = finding is None
+        if compared:
+            seen = self.compared()
+            unrolled, unrolled_error = self.unrolled(seen)
+            finding = self.suspected(seen)
+            self.remark(finding is None, unrolled_error, seen)
         return Report(
             ok=finding is None,
             blame=None if finding is None else finding.suspect.name,
             reason="" if finding is None else finding.evidence,
             relative_error=seen.relative_error,
             tolerance=seen.tolerance,
-            labels=tuple(line.label for line in self.lines),
+            labels=tuple(line.label for line in self.lines) if compared else (),
             implicit=seen.implicit,
             differences=seen.differences,
             difference_errors=seen.errors,
             unrolled=unrolled,
             unrolled_error=unrolled_error,
-            info=self.case.hypergradient[1],
+            info=self.case.known,
             notes=tuple(self.notes),
             question=None if finding is None else finding.suspect.question,
         )
@@ -438,26 +440,6 @@ class _Check:
             self.notes.append(f"the gradient agrees, but the linear solve failed: {info}.")
         if ok and unsymmetric(self.case) is not None:
             self.notes.append("the condition is declared symmetric, and A is not quite.")
-
-    def ended(self, finding: Finding) -> Report:
-        """Report that the check has ended before derivatives were compared."""
-        none = _numbers([])
-        return Report(
-            ok=False,
-            blame=finding.suspect.name,
-            reason=finding.evidence,
-            relative_error=math.nan,
-            tolerance=self.rtol,
-            labels=(),
-            implicit=none,
-            differences=none,
-            difference_errors=none,
-            unrolled=None,
-            unrolled_error=math.nan,
-            info=self.case.known,
-            notes=tuple(self.notes),
-            question=finding.suspect.question,
-        )
 
 
 def _weighed(seen: _Comparison, worst: tuple[float, float, int], noise: float) -> _Comparison:

@@ -105,6 +105,9 @@ class Trial:
         return abs(slope - expected) > allowed + 4 * error + self.rounding / length
 
 
+Look = Callable[[Trial], str | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Suspect:
     """One part of a bi-level problem that may be at fault.
@@ -124,7 +127,7 @@ class Suspect:
     name: str
     question: str
     when: When
-    look: Callable[[Trial], str | None]
+    look: Look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,27 @@ class Finding:
 
     suspect: Suspect
     evidence: str
+
+
+#: In the order in which they are asked about: that of the functions below.
+SUSPECTS: list[Suspect] = []
+
+_NOT_CONNECTED = "hyperparameter not connected"
+_GRADIENT = "implicit gradient"
+_SYSTEM = "linear system not solved"
+_UNSOLVED = "inner problem not solved"
+_SAME_WAY = "Do solve and inner use hparams in the same way?"
+_FURTHER = "Is the inner problem solved as far as the derivatives need?"
+
+
+def _suspect(name: str, question: str, when: When) -> Callable[[Look], Look]:
+    """List what a function looks for as the next suspect."""
+
+    def listed(look: Look) -> Look:
+        SUSPECTS.append(Suspect(name, question, when, look))
+        return look
+
+    return listed
 
 
 def first(when: When, trial: Trial) -> Finding | None:
@@ -193,25 +217,30 @@ def hiding(case: Case, line: Direction) -> Trial | None:
 # --- before derivatives are compared ---------------------------------------------------------
 
 
+@_suspect("loss not deterministic", "Do outer and inner have the same values twice?", When.FIRST)
 def _changes(trial: Trial) -> str | None:
     return not_deterministic(trial.case)
 
 
+@_suspect(_NOT_CONNECTED, "Do outer and inner use hparams as they are given it?", When.FIRST)
 def _hparams_not_connected(trial: Trial) -> str | None:
     refused = trial.case.refused
     return str(refused) if refused is not None and refused.argument == "hparams" else None
 
 
+@_suspect("params not connected", "Do outer and inner use params as they are given it?", When.FIRST)
 def _params_not_connected(trial: Trial) -> str | None:
     refused = trial.case.refused
     return None if refused is None else str(refused)
 
 
+@_suspect(_SYSTEM, "Does the linear solver return finite numbers?", When.FIRST)
 def _system_not_finite(trial: Trial) -> str | None:
     error = None if trial.case.finite else trial.case.judgement
     return None if error is None or isinstance(error, NotFinite) else str(error)
 
 
+@_suspect("not finite", "Are the losses and the hypergradient finite?", When.FIRST)
 def _not_finite(trial: Trial) -> str | None:
     if trial.case.finite:
         return None
@@ -221,6 +250,7 @@ def _not_finite(trial: Trial) -> str | None:
 # --- even where they agree -------------------------------------------------------------------
 
 
+@_suspect(_GRADIENT, "Is the gradient of inner that of its values?", When.ALWAYS)
 def _no_gradient(trial: Trial) -> str | None:
     """Look for an objective whose gradient, the condition, is not its own."""
     case = trial.case
@@ -264,9 +294,19 @@ def unsymmetric(case: Case, least: float = 0.0) -> str | None:
     )
 
 
+@_suspect(_GRADIENT, "Is the matrix symmetric, as declared?", When.ALWAYS)
+def _unsymmetric(trial: Trial) -> str | None:
+    return unsymmetric(trial.case, trial.case.rtol)
+
+
 # --- where they disagree, or the differences are too uncertain -------------------------------
 
 
+@_suspect(
+    "solve not deterministic",
+    "Does solve return the same params twice?",
+    When.UNCERTAIN | When.APART,
+)
 def _restless(trial: Trial) -> str | None:
     apart = restless(trial.case, trial.line, trial.error if trial.useless else trial.gap)
     if apart is None:
@@ -278,6 +318,7 @@ def _restless(trial: Trial) -> str | None:
     )
 
 
+@_suspect("not finite", "Is outer finite a step away?", When.UNCERTAIN)
 def _edge(trial: Trial) -> str | None:
     if math.isfinite(trial.difference):
         return None
@@ -289,6 +330,43 @@ def _edge(trial: Trial) -> str | None:
     )
 
 
+@_suspect(_UNSOLVED, _FURTHER, When.UNCERTAIN)
+def _unsolved(trial: Trial) -> str | None:
+    """Look for an inner problem whose derivatives agree once it is solved further."""
+    case, line = trial.case, trial.line
+    try:
+        params = case.newton(case.solution, case.at)
+        gradient, after = case.implicit(case.exact, params, case.plain)
+        implicit = line.dot(gradient)
+        difference, error = derivative(
+            case.along(line, refined=True),
+            line.length,
+            case.precision,
+            0.1 * case.rtol,
+            1e-3 * abs(implicit),
+        )
+    except HypergradError:
+        implicit = difference = error = math.nan
+    size = max(abs(implicit), abs(difference))
+    agree = abs(implicit - difference) <= case.rtol * size + 4 * error and error <= 0.1 * size
+    before = float(case.exactly[1].inner_residual)
+    if agree:
+        text = (
+            f"Newton steps take it to {float(after.inner_residual):.1e}, and there the two "
+            f"agree: {implicit:.6g} and {difference:.6g} along {line.label}; here they are "
+            f"{trial.implicit:.6g} and {trial.difference:.6g}."
+        )
+    elif before > 1e-3:
+        text = "The implicit gradient is exact at a solution only."
+    else:
+        return None
+    return (
+        f"The params that solve returns have the relative inner residual {before:.1e}. {text} "
+        "Give the inner solver more steps or a smaller tolerance; look whether it minimises "
+        "the same loss as inner, with the same hparams."
+    )
+
+
 def _drowned(trial: Trial) -> bool:
     """See whether the error of a difference is that of rounding in the outer loss."""
     case, value = trial.case, trial.case.value(trial.case.solution, trial.case.at)
@@ -296,10 +374,14 @@ def _drowned(trial: Trial) -> bool:
     return trial.error < 30 * rounding / trial.line.length
 
 
+@_suspect(_NOT_CONNECTED, _SAME_WAY, When.UNCERTAIN)
 def _unheard_in_rounding(trial: Trial) -> str | None:
     return _unheard(trial) if _drowned(trial) else None
 
 
+@_suspect(
+    "lost in rounding", "Does a step in hparams change outer by more than rounding?", When.UNCERTAIN
+)
 def _lost(trial: Trial) -> str | None:
     if not _drowned(trial):
         return None
@@ -313,6 +395,7 @@ def _lost(trial: Trial) -> str | None:
     )
 
 
+@_suspect("solve not smooth", "Do differences at all step sizes agree?", When.UNCERTAIN)
 def _rough(trial: Trial) -> str | None:
     in_float64 = trial.case.precision == torch.float64
     return (
@@ -326,10 +409,21 @@ def _rough(trial: Trial) -> str | None:
 # --- where they disagree ---------------------------------------------------------------------
 
 
+@_suspect(_GRADIENT, "Is the matrix symmetric to rounding, as declared?", When.APART)
+def _unsymmetric_beyond_rounding(trial: Trial) -> str | None:
+    return unsymmetric(trial.case)
+
+
+@_suspect(_SYSTEM, "Is the linear system solved as far as the hypergradient needs?", When.APART)
 def _mended(trial: Trial) -> str | None:
     return _of_system(trial, mended=True) if trial.agrees(trial.case.exactly[0]) else None
 
 
+@_suspect(
+    _NOT_CONNECTED,
+    "Are the derivatives of outer and inner by hparams their own?",
+    When.APART | When.CANCELLED,
+)
 def _by_hparams(trial: Trial) -> str | None:
     """Look for a derivative by the hyperparameters that is not the function's own."""
     case, line = trial.case, trial.line
@@ -352,6 +446,11 @@ def _by_hparams(trial: Trial) -> str | None:
     return None
 
 
+@_suspect(
+    _GRADIENT,
+    "Are the derivatives of outer and inner by params their own?",
+    When.APART | When.CANCELLED,
+)
 def _by_params(trial: Trial) -> str | None:
     """Look for a derivative by the inner variables that is not the function's own."""
     case, v = trial.case, trial.v
@@ -382,6 +481,7 @@ def _by_params(trial: Trial) -> str | None:
     return None
 
 
+@_suspect("solve not smooth", "Has the solution the same slope on both sides?", When.APART)
 def _kinked(trial: Trial) -> str | None:
     """Look for a solution whose slopes on the two sides differ, however small the step."""
     case, line = trial.case, trial.line
@@ -402,11 +502,13 @@ def _kinked(trial: Trial) -> str | None:
     )
 
 
+@_suspect(_SYSTEM, "Has the linear system a solution?", When.APART)
 def _singular(trial: Trial) -> str | None:
     singular = Status(int(trial.case.exactly[1].status)) == Status.SINGULAR
     return _of_system(trial, mended=False) if singular else None
 
 
+@_suspect(_NOT_CONNECTED, _SAME_WAY, When.APART | When.CANCELLED)
 def _unheard(trial: Trial) -> str | None:
     """Look for a hyperparameter that `solve` and `inner` do not use in the same way."""
     case, line = trial.case, trial.line
@@ -445,52 +547,19 @@ def _unheard(trial: Trial) -> str | None:
     return None
 
 
-def _unsolved(trial: Trial) -> str | None:
-    """Look for an inner problem whose derivatives agree once it is solved further."""
-    case, line = trial.case, trial.line
-    try:
-        params = case.newton(case.solution, case.at)
-        gradient, after = case.implicit(case.exact, params, case.plain)
-        implicit = line.dot(gradient)
-        difference, error = derivative(
-            case.along(line, refined=True),
-            line.length,
-            case.precision,
-            0.1 * case.rtol,
-            1e-3 * abs(implicit),
-        )
-    except HypergradError:
-        implicit = difference = error = math.nan
-    size = max(abs(implicit), abs(difference))
-    agree = abs(implicit - difference) <= case.rtol * size + 4 * error and error <= 0.1 * size
-    before = float(case.exactly[1].inner_residual)
-    if agree:
-        text = (
-            f"Newton steps take it to {float(after.inner_residual):.1e}, and there the two "
-            f"agree: {implicit:.6g} and {difference:.6g} along {line.label}; here they are "
-            f"{trial.implicit:.6g} and {trial.difference:.6g}."
-        )
-    elif before > 1e-3:
-        text = "The implicit gradient is exact at a solution only."
-    else:
-        return None
-    return (
-        f"The params that solve returns have the relative inner residual {before:.1e}. {text} "
-        "Give the inner solver more steps or a smaller tolerance; look whether it minimises "
-        "the same loss as inner, with the same hparams."
-    )
-
-
+@_suspect(_UNSOLVED, _FURTHER, When.APART)
 def _unsolved_alone(trial: Trial) -> str | None:
     return _unsolved(trial) if bool(trial.case.exactly[1].success) else None
 
 
+@_suspect(_SYSTEM, "Does the linear solver report success?", When.APART)
 def _failed(trial: Trial) -> str | None:
     case = trial.case
     solved = bool(case.exactly[1].success and case.hypergradient[1].success)
     return None if solved else _of_system(trial, mended=False)
 
 
+@_suspect(_GRADIENT, "Does inner state what solve solves?", When.APART)
 def _unexplained(trial: Trial) -> str | None:
     return (
         f"Along {trial.line.label} the implicit derivative is {trial.implicit:.6g} and the "
@@ -528,125 +597,3 @@ def _random(like: Tensor, seed: int) -> Tensor:
 def _unit(like: Tensor, seed: int) -> Tensor:
     v = _random(like, seed)
     return v / v.norm()
-
-
-_NOT_CONNECTED = "hyperparameter not connected"
-_SAME_WAY = "Do solve and inner use hparams in the same way?"
-_FURTHER = "Is the inner problem solved as far as the derivatives need?"
-
-#: In the order in which they are asked about. A new suspect is one entry.
-SUSPECTS = (
-    Suspect(
-        "loss not deterministic",
-        "Do outer and inner have the same values twice?",
-        When.FIRST,
-        _changes,
-    ),
-    Suspect(
-        _NOT_CONNECTED,
-        "Do outer and inner use hparams as they are given it?",
-        When.FIRST,
-        _hparams_not_connected,
-    ),
-    Suspect(
-        "params not connected",
-        "Do outer and inner use params as they are given it?",
-        When.FIRST,
-        _params_not_connected,
-    ),
-    Suspect(
-        "linear system not solved",
-        "Does the linear solver return finite numbers?",
-        When.FIRST,
-        _system_not_finite,
-    ),
-    Suspect(
-        "not finite",
-        "Are the losses and the hypergradient finite?",
-        When.FIRST,
-        _not_finite,
-    ),
-    Suspect(
-        "implicit gradient",
-        "Is the gradient of inner that of its values?",
-        When.ALWAYS,
-        _no_gradient,
-    ),
-    Suspect(
-        "implicit gradient",
-        "Is the matrix symmetric, as declared?",
-        When.ALWAYS,
-        lambda trial: unsymmetric(trial.case, trial.case.rtol),
-    ),
-    Suspect(
-        "solve not deterministic",
-        "Does solve return the same params twice?",
-        When.UNCERTAIN | When.APART,
-        _restless,
-    ),
-    Suspect("not finite", "Is outer finite a step away?", When.UNCERTAIN, _edge),
-    Suspect("inner problem not solved", _FURTHER, When.UNCERTAIN, _unsolved),
-    Suspect(_NOT_CONNECTED, _SAME_WAY, When.UNCERTAIN, _unheard_in_rounding),
-    Suspect(
-        "lost in rounding",
-        "Does a step in hparams change outer by more than rounding?",
-        When.UNCERTAIN,
-        _lost,
-    ),
-    Suspect(
-        "solve not smooth",
-        "Do differences at all step sizes agree?",
-        When.UNCERTAIN,
-        _rough,
-    ),
-    Suspect(
-        "implicit gradient",
-        "Is the matrix symmetric to rounding, as declared?",
-        When.APART,
-        lambda trial: unsymmetric(trial.case),
-    ),
-    Suspect(
-        "linear system not solved",
-        "Is the linear system solved as far as the hypergradient needs?",
-        When.APART,
-        _mended,
-    ),
-    Suspect(
-        _NOT_CONNECTED,
-        "Are the derivatives of outer and inner by hparams their own?",
-        When.APART | When.CANCELLED,
-        _by_hparams,
-    ),
-    Suspect(
-        "implicit gradient",
-        "Are the derivatives of outer and inner by params their own?",
-        When.APART | When.CANCELLED,
-        _by_params,
-    ),
-    Suspect(
-        "solve not smooth",
-        "Has the solution the same slope on both sides?",
-        When.APART,
-        _kinked,
-    ),
-    Suspect(
-        "linear system not solved",
-        "Has the linear system a solution?",
-        When.APART,
-        _singular,
-    ),
-    Suspect(_NOT_CONNECTED, _SAME_WAY, When.APART | When.CANCELLED, _unheard),
-    Suspect("inner problem not solved", _FURTHER, When.APART, _unsolved_alone),
-    Suspect(
-        "linear system not solved",
-        "Does the linear solver report success?",
-        When.APART,
-        _failed,
-    ),
-    Suspect(
-        "implicit gradient",
-        "Does inner state what solve solves?",
-        When.APART,
-        _unexplained,
-    ),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .._autograd.products import gradient_of
 from .._autograd.random_numbers import unnoticed
 from .._autograd.torch_pytrees import pytree
+from .._pytrees import Tree
 from ..conditions._gradient_step import GradientStep
 from .linearisation import Linearisation
 
@@ -36,6 +37,20 @@ class Place(NamedTuple):
     cure: Callable[[], str]
     leaf: str | None = None
     argument: str | None = None
+
+
+def of_leaves(
+    what: str,
+    tree: Tree,
+    leaves: Iterable[Tensor | None],
+    cure: Callable[[], str],
+    argument: str | None = None,
+) -> Iterator[Place]:
+    """Name the variables of an argument, or numbers that belong to them; `what` comes first."""
+    for position, leaf in enumerate(leaves):
+        if leaf is not None:
+            path = tree.variable_path(position)
+            yield Place(what + path, leaf, cure, path, argument)
 
 
 _DERIVATIVE = (
@@ -65,15 +80,13 @@ def of_value(again: Callable[[], Any]) -> Callable[[], str]:
     return lambda: _NOTHING if _over_nothing(again) else _DATA
 
 
-def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Place]:
+def inner_places(lin: Linearisation) -> Iterator[Place]:
     """Name the numbers of an inner condition, in the order in which they are computed.
 
     Parameters
     ----------
     lin : Linearisation
         The condition.
-    tensors : sequence of Tensor
-        Those that it was linearised at.
 
     Yields
     ------
@@ -81,8 +94,8 @@ def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Plac
         The value of each function, then the condition, then a product with its matrix.
     """
     problem, values = lin.problem, lin.record.values
-    condition, name = problem.condition, problem.params.variable_path
-    again = of_value(lambda: condition.probe(problem, tensors))
+    condition, P = problem.condition, problem.params
+    again = of_value(lambda: condition.probe(problem, lin.tensors))
     of_derivative = condition.of_objective
     if of_derivative:
         for value in values:
@@ -91,21 +104,16 @@ def inner_places(lin: Linearisation, tensors: Sequence[Tensor]) -> Iterator[Plac
         smooth, *stepped = values
         yield Place("the smooth part of the inner problem", smooth, again, argument="inner")
         aliases = lin.aliases[: len(problem.inner)]
-        for i, part in enumerate(gradient_of(smooth, aliases, create_graph=True)):
-            if part is not None:
-                where = f"the gradient of the smooth part by {name(i)}"
-                yield Place(where, part, derivative, name(i))
-        called = condition.outer_map[0]
-        for i, part in enumerate(stepped):
-            where = f"what {called} returned at {name(i)}"
-            yield Place(where, part, lambda: _of_map(called), name(i), called)
-    for i, part in enumerate(lin.layout.split(lin.residual)):
-        what = "the inner condition (its gradient)" if of_derivative else "the inner condition"
-        yield Place(f"{what} at {name(i)}", part, derivative if of_derivative else again, name(i))
-    ones = torch.ones_like(lin.residual)
-    for i, part in enumerate(lin.layout.split(lin.transposed(ones))):
-        where = f"the product with the inner Hessian at {name(i)}"
-        yield Place(where, part, derivative, name(i))
+        gradient = gradient_of(smooth, aliases, create_graph=True)
+        yield from of_leaves("the gradient of the smooth part by ", P, gradient, derivative)
+        called = condition.called
+        what = f"what {called} returned at "
+        yield from of_leaves(what, P, stepped, lambda: _of_map(called), called)
+    what = "the inner condition (its gradient) at " if of_derivative else "the inner condition at "
+    cure = derivative if of_derivative else again
+    yield from of_leaves(what, P, lin.layout.split(lin.residual), cure)
+    product = lin.layout.split(lin.transposed(torch.ones_like(lin.residual)))
+    yield from of_leaves("the product with the inner Hessian at ", P, product, derivative)
 
 
 def sound_in_value(lin: Linearisation, sound: Tensor) -> Tensor:

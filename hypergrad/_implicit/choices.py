@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from .._warnings import OnFailure
 from ..conditions._base import Condition
@@ -30,17 +31,17 @@ class Choices:
     on_failure: OnFailure
     figures: bool
 
-    @property
+    @functools.cached_property
     def judged(self) -> bool:
         """Whether evidence is wanted at all."""
         return self.figures or self.on_failure != "ignore"
 
-    @property
+    @functools.cached_property
     def spends(self) -> bool:
         """Whether evidence may cost products: not where nothing is judged or said."""
         return self.on_failure != "ignore" or self.inner_tol is not None
 
-    @property
+    @functools.cached_property
     def looks(self) -> bool:
         """Whether the host may read values while a system is solved; a GPU is waited for."""
         return self.on_failure != "ignore" or getattr(self.solver, "rtol", None) != 0

@@ -28,6 +28,7 @@ from ..conditions._minimum import Minimum
 from ..conditions._root import Root
 from ..solvers import Solver
 from ..solvers._auto import choose
+from .choices import Choices
 from .differentiable import ImplicitSolution, Rule
 from .keywords import Arguments, bound
 from .linearisation import Linearisation
@@ -112,16 +113,8 @@ def custom_argmin(
     >>> torch.func.grad(lambda lam: fit(None, X, y, lam).sum())(torch.tensor(1.0))
     tensor(-0.0833)
     """
-    return differentiable(
-        as_condition(inner, Minimum),
-        argnums=argnums,
-        has_aux=has_aux,
-        solver=solver,
-        inner_tol=inner_tol,
-        on_failure=on_failure,
-        batching=batching,
-        callback=callback,
-    )
+    settings = Settings(argnums, has_aux, solver, inner_tol, on_failure, batching, callback)
+    return differentiable(as_condition(inner, Minimum), settings)
 
 
 @explained
@@ -159,16 +152,8 @@ def custom_root(
     >>> torch.func.grad(lambda a: sqrt(None, a))(torch.tensor(4.0))
     tensor(0.2500)
     """
-    return differentiable(
-        as_condition(F, Root),
-        argnums=argnums,
-        has_aux=has_aux,
-        solver=solver,
-        inner_tol=inner_tol,
-        on_failure=on_failure,
-        batching=batching,
-        callback=callback,
-    )
+    settings = Settings(argnums, has_aux, solver, inner_tol, on_failure, batching, callback)
+    return differentiable(as_condition(F, Root), settings)
 
 
 @explained
@@ -214,21 +199,15 @@ def custom_fixed_point(
     >>> a.grad
     tensor(-0.3218)
     """
-    return differentiable(
-        as_condition(T, FixedPoint),
-        argnums=argnums,
-        has_aux=has_aux,
-        solver=solver,
-        inner_tol=inner_tol,
-        on_failure=on_failure,
-        batching=batching,
-        callback=callback,
-    )
+    settings = Settings(argnums, has_aux, solver, inner_tol, on_failure, batching, callback)
+    return differentiable(as_condition(T, FixedPoint), settings)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    argnums: tuple[int, ...] | None
+class Settings:
+    """The keywords of a decorator, as `custom_argmin` describes them."""
+
+    argnums: int | Sequence[int] | None
     has_aux: bool
     solver: Solver | None
     inner_tol: float | None
@@ -237,12 +216,12 @@ class _Options:
     callback: Callable[[SolveInfo], Any] | None
 
 
-def differentiable(condition: Condition, *, argnums: Any, **options: Any) -> Callable[[Fit], Fit]:
+def differentiable(condition: Condition, settings: Settings) -> Callable[[Fit], Fit]:
     """Make the decorator of a condition, whose options are those of `custom_argmin`."""
-    check_on_failure(options["on_failure"])
-    if options["batching"] not in ("vmap", "loop"):
-        raise ValueError(f"batching must be 'vmap' or 'loop'; got {options['batching']!r}.")
-    settings = _Options(argnums=_positions(argnums), **options)
+    check_on_failure(settings.on_failure)
+    if settings.batching not in ("vmap", "loop"):
+        raise ValueError(f"batching must be 'vmap' or 'loop'; got {settings.batching!r}.")
+    positions = _positions(settings.argnums)
 
     def decorate(fit: Fit) -> Fit:
         @never_compiled
@@ -250,7 +229,7 @@ def differentiable(condition: Condition, *, argnums: Any, **options: Any) -> Cal
         def solve(*args: Any, **keywords: Any) -> Any:
             functions = condition.functions()
             call = bound(fit, functions[0] if functions else fit, args, keywords)
-            return _solve(condition, fit, settings, call)
+            return _solve(condition, fit, settings, positions, call)
 
         return solve  # type: ignore[return-value]
 
@@ -276,7 +255,8 @@ def _positions(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:
 def _solve(
     condition: Condition,
     fit: Callable[..., Any],
-    options: _Options,
+    settings: Settings,
+    positions: tuple[int, ...] | None,
     call: Arguments,
 ) -> Any:
     _refuse_keywords(call.keywords)
@@ -287,22 +267,17 @@ def _solve(
     start = Tree("init", init)
     name = getattr(fit, "__name__", "the inner solver")
     solution = call_outside(
-        fit, (init, *call.positional), call.keywords, options.batching, named=call.named
+        fit, (init, *call.positional), call.keywords, settings.batching, named=call.named
     )
-    solution, aux = without_aux(name, solution, options.has_aux, "params")
+    solution, aux = without_aux(name, solution, settings.has_aux, "params")
     if init is not None:
         start.match(f"What {name} returned", solution)
     params = Tree("params", solution)
-    problem = _restricted(Problem.of(condition, params, trees), options.argnums, call.places)
+    problem = _restricted(Problem.of(condition, params, trees), positions, call.places)
     problem.layout()  # raises, here and not in a backward, where nothing can be differentiated
-    rule = Rule(
-        problem=problem,
-        solver=choose(options.solver, condition.symmetric),
-        inner_tol=options.inner_tol,
-        on_failure=options.on_failure,
-        callback=options.callback,
-        draw=Draw(),
-    )
+    solver, callback = choose(settings.solver, condition.symmetric), settings.callback
+    choices = Choices(solver, settings.inner_tol, settings.on_failure, callback is not None)
+    rule = Rule(problem, choices, callback, Draw())
     try:
         rule, captured = _with_captured(rule)
     except TypeError as error:
@@ -310,7 +285,7 @@ def _solve(
         raise
     leaves = ImplicitSolution.apply(rule, captured, *problem.tensors)
     rebuilt = params.rebuild(leaves)
-    return (rebuilt, aux) if options.has_aux else rebuilt
+    return (rebuilt, aux) if settings.has_aux else rebuilt
 
 
 def _refuse_keywords(keywords: dict[str, Any]) -> None:

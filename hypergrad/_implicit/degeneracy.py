@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..solvers._factorisation import signs
 from ..solvers._vectors import norm
 
 if TYPE_CHECKING:
     from .linearisation import Linearisation
 
-from ..conditions._kinks import directions
 
 #: The relative jump above which an answer counts as one of several.
 DEGENERATE = 1e-2
@@ -47,7 +47,7 @@ def degeneracy(lin: Linearisation, u: Tensor, b: Tensor, *, transpose: bool) -> 
         return None
     jump, size = torch.zeros_like(u[..., 0]), torch.minimum(norm(b), norm(u))
     if not transpose:
-        u = directions(lin.layout).expand_as(u)
+        u = signs(u).expand_as(u)
         size = norm(u)
     for side in sides:
         jump = torch.maximum(jump, norm(lin.replayed(side, u)))

@@ -9,15 +9,16 @@ plain tensors with task dimensions in front.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay, Replay
+from .._autograd.products import ForwardReplay, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import refuse_old_vmap
+from .._autograd.search import in_front
 from .._autograd.transforms import (
     alive,
     forward_mode_active,
@@ -27,12 +28,10 @@ from .._autograd.transforms import (
 )
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
-from .._warnings import OnFailure, warn
+from .._warnings import warn
 from ..conditions._inner_problem import Problem, TaskAxis
-from ..solvers import Solver
-from .causes import Place, data, inner_places
 from .choices import Choices, needs_product
-from .linear_solve import Answer, solved
+from .linear_solve import solved
 from .linearisation import Linearisation
 from .uses import Use
 
@@ -45,9 +44,9 @@ class Rule:
     ----------
     problem : Problem
         The inner problem.
-    solver : Solver
-        The linear solver.
-    inner_tol, on_failure, callback
+    choices : Choices
+        The linear solver and the rest; all figures where there is a callback.
+    callback : callable or None
         As in the decorators.
     draw : Draw
         The random numbers that all evaluations of this solution share.
@@ -56,29 +55,20 @@ class Rule:
     """
 
     problem: Problem
-    solver: Solver
-    inner_tol: float | None
-    on_failure: OnFailure
+    choices: Choices
     callback: Callable[[SolveInfo], Any] | None
     draw: Draw
     captured: str = ""
 
     def forward(self, transpose: bool) -> bool:
         """Say whether a solve needs products with A itself, and they are to be recorded."""
-        return needs_product(self.solver, self.problem.condition, transpose=transpose)
-
-    @property
-    def figures(self) -> bool:
-        """Whether somebody wants to see all figures."""
-        return self.callback is not None
+        return needs_product(self.choices.solver, self.problem.condition, transpose=transpose)
 
     def under(self, axis: TaskAxis) -> Rule:
         """Put the rule under one more vmap."""
         return dataclasses.replace(self, problem=self.problem.with_axis(axis))
 
-    def solve(
-        self, lin: Linearisation, tensors: Sequence[Tensor], b: Tensor, transpose: bool
-    ) -> Tensor:
+    def solve(self, lin: Linearisation, b: Tensor, transpose: bool) -> Tensor:
         """Solve ``A u = b`` (or with A^T) for plain tensors; judge it; report it."""
         order = self._order(b.ndim - 1)
         arranged = b.permute(*order, b.ndim - 1)
@@ -87,24 +77,7 @@ class Rule:
         if shared > 1:
             arranged = arranged.flatten(0, shared - 1)
 
-        def places(answer: Answer) -> Iterable[Place]:
-            yield Place("the right-hand side (the incoming derivative)", arranged, data)
-            for place in self.problem.inner:
-                leaf = self.problem.path(place)
-                yield Place("the inner solution", tensors[place], data, leaf)
-            yield from inner_places(lin, tensors)
-            yield Place("the solution of the linear system", answer.u, data)
-
-        answer = solved(
-            lin,
-            Choices(self.solver, self.inner_tol, self.on_failure, self.figures),
-            arranged,
-            [t.detach() for t in tensors],
-            transpose=transpose,
-            draw=self.draw,
-            use=Use(lin),
-            places=places,
-        )
+        answer = solved(Use(lin), self.choices, arranged, transpose=transpose)
         u, fill = answer.u, self.problem.params.fill
         if self.callback is not None:
             self.callback(dataclasses.replace(answer.info, solution=fill(lin.layout.split(u))))
@@ -126,7 +99,7 @@ class LinearSolve(torch.autograd.Function):
     def forward(rule: Rule, transpose: bool, b: Tensor, *tensors: Tensor) -> Tensor:
         plain = [t.detach() for t in tensors]
         lin = Linearisation(rule.problem, plain, rule.draw, forward=rule.forward(transpose))
-        return rule.solve(lin, plain, b.detach(), transpose)
+        return rule.solve(lin, b.detach(), transpose)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -139,7 +112,7 @@ class LinearSolve(torch.autograd.Function):
         info: Any, in_dims: Any, rule: Rule, transpose: bool, b: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, int]:
         axis, moved = _with_axis(rule.problem, info, in_dims[3:], tensors, own=False)
-        b = _in_front(b, in_dims[2], info.batch_size)
+        (b,) = in_front([b], in_dims[2:3], info.batch_size)
         return LinearSolve.apply(rule.under(axis), transpose, b, *moved), 0
 
     @staticmethod
@@ -193,9 +166,7 @@ class LinearSolve(torch.autograd.Function):
                 tasks=u.shape[:-1],
                 inside=along,
             )
-            moved = [
-                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i] for i in places
-            ]
+            moved = filled([tangents[i] for i in places], [tensors[i] for i in places])
             change = lin.extra(moved, create_graph=True)[0]
             rhs = rhs if change is None else rhs - change
         return LinearSolve.apply(rule, ctx.transpose, rhs, *tensors)
@@ -249,7 +220,7 @@ class ImplicitSolution(torch.autograd.Function):
         if higher:
             u = LinearSolve.apply(rule, True, b, *tensors)
         else:
-            u = rule.solve(lin, tensors, b, transpose=True)
+            u = rule.solve(lin, b, transpose=True)
         grads: list[Tensor | None] = [None] * len(tensors)
         for place, part in zip(rule.problem.outer, lin.cross(u, higher), strict=True):
             grads[place] = None if part is None else -part
@@ -270,17 +241,15 @@ class ImplicitSolution(torch.autograd.Function):
         with lower_levels():
             rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
             lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)
-            given = [
-                torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i]
-                for i in rule.problem.outer
-            ]
+            outer = rule.problem.outer
+            given = filled([tangents[i] for i in outer], [tensors[i] for i in outer])
             du = LinearSolve.apply(rule, False, -lin.cross_forward(given, True), *tensors)
             return tuple(lin.layout.split(du))
 
 
 def _warn_of_unused(rule: Rule, wanted: Sequence[int], grads: Sequence[Tensor | None]) -> None:
     """Warn where nothing that is differentiated plays a part in the inner problem."""
-    if rule.on_failure != "ignore" and wanted and all(grads[i] is None for i in wanted):
+    if rule.choices.on_failure != "ignore" and wanted and all(grads[i] is None for i in wanted):
         names = ", ".join(rule.problem.path(i) for i in wanted)
         warn(
             f"The inner problem does not depend on {names}: the derivative of its solution is "
@@ -306,21 +275,10 @@ def _with_axis(
     problem: Problem, info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor], own: bool
 ) -> tuple[TaskAxis, list[Tensor]]:
     """Make the axis of a vmap around a problem, and put that axis in front of the tensors."""
-    own = own or any(dim is not None for dim in in_dims)
-    dims: list[int | None] = [None if dim is None else 0 for dim in in_dims]
-    moved = [
-        t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=True)
-    ]
-    if own:
-        for place in problem.inner:
-            dims[place], moved[place] = (
-                0,
-                _in_front(tensors[place], in_dims[place], info.batch_size),
-            )
-    return TaskAxis(tuple(dims), info.randomness), moved
-
-
-def _in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    if dim is None:
-        return tensor.expand((size, *tensor.shape))
-    return tensor.movedim(dim, 0)
+    mapped = {place for place, dim in enumerate(in_dims) if dim is not None}
+    if own or mapped:
+        mapped |= set(problem.inner)
+    dims = tuple(0 if place in mapped else None for place in range(len(tensors)))
+    front = in_front(tensors, in_dims, info.batch_size)
+    moved = [t if dim is None else f for t, dim, f in zip(tensors, dims, front, strict=True)]
+    return TaskAxis(dims, info.randomness), moved

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from .._autograd.random_numbers import Draw
 from .._info import SolveInfo, Status
 from ..conditions._base import Product
 from ..solvers._base import info_of
@@ -26,7 +24,6 @@ from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
 from .choices import Choices
 from .degeneracy import DEGENERATE, degeneracy
-from .linearisation import Linearisation
 from .second_look import is_noise
 from .uses import Use
 from .verdict import Cause
@@ -66,26 +63,13 @@ class Evidence:
     """The evidence about a solution, gathered in the order in which it is needed."""
 
     def __init__(
-        self,
-        lin: Linearisation,
-        choices: Choices,
-        system: LinearSystem,
-        solution: Solution,
-        tensors: Sequence[Tensor],
-        use: Use,
-        transpose: bool,
-        draw: Draw,
+        self, use: Use, choices: Choices, system: LinearSystem, solution: Solution
     ) -> None:
-        self.draw = draw
-        self.lin, self.choices, self.system, self.solution = lin, choices, system, solution
-        self.tensors, self.use, self.transpose = tensors, use, transpose
-        self.params = lin.layout.flatten([tensors[i] for i in lin.problem.inner], lin.lead)
+        self.use, self.choices, self.system, self.solution = use, choices, system, solution
+        self.lin, self.params = use.lin, use.lin.params
         self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
-        self.matvecs = solution.matvecs
-        self.status = solution.status
         self.success = solution.success & torch.isfinite(self.length)
-        self.negative = solution.negative_curvature
         self.cause = torch.zeros_like(solution.status)
         self.degeneracy: Tensor | None = None
 
@@ -112,18 +96,8 @@ class Evidence:
             }
         if self.degeneracy is not None:
             figures["degeneracy"] = self.degeneracy
-        solution = dataclasses.replace(
-            self.solution,
-            status=self.status,
-            matvecs=self.matvecs,
-            negative_curvature=self.negative,
-        )
         return info_of(
-            solution,
-            solution=None,
-            success=self.success,
-            inner_residual=residual,
-            **figures,
+            self.solution, solution=None, success=self.success, inner_residual=residual, **figures
         )
 
     def _fail(self, which: Tensor, cause: Cause) -> None:
@@ -131,9 +105,13 @@ class Evidence:
         self.cause = torch.where(which & self.success, int(cause), self.cause)
         self.success = self.success & ~which
 
+    def _note_curvature(self, negative: Tensor) -> None:
+        """Add tasks in which negative curvature was met."""
+        self.solution.negative_curvature = self.solution.negative_curvature | negative
+
     def forgive_rounding(self) -> None:
         """Take for zero a right-hand side that is rounding: it is in no range of a singular A."""
-        lost = (self.status == Status.SINGULAR) & torch.isfinite(self.length)
+        lost = (self.solution.status == Status.SINGULAR) & torch.isfinite(self.length)
         if not self.choices.looks or not any_task(lost):
             return
         rounding = self.use.mere_rounding()
@@ -143,7 +121,7 @@ class Evidence:
         self.solution.x = torch.where(
             none[..., None], torch.zeros_like(self.solution.x), self.solution.x
         )
-        self.status = torch.where(none, int(Status.CONVERGED), self.status)
+        self.solution.status = torch.where(none, int(Status.CONVERGED), self.solution.status)
         self.success = self.success | none
         self.strength = torch.where(none, torch.zeros_like(self.strength), self.strength)
         self.length = torch.where(none, torch.zeros_like(self.length), self.length)
@@ -158,10 +136,10 @@ class Evidence:
         doubt = (
             self.length * self.strength * (solution.residual_norm.nan_to_num(math.inf) + 100 * eps)
         )
-        self.negative = self.negative | (dot(solution.x, self.system.b) < -doubt)
+        self._note_curvature(dot(solution.x, self.system.b) < -doubt)
         if self.choices.looks and self.choices.spends:
             self._look_for_curvature()
-        self._fail(self.negative, Cause.CURVATURE)
+        self._fail(self.solution.negative_curvature, Cause.CURVATURE)
 
     def _look_for_curvature(self) -> None:
         """Look for negative curvature where the method has not looked for it itself."""
@@ -169,26 +147,28 @@ class Evidence:
         if isinstance(solver, GMRES) and solution.spectrum is not None:
             low, high = solution.eigenvalues.unbind(dim=-1)
             eps = torch.finfo(self.system.layout.precision).eps
-            self.negative = self.negative | (low < -NEGATIVE * eps * high.abs())
+            self._note_curvature(low < -NEGATIVE * eps * high.abs())
         elif isinstance(solver, NormalCG | LSMR):
             around = CG(maxiter=AROUND, damping=solver.damping).run(
                 dataclasses.replace(self.system, condition=None, explores=False, x0=None)
             )
-            self.matvecs = self.matvecs + around.matvecs
-            self.negative = self.negative | around.negative_curvature
+            self.solution.matvecs += around.matvecs
+            self._note_curvature(around.negative_curvature)
 
     def _judge_rank(self) -> None:
         """Judge whether the derivative is determined, where the matrix lacks rank."""
         null = self.solution.null
         if null is None:
             return
-        lacking = null.any(dim=-1).expand_as(self.status)
-        if self.transpose:
+        lacking = null.any(dim=-1).expand_as(self.solution.status)
+        if self.system.transposed:
             moves = self.use.moves_off(null)
             lacking = lacking & moves
         self._fail(lacking, Cause.RANK)
-        self.status = torch.where(
-            lacking & (self.status == Status.CONVERGED), int(Status.SINGULAR), self.status
+        self.solution.status = torch.where(
+            lacking & (self.solution.status == Status.CONVERGED),
+            int(Status.SINGULAR),
+            self.solution.status,
         )
 
     def _judge_units(self) -> None:
@@ -206,7 +186,7 @@ class Evidence:
         if self.solution.probe is None and self.solution.further is None:
             damping = getattr(solver, "damping", 0.0)
             self.solution.probe = probed(self.system, self.solution, damping)
-            self.matvecs = self.matvecs + (self.solution.probe is not None)
+            self.solution.matvecs += self.solution.probe is not None
         if self.solution.probe is not None:
             self._fail(self.solution.probe.hides, Cause.UNITS)
 
@@ -232,7 +212,7 @@ class Evidence:
         residual = torch.maximum(length / self.extent, plain)
         nothing = (length == 0) | (norm(F) == 0)
         residual = torch.where(nothing, torch.zeros_like(residual), residual)
-        return residual.expand_as(self.status), newton
+        return residual.expand_as(self.solution.status), newton
 
     def _weighted(self, v: Tensor) -> Tensor:
         return v if self.solution.metric is None else v * self.solution.metric
@@ -255,13 +235,13 @@ class Evidence:
             step = left / along_b[..., None]
             return NewtonStep(step, none.expand_as(step), norm(step) * 0)
         image = self.system.matvec(left)
-        self.matvecs = self.matvecs + 1
+        self.solution.matvecs += 1
         damping = getattr(self.choices.solver, "damping", 0.0)
         image = image + damping * left if damping else image
         curvature = dot(left, image)
         if self.lin.problem.condition.minimum:
             negative = curvature < -1e-3 * size * norm(image)
-            self.negative = self.negative | negative
+            self._note_curvature(negative)
             self._fail(negative, Cause.CURVATURE)
         curvature = curvature.abs() / torch.where(size > 0, size.square(), 1.0)
         if newton is None:
@@ -333,7 +313,7 @@ class Evidence:
         if look is None:
             unsolved = some & ~(residual <= tol)
             if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
-                noise = is_noise(self.lin, self.tensors, step, self.draw)
+                noise = is_noise(self.lin, step)
                 unsolved = unsolved & ~noise
                 estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
             self._fail(unsolved, Cause.INNER)
@@ -364,7 +344,7 @@ class Evidence:
             return self.solution.residual + getattr(solver, "damping", 0.0) * u
         if self.solution.further is not None:  # a factorisation leaves nothing over
             return getattr(solver, "damping", 0.0) * u
-        self.matvecs = self.matvecs + 1
+        self.solution.matvecs += 1
         return self.system.b - self.system.matvec(u)
 
     def _length_of(self, bent: Tensor, newton: NewtonStep) -> Tensor:
@@ -397,7 +377,7 @@ class Evidence:
         if not self.choices.spends or (tol is None and not self.choices.figures):
             return torch.full_like(self.length, math.nan)
         left = self.system.b - self.lin.replayed(hessian, solution.x)
-        self.matvecs = self.matvecs + 1
+        self.solution.matvecs += 1
         if solution.further is not None:
             missing = solution.further(left)
             lost = norm(missing) / self.length
@@ -432,7 +412,7 @@ class Evidence:
         n, seen = self.params.shape[-1], self.solution.iterations
         if self.solution.further is not None and n <= _SMALL:
             H = self.lin.dense_of(hessian)
-            self.matvecs = self.matvecs + n
+            self.solution.matvecs += n
             factors = Factorisation(H.nan_to_num(), symmetric=True, looks=True)
             return factors.negative.expand_as(self.success)
         if not any_task(self.success & (seen <= FEW)):
@@ -447,14 +427,14 @@ class Evidence:
             explores=False,
         )
         solution = CG(maxiter=_AROUND).run(around)
-        self.matvecs = self.matvecs + solution.matvecs
+        self.solution.matvecs += solution.matvecs
         return solution.negative_curvature.expand_as(self.success)
 
     def _judge_degeneracy(self, among: Tensor | bool) -> None:
         """Judge a kink, or constraints that are dependent, for some of the tasks."""
         if self.degeneracy is None:
             self.degeneracy = degeneracy(
-                self.lin, self.solution.x, self.system.b, transpose=self.transpose
+                self.lin, self.solution.x, self.system.b, transpose=self.system.transposed
             )
         if self.degeneracy is not None:
             self._fail((self.degeneracy > DEGENERATE) & among, Cause.KINK)
@@ -471,7 +451,7 @@ class Evidence:
         total = linear * share + _AGAIN * approximation + inner
         lost = torch.zeros_like(self.success)
         for status in _LOST:
-            lost = lost | (self.status == status)
+            lost = lost | (self.solution.status == status)
         total = torch.where(lost, total.clamp(min=1), total)
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +35,11 @@ from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
-from .causes import Place, data, derivative, inner_places, of_value
+from .causes import Place, data, derivative, inner_places, of_leaves, of_value
 from .choices import Choices, needs_product
-from .linear_solve import Answer, solved
+from .linear_solve import solved
 from .linearisation import Linearisation
-from .outer_slopes import outer_gradient
+from .outer_slopes import OuterSlopes, outer_gradient
 from .second_look import SecondLook, shifted
 from .task_norms import size_of
 from .uses import Use
@@ -126,10 +126,10 @@ class _Call:
         before = versions(tensors)
         of_outer = Draw()
         of_inner = Draw(after=of_outer)
-        at = _at(self.outer, problem, tensors, self.has_aux, of_outer)
+        loss = _OuterLoss(self.outer, problem, self.has_aux, of_outer)
+        at = loss.at(tensors)
         forward = needs_product(choices.solver, problem.condition, transpose=True)
         lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
-        given = tensors if lin is None else [detached(t) for t in self.problem.tensors]
         if lin is None:
             lin = Linearisation(problem, tensors, of_inner, forward=forward)
         if not choices.judged:  # then neither loss is evaluated again
@@ -138,20 +138,8 @@ class _Call:
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
-        use = _Hypergradient(
-            self.outer, self.has_aux, problem, lin, tensors, at, of_outer, of_inner
-        )
-        answer = solved(
-            lin,
-            choices,
-            layout.flatten(at.cotangent, lead),
-            given,
-            transpose=True,
-            draw=of_inner,
-            use=use,
-            places=use.places,
-            x0=start,
-        )
+        use = _Hypergradient(lin, loss, tensors, at)
+        answer = solved(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
         if choices.on_failure != "ignore":
             warn_of_unused(H, "Neither outer nor inner", at.direct, use.indirect)
@@ -212,35 +200,27 @@ class _Hypergradient(Use):
 
     Parameters
     ----------
-    outer, has_aux
-        The outer loss.
-    problem : Problem
-        Whose outer loss it is.
     lin : Linearisation
         The inner problem; tasks whose inner problem is the same share one without task dimensions.
+    loss : _OuterLoss
+        The outer loss.
     tensors : list of Tensor
-        Those of the problem.
+        Those of its problem.
     at : OuterSlopes
         The outer loss there.
-    of_outer, of_inner : Draw
-        The random numbers that all evaluations of a loss see.
+
+    Attributes
+    ----------
+    slope : Tensor
+        The gradient of the outer loss by the inner variables, ``(*tasks, n)``.
     """
 
     def __init__(
-        self,
-        outer: Callable[[Any, Any], Any],
-        has_aux: bool,
-        problem: Problem,
-        lin: Linearisation,
-        tensors: list[Tensor],
-        at: OuterSlopes,
-        of_outer: Draw,
-        of_inner: Draw,
+        self, lin: Linearisation, loss: _OuterLoss, tensors: list[Tensor], at: OuterSlopes
     ) -> None:
         super().__init__(lin)
-        self._outer, self._has_aux, self._tensors = outer, has_aux, tensors
-        self._problem, self._lead = problem, at.value.shape
-        self._at, self._of_outer, self._of_inner = at, of_outer, of_inner
+        self._loss, self._tensors, self._at, self._lead = loss, tensors, at, at.value.shape
+        self.slope = lin.layout.flatten(at.cotangent, self._lead)
         self.indirect: Parts = []
         self._leaves: list[Tensor] = []
 
@@ -282,9 +262,7 @@ class _Hypergradient(Use):
         if outer is None:
             return unknown
         try:
-            inner = Linearisation(
-                lin.problem, shifted(lin, self._tensors, newton.step), self._of_inner
-            )
+            inner = lin.at(shifted(lin, self._tensors, newton.step))
         except Exception:  # the loss does not like what it gets there
             return unknown
         left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
@@ -295,7 +273,7 @@ class _Hypergradient(Use):
             moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
             change = self._size(moved)
         else:  # the size of what is missing, and not its sign
-            inverse = norm(u) / norm(lin.layout.flatten(at.cotangent, lead))
+            inverse = norm(u) / norm(self.slope)
             change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
         return SecondLook(change / self._scale(), inner.residual - newton.left)
 
@@ -303,7 +281,7 @@ class _Hypergradient(Use):
         """Say whether the slope of the outer loss changes by about itself from rounding alone."""
         layout, lead = self.lin.layout, self._lead
         params = layout.flatten([self._tensors[i] for i in self.lin.problem.inner], lead)
-        here = layout.flatten(self._at.cotangent, lead)
+        here = self.slope
         there = self._outer_at(4 * torch.finfo(layout.precision).eps * signs(params) * params)
         if there is None:
             return torch.zeros_like(here[..., 0], dtype=torch.bool)
@@ -335,8 +313,7 @@ class _Hypergradient(Use):
         there = self._outer_at(params / eps**0.5)
         if there is None:
             return super().negligible(params)
-        here = layout.flatten(self._at.cotangent, lead)
-        bend = norm(layout.flatten(there.cotangent, lead) - here) / norm(here)
+        bend = norm(layout.flatten(there.cotangent, lead) - self.slope) / norm(self.slope)
         return (bend > 100 * eps) & (bend < _BENDS)
 
     def _outer_at(self, step: Tensor) -> OuterSlopes | None:
@@ -344,33 +321,24 @@ class _Hypergradient(Use):
         step = step.expand((*self._lead, step.shape[-1]))
         there = shifted(self.lin, self._tensors, step)
         try:
-            return _at(self._outer, self._problem, there, self._has_aux, self._of_outer)
+            return self._loss.at(there)
         except Exception:  # the loss does not like what it gets there
             return None
 
-    def places(self, answer: Answer) -> Iterable[Place]:
+    def places(self, b: Tensor, u: Tensor) -> Iterator[Place]:
         """List all that went into a hypergradient, by name, in the order of its making."""
         lin, at, problem, tensors = self.lin, self._at, self.lin.problem, self._tensors
         P, H = problem.params, problem.args[0]
-        for position, place in enumerate(problem.inner):
-            yield Place(P.variable_path(position), tensors[place], data, P.variable_path(position))
-        for position, place in enumerate(problem.outer):
-            yield Place(H.variable_path(position), tensors[place], data, H.variable_path(position))
-        again = of_value(lambda: problem.outputs(self._outer, tensors))
+        yield from of_leaves("", P, [tensors[i] for i in problem.inner], data)
+        yield from of_leaves("", H, [tensors[i] for i in problem.outer], data)
+        again = of_value(lambda: problem.outputs(self._loss.outer, tensors))
         yield Place("the outer loss", at.value, again, argument="outer")
-        for tree, parts in ((P, at.cotangent), (H, at.direct)):
-            for i, part in enumerate(parts):
-                if part is not None:
-                    where = f"the gradient of the outer loss by {tree.variable_path(i)}"
-                    yield Place(where, part, derivative, tree.variable_path(i))
-        yield from inner_places(lin, tensors)
-        for i, part in enumerate(lin.layout.split(answer.u)):
-            where = f"the solution of the linear system at {P.variable_path(i)}"
-            yield Place(where, part, data, P.variable_path(i))
-        for i, part in enumerate(self.indirect):
-            if part is not None:
-                where = f"the cross derivative by {H.variable_path(i)}"
-                yield Place(where, part, derivative, H.variable_path(i))
+        for tree, slopes in ((P, at.cotangent), (H, at.direct)):
+            yield from of_leaves("the gradient of the outer loss by ", tree, slopes, derivative)
+        yield from inner_places(lin)
+        solution = lin.layout.split(u)
+        yield from of_leaves("the solution of the linear system at ", P, solution, data)
+        yield from of_leaves("the cross derivative by ", H, self.indirect, derivative)
 
     def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:
         like = [self._tensors[i] for i in self.lin.problem.outer]
@@ -392,25 +360,19 @@ class _Hypergradient(Use):
         return size_of(terms, self._lead, self._at.value.detach())
 
 
-def _at(
-    outer: Callable[[Any, Any], Any],
-    problem: Problem,
-    tensors: list[Tensor],
-    has_aux: bool,
-    draw: Draw,
-) -> OuterSlopes:
-    with draw.evaluation():
-        return OuterSlopes(*outer_gradient(outer, problem, tensors, has_aux))
+@dataclasses.dataclass(frozen=True)
+class _OuterLoss:
+    """The outer loss of a problem, whose evaluations all see the same random numbers."""
 
+    outer: Callable[[Any, Any], Any]
+    problem: Problem
+    has_aux: bool
+    draw: Draw
 
-class OuterSlopes(NamedTuple):
-    """The outer loss and its gradients, as `outer_gradient` returns them."""
-
-    value: Tensor
-    aux: Any
-    cotangent: list[Tensor | None]
-    direct: list[Tensor | None]
-    captured: list[Tensor]
+    def at(self, tensors: list[Tensor]) -> OuterSlopes:
+        """Evaluate and differentiate it."""
+        with self.draw.evaluation():
+            return outer_gradient(self.outer, self.problem, tensors, self.has_aux)
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:

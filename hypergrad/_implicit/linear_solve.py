@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .._autograd.random_numbers import Draw
 from .._info import SolveInfo
 from ..solvers._system import LinearSystem
-from ..solvers._vectors import norm
-from .causes import Place, sound_in_value
+from .causes import sound_in_value
 from .choices import Choices
 from .evidence import Evidence
-from .linearisation import Linearisation
 from .task_norms import finite
 from .unknown_nodes import check_nodes
 from .uses import Use
@@ -42,16 +38,7 @@ class Answer:
 
 
 def solved(
-    lin: Linearisation,
-    choices: Choices,
-    b: Tensor,
-    tensors: Sequence[Tensor],
-    *,
-    transpose: bool,
-    draw: Draw,
-    use: Use,
-    places: Callable[[Answer], Iterable[Place]],
-    x0: Tensor | None = None,
+    use: Use, choices: Choices, b: Tensor, *, transpose: bool, x0: Tensor | None = None
 ) -> Answer:
     """Solve ``A u = b``, or with the transpose of A; measure; warn or raise where that is due.
 
@@ -59,22 +46,14 @@ def solved(
 
     Parameters
     ----------
-    lin : Linearisation
-        Where A comes from.
+    use : Use
+        What the solution is for, and where A comes from.
     choices : Choices
         The caller's.
     b : Tensor
         Right-hand sides ``(*tasks, n)``, with a further axis in front where several share A.
-    tensors : sequence of Tensor
-        Those of the problem, at which it was linearised.
     transpose : bool
         Whether the transpose of A is meant.
-    draw : Draw
-        The random numbers of the linearisation.
-    use : Use
-        What the solution is for.
-    places : callable
-        For an answer, where to look for the first number that is not finite.
     x0 : Tensor, optional
         Where the iteration starts.
 
@@ -83,8 +62,7 @@ def solved(
     answer : Answer
         The solution and its evidence.
     """
-    solver, condition = choices.solver, lin.problem.condition
-    symmetric = condition.symmetric
+    lin, condition = use.lin, use.lin.problem.condition
     system = LinearSystem(
         matvec=lin.operator(transpose),
         b=b,
@@ -92,7 +70,7 @@ def solved(
         tree=lin.problem.params,
         x0=x0,
         rmatvec=None if lin.record.product is None else lin.operator(not transpose),
-        symmetric=symmetric,
+        symmetric=condition.symmetric,
         dense=lambda: lin.dense(transpose),
         looks=choices.looks,
         contraction=condition.contraction,
@@ -102,32 +80,18 @@ def solved(
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
     )
     if choices.on_failure != "ignore":
-        check_nodes(lin, tensors, draw)
+        check_nodes(lin)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
-        solution = solver.solve_flat(system)
-        evidence = Evidence(lin, choices, system, solution, tensors, use, transpose, draw)
+        solution = choices.solver.solve_flat(system)
+        evidence = Evidence(use, choices, system, solution)
         if choices.judged:
             evidence.forgive_rounding()
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
-    answer = Answer(solution.x, leaves, info)
     sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():
         sound = sound & torch.isfinite(value)
-    sound = sound_in_value(lin, sound)
-    judge(
-        info,
-        solution,
-        solver,
-        inner_tol=choices.inner_tol,
-        on_failure=choices.on_failure,
-        cause=evidence.cause,
-        condition=norm(lin.residual),
-        params=norm(evidence.params),
-        sound=sound,
-        places=lambda: places(answer),
-        kink=condition.kink,
-    )
-    return answer
+    judge(evidence, info, sound_in_value(lin, sound))
+    return Answer(solution.x, leaves, info)

@@ -16,7 +16,7 @@ from .._autograd.rows import by_rows, refuse_mapping
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
-from ..conditions._base import Product
+from ..conditions._base import Point, Product
 from ..conditions._inner_problem import Problem
 from ..solvers._vectors import dense_by_products
 
@@ -63,6 +63,7 @@ class Linearisation:
         inside: Callable[[Linearisation, Tensor], Any] | None = None,
     ) -> None:
         self.problem = problem if tasks is None else problem.with_own_axes()
+        self.tensors, self.draw = tensors, draw
         self.layout = problem.layout()
         self.extra: Any = None
         inner = problem.inner
@@ -82,9 +83,8 @@ class Linearisation:
                 for place in inner:
                     given[place] = problem.one_for_each(given[place], tasks)
             params, args = [given[i] for i in inner], aliases[len(inner) :]
-            self.record = self.problem.condition.record(
-                self.problem, given, params, seed, forward=forward
-            )
+            point = Point(self.problem, given, params, seed, forward)
+            self.record = self.problem.condition.record(point)
             self._cross = Replay(self.record.residual, args)
             recording.returned(self.record.values)
             self.captured, self.notes = recording.captured(), recording.notes
@@ -104,6 +104,15 @@ class Linearisation:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
         record(evaluate, variables, problem.trees, draw=draw)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    @property
+    def params(self) -> Tensor:
+        """The inner variables as one vector."""
+        return self.layout.flatten([self.tensors[i] for i in self.problem.inner], self.lead)
+
+    def at(self, tensors: Sequence[Tensor]) -> Linearisation:
+        """Linearise the same at other tensors, with the same random numbers."""
+        return Linearisation(self.problem, tensors, self.draw)
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
         """Form ``A^T u``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,9 +13,31 @@ from .._errors import NotConnected
 from ..conditions._inner_problem import Problem, scalar, without_aux
 
 
+class OuterSlopes(NamedTuple):
+    """The outer loss at a point, and its gradients.
+
+    Attributes
+    ----------
+    value : Tensor
+        The loss of each task.
+    aux : pytree
+        What was returned beside it.
+    cotangent, direct : list of Tensor or None
+        The gradients by the inner and by the outer variables; None: not connected.
+    captured : list of Tensor
+        Values that depend on something that is differentiated around the call.
+    """
+
+    value: Tensor
+    aux: Any
+    cotangent: list[Tensor | None]
+    direct: list[Tensor | None]
+    captured: list[Tensor]
+
+
 def outer_gradient(
     outer: Callable[[Any, Any], Any], problem: Problem, tensors: list[Tensor], has_aux: bool
-) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor | None], list[Tensor]]:
+) -> OuterSlopes:
     """Evaluate the outer loss once, and differentiate it.
 
     Parameters
@@ -31,14 +53,8 @@ def outer_gradient(
 
     Returns
     -------
-    value : Tensor
-        The loss of each task.
-    aux : pytree
-        What was returned beside it.
-    cotangent, direct : list of Tensor or None
-        The gradients by the inner and by the outer variables; None: not connected.
-    captured : list of Tensor
-        Values that depend on something that is differentiated around the call.
+    slopes : OuterSlopes
+        The loss and its gradients.
 
     Raises
     ------
@@ -75,4 +91,4 @@ def outer_gradient(
             "connection.",
             argument="params",
         )
-    return value.detach(), aux, cotangent, direct, captured
+    return OuterSlopes(value.detach(), aux, cotangent, direct, captured)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.captured import captured_by, carries_something, names_of_captured
+from .._autograd.products import filled
 from .._autograd.random_numbers import Draw
 from .._autograd.refusals import never_compiled, refuse_derivatives
 from .._autograd.torch_pytrees import pytree
@@ -25,6 +26,7 @@ from ..conditions._inner_problem import Problem
 from ..conditions._root import Root
 from ..solvers import Solver
 from ..solvers._auto import choose
+from .choices import Choices
 from .differentiable import LinearSolve, Rule
 from .linearisation import Linearisation
 from .signatures import Params, RuleOptions
@@ -107,7 +109,7 @@ def root_vjp(
     >>> hypergrad.root_vjp(F, torch.tensor(2.0), (torch.tensor(4.0),), torch.tensor(1.0))
     (tensor(0.2500),)
     """
-    rule, trees = _rule(F, params, args, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure, return_info)
     for position in _positions(argnums, len(trees)):
         trees[position - 1].refuse_opaque()
         trees[position - 1].refuse_constants()
@@ -122,11 +124,7 @@ def root_vjp(
     start, answer = len(problem.params.tensors), []
     for tree in trees:
         places = [start + i for i in tree.variables_among_tensors]
-        parts = [
-            torch.zeros_like(v) if grads.get(p) is None else grads[p]
-            for p, v in zip(places, tree.variables, strict=True)
-        ]
-        answer.append(tree.fill(parts))  # type: ignore[arg-type]
+        answer.append(tree.fill(filled([grads.get(p) for p in places], tree.variables)))
         start += len(tree.tensors)
     chosen = _chosen(_constant_in(captured, rule, answer), argnums)
     return (chosen, info) if return_info else chosen
@@ -209,7 +207,7 @@ def root_jvp(
     >>> hypergrad.root_jvp(F, torch.tensor(2.0), (torch.tensor(4.0),), (torch.tensor(1.0),))
     tensor(0.2500)
     """
-    rule, trees = _rule(F, params, args, solver, on_failure)
+    rule, trees = _rule(F, params, args, solver, on_failure, return_info)
     problem = rule.problem
     captured = [] if return_info else _captured(rule)
     given = (tangents,) if isinstance(argnums, int) else tuple(tangents)
@@ -243,6 +241,7 @@ def _rule(
     args: tuple[Any, ...],
     solver: Solver | None,
     on_failure: OnFailure,
+    figures: bool,
 ) -> tuple[Rule, list[Tree]]:
     check_on_failure(on_failure)
     if not isinstance(args, tuple):
@@ -253,7 +252,8 @@ def _rule(
     trees = [Tree(f"args[{i}]", value, constants=True) for i, value in enumerate(args)]
     # Every argument stays a variable, whichever are asked for: the answer may depend on all.
     problem = Problem.of(condition, Tree("params", params), trees)
-    return Rule(problem, choose(solver, condition.symmetric), None, on_failure, None, Draw()), trees
+    choices = Choices(choose(solver, condition.symmetric), None, on_failure, figures)
+    return Rule(problem, choices, None, Draw()), trees
 
 
 def _positions(argnums: int | Sequence[int] | None, count: int) -> list[int]:
@@ -320,7 +320,7 @@ def _solved(
     if not return_info and not (_tracked(b, problem=problem) or transforms_active()):
         tensors = [t.detach() for t in problem.tensors]
         lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
-        return lin, rule.solve(lin, tensors, b.detach(), transpose), None
+        return lin, rule.solve(lin, b.detach(), transpose), None
     if not return_info:
         lin = Linearisation(problem, problem.tensors, rule.draw, again=True)
         return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None
@@ -333,5 +333,5 @@ def _solved(
     lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
     infos: list[SolveInfo] = []
     rule = dataclasses.replace(rule, callback=infos.append)
-    u = rule.solve(lin, tensors, b, transpose)
+    u = rule.solve(lin, b, transpose)
     return lin, u, infos[0]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._autograd.random_numbers import Draw
 from ..solvers._vectors import norm
 from .linearisation import Linearisation
 
@@ -40,19 +39,15 @@ def shifted(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor) -> list
     return moved
 
 
-def is_noise(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor, draw: Draw) -> Tensor:
+def is_noise(lin: Linearisation, step: Tensor) -> Tensor:
     """Say whether the inner condition is mere rounding, so that no step can make it smaller.
 
     Parameters
     ----------
     lin : Linearisation
         The condition at the solution.
-    tensors : sequence of Tensor
-        Where.
     step : Tensor
         The inner Newton step, ``(*tasks, n)``.
-    draw : Draw
-        The random numbers of the evaluation.
 
     Returns
     -------
@@ -60,7 +55,7 @@ def is_noise(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor, draw: 
         bool, for each task.
     """
     try:
-        there = Linearisation(lin.problem, shifted(lin, tensors, step / _PART), draw).residual
+        there = lin.at(shifted(lin, lin.tensors, step / _PART)).residual
     except Exception:  # the user's function does not like what it gets there
         return torch.zeros(step.shape[:-1], dtype=torch.bool, device=step.device)
     return norm(there - lin.residual) > _JUMP * norm(lin.residual)

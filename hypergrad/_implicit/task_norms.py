@@ -32,7 +32,7 @@ def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
         return torch.ones(tuple(lead), dtype=torch.bool, device="cpu")
     device = rows[0].device
     # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
-    plain = device.type == "cpu" and not any(is_wrapped(r) for r in rows)
+    plain = device.type == "cpu" and not any(map(is_wrapped, rows))
     if plain and all(math.isfinite(torch.linalg.vector_norm(r).item()) for r in rows):
         return torch.ones(tuple(lead), dtype=torch.bool, device=device)
     largest = [

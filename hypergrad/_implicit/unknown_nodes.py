@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .._autograd.random_numbers import Draw
 from .._autograd.second_derivative import Verdict, compare_product
 from .._autograd.tested_nodes import TESTED_NODES
 from .._autograd.trace import graph
@@ -56,7 +55,7 @@ class _Met:
 _met = _Met()
 
 
-def check_nodes(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> None:
+def check_nodes(lin: Linearisation) -> None:
     """Compare a product with a difference of the condition where an unknown node is in its graph.
 
     Once for each kind of node in a process: it costs some evaluations of the inner problem.
@@ -65,10 +64,6 @@ def check_nodes(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> No
     ----------
     lin : Linearisation
         The recorded condition.
-    tensors : sequence of Tensor
-        Where it was recorded.
-    draw : Draw
-        Its random numbers.
 
     Raises
     ------
@@ -76,9 +71,9 @@ def check_nodes(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> No
         If they differ, naming the node.
     """
     kinds = {k: name for k, name in _unknown(lin.record.values) if _met.open(k)}
-    if not kinds or lin.lead or any(is_wrapped(t) for t in tensors):
+    if not kinds or lin.lead or any(is_wrapped(t) for t in lin.tensors):
         return
-    for what, gradient, product, point, sizes in _comparisons(lin, tensors, draw):
+    for what, gradient, product, point, sizes in _comparisons(lin):
         try:
             comparison = compare_product(gradient, point, product, sizes)
         except Exception:  # the function does not like what it gets beside the point
@@ -122,13 +117,12 @@ _Comparison = tuple[
 ]
 
 
-def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> list[_Comparison]:
+def _comparisons(lin: Linearisation) -> list[_Comparison]:
     """Put functions beside their derivatives: by the inner and by the outer variables."""
-    problem, layout = lin.problem, lin.layout
-    params = layout.flatten([tensors[i] for i in problem.inner]).detach()
+    problem, layout, tensors, params = lin.problem, lin.layout, lin.tensors, lin.params.detach()
 
     def condition(x: Tensor) -> Tensor:
-        return Linearisation(problem, shifted(lin, tensors, params - x), draw).residual
+        return lin.at(shifted(lin, tensors, params - x)).residual
 
     w = signs(params)
     comparisons: list[_Comparison] = []
@@ -160,7 +154,7 @@ def _comparisons(lin: Linearisation, tensors: Sequence[Tensor], draw: Draw) -> l
         given = list(tensors)
         for place, part in zip(moving, x.split(sizes), strict=True):
             given[place] = part.reshape(tensors[place].shape)
-        return (Linearisation(problem, given, draw).residual @ w.to(layout.dtype))[None]
+        return (lin.at(given).residual @ w.to(layout.dtype))[None]
 
     comparisons.append(("hparams", by_hparams, lambda v: (slope @ v)[None], point, sizes))
     return comparisons

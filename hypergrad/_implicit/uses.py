@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
+from .causes import Place, data, inner_places
 from .linearisation import Linearisation
 from .second_look import SecondLook
 from .task_norms import size_for_each
@@ -30,6 +33,15 @@ class Use:
     def leaves(self, u: Tensor) -> list[Tensor]:
         """List the tensors that are computed from `u`."""
         return []
+
+    def places(self, b: Tensor, u: Tensor) -> Iterator[Place]:
+        """Everything that went into the solution `u`, by name, in the order of its making."""
+        problem = self.lin.problem
+        yield Place("the right-hand side (the incoming derivative)", b, data)
+        for place in problem.inner:
+            yield Place("the inner solution", self.lin.tensors[place], data, problem.path(place))
+        yield from inner_places(self.lin)
+        yield Place("the solution of the linear system", u, data)
 
     def values(self) -> list[Tensor]:
         """List what must be finite beside them, for each task."""

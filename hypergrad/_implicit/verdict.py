@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from .._errors import (
     SingularHessian,
 )
 from .._info import SolveInfo, Status
-from .._warnings import OnFailure, counted, warn
+from .._warnings import counted, warn
 from ..solvers._base import Solver
-from ..solvers._system import Solution
+from ..solvers._vectors import norm
 from .causes import Place
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
 
 
 class Cause(IntEnum):
@@ -42,20 +45,7 @@ class Cause(IntEnum):
     UNITS = 7
 
 
-def judge(
-    info: SolveInfo,
-    solution: Solution,
-    solver: Solver,
-    *,
-    inner_tol: float | None,
-    on_failure: OnFailure,
-    cause: Tensor,
-    condition: Tensor,
-    params: Tensor,
-    sound: Tensor,
-    places: Callable[[], Iterable[Place]],
-    kink: str = "",
-) -> None:
+def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
     Reads one packed tensor from the device where all is well, nothing with
@@ -64,26 +54,12 @@ def judge(
 
     Parameters
     ----------
+    evidence : Evidence
+        What is known about the answer.
     info : SolveInfo
-        The evidence.
-    solution : Solution
-        The solution that it is about.
-    solver : Solver
-        The solver that was used, whose fields the advice names.
-    inner_tol : float or None
-        The relative inner residual above which the inner problem counts as unsolved.
-    on_failure : str
-        What to do about a failure.
-    cause : Tensor
-        A `Cause` for each task.
-    condition, params : Tensor
-        The norms of the inner condition and of the inner variables, for each task.
+        The figures of it that the caller sees.
     sound : Tensor
         bool, for each task: all numbers of the answer are finite.
-    places : callable
-        The tensors to search for the first that is not finite.
-    kink : str
-        What makes a point a kink of the inner problem.
 
     Raises
     ------
@@ -92,23 +68,25 @@ def judge(
     NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
-    if on_failure == "ignore":
+    choices = evidence.choices
+    if choices.on_failure == "ignore":
         return
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
     if all(good):
         return
-    rows = _rows(info, solution.eigenvalues, cause, condition, params, sound)
+    rows = _rows(evidence, info, sound)
     bad = [row for row in rows if not row.sound]
     if bad:
-        _refuse_not_finite(counted(len(bad), len(rows), exact=True), places(), _plain(info))
+        places = evidence.use.places(evidence.system.b, evidence.solution.x)
+        _refuse_not_finite(counted(len(bad), len(rows), exact=True), places, _plain(info))
     failed = [row for row in rows if not row.success]
-    exact = on_failure == "raise"
+    exact = choices.on_failure == "raise"
     worst = _Failure(
         max(failed, key=_Row.severity),
-        name=info.method if exact else type(solver).__name__,
-        solver=solver,
-        inner_tol=inner_tol,
-        kink=kink,
+        name=info.method if exact else type(choices.solver).__name__,
+        solver=choices.solver,
+        inner_tol=choices.inner_tol,
+        kink=evidence.lin.problem.condition.kink,
         exact=exact,
     )
     error, text = worst.diagnosis()
@@ -140,27 +118,21 @@ class _Row(NamedTuple):
         return self.status != Status.CONVERGED, figure
 
 
-def _rows(
-    info: SolveInfo,
-    eigenvalues: Tensor,
-    cause: Tensor,
-    condition: Tensor,
-    params: Tensor,
-    sound: Tensor,
-) -> list[_Row]:
+def _rows(evidence: Evidence, info: SolveInfo, sound: Tensor) -> list[_Row]:
     """Read the figures of every task from the device, in one packed tensor."""
+    eigenvalues = evidence.solution.eigenvalues
     figures = {
         "sound": sound,
         "success": info.success,
         "status": info.status,
-        "cause": cause,
+        "cause": evidence.cause,
         "iterations": info.iterations,
         "residual": info.residual_norm,
         "inner": info.inner_residual,
         "low": eigenvalues[..., 0],
         "high": eigenvalues[..., 1],
-        "condition": condition.expand_as(info.status),
-        "params": params.expand_as(info.status),
+        "condition": norm(evidence.lin.residual).expand_as(info.status),
+        "params": norm(evidence.params).expand_as(info.status),
         "degeneracy": info.degeneracy,
     }
     packed = torch.stack([figures[name].to(torch.float64) for name in _Row._fields], dim=-1)

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..solvers._fields import positive
 from ._levels import Levels, minus
-from ._method import Decaying, State, checked, exponent, least, positive
+from ._method import Decaying, State, checked, exponent, least
 from ._step_info import StepInfo
 
 

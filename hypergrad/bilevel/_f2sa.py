@@ -9,8 +9,9 @@ import torch
 from .._errors import UnsupportedOperation
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._minimum import Minimum
+from ..solvers._fields import positive
 from ._levels import Levels
-from ._method import Decaying, State, checked, exponent, least, positive
+from ._method import Decaying, State, checked, exponent, least
 from ._step_info import StepInfo
 
 

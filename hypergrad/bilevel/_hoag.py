@@ -13,11 +13,11 @@ from .._errors import NotConverged
 from .._info import SolveInfo
 from .._warnings import warn
 from ..solvers import CG, GMRES, Solver
-from ..solvers._fields import tolerance
+from ..solvers._fields import positive, tolerance
 from ._batches import Batch
 from ._estimate import estimate
 from ._levels import Levels
-from ._method import Method, State, checked, least, positive
+from ._method import Method, State, checked, least
 from ._step_info import StepInfo
 
 # How often the inner problem is taken up again where the solve shows another curvature.

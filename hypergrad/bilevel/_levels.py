@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.captured import refuse_one_level_reduced
-from .._autograd.products import Replay, gradient_of
+from .._autograd.products import Replay, filled, gradient_of
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record, refuse_past_arguments
 from .._autograd.trace import detached
@@ -517,10 +517,7 @@ def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
 
 
 def _filled(leaves: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
-    return [
-        torch.zeros_like(v, requires_grad=False) if leaf is None else leaf.detach()
-        for leaf, v in zip(leaves, like, strict=True)
-    ]
+    return [leaf.detach() for leaf in filled(leaves, like)]
 
 
 def _refuse_shared(levels: Levels) -> None:

@@ -154,14 +154,6 @@ def least(bound: float) -> Callable[[str, Any], None]:
     return functools.partial(at_least, bound=bound)
 
 
-def positive(name: str, value: float | None) -> None:
-    """Refuse a number that is not positive and finite."""
-    if value is not None:
-        finite(name, value)
-        if value <= 0:
-            raise ValueError(f"{name} must be positive; got {value!r}.")
-
-
 def exponent(default: float) -> Any:
     """Make a field that is an exponent of a learning rate: finite, and not negative."""
     return checked(default, finite, least(0.0))

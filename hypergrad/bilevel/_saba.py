@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .._errors import UnsupportedOperation
 from .._pytrees import Layout
+from ..solvers._fields import positive
 from ._batches import Batch, Batches
 from ._levels import Levels
-from ._method import State, checked, exponent, positive
+from ._method import State, checked, exponent
 from ._soba import Directions, SingleLoop
 
 

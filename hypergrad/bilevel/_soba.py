@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..solvers._fields import positive
 from ._levels import Leaves, Levels, minus
-from ._method import Decaying, State, checked, exponent, positive
+from ._method import Decaying, State, checked, exponent
 from ._step_info import StepInfo
 
 

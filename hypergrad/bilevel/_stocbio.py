@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..solvers._fields import positive
 from ._amigo import DoubleLoop
 from ._levels import Levels
-from ._method import checked, exponent, least, positive
+from ._method import checked, exponent, least
 
 
 @dataclasses.dataclass(frozen=True)

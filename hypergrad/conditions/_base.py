@@ -56,6 +56,43 @@ class Record:
     fused: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a condition is recorded.
+
+    Attributes
+    ----------
+    problem : Problem
+        The inner problem.
+    tensors : list of Tensor
+        All tensors of its arguments, with aliases in the places of the variables.
+    params : list of Tensor
+        The aliases of the inner variables.
+    seed : Tensor or None
+        A zero, from which forward products are recorded.
+    forward : bool
+        Whether products with A itself are asked for.
+    """
+
+    problem: Problem
+    tensors: list[Tensor]
+    params: list[Tensor]
+    seed: Tensor | None
+    forward: bool
+
+    def gradient(self, value: Tensor) -> list[Tensor | None]:
+        """Take the gradient of an objective, on which every inner variable must depend."""
+        gradient = recorded_gradient(value, self.params)
+        require_all(self.problem, gradient)
+        return gradient
+
+    def product(self, residual: Sequence[Tensor | None]) -> ForwardReplay | None:
+        """Record the product with A of a residual, where it is asked for."""
+        if not self.forward or self.seed is None:
+            return None
+        return ForwardReplay(residual, self.params, self.seed)
+
+
 class Condition(Fields, ABC):
     """The equation that an inner solution satisfies: F(params, *args) = 0, like ``params``.
 
@@ -78,25 +115,19 @@ class Condition(Fields, ABC):
         @property
         def symmetric(self) -> bool: ...
 
-    @abstractmethod
     def functions(self) -> list[Callable[..., Any]]:
         """List the user's functions, to look for what they capture."""
+        itself: Any = self
+        values = [getattr(self, field.name) for field in dataclasses.fields(itself)]
+        return [value for value in values if callable(value)]
 
     @abstractmethod
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate once, without any derivative, what the condition depends on."""
 
     @abstractmethod
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
-        """Evaluate F once at aliases; `forward`: with products by A, from a `seed` (a zero)."""
+    def record(self, point: Point) -> Record:
+        """Evaluate F once at a point's aliases."""
 
 
 def as_condition(inner: Any, default: Callable[[Any], Condition]) -> Condition:
@@ -111,15 +142,7 @@ def as_condition(inner: Any, default: Callable[[Any], Condition]) -> Condition:
     return default(inner)
 
 
-def record_equation(
-    problem: Problem,
-    values: list[Tensor],
-    params: Sequence[Tensor],
-    seed: Tensor | None,
-    symmetric: bool,
-    *,
-    forward: bool,
-) -> Record:
+def record_equation(point: Point, values: list[Tensor], symmetric: bool) -> Record:
     leaves: set[int] = set()
     edges: set[tuple[Any, int]] = set()
     for value in values:
@@ -127,16 +150,14 @@ def record_equation(
         leaves |= {id(leaf) for leaf in reached.leaves}
         edges |= reached.edges
     reached_params = [
-        p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in params
+        p if id(p) in leaves or (p.grad_fn, p.output_nr) in edges else None for p in point.params
     ]
-    require_all(problem, reached_params)
+    require_all(point.problem, reached_params)
     # Of a map one derivative is enough, unless that is differentiated: there is a seed then.
-    fused = has_fused({node for node, _ in edges}, again=seed is not None)
-    transposed = Replay(values, params)
+    fused = has_fused({node for node, _ in edges}, again=point.seed is not None)
+    transposed = Replay(values, point.params)
     residual: list[Tensor | None] = list(values)
-    product: Product | None = transposed if symmetric else None
-    if forward and seed is not None and not symmetric:
-        product = ForwardReplay(residual, params, seed)
+    product: Product | None = transposed if symmetric else point.product(residual)
     return Record(values, residual, transposed, product, fused=fused)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ._base import Condition, Record, record_equation
+from ._base import Condition, Point, Record, record_equation
 from ._inner_problem import Problem
 
 
@@ -37,24 +37,12 @@ class FixedPoint(Condition):
     symmetric: bool = False
     contraction: ClassVar[bool] = True
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the map."""
-        return [self.T]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the map."""
         return problem.equation("T(params, ...)", self.T, tensors)
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record ``params - T``."""
-        values = problem.equation("T(params, ...)", self.T, tensors)
-        residual = [p - value for p, value in zip(params, values, strict=True)]
-        return record_equation(problem, residual, params, seed, self.symmetric, forward=forward)
+        values = self.probe(point.problem, point.tensors)
+        residual = [p - value for p, value in zip(point.params, values, strict=True)]
+        return record_equation(point, residual, self.symmetric)

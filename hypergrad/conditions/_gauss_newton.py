@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.torch_pytrees import pytree
-from ._base import Condition, Record, plus, recorded_gradient, require_all
+from ._base import Condition, Point, Record, plus, recorded_gradient, require_all
 from ._inner_problem import Problem
 
 
@@ -61,10 +61,6 @@ class GaussNewton(Condition):
     of_objective: ClassVar[bool] = True
     twice: ClassVar[bool] = False
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the outputs, the loss and the regulariser."""
-        return [f for f in (self.outputs, self.loss, self.regulariser) if f is not None]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the loss and the regulariser."""
         outputs = problem.outputs(self.outputs, tensors)
@@ -73,16 +69,9 @@ class GaussNewton(Condition):
             values.append(problem.objective("regulariser", self.regulariser, tensors))
         return values
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the exact gradient, and the products of the Gauss-Newton matrix."""
+        problem, tensors, params, seed = point.problem, point.tensors, point.params, point.seed
         outputs = problem.outputs(self.outputs, tensors)
         # Fresh aliases: one output may have been computed from another.
         outputs = pytree.tree_map(lambda o: o.view_as(o) if _differentiable(o) else o, outputs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,14 +11,16 @@ import torch
 from torch import Tensor
 
 from .._autograd.maps import most_positional, selected
-from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.products import Parts, Replay
 from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
+from ..solvers._factorisation import signs
+from ..solvers._fields import positive
 from ..solvers._vectors import norm
-from ._base import Condition, Record, recorded_gradient, require_all
+from ._base import Condition, Point, Record
 from ._inner_problem import Problem
-from ._kinks import directions, reach
+from ._kinks import reach
 
 StepSize = float | Tensor | Callable[..., Any] | None
 
@@ -43,11 +43,31 @@ class GradientStep(Condition):
     symmetric: ClassVar[bool] = False
     contraction: ClassVar[bool] = True
     kink: ClassVar[str] = "its prox or projection changes its form there"
+    #: The field that holds P, and how many of ``v, step_size`` it takes in front of the arguments.
+    called: ClassVar[str]
+    leading: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        """Refuse a step that is none."""
+        if isinstance(self.step_size, int | float):
+            positive("step_size", self.step_size)
+
+    def functions(self) -> list[Callable[..., Any]]:
+        """List the smooth part and P."""
+        return [self.f, getattr(self, self.called)]
 
     @property
-    @abstractmethod
     def outer_map(self) -> tuple[str, Callable[..., Any]]:
         """Give P, as ``P(v, step_size, *args)``, and its name in messages."""
+        return self.called, self._mapped
+
+    @functools.cached_property
+    def _most(self) -> int | None:
+        return most_positional(getattr(self, self.called), self.leading)
+
+    def _mapped(self, v: Any, step_size: Any, *args: Any) -> Any:
+        first = (v, step_size)[: self.leading]
+        return getattr(self, self.called)(*selected(self._most, first, args))
 
     def step(self, args: Sequence[Any]) -> Any:
         """Take the caller's step size, a constant for derivatives; one where there is none."""
@@ -91,19 +111,11 @@ class GradientStep(Condition):
         value = problem.objective("inner", self.f, tensors)
         return [value, *self.applied(problem, tensors, [tensors[i] for i in problem.inner])]
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the step: `f` is evaluated once, P three times."""
+        problem, tensors, params = point.problem, point.tensors, point.params
         value = problem.objective("inner", self.f, tensors)
-        gradient = recorded_gradient(value, params)
-        require_all(problem, gradient)
+        gradient = point.gradient(value)
         lead = params[0].shape[: len(problem.own_axes)]
         estimated = None
         if self.step_size is None:
@@ -123,7 +135,7 @@ class GradientStep(Condition):
             values=[value, *stepped],
             residual=outputs,
             transposed=Replay(residual, params),
-            product=ForwardReplay(outputs, params, seed) if forward and seed is not None else None,
+            product=point.product(outputs),
             sides=self._sides(problem, applied, v, stepped, residual),
         )
 
@@ -156,7 +168,8 @@ class GradientStep(Condition):
         flat = layout.flatten([leaf.detach() for leaf in v], lead)
         missed = layout.flatten([leaf.detach() for leaf in residual], lead)
         distance = reach(flat.abs().amax(dim=-1), missed, layout.precision)
-        away = layout.split(distance[..., None] * directions(layout))
+        # Ones would not do: a projection onto the simplex does not see them.
+        away = layout.split(distance[..., None] * signs(flat))
         sides = []
         for sign in (1, -1):
             there = applied([leaf + sign * a for leaf, a in zip(v, away, strict=True)])
@@ -173,11 +186,11 @@ class GradientStep(Condition):
             return
         if not all(torch.equal(a, b) for a, b in zip(there, stepped, strict=True)):
             raise NotConnected(
-                f"{self.outer_map[0]} moves with v, but autograd does not see how, so that its "
+                f"{self.called} moves with v, but autograd does not see how, so that its "
                 "derivative would be lost: a .detach() or .numpy() inside cuts the connection. "
                 "Write it in differentiable operations, or take one of hypergrad.prox or "
                 "hypergrad.projections.",
-                argument=self.outer_map[0],
+                argument=self.called,
             )
 
 
@@ -185,7 +198,8 @@ def _inverse_curvature(
     hessian: Callable[[Parts], Parts], layout: Layout, lead: Sequence[int]
 ) -> Tensor:
     """Estimate one over the largest curvature of each task by power steps; one for none."""
-    v = directions(layout).expand(*lead, layout.n)
+    v = signs(torch.empty(layout.n, dtype=layout.dtype, device=layout.device))
+    v = v.expand(*lead, layout.n)
     seen = torch.zeros_like(v[..., 0])
     for _ in range(_POWER_STEPS):
         unit = v / torch.where(seen > 0, seen, norm(v))[..., None]
@@ -251,26 +265,8 @@ class ProximalGradient(GradientStep):
     f: Callable[..., Any]
     prox: Callable[..., Any]
     step_size: StepSize = None
-
-    def __post_init__(self) -> None:
-        """Refuse a step that is none."""
-        check_step_size(self.step_size)
-
-    @property
-    def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """Give the proximal map."""
-        return "prox", self._prox
-
-    @functools.cached_property
-    def _most(self) -> int | None:
-        return most_positional(self.prox, 2)
-
-    def _prox(self, v: Any, step_size: Any, *args: Any) -> Any:
-        return self.prox(*selected(self._most, (v, step_size), args))
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the smooth part and the proximal map."""
-        return [self.f, self.prox]
+    called = "prox"
+    leading = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,29 +315,5 @@ class ProjectedGradient(GradientStep):
     f: Callable[..., Any]
     project: Callable[..., Any]
     step_size: StepSize = None
-
-    def __post_init__(self) -> None:
-        """Refuse a step that is none."""
-        check_step_size(self.step_size)
-
-    @property
-    def outer_map(self) -> tuple[str, Callable[..., Any]]:
-        """Give the projection, which does not depend on the step."""
-        return "project", self._project
-
-    @functools.cached_property
-    def _most(self) -> int | None:
-        return most_positional(self.project, 1)
-
-    def _project(self, v: Any, step_size: Any, *args: Any) -> Any:
-        return self.project(*selected(self._most, (v,), args))
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the objective and the projection."""
-        return [self.f, self.project]
-
-
-def check_step_size(step_size: Any) -> None:
-    """Raise ValueError where a number is no step size."""
-    if isinstance(step_size, int | float) and not (0 < step_size < math.inf):
-        raise ValueError(f"step_size must be positive and finite; got {step_size!r}.")
+    called = "project"
+    leading = 1

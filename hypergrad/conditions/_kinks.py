@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .._pytrees import Layout
 from ..solvers._vectors import norm
-
-if TYPE_CHECKING:
-    pass
-
 
 # A kink counts as met within so many roundings (in half precision two), or within twice the
 # residual of the condition where that is small enough for params to be next to a solution.
@@ -43,28 +37,6 @@ def reach(scale: Tensor, residual: Tensor, precision: torch.dtype) -> Tensor:
     missed = torch.where(missed <= _SOLVED * scale, 2 * missed, torch.zeros_like(missed))
     eps = torch.finfo(precision).eps
     return max(min(_ROUNDINGS * eps, _FAR), 2 * eps) * scale + missed
-
-
-def directions(layout: Layout) -> Tensor:
-    """Make a fixed vector ``(n,)`` in general position, entries from 0.5 to 1.5 of either sign.
-
-    Where a kink is near, the two sides of it lie along almost every direction. All ones would
-    not do: a projection onto the simplex does not see them.
-
-    Parameters
-    ----------
-    layout : Layout
-        Of the inner variables.
-
-    Returns
-    -------
-    direction : Tensor
-        The vector.
-    """
-    # A multiplicative hash, so that the caller's random numbers stay as they are.
-    number = torch.arange(1, layout.n + 1, device=layout.device) * 2654435761
-    size = 0.5 + (number % 2**24).to(layout.dtype) / 2**24
-    return torch.where((number >> 27) % 2 == 0, size, -size)
 
 
 def linearly_dependent(rows: Tensor, active: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.products import Parts, Replay, filled
 from .._autograd.rows import by_rows
 from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
 from .._pytrees import Layout, Tree
-from ._base import Condition, Product, Record, recorded_gradient, require_all
+from ._base import Condition, Point, Product, Record
 from ._inner_problem import Problem, scalar
 from ._kinks import largest, linearly_dependent, reach
 
@@ -80,10 +80,6 @@ class KKT(Condition):
         """Whether there are equalities alone."""
         return self.inequalities is None
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the objective and the constraints."""
-        return [f for f in (self.f, self.equalities, self.inequalities) if f is not None]
-
     def lagrangian(self, params: Any, *args: Any) -> Tensor:
         """Evaluate ``f + nu.h + lam.g``."""
         x, nu, lam = _three(params)
@@ -95,21 +91,12 @@ class KKT(Condition):
         """Evaluate the Lagrangian."""
         return [problem.objective("the Lagrangian", self.lagrangian, tensors)]
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the conditions; every function is evaluated once."""
-        value = problem.objective("the Lagrangian", self.lagrangian, tensors)
+        problem, params = point.problem, point.params
+        (value,) = self.probe(problem, point.tensors)
         # The derivatives by the multipliers are the constraints themselves.
-        gradient = recorded_gradient(value, params)
-        require_all(problem, gradient)
-        rows = [part for part in gradient if part is not None]
+        rows = [part for part in point.gradient(value) if part is not None]
         of_x, of_nu, of_lam = _places(problem.params)
         lead = len(problem.own_axes)
         residual: list[Tensor] = list(rows)
@@ -117,9 +104,7 @@ class KKT(Condition):
             residual[i] = params[i] - torch.relu(params[i] + rows[i])
         outputs: list[Tensor | None] = list(residual)
         transposed = Replay(residual, params)
-        product: Product | None = transposed if self.symmetric else None
-        if forward and product is None and seed is not None:
-            product = ForwardReplay(outputs, params, seed)
+        product: Product | None = transposed if self.symmetric else point.product(outputs)
         record = Record([value], outputs, transposed, product)
         layout = problem.layout()
         shifted = {i: (params[i] + rows[i]).detach() for i in of_lam}
@@ -248,11 +233,7 @@ class _Dependence:
                 part.to(c.dtype).expand(*tasks, size).reshape(c.shape)
                 for part, size, c in zip(weights.split(sizes), sizes, self.constraints, strict=True)
             ]
-            pulled = self.pullback(given)
-            parts = [
-                torch.zeros_like(x) if part is None else part
-                for part, x in zip(pulled, self.x, strict=True)
-            ]
+            parts = filled(self.pullback(given), self.x)
             return torch.cat([part.reshape(*tasks, -1).to(dtype) for part in parts], dim=-1)
 
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .._autograd.products import Replay
-from ._base import Condition, Record, recorded_gradient, require_all
+from ._base import Condition, Point, Record
 from ._inner_problem import Problem
 
 
@@ -39,26 +39,13 @@ class Minimum(Condition):
     minimum: ClassVar[bool] = True
     of_objective: ClassVar[bool] = True
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the objective."""
-        return [self.f]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the objective."""
         return [problem.objective("inner", self.f, tensors)]
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the gradient."""
-        value = problem.objective("inner", self.f, tensors)
-        gradient = recorded_gradient(value, params)
-        require_all(problem, gradient)
-        hessian = Replay(gradient, params)
+        value = point.problem.objective("inner", self.f, point.tensors)
+        gradient = point.gradient(value)
+        hessian = Replay(gradient, point.params)
         return Record([value], gradient, hessian, hessian)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._base import Condition, Record, record_equation
+from ._base import Condition, Point, Record, record_equation
 from ._inner_problem import Problem
 
 _LEAST_SQUARES = (
@@ -41,23 +41,11 @@ class Root(Condition):
     F: Callable[..., Any]
     symmetric: bool = False
 
-    def functions(self) -> list[Callable[..., Any]]:
-        """List the equation."""
-        return [self.F]
-
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the equation."""
         return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
 
-    def record(
-        self,
-        problem: Problem,
-        tensors: Sequence[Tensor],
-        params: Sequence[Tensor],
-        seed: Tensor | None,
-        *,
-        forward: bool,
-    ) -> Record:
+    def record(self, point: Point) -> Record:
         """Record the equation."""
-        values = problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
-        return record_equation(problem, values, params, seed, self.symmetric, forward=forward)
+        values = self.probe(point.problem, point.tensors)
+        return record_equation(point, values, self.symmetric)

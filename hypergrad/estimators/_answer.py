@@ -15,11 +15,14 @@ from .._autograd.refusals import refuse_derivatives
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced
 from .._errors import HypergradError, NotFinite, UnsupportedOperation
-from .._implicit.causes import Place, derivative
+from .._implicit.causes import Place, derivative, of_leaves
 from .._implicit.task_norms import finite
 from .._info import SolveInfo, Status
 from .._pytrees import Tree
 from .._warnings import OnFailure, counted, warn
+from ..solvers._base import info_of
+from ..solvers._fields import positive
+from ..solvers._system import Solution, graded
 from ._loss import Slopes, wide
 
 _OF_VALUE = (
@@ -88,10 +91,7 @@ def hypergradient(name: str, H: Tree, estimate: Estimate, on_failure: OnFailure,
                 for path, leaf in _named(estimate.params)
             ),
             Place("the outer loss", estimate.value, lambda: _OF_VALUE, argument="outer"),
-            *(
-                Place(f"the gradient by {path}", leaf, lambda: _OF_GRADIENT, path)
-                for path, leaf in zip(map(H.variable_path, range(len(leaves))), leaves, strict=True)
-            ),
+            *of_leaves("the gradient by ", H, leaves, lambda: _OF_GRADIENT),
         ])
 
     def error() -> Exception:
@@ -182,23 +182,10 @@ def evidence(
 ) -> SolveInfo:
     """Fill a `SolveInfo` for an estimator without a linear system: NaN where it knows nothing."""
     nan = torch.full_like(wide(slopes.value), math.nan)
-    zero = torch.zeros_like(slopes.value, dtype=torch.int64)
-    known: dict[str, Any] = dict.fromkeys(
-        ("residual_norm", "inner_residual", "outer_error", "error_estimate", "degeneracy"), nan
-    )
-    return SolveInfo(
-        status=torch.where(success, zero + int(Status.CONVERGED), int(failed)),
-        success=success,
-        iterations=zero,
-        matvecs=zero,
-        negative_curvature=torch.zeros_like(success),
-        eigenvalues=torch.stack([nan, nan]),
-        solution=solution,
-        outer_value=slopes.value,
-        aux=slopes.aux,
-        method=method,
-        **(known | figures),
-    )
+    status, size = graded({Status.CONVERGED: success}, failed), figures.pop("residual_norm", nan)
+    known: dict[str, Any] = {"outer_value": slopes.value, "aux": slopes.aux, **figures}
+    solved = Solution(nan[None], status, success, residual_norm=size, method=method)
+    return info_of(solved, solution=solution, eigenvalues=torch.stack([nan, nan]), **known)
 
 
 def judge_figure(
@@ -246,8 +233,7 @@ def judge_figure(
 def check_positive(**numbers: float | None) -> None:
     """Refuse numbers that are not positive and finite."""
     for name, value in numbers.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite; got {value!r}.")
+        positive(name, value)
 
 
 def check_not_negative(**numbers: float | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay
+from .._autograd.products import ForwardReplay, filled
 from .._autograd.recording import Recording
 from .._autograd.rows import by_rows
 from .._autograd.trace import detached, graph
@@ -78,8 +78,7 @@ class Forward:
             push = ForwardReplay(outputs, aliases, seed)
 
             def product(*leaves: Tensor) -> list[Tensor]:
-                pairs = zip(push(leaves), outputs, strict=True)
-                return [torch.zeros_like(o) if t is None else t for t, o in pairs]
+                return filled(push(leaves), outputs)
 
             return ended, [t.detach() for t in by_rows(product, *tangents)]
 

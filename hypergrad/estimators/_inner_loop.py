@@ -50,11 +50,6 @@ class InnerLoop:
         return cls(step, init, H, _takes_number(step))
 
     @property
-    def functions(self) -> list[Callable[..., Any]]:
-        """The user's functions."""
-        return [self.step, self.init] if callable(self.init) else [self.step]
-
-    @property
     def start(self) -> Any:
         """The initial point, detached; None where it depends on the hyperparameters."""
         return None if callable(self.init) else map_tensors(self.init, _own)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from .._autograd.products import filled
 from .._autograd.refusals import never_compiled
 from .._autograd.torch_pytrees import pytree
 from .._errors import Diverged
@@ -237,10 +238,7 @@ def value_function_grad(
     rise = torch.where(gap.isnan(), gap, rise)
     info = None
     if return_info:
-        by_params = [
-            torch.zeros_like(v) if g is None else g
-            for g, v in zip(added(slopes.by_params, weight, here.by_params), at.params, strict=True)
-        ]
+        by_params = filled(added(slopes.by_params, weight, here.by_params), at.params)
         info = ValueFunctionInfo(slopes.value, weight, gap, at.P.fill(by_params), slopes.aux)
     figures, kept = [(rise, _RISE, _RISING)], at.P.rebuild(y)
     return call.finish(grads, [slopes, here, there], figures, kept, info=info, error=Diverged)

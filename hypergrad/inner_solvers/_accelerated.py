@@ -15,7 +15,7 @@ from .._autograd.maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 _PROBES = 4  # power steps for the largest curvature
 _HALVINGS = 60
@@ -148,10 +148,7 @@ def _accelerated(
     progress.evaluated(progress.active, probes + used)
     # The best point so far is the end of a step, also where that step has led nowhere.
     best = torch.where(torch.isfinite(norm(z)), z, x)
-    for iteration in range(solver.maxiter + 1):
-        if not going_on(progress, iteration, solver.maxiter):
-            break
-        active = progress.active
+    for active in progress.rounds(solver.maxiter):
         # Momentum that points uphill is lost.
         uphill = dot(y - z, z - x) > 0
         # Beck and Teboulle (2009), equations 4.2 and 4.3.

@@ -12,7 +12,7 @@ from ..solvers import _fields, _vectors
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 _WORSE = 10.0  # a residual so many times the best one empties the history
 
@@ -72,10 +72,7 @@ class Anderson(InnerSolver):
         steps: list[Tensor] = []  # changes of x ...
         changes: list[Tensor] = []  # ... and of the residual
         floor = 2 * torch.finfo(evaluator.layout.precision).eps
-        for iteration in range(self.maxiter + 1):
-            if not going_on(progress, iteration, self.maxiter):
-                break
-            active = progress.active
+        for active in progress.rounds(self.maxiter):
             new = x + self.mixing * r
             if steps:
                 rows = torch.stack(changes, dim=-2)

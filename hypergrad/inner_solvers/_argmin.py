@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import inner_solvers
 from .._autograd.torch_pytrees import pytree
 from .._errors import StructureMismatch
-from .._implicit.decorators import Batching, differentiable
+from .._implicit.decorators import Batching, Settings, differentiable
 from .._implicit.keywords import bound
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_unknown
@@ -125,17 +125,8 @@ def argmin(
     _refuse_no_functions(objective, project, prox)
     _refuse_no_linear_solver(linear_solver)
     condition, minimise = _posed(objective, solver, project, prox)
-    decorate = differentiable(
-        condition,
-        argnums=argnums,
-        has_aux=has_aux,
-        solver=linear_solver,
-        inner_tol=inner_tol,
-        on_failure=on_failure,
-        batching=batching,
-        callback=callback,
-    )
-    return decorate(_fit(objective, minimise, has_aux=has_aux))
+    settings = Settings(argnums, has_aux, linear_solver, inner_tol, on_failure, batching, callback)
+    return differentiable(condition, settings)(_fit(objective, minimise, has_aux=has_aux))
 
 
 def _posed(

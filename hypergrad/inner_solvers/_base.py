@@ -7,7 +7,6 @@ has stopped is frozen.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from .._autograd.vmaps import Vmaps, outside_of_vmaps
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields, refuse_signatures
 from .._pytrees import Layout, Tree, refuse_meta
-from ..solvers._fields import at_least
+from ..solvers._fields import at_least, positive
 from ._evaluator import Evaluator
 from ._info import InnerInfo
 from ._progress import Progress
@@ -57,8 +56,8 @@ class InnerSolver(Fields, ABC):
         at_least("maxiter", self.maxiter, 1)
         at_least("tol", self.tol, 0.0)
         step = getattr(self, "step_size", None)
-        if isinstance(step, int | float) and not 0 < step < math.inf:
-            raise ValueError(f"step_size must be positive and finite; got {step!r}.")
+        if isinstance(step, int | float):
+            positive("step_size", step)
 
     def __call__(self, fun: Callable[..., Any], init: Any, *args: Any) -> tuple[Any, InnerInfo]:
         """Solve the inner problem.

@@ -11,7 +11,7 @@ from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
 from ._numbers import dot, norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 _MEMORY = 10
 
@@ -55,10 +55,7 @@ class GradientDescent(InnerSolver):
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         length, values = progress.begin(evaluator, x, g), [value]
         fixed = None if self.step_size is None else evaluator.step_size(self.step_size)
-        for iteration in range(self.maxiter + 1):
-            if not going_on(progress, iteration, self.maxiter):
-                break
-            active = progress.active
+        for active in progress.rounds(self.maxiter):
             if fixed is None:
                 # Not below the last value but below one of the last ten, which these steps need.
                 reference = torch.stack(values).amax(dim=0)

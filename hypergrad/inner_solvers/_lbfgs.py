@@ -12,7 +12,7 @@ from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
 from ._numbers import dot, norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,7 @@ class LBFGS(InnerSolver):
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         memory: list[tuple[Tensor, Tensor, Tensor]] = []
         scale = progress.begin(evaluator, x, g)  # of the inverse Hessian that all starts from
-        for iteration in range(self.maxiter + 1):
-            if not going_on(progress, iteration, self.maxiter):
-                break
+        for _ in progress.rounds(self.maxiter):
             direction = -_two_loops(memory, scale, g)
             downhill = dot(direction, g) < -1e-12 * norm(direction) * norm(g)
             direction = torch.where(downhill, direction, -scale * g)

@@ -12,7 +12,7 @@ from ..solvers._fields import at_least
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._numbers import dot, norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 _TRIALS = 30  # of a damping, each ten times the one before
 
@@ -74,10 +74,7 @@ class LevenbergMarquardt(InnerSolver):
         slopes = torch.linalg.vector_norm(J, dim=-2)
         damping = torch.full_like(value, self.damping)
         eps = torch.finfo(x.dtype).eps
-        for iteration in range(self.maxiter + 1):
-            if not going_on(progress, iteration, self.maxiter):
-                break
-            active = progress.active
+        for active in progress.rounds(self.maxiter):
             searching, stuck = active, active
             new, new_value, new_r, new_J, new_g = x, value, r, J, g
             for _ in range(_TRIALS):

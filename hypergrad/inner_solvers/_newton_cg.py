@@ -14,7 +14,7 @@ from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._line_search import backtrack
 from ._numbers import dot, norm
-from ._progress import Progress, going_on
+from ._progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,7 @@ class NewtonCG(InnerSolver):
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         length = progress.begin(evaluator, x, g)  # of steps along the gradient
         cg = CG(maxiter=self.cg_maxiter, rtol=self.cg_rtol)
-        for iteration in range(self.maxiter + 1):
-            if not going_on(progress, iteration, self.maxiter):
-                break
-            active = progress.active
+        for active in progress.rounds(self.maxiter):
             _, _, hessian = evaluator.with_hessian(x)
             # A right-hand side of zero takes no part.
             b = torch.where(active, -g, torch.zeros_like(g))
@@ -82,13 +79,7 @@ class NewtonCG(InnerSolver):
             downhill = dot(newton, g) < -1e-12 * norm(newton) * norm(g)
             direction = torch.where(downhill, newton, -length * g)
             step = backtrack(evaluator, progress, x, value, g, direction, torch.ones_like(value))
-            progress.update(
-                step.x,
-                step.x - x,
-                step.gradient - g,
-                norm(step.gradient),
-                step.value,
-                stuck=~step.success,
-            )
+            s, y = step.x - x, step.gradient - g
+            progress.update(step.x, s, y, norm(step.gradient), step.value, stuck=~step.success)
             x, value, g = step.x, step.value, step.gradient
         return x, progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -145,6 +146,13 @@ class Progress:
         self.idle = torch.where(active, idle, self.idle)
         self.active = active & (ended == Status.MAX_ITERATIONS)
 
+    def rounds(self, maxiter: int) -> Iterator[Tensor]:
+        """Yield the tasks that are active before each iteration, as long as there are any."""
+        for _ in range(maxiter):
+            if not any_task(self.active):
+                break
+            yield self.active
+
     def info(self, method: str) -> InnerInfo:
         """Collect the evidence."""
         success = self.status == Status.CONVERGED
@@ -160,8 +168,3 @@ class Progress:
             value=self.value[..., 0],
             method=method,
         )
-
-
-def going_on(progress: Progress, iteration: int, maxiter: int) -> bool:
-    """Say if another iteration is to be made. Synchronises with the host once."""
-    return iteration < maxiter and any_task(progress.active)

@@ -17,9 +17,9 @@ from ._bicgstab import BiCGSTAB
 from ._cg import CG
 from ._diagonal import solve_diagonal
 from ._exact import Exact, free_gib, gib_needed
-from ._fields import at_least, finite, tolerance
+from ._fields import at_least, tolerance
 from ._gmres import GMRES
-from ._krylov import Iterative
+from ._krylov import Iterative, Limited
 from ._minres import MINRES
 from ._normal import LSMR
 from ._probe import probed
@@ -41,7 +41,7 @@ _PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measureme
 
 
 @dataclasses.dataclass(frozen=True)
-class Auto(Solver):
+class Auto(Limited):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
     Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
@@ -82,18 +82,11 @@ class Auto(Solver):
     (True, 'Exact')
     """
 
-    maxiter: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    damping: float = 0.0
     dense_below: int = 100
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        at_least("maxiter", self.maxiter, 1)
-        at_least("rtol", self.rtol, 0.0)
-        at_least("atol", self.atol, 0.0)
-        finite("damping", self.damping)
+        super().__post_init__()
         at_least("dense_below", self.dense_below, 0)
 
     def run(self, system: LinearSystem) -> Solution:
@@ -146,7 +139,7 @@ class Auto(Solver):
         return solution
 
     def _iterated(self, method: type[Iterative], **fields: Any) -> Iterative:
-        mine = {name: getattr(self, name) for name in ("maxiter", "rtol", "atol", "damping")}
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(Limited)}
         return method(**{**mine, **fields})
 
     def _patiently(self, system: LinearSystem, patience: int) -> Solution:

@@ -183,8 +183,8 @@ class _Recurrence(Recurrence):
         alone = start.precondition is None
         self.pp = torch.addcmul(self.rr, beta.square(), self.pp) if alone else dot(self.p, self.p)
         self.rz, self.active = rz, going
-        if self.observer is not None:
-            self.observer.after_step(self.x, self.rr.sqrt(), moving)
+        if self.observer is not None and self.observer.is_due():
+            self.observer.keep(self.x, self.rr.sqrt(), moving)
 
     def _keep_best(self, going: Tensor) -> None:
         """Keep the iterate of the smallest residual."""

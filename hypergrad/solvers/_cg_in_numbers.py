@@ -71,9 +71,8 @@ def in_numbers(
         best_rr = min(best_rr, rr)
         beta = rz_new / rz if rz else math.nan
         log.append((pAp, rz, beta))
-        if observer is not None:
-            due = observer.is_due
-            observer.after_step(x.value() if due else p, math.sqrt(max(rr, 0.0)), _TRUE)
+        if observer is not None and observer.is_due():
+            observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
         if rr <= tol * tol:
             status = Status.CONVERGED
             break

@@ -21,6 +21,12 @@ def at_least(name: str, value: float | None, bound: float) -> None:
         raise ValueError(f"{name} must be at least {bound}; got {value!r}.")
 
 
+def positive(name: str, value: float | None) -> None:
+    """Raise ValueError if a number that was given is not positive and finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {value!r}.")
+
+
 def finite(name: str, value: float) -> None:
     """Raise ValueError unless the field is a finite number."""
     if not math.isfinite(value):

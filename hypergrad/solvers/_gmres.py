@@ -12,7 +12,7 @@ from torch import Tensor
 from .._autograd.host import any_task
 from .._info import Status
 from ._fields import at_least
-from ._krylov import Correction, Iterative, Pass, curves_down
+from ._krylov import Correction, Iterative, Pass, Recurrence, curves_down
 from ._ritz import condition_of_factors
 from ._system import graded
 
@@ -55,54 +55,45 @@ class GMRES(Iterative):
         at_least("restart", self.restart, 1)
 
     def _iterate(self, start: Pass) -> Correction:
-        r, active = start.r, start.active
+        run, r = Recurrence(start), start.r
         length = self.restart or min(r.shape[-1], 50)
-        total = torch.zeros_like(r)
-        iterations = torch.zeros_like(active, dtype=torch.int64)
-        status = torch.full_like(iterations, int(Status.MAX_ITERATIONS))
-        steps = 0
-        size = torch.linalg.vector_norm(r, dim=-1)
-        largest, singular = torch.zeros_like(size), torch.zeros_like(active)
-        negative = torch.zeros_like(active)
+        total, size = torch.zeros_like(r), torch.linalg.vector_norm(r, dim=-1)
+        seen = stalled = run.singular
         triangles = []
         first: _Cycle | None = None
-        while start.goes_on(steps, active):  # Saad (2003), algorithm 6.11
-            cycle = _Cycle(r, active)
-            for _ in range(min(length, start.limit - steps)):
+        while start.goes_on(run.steps, run.active):  # Saad (2003), algorithm 6.11
+            active, cycle = run.active, _Cycle(r, run.active)
+            for _ in range(min(length, start.limit - run.steps)):
                 if start.looks and not any_task(cycle.active):
                     break
                 cycle.extend(start)
-                steps += 1
+                run.steps += 1
             step = start.preconditioned(cycle.correction())
             triangles.append(cycle.triangle())
             first = first or cycle
-            largest = torch.maximum(largest, cycle.largest)
-            negative = negative | cycle.negative
+            run.largest = torch.maximum(run.largest, cycle.largest)
+            run.negative = run.negative | cycle.negative
+            run.iterations = run.iterations + cycle.iterations
             # A step this long is made of rounding errors: the matrix does not see it.
-            empty = start.flat * largest * torch.linalg.vector_norm(step, dim=-1) > size
+            empty = run.flat * run.largest * torch.linalg.vector_norm(step, dim=-1) > size
             step = torch.where((active & ~empty)[..., None], step, 0.0)
             total = total + step
             r = r - start.matvec(step)
             size_new = torch.linalg.vector_norm(r, dim=-1)
-            iterations = iterations + cycle.iterations
             met = (cycle.residual <= start.tol) & ~empty
             stuck = active & ~met & ~(size_new < (1 - 1e-3) * size)
-            singular = singular | cycle.singular | (active & empty)
-            ends = {Status.CONVERGED: active & met, Status.STAGNATED: stuck}
-            status = graded({**ends, Status.SINGULAR: stuck & singular}, status)
-            active = active & ~met & ~stuck
+            seen = seen | cycle.singular | (active & empty)
+            stalled, run.singular = stalled | (stuck & ~seen), run.singular | (stuck & seen)
+            run.active = active & ~met & ~stuck
             size = size_new
-        unknown = ~torch.isfinite(size)
-        return Correction(
-            x=torch.where(unknown[..., None], math.nan, total),
-            status=graded({Status.NOT_FINITE: unknown}, status),
-            iterations=iterations,
-            steps=steps,
-            negative=negative,
-            largest=largest,
+        run.unknown = ~torch.isfinite(size)
+        part = run.correction(
+            total,
             ritz=partial(_extremes, first) if first and not start.precondition else None,
             condition_number=partial(condition_of_factors, triangles) if triangles else None,
         )
+        part.status = graded({Status.STAGNATED: stalled & ~run.unknown}, part.status)
+        return part
 
 
 def _extremes(cycle: _Cycle) -> Tensor:

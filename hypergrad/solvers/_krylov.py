@@ -150,7 +150,24 @@ class Recurrence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Iterative(Solver):
+class Limited(Solver):
+    """The fields by which an iteration ends, and the damping."""
+
+    maxiter: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least("maxiter", self.maxiter, 1)
+        at_least("rtol", self.rtol, 0.0)
+        at_least("atol", self.atol, 0.0)
+        finite("damping", self.damping)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative(Limited):
     """The fields that all Krylov methods share.
 
     Where an answer is judged, one product more with a fixed vector shows the size of every row: a
@@ -174,21 +191,10 @@ class Iterative(Solver):
         ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
     """
 
-    maxiter: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    damping: float = 0.0
     preconditioner: Callable[[Any], Any] | Solver | None = None
 
     #: Whether an answer that was cut short is kept only where its residual is the smaller one.
     judged_by_residual: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        at_least("maxiter", self.maxiter, 1)
-        at_least("rtol", self.rtol, 0.0)
-        at_least("atol", self.atol, 0.0)
-        finite("damping", self.damping)
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate from `x0`, and again from the answer where its true residual is too large.

@@ -108,7 +108,8 @@ class _Recurrence(Recurrence):
         if self.observer is not None:
             Aw = self.images[1]
             self.observer.along(w, Aw, Aw, torch.where(moving, dot(Aw, Aw), 0.0))
-            self.observer.after_step(self.x, self.size, moving)
+            if self.observer.is_due():
+                self.observer.keep(self.x, self.size, moving)
         if self.steps % _EVERY == 0 or self.steps <= _EVERY:
             self._keep_modest(moving)
         self.phi_bar = torch.where(moving, phi_bar, self.phi_bar)

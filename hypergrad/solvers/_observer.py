@@ -57,17 +57,13 @@ class Observer:
         self.step = torch.add(self.step, direction, alpha=part)
         self.left = torch.sub(self.left, image, alpha=part)
 
-    @property
     def is_due(self) -> bool:
-        """Whether the answer after the next step will be kept."""
-        return not (self._count + 1) & self._count
-
-    def after_step(self, x: Tensor, size: Tensor | float, active: Tensor) -> None:
-        """Keep the answer and its residual norm after each step whose number is a power of two."""
-        due = self.is_due
+        """Count a step, and see whether its number is a power of two, after which to `keep`."""
         self._count += 1
-        if not due:
-            return
+        return not self._count & (self._count - 1)
+
+    def keep(self, x: Tensor, size: Tensor | float, active: Tensor) -> None:
+        """Keep the answer and its residual norm after a step."""
         size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
         (older_x, older_size), (newer_x, newer_size) = self._older, self._newer
         going = active[..., None]
