@@ -200,7 +200,7 @@ def refuse_signatures(name: str, value: Any, expected: Sequence[str], error: Exc
         if not (_binds(signature, expected) or _binds(signature, numbered)):
             raise TypeError(
                 f"{called} must take ({', '.join(expected)}), and takes {signature}. What it needs "
-                f"beside them it closes over. ({error})"
+                f"beside them it closes over, or is passed in the call. ({error})"
             ) from error
 
 

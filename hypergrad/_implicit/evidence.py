@@ -19,6 +19,7 @@ from ..solvers._gmres import GMRES
 from ..solvers._identity import Identity
 from ..solvers._krylov import AROUND, FEW, NEGATIVE
 from ..solvers._normal import LSMR, NormalCG
+from ..solvers._nystrom import Nystrom
 from ..solvers._probe import probed
 from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
@@ -141,6 +142,11 @@ class Evidence:
             self._look_for_curvature()
         self._fail(self.solution.negative_curvature, Cause.CURVATURE)
 
+    @property
+    def _unaided(self) -> bool:
+        """Whether the solution came without evidence, as that of a user's solver may."""
+        return "negative_curvature" in self.solution.unsaid and "status" in self.solution.unsaid
+
     def _look_for_curvature(self) -> None:
         """Look for negative curvature where the method has not looked for it itself."""
         solver, solution = self.choices.solver, self.solution
@@ -148,8 +154,8 @@ class Evidence:
             low, high = solution.eigenvalues.unbind(dim=-1)
             eps = torch.finfo(self.system.layout.precision).eps
             self._note_curvature(low < -NEGATIVE * eps * high.abs())
-        elif isinstance(solver, NormalCG | LSMR):
-            around = CG(maxiter=AROUND, damping=solver.damping).run(
+        elif isinstance(solver, NormalCG | LSMR | Nystrom) or self._unaided:
+            around = CG(maxiter=AROUND, damping=getattr(solver, "damping", 0.0)).run(
                 dataclasses.replace(self.system, condition=None, explores=False, x0=None)
             )
             self.solution.matvecs += around.matvecs
@@ -176,7 +182,10 @@ class Evidence:
         solver, solution = self.choices.solver, self.solution
         if not (self.choices.looks and self.choices.spends) or isinstance(solver, Identity):
             return
-        claimed = solution.success & (solution.iterations > 0)
+        iterates = solution.iterations > 0
+        if isinstance(solver, Nystrom) or self._unaided:
+            iterates = torch.ones_like(iterates)
+        claimed = solution.success & iterates
         if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
             claimed = claimed & (
                 solution.status != Status.MAX_ITERATIONS

@@ -296,6 +296,11 @@ _OF_CAUSE: dict[Cause, _Diagnosis] = {
 
 
 def _ran_out(failure: _Failure) -> str:
+    if not hasattr(failure.solver, "terms") and not hasattr(failure.solver, "maxiter"):
+        return (
+            f"{failure.name} did not reach its tolerance{failure.at}. Let it go on for longer, or "
+            "use CG() or GMRES()."
+        )
     cure = (
         "terms, loosen rtol, or use CG() or GMRES(), which need fewer products."
         if hasattr(failure.solver, "terms")

@@ -231,6 +231,11 @@ class Bilevel:
             raise
         finally:
             levels.passed = (None, None)
+        if not isinstance(info, StepInfo):
+            raise TypeError(
+                f"{type(self.method).__name__}.step must return a StepInfo, as Levels.outer_step "
+                f"and Levels.record make it; it returned {type(info).__name__}."
+            )
         levels.steps += 1
         levels._checked = True
         info = dataclasses.replace(info, warned=dict(levels.warned))

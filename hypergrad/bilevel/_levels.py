@@ -26,6 +26,7 @@ from ..conditions._base import Condition, as_condition, require_all
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
+from ..solvers._fields import at_least
 from ..solvers._vectors import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
@@ -349,6 +350,7 @@ class Levels:
         condition : list of Tensor
             Its value before the last of them.
         """
+        at_least("count", count, 1)
         for _ in range(count):
             condition, _ = self.inner_step(self.inner_batch(), factor)
         return condition
@@ -418,7 +420,15 @@ class Levels:
         -------
         info : StepInfo
             For `step` to return.
+
+        Raises
+        ------
+        TypeError
+            If `grads` is no list of a tensor for each hyperparameter.
         """
+        count = len(self.hparams.variables)
+        if isinstance(grads, Tensor) or len(grads) != count:
+            raise TypeError(f"grads must be a list of {count} tensors, one for each of hparams.")
         self.require_finite({**(finite or {}), "the hypergradient": grads})
         self.move_outer(grads, factor)
         return self.record(grads, value, condition, inner_steps, **known)

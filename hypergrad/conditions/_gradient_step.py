@@ -168,6 +168,8 @@ class GradientStep(Condition):
         flat = layout.flatten([leaf.detach() for leaf in v], lead)
         missed = layout.flatten([leaf.detach() for leaf in residual], lead)
         distance = reach(flat.abs().amax(dim=-1), missed, layout.precision)
+        # At zero there is no size to go by: any way off shows the sides of a cone.
+        distance = torch.where(distance > 0, distance, torch.finfo(layout.precision).eps)
         # Ones would not do: a projection onto the simplex does not see them.
         away = layout.split(distance[..., None] * signs(flat))
         sides = []

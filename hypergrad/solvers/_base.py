@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.refusals import refuse_derivatives
+from .._autograd.trace import versions
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo, Status
 from .._mistakes import Fields
@@ -191,20 +192,44 @@ class Solver(Fields, ABC):
         ------
         TypeError
             If `run` returns anything else.
+        UnsupportedOperation
+            If it changes the right-hand side in place.
         """
         products = Counted(system.matvec, 0.0, system.rmatvec)
         rmatvec = None if system.rmatvec is None else products.transposed
+        before = versions([system.b])
         solution = self.run(dataclasses.replace(system, matvec=products, rmatvec=rmatvec))
-        if not isinstance(solution, Solution):
-            raise TypeError(
-                f"{type(self).__name__}.run must return a hypergrad.solvers.Solution, such as "
-                f"Solution(x); it returned {type(solution).__name__}."
+        self._check(system, solution)
+        if versions([system.b]) != before:
+            raise UnsupportedOperation(
+                f"{type(self).__name__}.run changes system.b in place. Work on system.b.clone()."
             )
         solution.method = solution.method or type(self).__name__
         if not solution.unsaid.isdisjoint(("residual_norm", "status")):
             self._judge(system, products, solution)
         solution.matvecs = solution.matvecs or products.count
         return solution
+
+    def _check(self, system: LinearSystem, solution: Solution) -> None:
+        """Refuse what is no solution of a system.
+
+        Raises
+        ------
+        TypeError
+            If it is no `Solution`, or its x has another dtype or shape than the system asks for.
+        """
+        name, b = f"{type(self).__name__}.run", system.b
+        if not isinstance(solution, Solution):
+            raise TypeError(
+                f"{name} must return a hypergrad.solvers.Solution, such as Solution(x); it "
+                f"returned {type(solution).__name__}."
+            )
+        shape = (*b.shape[:-1], system.layout.n)
+        if tuple(solution.x.shape) != shape or solution.x.dtype != b.dtype:
+            raise TypeError(
+                f"{name} must return x of shape {shape} and dtype {b.dtype}, as system.b asks for; "
+                f"it returned {tuple(solution.x.shape)} and {solution.x.dtype}."
+            )
 
     def _judge(self, system: LinearSystem, products: Counted, solution: Solution) -> None:
         """Measure the residual where it is not known, and take the status from it."""

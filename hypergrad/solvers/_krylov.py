@@ -14,6 +14,7 @@ from torch import Tensor
 from .._autograd.double_backward import advice
 from .._autograd.host import any_task, every_task
 from .._autograd.rows import by_rows
+from .._autograd.trace import versions
 from .._autograd.transforms import transforms_active
 from .._errors import UnsupportedOperation
 from .._info import Status
@@ -441,8 +442,15 @@ def batched_preconditioner(
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:
+        before = versions([v])
         with advice():
             image = preconditioner(tree.rebuild(layout.split(v)))
+        if versions([v]) != before:
+            raise UnsupportedOperation(
+                "preconditioner changes its argument in place, which is a vector of the solver's. "
+                "Return a new tensor, as v * 2 is in place of v.mul_(2).",
+                argument="preconditioner",
+            )
         return layout.flatten(tree.match("preconditioner(v)", image))
 
     def mapped(v: Tensor) -> Tensor:

@@ -67,16 +67,24 @@ class Nystrom(Solver):
         matvec = Counted(system.matvec, self.damping)
         units = Units(system.b)
         b = torch.where(units.present[..., None], units.b, 0.0)
-        x, size = torch.zeros_like(b), torch.zeros_like(units.scale)
+        x, left, size = torch.zeros_like(b), b, torch.zeros_like(units.scale)
         if any_task(units.present):
             vectors, values = _approximation(matvec, b, self.rank)
             x = _solved(vectors, values, self.damping, b, beyond=self.damping)
-            size = norm(b - matvec(x))
+            left = b - matvec(x)
+            size = norm(left)
         met = size <= tolerance(None, system.layout.precision)
         ends = {Status.CONVERGED: met, Status.NOT_FINITE: ~torch.isfinite(size)}
         status = graded(ends, Status.MAX_ITERATIONS)
         x, status, size = units.settled(x * units.unit, status, size)
-        return Solution(x, status, residual_norm=size, matvecs=matvec.count, method="Nystrom")
+        return Solution(
+            x,
+            status,
+            residual_norm=size,
+            residual=left * units.unit,
+            matvecs=matvec.count,
+            method="Nystrom",
+        )
 
     def as_preconditioner(self, matvec: Counted, b: Tensor) -> Product:
         """Make the approximate inverse, at its first use, from the products of the solver."""

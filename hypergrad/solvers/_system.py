@@ -71,7 +71,7 @@ class LinearSystem:
     >>> @dataclasses.dataclass(frozen=True)
     ... class Direct(Solver):
     ...     def run(self, system: LinearSystem) -> Solution:
-    ...         return Solution(torch.linalg.solve(system.dense(), system.b))
+    ...         return Solution(torch.linalg.solve(system.dense(), system.b[..., None])[..., 0])
     >>> inner = lambda w, t: ((w - t) ** 2).sum()
     >>> one = torch.ones(2)
     >>> hypergrad.implicit_grad(lambda w, t: w.sum(), inner, one, one.clone(), solver=Direct())
@@ -252,7 +252,12 @@ class Solution:
 
     def __post_init__(self) -> None:
         """Give a value to each figure that was left out."""
+        if not isinstance(self.x, Tensor):
+            raise TypeError(f"A Solution holds a tensor x; got {type(self.x).__name__}.")
         figures = ("status", "success", "residual_norm", "iterations", "negative_curvature")
+        for name in figures:  # one number stands for all tasks
+            if not isinstance(value := getattr(self, name), Tensor):
+                setattr(self, name, torch.full(self.x.shape[:-1], value, device=self.x.device))
         self.unsaid = frozenset(name for name in figures if getattr(self, name) is _UNSAID)
         if self.residual_norm is _UNSAID:
             self.residual_norm = self.x.new_full(self.x.shape[:-1], math.nan)

@@ -342,7 +342,7 @@ def test_dtypes_that_do_not_go_together_are_named(dtype):
 
 def test_data_of_another_dtype_are_named():
     double = lambda w, h: ((X_VAL.double() @ w) ** 2).mean()
-    words = ("params is torch.float32", "data that it captures", "same dtype")
+    words = ("params is torch.float32", "data that it captures", "several dtypes")
     for call in (
         lambda: implicit_grad(double, inner, W, DECAY),
         lambda: hypergrad.finite_difference_grad(double, inner, W, DECAY),
