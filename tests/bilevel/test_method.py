@@ -123,3 +123,26 @@ def test_what_is_no_method_is_told_how_to_be_one(wrong):
         TypeError, match=r"hypergrad\.bilevel\.Method and has a function step.*Exten"
     ):
         made(wrong)
+
+
+def test_a_step_that_returns_no_info_or_too_few_gradients_is_named():
+    class Silent(Method):
+        def step(self, levels):
+            levels.inner_steps(1)
+
+    class Short(Method):
+        def step(self, levels):
+            condition = levels.inner_steps(1)
+            return levels.outer_step([], torch.tensor(0.0), condition)
+
+    class Still(Method):
+        def step(self, levels):
+            return levels.inner_steps(0)
+
+    for method, error, words in (
+        (Silent, TypeError, "must return a StepInfo"),
+        (Short, TypeError, "a list of 1 tensors"),
+        (Still, ValueError, "count must be at least 1"),
+    ):
+        with pytest.raises(error, match=words):
+            made(dataclasses.dataclass(frozen=True)(method)()).step()

@@ -215,3 +215,16 @@ def test_dependent_constraints_that_are_not_active_are_no_fault():
     params = x, nu, torch.cat([lam, torch.zeros(1, dtype=F64)])
     hypergradient = implicit_grad(problem.outer, condition, params, problem.hparams)
     assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+def test_a_kink_where_all_parameters_are_zero_is_said():
+    """Non-negative least squares of a signal that is zero: the solution moves to one side alone."""
+    A = torch.rand(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fit = hypergrad.argmin(
+        lambda w, y: ((A @ w - y) ** 2).sum() / 2,
+        project=lambda v: hypergrad.projections.non_negative(v),
+        on_failure="raise",
+    )
+    y = torch.zeros(8, dtype=torch.float64)
+    with pytest.raises(hypergrad.NotDifferentiable):
+        torch.func.grad(lambda y: fit(torch.zeros(3, dtype=y.dtype), y).sum())(y)

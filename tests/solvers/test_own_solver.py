@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import Status
+from hypergrad import Status, implicit_grad
 from hypergrad.solvers import LinearSystem, Solution, Solver
 
 F64 = torch.float64
@@ -167,3 +168,107 @@ def test_a_plain_function_is_told_how_to_become_a_solver() -> None:
     with pytest.raises(TypeError) as caught:
         hypergrad.implicit_grad(outer, inner, solved(H), H, solver=hypergrad.CG)  # type: ignore[call-overload]
     assert "extending" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Direct(Solver):
+    """A factorisation that says nothing but x."""
+
+    def run(self, system: LinearSystem) -> Solution:
+        return Solution(torch.linalg.solve(system.dense(), system.b[..., None])[..., 0])
+
+
+def test_a_saddle_and_uneven_units_are_said_of_a_solution_that_brings_no_evidence():
+    t = torch.tensor([1.0, 2.0], dtype=F64)
+    saddle = lambda w, t: (w[0] - t[0]) ** 2 - (w[1] - t[1] ** 2) ** 2
+    with pytest.raises(hypergrad.IndefiniteHessian):
+        implicit_grad(lambda w, t: w.sum(), saddle, t**2, t, solver=Direct(), on_failure="raise")
+    scales = torch.tensor([1e5, 1.0, 1e-5], dtype=F64)
+    M = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 4.0]], dtype=F64)
+    H = scales[:, None] * M * scales
+    t = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    inner = lambda w, t: (w @ H @ w) / 2 - (scales * w * t).sum()
+    outer = lambda w, t: ((scales * w) ** 2).sum() / 2
+    w = torch.linalg.solve(H, scales * t)
+    expected = torch.linalg.solve(M, torch.linalg.solve(M, t))
+    for solver in (hypergrad.Nystrom(rank=3), Direct()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = implicit_grad(outer, inner, w, t, solver=solver)
+        right = torch.allclose(found, expected, rtol=1e-6)
+        assert right != bool(caught)  # right, or said
+
+
+def test_a_direct_solver_of_ones_own_works_in_jacobians_and_batches():
+    target = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+
+    @hypergrad.custom_argmin(
+        lambda w, t: ((w - t**2) ** 2).sum(), solver=Direct(), on_failure="raise"
+    )
+    def fit(init: None, t: Tensor) -> Tensor:
+        return t**2
+
+    of = lambda t: fit(None, t)[:2]
+    expected = torch.diag(2 * target)[:2]
+    torch.testing.assert_close(torch.func.jacrev(of)(target), expected)
+    torch.testing.assert_close(torch.func.jacfwd(of)(target), expected)
+    batch = torch.stack([target, 2 * target])
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.jacrev(of))(batch), torch.stack([expected, 2 * expected])
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "words"),
+    [
+        (lambda s: Solution(s.b[:-1]), TypeError, r"x of shape \(3,\)"),
+        (lambda s: Solution(s.b.float()), TypeError, "dtype torch.float64"),
+        (lambda s: Solution(s.b.tolist()), TypeError, "a tensor x; got list"),
+        (lambda s: Solution(s.b.mul_(0.5)), hypergrad.UnsupportedOperation, "system.b in place"),
+    ],
+)
+def test_what_is_no_solution_is_named(run, error, words):
+    made = dataclasses.make_dataclass(
+        "Mine", [], bases=(Solver,), frozen=True, namespace={"run": lambda self, s: run(s)}
+    )
+    t = torch.ones(3, dtype=F64)
+    with pytest.raises(error, match=words):
+        implicit_grad(
+            lambda w, t: (w**2).sum(),
+            lambda w, t: ((w - t) ** 2).sum(),
+            t,
+            t.clone(),
+            solver=made(),
+        )
+
+
+def test_one_number_stands_for_all_tasks_in_a_figure():
+    solution = Solution(torch.zeros(2, 3), hypergrad.Status.CONVERGED, iterations=5)
+    assert solution.status.tolist() == [0, 0]
+    assert solution.iterations.tolist() == [5, 5]
+    assert solution.success.all()
+
+
+def test_a_solver_without_maxiter_that_falls_short_is_not_told_to_raise_it():
+    short = dataclasses.make_dataclass(
+        "Short", [], bases=(Solver,), frozen=True,
+        namespace={"run": lambda self, s: Solution(0.1 * s.b)},
+    )  # fmt: skip
+    t = torch.ones(3, dtype=F64)
+    with pytest.raises(hypergrad.NotConverged, match="did not reach its tolerance") as caught:
+        implicit_grad(
+            lambda w, t: w.sum(), lambda w, t: ((w - t) ** 2).sum(), t, t.clone(), solver=short(),
+            on_failure="raise",
+        )  # fmt: skip
+    assert "maxiter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [hypergrad.CG, hypergrad.GMRES, hypergrad.MINRES])
+def test_a_preconditioner_that_writes_in_place_is_named(method):
+    t = torch.ones(2, dtype=F64)
+    with pytest.raises(hypergrad.UnsupportedOperation, match="preconditioner changes") as caught:
+        implicit_grad(
+            lambda w, t: (w**2).sum(), lambda w, t: ((w - t) ** 2).sum(), t, t.clone(),
+            solver=method(preconditioner=lambda v: v.mul_(2)),
+        )  # fmt: skip
+    assert caught.value.argument == "preconditioner"
