@@ -300,6 +300,7 @@ def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
     def of_set(v: Any, step_size: Number, *args: Any, **keywords: Any) -> Any:
         return project(*selected(most, (v,), args), **keywords)
 
+    of_set.called = "project"  # type: ignore[attr-defined]
     return of_set
 
 

@@ -375,3 +375,16 @@ def test_the_leaf_and_the_argument(case):
 def test_numbers_that_are_not_finite_have_evidence_where_the_solve_came_so_far():
     error = raised(lambda: implicit_grad(outer, Root(lambda w, t: (w - t) * torch.nan), ONE, ONE))
     assert Status(error.info.status) == Status.NOT_FINITE
+
+
+def test_what_makes_a_solution_nan_is_named_and_not_params():
+    t = torch.ones(2, dtype=torch.float64)
+    inner = lambda w, t: ((w - t) ** 2).sum()
+    outer = lambda w, t: (w**2).sum()
+    with pytest.raises(hypergrad.NotFinite, match=r"^x0 holds NaN") as caught:
+        implicit_grad(outer, inner, t, t.clone(), solver=hypergrad.CG(), x0=t * float("nan"))
+    assert caught.value.argument == "x0"
+    solver = hypergrad.CG(preconditioner=lambda v: v * float("nan"))
+    with pytest.raises(hypergrad.NotFinite, match="look at the preconditioner") as caught:
+        implicit_grad(outer, inner, t, t.clone(), solver=solver)
+    assert caught.value.argument is None

@@ -70,6 +70,14 @@ def data() -> str:
     return _DATA
 
 
+def solve() -> str:
+    """Say where to look when all that goes into a linear system is finite, and u is not."""
+    return (
+        "What goes into the system is finite: look at the preconditioner where there is one, take "
+        "another solver, such as Exact(), or use float64"
+    )
+
+
 def derivative() -> str:
     """Say the same where only a derivative of a finite value is not."""
     return _DERIVATIVE

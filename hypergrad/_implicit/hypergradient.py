@@ -35,7 +35,7 @@ from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
-from .causes import Place, data, derivative, inner_places, of_leaves, of_value
+from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
 from .choices import Choices, needs_product
 from .linear_solve import solved
 from .linearisation import Linearisation
@@ -337,7 +337,9 @@ class _Hypergradient(Use):
             yield from of_leaves("the gradient of the outer loss by ", tree, slopes, derivative)
         yield from inner_places(lin)
         solution = lin.layout.split(u)
-        yield from of_leaves("the solution of the linear system at ", P, solution, data)
+        for position, leaf in enumerate(solution):
+            path = P.variable_path(position)
+            yield Place(f"the solution of the linear system at {path}", leaf, solve)
         yield from of_leaves("the cross derivative by ", H, self.indirect, derivative)
 
     def _differences(self, direct: Parts, indirect: Parts) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
-from .causes import Place, data, inner_places
+from .causes import Place, data, inner_places, solve
 from .linearisation import Linearisation
 from .second_look import SecondLook
 from .task_norms import size_for_each
@@ -41,7 +41,7 @@ class Use:
         for place in problem.inner:
             yield Place("the inner solution", self.lin.tensors[place], data, problem.path(place))
         yield from inner_places(self.lin)
-        yield Place("the solution of the linear system", u, data)
+        yield Place("the solution of the linear system", u, solve)
 
     def values(self) -> list[Tensor]:
         """List what must be finite beside them, for each task."""

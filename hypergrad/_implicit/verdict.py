@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -77,7 +77,8 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
     rows = _rows(evidence, info, sound)
     bad = [row for row in rows if not row.sound]
     if bad:
-        places = evidence.use.places(evidence.system.b, evidence.solution.x)
+        places = [*_start(evidence.system.x0)]
+        places += evidence.use.places(evidence.system.b, evidence.solution.x)
         _refuse_not_finite(counted(len(bad), len(rows), exact=True), places, _plain(info))
     failed = [row for row in rows if not row.success]
     exact = choices.on_failure == "raise"
@@ -351,6 +352,13 @@ _OF_STATUS: dict[Status, _Diagnosis] = {
     Status.DIVERGED: (Diverged, _diverged),
     Status.STAGNATED: (NotConverged, _stagnated),
 }
+
+
+def _start(x0: Tensor | None) -> Iterator[Place]:
+    """List where the iteration started, if the caller said so."""
+    if x0 is not None:
+        cure = "Leave x0 out, or pass the solution of a solve that ended well"
+        yield Place("x0", x0, lambda: cure, argument="x0")
 
 
 def _refuse_not_finite(tasks: str, places: Iterable[Place], info: SolveInfo) -> NoReturn:

@@ -123,7 +123,8 @@ class FISTA(InnerSolver):
                 return prox(*selected(self._most, (v, *steps), evaluator.args))
 
             steps = () if self.step_size is not None else (step[..., 0],)
-            return evaluator.plain("prox(v, ...)", mapped, v, *steps)
+            called = getattr(prox, "called", "prox")
+            return evaluator.plain(f"{called}(v, ...)", mapped, v, *steps)
 
         return _accelerated(self, evaluator, x, backward)
 

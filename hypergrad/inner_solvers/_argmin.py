@@ -198,6 +198,15 @@ def _half_squares(residuals: Function) -> Function:
     return objective
 
 
+def _refuse_count(fit: Function, arguments: tuple[Any, ...], error: TypeError) -> None:
+    """Raise where a call has too few arguments for the objective, or too many."""
+    signature = inspect.signature(fit)
+    try:
+        signature.bind(*arguments)
+    except TypeError as miscounted:
+        raise TypeError(f"fit takes {signature}, as the objective does: {miscounted}.") from error
+
+
 def _fit(objective: Function, minimise: Function, *, has_aux: bool) -> Function:
     """Make the function that is decorated, with the names that the objective's arguments have."""
 
@@ -213,7 +222,11 @@ def _fit(objective: Function, minimise: Function, *, has_aux: bool) -> Function:
             if call.keywords:
                 refuse_unknown("fit()", list(inspect.signature(fit).parameters), call.keywords)
             args = call.args
-        params, info = minimise(init, *args)
+        try:
+            params, info = minimise(init, *args)
+        except TypeError as error:
+            _refuse_count(fit, (init, *args), error)
+            raise
         return (params, info) if has_aux else params
 
     try:

@@ -424,7 +424,7 @@ MISTAKES = [
     (lambda: argmin(ridge, batching="map"), ValueError, "batching must be"),
     (lambda: argmin(ridge, argnums=0), hypergrad.UnsupportedOperation, "argnums=0"),
     (lambda: argmin(ridge)(None, X, Y, LAM), StructureMismatch, "needs an initial guess"),
-    (lambda: argmin(ridge)(START, X, Y), TypeError, "must take (params,"),
+    (lambda: argmin(ridge)(START, X, Y), TypeError, "fit takes (init, X, y, lam)"),
     (lambda: argmin(ridge, solver=CG(), project=None, prox=None), TypeError, "as linear_solver"),
     (
         lambda: argmin(ridge, solver=LevenbergMarquardt())(START, X, Y, LAM),
@@ -439,3 +439,18 @@ def test_a_mistake_names_its_cure(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "words"), [(0, "missing a required argument"), (2, "too many")])
+def test_a_call_with_another_number_of_arguments_than_the_objective_is_named(given, words):
+    fit = hypergrad.argmin(lambda w, t: ((w - t) ** 2).sum())
+    w = torch.zeros(2)
+    with pytest.raises(TypeError, match=rf"fit takes \(init, t\).*{words}"):
+        fit(w, *[w + 1] * given)
+
+
+def test_a_projection_of_another_shape_is_called_project():
+    fit = hypergrad.argmin(lambda w, t: ((w - t) ** 2).sum(), project=lambda v: v[:1])
+    with pytest.raises(hypergrad.StructureMismatch, match=r"project\(v, \.\.\.\)") as caught:
+        fit(torch.zeros(2), torch.ones(2))
+    assert caught.value.argument == "project"
