@@ -84,3 +84,12 @@ def test_the_map_has_every_room_and_no_other():
     rooms = {m.name for m in HOME.iterdir() if m.is_dir() and m.name != "__pycache__"}
     named = set(re.findall(r"^\| `([\w_]+)/` \|", text, flags=re.MULTILINE))
     assert named == rooms
+
+
+def test_no_title_of_a_test_stands_in_two_files():
+    files: dict[str, set[Path]] = {}
+    for module in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                files.setdefault(node.name, set()).add(module)
+    assert not {name for name, where in files.items() if len(where) > 1}

@@ -327,7 +327,7 @@ def test_named_arguments_reach_a_projection_in_their_places():
     )
 
 
-def test_argnums_restricts_what_is_differentiated():
+def test_argnums_of_argmin_restricts_what_is_differentiated():
     fit = argmin(ridge, argnums=3)
     y, lam = Y.clone().requires_grad_(), LAM.clone().requires_grad_()
     gradients = torch.autograd.grad(fit(START, X, y, lam).sum(), (y, lam), allow_unused=True)
