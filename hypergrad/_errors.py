@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._info import SolveInfo
@@ -39,10 +39,6 @@ class HypergradError(Exception):
     info: SolveInfo | None
     leaf: str | None
     argument: str | None
-
-    def __new__(cls, *args: object, **attributes: Any) -> Self:
-        """Make the error by its text, which torch.export of torch 2.10 reads here."""
-        return super().__new__(cls, *args)
 
     def __init__(
         self,

@@ -38,7 +38,10 @@ def never_compiled(fun: Fun) -> Fun:
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
-            raise UnsupportedOperation(
+            # Its tracer gives the text of an error of Python's own alone, on torch 2.10.
+            traced = torch.compiler.is_dynamo_compiling()
+            error = RuntimeError if traced else UnsupportedOperation
+            raise error(
                 "torch.export cannot record an implicit solution, whose solver looks at values. "
                 "Export the functions around it, or the solver by itself."
             )
