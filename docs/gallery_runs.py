@@ -55,6 +55,11 @@ FIGURES = {
         (r"held-out loss: equal #,", 2.65, 2.8),
         (r"learnt #", 2.5, 2.65),
     ],
+    "weights_of_texts": [
+        (r"of the 50 most harmful lines # are shuffled", 40, 50),
+        (r"test loss: equal #,", 2.81, 2.87),
+        (r"learnt #,", 2.75, 2.81),
+    ],
 }
 ORDER = list(FIGURES)
 
