@@ -69,7 +69,8 @@ def new_model():
         return Transformer()
     sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_inner": 64}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(alphabet), **sizes, **dropout))
+    tokens = {"vocab_size": len(alphabet), "bos_token_id": None, "eos_token_id": None}
+    return GPT2LMHeadModel(GPT2Config(**tokens, **sizes, **dropout))
 
 
 def new_params():
