@@ -13,7 +13,7 @@ from torch import Tensor
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._cg_in_numbers import in_numbers, suits
+from ._cg_in_numbers import in_numbers, is_long, suits
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._observer import Observer
@@ -66,26 +66,34 @@ class CG(Iterative):
         if not looks or system.x0 is not None or not 0 < scale < math.inf:
             return super().run(system)
         matvec = Counted(system.matvec, self.damping)
-        b, precision = system.b / scale, system.layout.precision
+        b, long = system.b / scale, is_long(system.b)
+        precision = system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
         part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        if long:  # it has become the residual
+            torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
-        residual = torch.sub(b, matvec(part.x))
+        image = matvec(part.x)
+        residual = torch.sub(b, image, out=b if long else None)
+        del image
         size = norm(residual)
         status = Status(int(part.status))
         solved = status == Status.CONVERGED and size.item() <= tol
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
+            del b, residual
             return super().run(system, part)
         met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
+        linear_error = self._linear_error(part.x, size, part, precision)
+        newton = None if part.observer is None else part.observer.newton(part.x)
         return Solution(
-            x=part.x * scale,
+            x=torch.mul(part.x, scale, out=part.x if long else None),
             status=torch.tensor(int(Status.CONVERGED if met else status), device="cpu"),
             success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
@@ -94,9 +102,9 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
-            residual=residual * scale,
-            linear_error=self._linear_error(part.x, size, part, precision),
-            newton=None if part.observer is None else part.observer.newton(part.x),
+            residual=torch.mul(residual, scale, out=residual if long else None),
+            linear_error=linear_error,
+            newton=newton,
         )
 
     def _look_around(
@@ -114,8 +122,9 @@ class CG(Iterative):
     def _iterate(self, start: Pass) -> Correction:
         if start.looks and suits(start.r):
             limit = start.limit * bool(start.active)
+            r = start.r.clone() if is_long(start.r) else start.r
             return in_numbers(
-                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition
+                start.matvec, start.precondition, r, start.tol.item(), limit, start.condition
             )
         run = _Recurrence(start)
         while run.goes_on():

@@ -30,6 +30,11 @@ def suits(b: Tensor) -> bool:
     return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
 
 
+def is_long(v: Tensor) -> bool:
+    """Say whether a vector is so long that those of an iteration are changed in place."""
+    return v.shape[-1] > _SHORT
+
+
 def in_numbers(
     matvec: Product,
     precondition: Product | None,
@@ -38,16 +43,22 @@ def in_numbers(
     limit: int,
     condition: Tensor | None,
 ) -> Correction:
-    """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
-    x = _Sum(r)
+    """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero.
+
+    A long residual is the pass's own, and is changed in place: see `is_long`.
+    """
+    x, long = _Sum(r), is_long(r)
     p = r if precondition is None else precondition(r)
+    p = p.clone() if long else p
     rz = _number(r, p)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
     flat = _FLAT * torch.finfo(r.dtype).eps
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
-    observer = None if condition is None else Observer(condition, r)
+    observer = None if condition is None else Observer(condition, r, long=long)
+    if observer is not None and long and precondition is None:
+        observer.measure(math.sqrt(rr))
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     for _ in range(limit):
         Ap = matvec(p)
@@ -62,8 +73,9 @@ def in_numbers(
             break
         alpha = rz / pAp
         if observer is not None:
-            observer.along_alone(p, Ap, pAp)
-        r = torch.sub(r, Ap, alpha=alpha)
+            observer.along_alone(p, Ap, pAp, alpha=alpha, pp=pp)
+        r = torch.sub(r, Ap, alpha=alpha, out=r if long else None)
+        del Ap  # the next one takes its place
         z = r if precondition is None else precondition(r)
         rz_new = _number(r, z)
         rr = rz_new if precondition is None else _number(r, r)
@@ -73,10 +85,12 @@ def in_numbers(
         log.append((pAp, rz, beta))
         if observer is not None and observer.is_due():
             observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
+        if observer is not None:
+            observer.turn(beta)
         if rr <= tol * tol:
             status = Status.CONVERGED
             break
-        p = torch.add(z, p, alpha=beta)
+        p = torch.add(z, p, alpha=beta, out=p if long else None)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
     stopped = status not in (Status.MAX_ITERATIONS, Status.CONVERGED)
@@ -120,16 +134,22 @@ class _Sum:
         self._weights: list[float] = []
         self._directions: list[Tensor] = []
         self._at_best = True  # whether all that was added so far is the best
-        self._together = _TOGETHER if like.numel() <= _SHORT else 1
+        self._long = is_long(like)
+        if self._long:
+            self._best = self._sum.new_empty(0)
 
     def add(self, weight: float, direction: Tensor, *, better: bool) -> None:
         """Add a multiple of a direction; `better`: than every sum before it."""
         if self._at_best and not better:
-            self._best = self.value()
+            self._best = self._sum.clone() if self._long else self.value()
         self._at_best = better
+        if self._long:
+            self._best = self._sum.new_empty(0) if better else self._best
+            self._sum.add_(direction, alpha=weight)
+            return
         self._weights.append(weight)
         self._directions.append(direction)
-        if len(self._weights) == self._together:
+        if len(self._weights) == _TOGETHER:
             self.value()
 
     def value(self) -> Tensor:
