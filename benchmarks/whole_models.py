@@ -94,7 +94,11 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+            if self.checkpointed:  # which computes the block again, with these parameters
+                given = dict(block.named_parameters())
+                x = checkpoint(functional_call, block, given, (x,), use_reentrant=False)
+            else:
+                x = block(x)
         return functional.linear(self.last(x), self.tokens.weight)
 
 
@@ -190,12 +194,12 @@ def bare(problem: Problem, products: int) -> Tensor:
 
 def judged(problem: Problem, products: int) -> Tensor:
     """The same with what the defaults judge; no solution of the inner problem is claimed."""
-    return _ours(problem, hypergrad.CG(maxiter=products, rtol=0.0), inner_tol=None)
+    return _ours(problem, hypergrad.CG(maxiter=products), inner_tol=None)
 
 
 def claimed(problem: Problem, products: int) -> Tensor:
     """The same with the default claim that params solve the inner problem."""
-    return _ours(problem, hypergrad.CG(maxiter=products, rtol=0.0), inner_tol=1e-3)
+    return _ours(problem, hypergrad.CG(maxiter=products), inner_tol=1e-3)
 
 
 SIDES: dict[str, Callable[[Problem, int], Tensor]] = {

@@ -13,9 +13,10 @@ from torch import Tensor
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._cg_in_numbers import in_numbers, is_long, suits
+from ._cg_in_numbers import in_numbers, suits
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
+from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
 from ._system import Counted, LinearSystem, Solution, graded
@@ -55,15 +56,15 @@ class CG(Iterative):
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
-        if begun is None and suits(system.b) and self.preconditioner is None:
+        looks = system.looks or self.rtol != 0
+        if begun is None and suits(system.b, looks) and self.preconditioner is None:
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
     def _run_in_numbers(self, system: LinearSystem) -> Solution:
         """Do what the general way would, where one pass is enough, in a fifth of the operations."""
         scale = norm(system.b).item()
-        looks = system.looks or self.rtol != 0
-        if not looks or system.x0 is not None or not 0 < scale < math.inf:
+        if system.x0 is not None or not 0 < scale < math.inf:
             return super().run(system)
         matvec = Counted(system.matvec, self.damping)
         b, long = system.b / scale, is_long(system.b)
@@ -120,7 +121,7 @@ class CG(Iterative):
         part.steps += more.steps + 1
 
     def _iterate(self, start: Pass) -> Correction:
-        if start.looks and suits(start.r):
+        if suits(start.r, start.looks):
             limit = start.limit * bool(start.active)
             r = start.r.clone() if is_long(start.r) else start.r
             return in_numbers(

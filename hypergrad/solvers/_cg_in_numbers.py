@@ -15,6 +15,7 @@ from torch import Tensor
 from .._autograd.transforms import transforms_active
 from .._info import Status
 from ._krylov import Correction
+from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 from ._vectors import Product
@@ -22,17 +23,16 @@ from ._vectors import Product
 _FLAT = 10  # curvature below so many roundings of the largest is none
 _TRUE = torch.tensor(True, device="cpu")
 _TOGETHER = 32  # short directions that are kept and added at once
-_SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fill the memory
 
 
-def suits(b: Tensor) -> bool:
-    """Say whether this is one system, on the CPU, whose values the host may look at."""
+def suits(b: Tensor, looks: bool = True) -> bool:
+    """Say whether this is one system, on the CPU, whose values the host may look at.
+
+    Of a long one on the CPU it does so where it need not, since that saves memory.
+    """
+    if not (looks or is_long(b)):
+        return False
     return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
-
-
-def is_long(v: Tensor) -> bool:
-    """Say whether a vector is so long that those of an iteration are changed in place."""
-    return v.shape[-1] > _SHORT
 
 
 def in_numbers(
@@ -43,10 +43,8 @@ def in_numbers(
     limit: int,
     condition: Tensor | None,
 ) -> Correction:
-    """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero.
-
-    A long residual is the pass's own, and is changed in place: see `is_long`.
-    """
+    """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
+    # A long residual is the pass's own, and changed in place.
     x, long = _Sum(r), is_long(r)
     p = r if precondition is None else precondition(r)
     p = p.clone() if long else p

@@ -140,7 +140,8 @@ class _Way:
 
     References
     ----------
-    Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952, section 6.
+    Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952,
+    section 6.
     """
 
     def __init__(self, size: float) -> None:
