@@ -183,7 +183,12 @@ def _ours(problem: Problem, solver: Any, **arguments: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return hypergrad.implicit_grad(
-            problem.outer, problem.inner, problem.params, problem.hparams, solver=solver, **arguments
+            problem.outer,
+            problem.inner,
+            problem.params,
+            problem.hparams,
+            solver=solver,
+            **arguments,
         )
 
 
@@ -370,4 +375,6 @@ if __name__ == "__main__":
     else:
         for measure in benchmarks().values():
             for row in measure(Settings(1, 1, quick=False)):
-                print(row.side, "|", f"{row.figure.median:.2f}", row.unit, "|", row.note, flush=True)
+                print(
+                    row.side, "|", f"{row.figure.median:.2f}", row.unit, "|", row.note, flush=True
+                )

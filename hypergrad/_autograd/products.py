@@ -38,7 +38,9 @@ class Replay:
         around: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        self._outputs: tuple[Any, ...] = tuple(o for o in outputs if o is not None and o.requires_grad)
+        self._outputs: tuple[Any, ...] = tuple(
+            o for o in outputs if o is not None and o.requires_grad
+        )
         #: Tensors of the same shapes, and on the same devices.
         self._like = self._outputs
         self._inputs = tuple(inputs)
@@ -152,7 +154,7 @@ def _pulled(
     keep: bool = True,
     like: tuple[Tensor, ...] | None = None,
 ) -> Sequence[Tensor | None]:
-    """Call `torch.autograd.grad`, or the engine below it; `like`: tensors, where these are edges."""
+    """Call `torch.autograd.grad`, or the engine below it; `like`: tensors, for edges."""
     if _wrapped(outputs if like is None else like):
         pulled: Parts = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,

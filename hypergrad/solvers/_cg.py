@@ -33,7 +33,7 @@ class CG(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
 
     References
@@ -73,7 +73,7 @@ class CG(Iterative):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch)
         if long:  # it has become the residual
             torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
@@ -125,7 +125,13 @@ class CG(Iterative):
             limit = start.limit * bool(start.active)
             r = start.r.clone() if is_long(start.r) else start.r
             return in_numbers(
-                start.matvec, start.precondition, r, start.tol.item(), limit, start.condition
+                start.matvec,
+                start.precondition,
+                r,
+                start.tol.item(),
+                limit,
+                start.condition,
+                start.watch,
             )
         run = _Recurrence(start)
         while run.goes_on():
@@ -159,10 +165,14 @@ class _Recurrence(Recurrence):
 
     def goes_on(self) -> bool:
         """Count a step, if one is made; where every task goes on there is no need to ask."""
-        if not self.smooth or self.steps >= self.start.limit:
+        if not self.smooth or self.steps >= self.start.limit or self.start.watch is not None:
             return super().goes_on()
         self.steps += 1
         return True
+
+    def reached(self) -> Tensor:
+        """Give the norm of each task's residual."""
+        return self.rr.sqrt()
 
     def step(self) -> None:
         """Make one step: Hestenes and Stiefel (1952), equations 3:1b to 3:1f."""

@@ -19,6 +19,7 @@ from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 from ._vectors import Product
+from ._watch import Watch
 
 _FLAT = 10  # curvature below so many roundings of the largest is none
 _TRUE = torch.tensor(True, device="cpu")
@@ -26,10 +27,8 @@ _TOGETHER = 32  # short directions that are kept and added at once
 
 
 def suits(b: Tensor, looks: bool = True) -> bool:
-    """Say whether this is one system, on the CPU, whose values the host may look at.
-
-    Of a long one on the CPU it does so where it need not, since that saves memory.
-    """
+    """Say whether this is one system, on the CPU, whose values the host looks at."""
+    # Of a long one it does so where it need not, for that saves memory and waits for nothing.
     if not (looks or is_long(b)):
         return False
     return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
@@ -42,6 +41,7 @@ def in_numbers(
     tol: float,
     limit: int,
     condition: Tensor | None,
+    watch: Watch | None = None,
 ) -> Correction:
     """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
     # A long residual is the pass's own, and changed in place.
@@ -85,6 +85,8 @@ def in_numbers(
             observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
         if observer is not None:
             observer.turn(beta)
+        if watch is not None:
+            watch.tell(math.sqrt(max(rr, 0.0)))
         if rr <= tol * tol:
             status = Status.CONVERGED
             break
