@@ -37,6 +37,7 @@ _SMALL = 3  # ... a factorisation costs less than a second iteration.
 # unknowns about as long as 60 gradients.
 _LARGE = 1_000_000
 _BUDGET = 20
+_SHARE = 0.75  # of it for a second method, whose steps take longer
 _PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measurement
 
 
@@ -60,7 +61,7 @@ class Auto(Limited):
     a smaller residual, and `Exact` takes over where that residual, times the condition number
     that the iteration has seen, leaves less than five digits in float64 (three in float32).
     A `maxiter` of the caller's switches all this off. Above a million unknowns there is a budget of
-    20 iterations, `MINRES` taking over from `CG` for what is left of it: where they end above ten
+    20 iterations, `MINRES` taking over from `CG` for three quarters of what is left: where they end above ten
     times the tolerance, the status says so, and the answer is no success.
 
     ``info.method`` names the method, or says what was tried: "Auto: CG, then MINRES". Products
@@ -135,7 +136,8 @@ class Auto(Limited):
         """Iterate for as long as the budget lasts; an unfinished run is no success."""
         first = _first(system)
         solution = self._iterated(first, maxiter=_BUDGET).run(system)
-        left = _BUDGET - int(solution.iterations.max()) if solution.iterations.numel() else 0
+        taken = int(solution.iterations.max()) if solution.iterations.numel() else _BUDGET
+        left = int(_SHARE * (_BUDGET - taken))
         failed = ~solution.success & _one_of(solution.status, _INDEFINITE)
         if system.symmetric and system.looks and left > 0 and any_task(failed):
             further = self._iterated(MINRES, maxiter=left).run(_only(system, failed))
