@@ -24,7 +24,7 @@ from ._fields import at_least, finite, tolerance
 from ._ritz import widest
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, norm
-from ._watch import Watch, Watched
+from ._watch import Callback, Watch, Watched
 
 if TYPE_CHECKING:
     from ._observer import Observer
@@ -175,6 +175,8 @@ class Limited(Watched, Solver):
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
+    callback: Callback | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    progress: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

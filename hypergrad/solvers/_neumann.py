@@ -15,7 +15,7 @@ from ._fields import at_least, finite
 from ._krylov import curves_down
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import norm
-from ._watch import Watched
+from ._watch import Callback, Watched
 
 _TERMS = 20
 _FAR = 0.1  # a residual above it is none that a caller who named no budget has in mind
@@ -67,6 +67,8 @@ class Neumann(Watched, Solver):
     step_size: float | None = None
     rtol: float | None = None
     damping: float = 0.0
+    callback: Callback | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    progress: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

@@ -47,11 +47,13 @@ class Iteration:
     products: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+Callback = Callable[[Iteration], object]
+
+
 class Watched:
     """The fields by which an iterative solver shows that it lives.
 
-    Parameters
+    Attributes
     ----------
     callback : callable, optional
         ``callback(iteration)``, called after each iteration with an `Iteration`. What it raises
@@ -61,8 +63,12 @@ class Watched:
         in the same place.
     """
 
-    callback: Callable[[Iteration], object] | None = dataclasses.field(default=None, repr=False)
-    progress: bool = dataclasses.field(default=False, repr=False)
+    if TYPE_CHECKING:  # fields of the dataclasses that derive from it, behind their own
+
+        @property
+        def callback(self) -> Callback | None: ...
+        @property
+        def progress(self) -> bool: ...
 
     def __post_init__(self) -> None:
         """Refuse what cannot be called."""
