@@ -18,6 +18,7 @@ from ..solvers._factorisation import Factorisation, signs
 from ..solvers._gmres import GMRES
 from ..solvers._identity import Identity
 from ..solvers._krylov import AROUND, FEW, NEGATIVE
+from ..solvers._long import is_vast, pieces
 from ..solvers._normal import LSMR, NormalCG
 from ..solvers._nystrom import Nystrom
 from ..solvers._probe import probed
@@ -67,12 +68,17 @@ class Evidence:
         self, use: Use, choices: Choices, system: LinearSystem, solution: Solution
     ) -> None:
         self.use, self.choices, self.system, self.solution = use, choices, system, solution
-        self.lin, self.params = use.lin, use.lin.params
+        self.lin = use.lin
         self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
         self.success = solution.success & torch.isfinite(self.length)
         self.cause = torch.zeros_like(solution.status)
         self.degeneracy: Tensor | None = None
+
+    @property
+    def params(self) -> Tensor:
+        """The inner variables as one vector."""
+        return self.lin.params
 
     def gathered(self) -> SolveInfo:
         """Gather all of it, as far as it is wanted."""
@@ -237,7 +243,7 @@ class Evidence:
         """Make a step along what is left of F, by its curvature, which costs a product."""
         along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
         left = F if newton is None else newton.left
-        size, none = norm(left), torch.zeros_like(left)
+        size, none = norm(left), left.new_zeros(()).expand_as(left)
         before = none if newton is None else newton.step
         free = isinstance(self.choices.solver, Identity) or not self.choices.spends
         if free or size.shape != self.length.shape:
@@ -258,15 +264,27 @@ class Evidence:
                 *(torch.where(c > 0, c, math.inf) for c in (along_b, curvature))
             )
         usable = (size > 0) & (curvature > 0)
+        if newton is not None and is_vast(left) and left.ndim == 1:
+            return self._along_in_place(newton, image, torch.where(usable, 1 / curvature, 0.0))
         step = torch.where(usable[..., None], left / curvature[..., None], none)
         rest = torch.where(usable[..., None], left - image / curvature[..., None], left)
         beyond = torch.zeros_like(size)
         if newton is not None:
             share = norm(rest) / torch.where(size > 0, size, 1.0)
             beyond = torch.maximum(newton.beyond, norm(step)) * share.nan_to_num(0.0)
-            entries = self._by_entry(left, (image / torch.where(left != 0, left, 1.0)).abs())
+            entries = self._by_entry(left, image, over=True)
             beyond = torch.maximum(beyond, entries)
         return NewtonStep(before + step, rest, beyond)
+
+    def _along_in_place(self, newton: NewtonStep, image: Tensor, inverse: Tensor) -> NewtonStep:
+        """Make that step for one system, in the memory of the step so far and of the image."""
+        left, size, self.solution.newton = newton.left, norm(newton.left), None
+        entries = self._by_entry(left, image, over=True)
+        step = newton.step.addcmul_(left, inverse)
+        rest = image.mul_(-inverse).add_(left)
+        share = norm(rest) / torch.where(size > 0, size, 1.0)
+        beyond = torch.maximum(newton.beyond, size * inverse) * share.nan_to_num(0.0)
+        return NewtonStep(step, rest, torch.maximum(beyond, entries))
 
     def _rows(self) -> Tensor:
         """Measure the rows of A, as far as they were probed."""
@@ -275,7 +293,7 @@ class Evidence:
             return probe.rows
         return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
 
-    def _by_entry(self, left: Tensor, curvature: Tensor) -> Tensor:
+    def _by_entry(self, left: Tensor, curvature: Tensor, *, over: bool = False) -> Tensor:
         """Measure the step in those entries of params that it changes by much.
 
         The curvature of each entry by itself, where that of all together is that of a few.
@@ -284,17 +302,26 @@ class Evidence:
         ----------
         left, curvature : Tensor
             What is left of the condition, and the curvature of each entry.
+        over : bool
+            Whether `curvature` is the image of `left`, to be divided by it.
 
         Returns
         -------
         length : Tensor
             For each task.
         """
-        p = self.params.abs()
-        reach = left.abs() / curvature
-        far = (reach >= _MUCH * p) & (left != 0)
-        length = norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
-        return torch.where(length > _PART * norm(p), length, torch.zeros_like(length))
+        lengths, sizes = [], []
+        for p, some, rows in pieces(self.params, left, curvature):
+            p = p.abs()
+            rows = (rows / torch.where(some != 0, some, 1.0)).abs() if over else rows
+            reach = some.abs() / rows
+            far = (reach >= _MUCH * p) & (some != 0)
+            lengths.append(norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p))))
+            sizes.append(norm(p))
+        length, size = (
+            of[0] if len(of) == 1 else norm(torch.stack(of, dim=-1)) for of in (lengths, sizes)
+        )
+        return torch.where(length > _PART * size, length, torch.zeros_like(length))
 
     def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
         """Judge the relative error that the unsolved inner problem leaves, where it is known."""
@@ -348,9 +375,12 @@ class Evidence:
 
     def _left_over(self) -> Tensor:
         """Form ``b - A u`` as damping, a budget, or another matrix leave it by design."""
-        u, solver = self.solution.x, self.choices.solver
-        if self.solution.residual is not None:
-            return self.solution.residual + getattr(solver, "damping", 0.0) * u
+        u, solver, left = self.solution.x, self.choices.solver, self.solution.residual
+        if left is not None and is_vast(left):  # who gets it may change it
+            self.solution.residual = None
+        if left is not None:
+            damping = getattr(solver, "damping", 0.0)
+            return left + damping * u if damping else left
         if self.solution.further is not None:  # a factorisation leaves nothing over
             return getattr(solver, "damping", 0.0) * u
         self.solution.matvecs += 1

@@ -33,6 +33,7 @@ from ..solvers import Solver
 from ..solvers._auto import choose
 from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
+from ..solvers._long import is_vast
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
@@ -138,7 +139,7 @@ class _Call:
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
-        use = _Hypergradient(lin, loss, tensors, at)
+        use = _Hypergradient(lin, loss, tensors, at, judged=choices.judged)
         answer = solved(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
         if choices.on_failure != "ignore":
@@ -208,6 +209,8 @@ class _Hypergradient(Use):
         Those of its problem.
     at : OuterSlopes
         The outer loss there.
+    judged : bool
+        Whether anybody asks for the inner condition.
 
     Attributes
     ----------
@@ -216,11 +219,21 @@ class _Hypergradient(Use):
     """
 
     def __init__(
-        self, lin: Linearisation, loss: _OuterLoss, tensors: list[Tensor], at: OuterSlopes
+        self,
+        lin: Linearisation,
+        loss: _OuterLoss,
+        tensors: list[Tensor],
+        at: OuterSlopes,
+        *,
+        judged: bool,
     ) -> None:
         super().__init__(lin)
         self._loss, self._tensors, self._at, self._lead = loss, tensors, at, at.value.shape
         self.slope = lin.layout.flatten(at.cotangent, self._lead)
+        if is_vast(self.slope):  # one memory for both
+            parts = zip(at.cotangent, lin.layout.split(self.slope), strict=True)
+            at.cotangent[:] = [part if part is None else same for part, same in parts]
+            lin.let_go(residual=not judged)
         self.indirect: Parts = []
         self._leaves: list[Tensor] = []
 
@@ -258,23 +271,34 @@ class _Hypergradient(Use):
             return None
         lin, at, lead, u = self.lin, self._at, self.lin.lead, solution.x
         outer = self._outer_at(newton.step)
-        unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
         if outer is None:
-            return unknown
+            return _lost(at, newton)
+        condition = lin.problem.condition
+        lean = is_vast(u) and condition.of_objective and lin.record.hessian is None
+        lean = lean and solution.further is None
+        slope, direct = lin.layout.flatten(outer.cotangent, lead), outer.direct
+        if lean:  # one recorded graph at a time, and no vector twice
+            left = planned.neg_().add_(slope)
+            del outer, slope
+            lin.forget()
         try:
             inner = lin.at(shifted(lin, self._tensors, newton.step))
         except Exception:  # the loss does not like what it gets there
-            return unknown
-        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
-        there = self._differences(outer.direct, inner.cross(u))
+            return _lost(at, newton)
+        if lean:
+            inner.let_go()
+            left.sub_(inner.transposed(u))
+        else:
+            left = slope - inner.transposed(u) - planned
+        there = self._differences(direct, inner.cross(u))
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
         if solution.further is not None:
             missing = lin.cross(solution.further(left))
             moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
             change = self._size(moved)
         else:  # the size of what is missing, and not its sign
-            inverse = norm(u) / norm(self.slope)
-            change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
+            inverse, by = norm(u) / norm(self.slope), inner if lean else lin
+            change = self._size(moved) + self._size(by.cross(inverse[..., None] * left))
         return SecondLook(change / self._scale(), inner.residual - newton.left)
 
     def mere_rounding(self) -> Tensor:
@@ -375,6 +399,11 @@ class _OuterLoss:
         """Evaluate and differentiate it."""
         with self.draw.evaluation():
             return outer_gradient(self.outer, self.problem, tensors, self.has_aux)
+
+
+def _lost(at: OuterSlopes, newton: NewtonStep) -> SecondLook:
+    """Say that nothing is known a step further on."""
+    return SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
 
 
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def solved(
             evidence.forgive_rounding()
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
+    if choices.on_failure == "ignore":
+        return Answer(solution.x, leaves, info)
     sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from .._autograd.rows import by_rows, refuse_mapping
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
-from ..conditions._base import Point, Product
+from ..conditions._base import Point, Product, Record
 from ..conditions._inner_problem import Problem
 from ..solvers._vectors import dense_by_products
 
@@ -85,7 +87,7 @@ class Linearisation:
             params, args = [given[i] for i in inner], aliases[len(inner) :]
             point = Point(self.problem, given, params, seed, forward)
             self.record = self.problem.condition.record(point)
-            self._cross = Replay(self.record.residual, args)
+            self._cross: Product = Replay(self.record.residual, args)
             recording.returned(self.record.values)
             self.captured, self.notes = recording.captured(), recording.notes
             # Whether products are formed one at a time.
@@ -104,6 +106,32 @@ class Linearisation:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
         record(evaluate, variables, problem.trees, draw=draw)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    def let_go(self, *, residual: bool = False) -> None:
+        """Free the recorded condition, which no product reads; `residual`: that vector too."""
+        known = self.record
+        for replay in (known.transposed, known.product, known.hessian, self._cross):
+            if isinstance(replay, Replay):
+                replay.let_go()
+        if residual:  # nobody will ask
+            self.residual = self.residual.new_full((), math.nan).expand_as(self.residual)
+        self.record.residual = list(self.layout.split(self.residual))
+
+    def forget(self) -> None:
+        """Free the recorded graph, which is recorded again where a product is asked for."""
+        known = self.record
+        again = functools.cache(partial(Linearisation, self.problem, self.tensors, self.draw))
+
+        def recorded(name: str) -> Product:
+            return lambda parts, create_graph: getattr(again().record, name)(parts, create_graph)
+
+        self.record = Record(
+            values=[value.detach() for value in known.values],
+            residual=list(self.layout.split(self.residual)),
+            transposed=recorded("transposed"),
+            product=None if known.product is None else recorded("product"),
+        )
+        self._cross = lambda parts, create_graph: again()._cross(parts, create_graph)
 
     @property
     def params(self) -> Tensor:
@@ -125,14 +153,14 @@ class Linearisation:
 
     def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
         """Make the same products with A, or with its transpose, with nothing around them."""
-        product = self.record.transposed if transpose else self.record.product
-        assert product is not None
         layout, dims = self.layout, len(self.lead) + 1
-        bare = None
+        bare, product = None, self._product(transpose)
         if dims == 1 and layout.is_flat and isinstance(product, Replay):
             bare = product.bare()
+        del product  # the graph may be forgotten
 
         def form(v: Tensor) -> Tensor:
+            product = self._product(transpose)
             if v.ndim > dims:
                 return self._apply(product, v, False)
             if self.one_by_one:
@@ -142,6 +170,11 @@ class Linearisation:
             return layout.flatten(product(layout.split(v), False), v.shape[:-1])
 
         return form
+
+    def _product(self, transpose: bool) -> Product:
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        return product
 
     def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
@@ -157,9 +190,7 @@ class Linearisation:
 
     def dense(self, transpose: bool) -> Tensor:
         """Form A, or its transpose, as a matrix ``(*tasks, n, n)``."""
-        product = self.record.transposed if transpose else self.record.product
-        assert product is not None
-        return self.dense_of(product)
+        return self.dense_of(self._product(transpose))
 
     def dense_of(self, recorded: Product) -> Tensor:
         """Form the matrix of a recorded product."""

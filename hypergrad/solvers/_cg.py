@@ -16,6 +16,7 @@ from .._info import Status
 from ._cg_in_numbers import in_numbers, suits
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
+from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
 from ._system import Counted, LinearSystem, Solution, graded
@@ -32,7 +33,7 @@ class CG(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
 
     References
@@ -55,37 +56,45 @@ class CG(Iterative):
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
-        if begun is None and suits(system.b) and self.preconditioner is None:
+        looks = system.looks or self.rtol != 0
+        if begun is None and suits(system.b, looks) and self.preconditioner is None:
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
     def _run_in_numbers(self, system: LinearSystem) -> Solution:
         """Do what the general way would, where one pass is enough, in a fifth of the operations."""
         scale = norm(system.b).item()
-        looks = system.looks or self.rtol != 0
-        if not looks or system.x0 is not None or not 0 < scale < math.inf:
+        if system.x0 is not None or not 0 < scale < math.inf:
             return super().run(system)
         matvec = Counted(system.matvec, self.damping)
-        b, precision = system.b / scale, system.layout.precision
+        b, long = system.b / scale, is_long(system.b)
+        precision = system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch)
+        if long:  # it has become the residual
+            torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
-        residual = torch.sub(b, matvec(part.x))
+        image = matvec(part.x)
+        residual = torch.sub(b, image, out=b if long else None)
+        del image
         size = norm(residual)
         status = Status(int(part.status))
         solved = status == Status.CONVERGED and size.item() <= tol
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
+            del b, residual
             return super().run(system, part)
         met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
+        linear_error = self._linear_error(part.x, size, part, precision)
+        newton = None if part.observer is None else part.observer.newton(part.x)
         return Solution(
-            x=part.x * scale,
+            x=torch.mul(part.x, scale, out=part.x if long else None),
             status=torch.tensor(int(Status.CONVERGED if met else status), device="cpu"),
             success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
@@ -94,9 +103,9 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
-            residual=residual * scale,
-            linear_error=self._linear_error(part.x, size, part, precision),
-            newton=None if part.observer is None else part.observer.newton(part.x),
+            residual=torch.mul(residual, scale, out=residual if long else None),
+            linear_error=linear_error,
+            newton=newton,
         )
 
     def _look_around(
@@ -112,10 +121,17 @@ class CG(Iterative):
         part.steps += more.steps + 1
 
     def _iterate(self, start: Pass) -> Correction:
-        if start.looks and suits(start.r):
+        if suits(start.r, start.looks):
             limit = start.limit * bool(start.active)
+            r = start.r.clone() if is_long(start.r) else start.r
             return in_numbers(
-                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition
+                start.matvec,
+                start.precondition,
+                r,
+                start.tol.item(),
+                limit,
+                start.condition,
+                start.watch,
             )
         run = _Recurrence(start)
         while run.goes_on():
@@ -149,10 +165,14 @@ class _Recurrence(Recurrence):
 
     def goes_on(self) -> bool:
         """Count a step, if one is made; where every task goes on there is no need to ask."""
-        if not self.smooth or self.steps >= self.start.limit:
+        if not self.smooth or self.steps >= self.start.limit or self.start.watch is not None:
             return super().goes_on()
         self.steps += 1
         return True
+
+    def reached(self) -> Tensor:
+        """Give the norm of each task's residual."""
+        return self.rr.sqrt()
 
     def step(self) -> None:
         """Make one step: Hestenes and Stiefel (1952), equations 3:1b to 3:1f."""

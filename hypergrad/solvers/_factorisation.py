@@ -13,6 +13,7 @@ from ._equilibration import equilibrated
 
 # Pivots and singular values below so many roundings of the largest are zero. No bound grows with
 # n: that of a backward error does so in theory alone.
+_AT_ONCE = 2**20  # numbers in general position
 _ZERO = 30
 # So many roundings below zero an eigenvalue is negative.
 _NEGATIVE = 100
@@ -221,10 +222,14 @@ def without_noise(
 
 def signs(like: Tensor) -> Tensor:
     """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
-    # A multiplicative hash, so that the caller's random numbers stay as they are.
-    number = torch.arange(1, like.shape[-1] + 1, device=like.device) * 2654435761
-    size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
-    return torch.where((number >> 27) % 2 == 0, size, -size)
+    n, parts = like.shape[-1], []
+    for start in range(0, max(n, 1), _AT_ONCE):  # the whole numbers take twice the memory
+        # A multiplicative hash, so that the caller's random numbers stay as they are.
+        stop = min(start + _AT_ONCE, n)
+        number = torch.arange(start + 1, stop + 1, device=like.device) * 2654435761
+        size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
+        parts.append(torch.where((number >> 27) % 2 == 0, size, -size))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def by_columns(A: Tensor, apply: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class GMRES(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
     restart : int, optional
         Length of a cycle; None: the number of unknowns, at most 50.
@@ -67,6 +67,7 @@ class GMRES(Iterative):
                 if start.looks and not any_task(cycle.active):
                     break
                 cycle.extend(start)
+                start.tell(cycle.residual)
                 run.steps += 1
             step = start.preconditioned(cycle.correction())
             triangles.append(cycle.triangle())

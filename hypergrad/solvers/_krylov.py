@@ -24,6 +24,7 @@ from ._fields import at_least, finite, tolerance
 from ._ritz import widest
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, norm
+from ._watch import Callback, Watch, Watched
 
 if TYPE_CHECKING:
     from ._observer import Observer
@@ -61,6 +62,8 @@ class Pass:
         The inner condition F, which an `Observer` follows where the method knows how.
     enough : float
         Least squares end where ``||A^T r|| <= enough ||A|| ||r||``.
+    watch : Watch, optional
+        What is told of each iteration.
     """
 
     matvec: Counted
@@ -72,6 +75,7 @@ class Pass:
     looks: bool
     condition: Tensor | None = None
     enough: float = 0.0
+    watch: Watch | None = None
 
     @property
     def flat(self) -> float:
@@ -81,6 +85,11 @@ class Pass:
     def preconditioned(self, v: Tensor) -> Tensor:
         """Apply the approximate inverse, or none."""
         return v if self.precondition is None else self.precondition(v)
+
+    def tell(self, size: Tensor) -> None:
+        """Tell of an iteration that left residuals of this size."""
+        if self.watch is not None:
+            self.watch.tell(size)
 
     def goes_on(self, steps: int, active: Tensor) -> bool:
         """Say whether another step is made, while any task is active."""
@@ -105,6 +114,8 @@ class Correction:
 class Recurrence:
     """The state that every recurrence keeps of its tasks in a pass."""
 
+    size: Tensor  # of the residuals
+
     def __init__(self, start: Pass) -> None:
         self.start, self.steps, self.active, self.flat = start, 0, start.active, start.flat
         self.zero, self.one = torch.zeros_like(start.tol), torch.ones_like(start.tol)
@@ -114,10 +125,16 @@ class Recurrence:
         self.iterations = torch.zeros_like(start.active, dtype=torch.int64)
 
     def goes_on(self) -> bool:
-        """Count a step, if another one is made."""
+        """Tell of the step before, and count a step, if another one is made."""
+        if self.steps and self.start.watch is not None:
+            self.start.watch.tell(self.reached())
         on = self.start.goes_on(self.steps, self.active)
         self.steps += on
         return on
+
+    def reached(self) -> Tensor:
+        """Give the norm of each task's residual."""
+        return self.size
 
     def grown(self, size: Tensor) -> None:
         """Take note of how large the matrix was seen to be, for the tasks that are active."""
@@ -151,16 +168,19 @@ class Recurrence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limited(Solver):
+class Limited(Watched, Solver):
     """The fields by which an iteration ends, and the damping."""
 
     maxiter: int | None = None
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
+    callback: Callback | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    progress: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        super().__post_init__()
         at_least("maxiter", self.maxiter, 1)
         at_least("rtol", self.rtol, 0.0)
         at_least("atol", self.atol, 0.0)
@@ -190,6 +210,11 @@ class Iterative(Limited):
         The system solved is ``(A + damping I) x = b``.
     preconditioner : callable or Nystrom, optional
         ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
+    callback : callable, optional
+        ``callback(iteration)``, called after each iteration with an `Iteration`; what it raises
+        ends the solve. With ``rtol=0`` and ``on_failure="ignore"`` it is refused.
+    progress : bool
+        Whether a solve of more than three seconds shows a line on stderr.
     """
 
     preconditioner: Callable[[Any], Any] | Solver | None = None
@@ -238,7 +263,11 @@ class Iterative(Limited):
             x = units.start(system.x0)
             r = b - matvec(x)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
-        return x, Pass(matvec, precondition, r, tol, units.present, limit, looks, system.condition)
+        start = Pass(
+            matvec, precondition, r, tol, units.present, limit, looks, system.condition,
+            watch=system.watch,
+        )  # fmt: skip
+        return x, start
 
     def _linear_error(
         self, x: Tensor, size: Tensor, first: Correction | None, precision: torch.dtype
@@ -377,7 +406,9 @@ class _Passes:
             return
         r = off_zero(self.next.matvec, torch.where(few[..., None], self.units.b, 0.0))
         limit = max(self.next.limit, AROUND)
-        start = dataclasses.replace(self.next, r=r, active=few, limit=limit, condition=None)
+        start = dataclasses.replace(
+            self.next, r=r, active=few, limit=limit, condition=None, watch=None
+        )
         part = self.solver._iterate(start)
         self.negative = self.negative | (few & part.negative)
         bent = few & (part.status == Status.NEGATIVE_CURVATURE)

@@ -36,7 +36,8 @@ def probed(system: LinearSystem, solution: Solution, damping: float) -> Probe | 
     z = signs(system.b)
     z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
     image = system.matvec(z)
-    rows = ((image + damping * z if damping else image) / z).abs()
+    rows = ((image + damping * z if damping else image) / z).abs_()
+    del image, z
     largest = rows.amax(dim=-1, keepdim=True)
     rows = torch.where(torch.isfinite(rows), rows, largest)
     rows = rows.clamp(min=torch.finfo(rows.dtype).tiny ** 0.5) if rows.numel() else rows

@@ -19,6 +19,7 @@ from .._info import Status
 from .._pytrees import Layout, Tree
 from ._fields import tolerance
 from ._vectors import Product, norm
+from ._watch import Watch
 
 
 @dataclasses.dataclass
@@ -63,6 +64,9 @@ class LinearSystem:
         Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int
         How many right-hand sides, along the first axis of `b`, have one matrix in common.
+    watch : Watch, optional
+        ``watch.tell(size)`` after an iteration, with the relative residual norms, tells the
+        `callback` of a solver that has one.
 
     Examples
     --------
@@ -92,6 +96,7 @@ class LinearSystem:
     explores: bool = False
     transposed: bool = False
     shared: int = 1
+    watch: Watch | None = None
 
     def goes_on(self, active: Tensor) -> bool:
         """Say whether an iteration goes on: where the host may not look, it always does.
