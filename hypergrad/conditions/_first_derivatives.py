@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .._autograd.products import gradient_of
+from .._autograd.products import Parts, gradient_of
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, narrowest, record, surroundings
 from .._autograd.transforms import is_wrapped
@@ -91,7 +91,7 @@ class RecordedSlopes:
     """
 
     def __init__(
-        self, problem: Problem, draw: Draw, passes: Passes, of_batch: Callable[..., Condition]
+        self, problem: Problem, draw: Draw, passes: Passes, of_batch: Callable[[Any], Condition]
     ) -> None:
         self.problem, self.narrowest = problem, problem.layout().precision
         self.captured: list[Tensor] = []
@@ -101,14 +101,16 @@ class RecordedSlopes:
 
     def __call__(self, tensors: Sequence[Tensor], *, outer: bool = False) -> Slopes:
         """Evaluate once, or once for each batch."""
-        total, count = None, 0
+        total: Slopes | None = None
+        count = 0
         with self._around(), self._draw.evaluation():
             for batch in self._passes:
                 slopes = self._of_one(self._of_batch(batch), tensors, outer)
-                total = slopes if total is None else _sum(total, slopes, own=count > 1)
+                total = slopes if total is None else _joined(total, slopes, own=count > 1)
                 count, self._first = count + 1, False
         assert total is not None
-        return total if count == 1 else _divided(total, count)
+        by_inner, by_outer = (times(parts, 1 / count) for parts in (total.inner, total.outer))
+        return Slopes(total.value / count, by_inner, by_outer)
 
     def _of_one(self, condition: Condition, tensors: Sequence[Tensor], outer: bool) -> Slopes:
         problem = self.problem
@@ -130,24 +132,27 @@ class RecordedSlopes:
         return record(evaluate, [tensors[i] for i in places], problem.trees, draw=Draw())
 
 
-def _sum(total: Slopes, slopes: Slopes, *, own: bool) -> Slopes:
-    """Add slopes: into the memory of a sum that is its `own`."""
+def _joined(one: Slopes, other: Slopes, *, own: bool) -> Slopes:
+    return Slopes(
+        one.value + other.value,
+        added(one.inner, other.inner, own=own),
+        added(one.outer, other.outer, own=own),
+    )
 
-    def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+
+def added(total: Parts, parts: Parts, *, own: bool) -> list[Tensor | None]:
+    """Add leaves, None standing for zero: into the memory of a sum that is its `own`."""
+
+    def one(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None or b is None:
             return (b if b is None else b.clone()) if a is None else a
         return a.add_(b) if own and not (is_wrapped(a) or is_wrapped(b)) else a + b
 
-    return Slopes(
-        total.value + slopes.value,
-        [plus(a, b) for a, b in zip(total.inner, slopes.inner, strict=True)],
-        [plus(a, b) for a, b in zip(total.outer, slopes.outer, strict=True)],
-    )
+    return [one(a, b) for a, b in zip(total, parts, strict=True)]
 
 
-def _divided(total: Slopes, count: int) -> Slopes:
-    inner, outer = (
-        [None if part is None else part / count for part in parts]
-        for parts in (total.inner, total.outer)
-    )
-    return Slopes(total.value / count, inner, outer)
+def times(parts: Parts, factor: float) -> list[Tensor | None]:
+    """Multiply leaves by a number; None stands for zero."""
+    if factor == 1:
+        return list(parts)
+    return [None if part is None else part * factor for part in parts]
