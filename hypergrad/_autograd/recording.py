@@ -138,14 +138,15 @@ def surroundings(devices: Collection[str]) -> Callable[[], AbstractContextManage
         for device in {"cpu", *devices}
         if torch.amp.is_autocast_available(device)
     ]
+    # A cache would keep a copy of every alias for as long as the caller's own context lasts.
+    cache = torch.is_autocast_cache_enabled() and not any(on for _, _, on in in_force)
 
     @contextmanager
     def again() -> Iterator[None]:
         with ExitStack() as stack:
             for device, dtype, enabled in in_force:
-                # A cache would keep a copy of every alias for as long as the caller's own lasts.
                 stack.enter_context(
-                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
                 )
             yield
 
