@@ -86,6 +86,7 @@ def solved(
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         solution = choices.solver.solve_flat(system)
+        solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
         if choices.judged:
             evidence.forgive_rounding()

@@ -143,6 +143,11 @@ class Linearisation:
         v = torch.where((v == 0).all(dim=-1, keepdim=True), signs(v), v)
         return self.record.differences.measure(self.layout.split(v), looks=looks)
 
+    @property
+    def tried(self) -> int:
+        """How many products have been formed to choose the step of differences."""
+        return 0 if self.record.differences is None else self.record.differences.step.tried
+
     def again(self, u: Tensor) -> tuple[Tensor, Parts]:
         """Form ``A^T u`` and ``(dF/dargs)^T u`` by differences, with steps twice as long."""
         differences, outer = self.record.differences, self.problem.outer

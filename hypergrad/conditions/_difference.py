@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from ._first_derivatives import FirstDerivatives
     from ._inner_problem import Problem
 
-_ROUNDS = 3  # of measuring a step
-_NEAR = 3.0  # a step that is within this factor of the best one is not measured again
-_FAR = 32.0  # the largest factor by which a round corrects a step
+_APART = 4.0  # the factor between two steps that are compared
+_MOST = 3  # steps that are tried in either direction
 
 #: A difference ``(v, reach) -> parts`` along leaves v, which moves each task as far as `reach`.
 Image = Callable[[Parts, Tensor], Parts]
@@ -29,10 +28,12 @@ Image = Callable[[Parts, Tensor], Parts]
 class Step:
     """The length of the displacement that a central difference is made with, for each task.
 
-    It begins at ``eps^(1/3) scale``, the best for a function whose size and third derivative are of
-    the order of one, and is then corrected by what three differences show: the error of a central
-    difference is ``t h^2 + n / h``, with the bend t of the function and the noise n of its
-    arithmetic.
+    The error of a difference is ``t h^2 + n / h``, with the bend t of the function and the noise n
+    of its arithmetic, and neither is known. Two steps begin about ``eps^(1/3) scale``, the best for
+    a function whose size and third derivative are of the order of one. Where the two differences
+    are farther apart than the arithmetic makes necessary, shorter and then longer steps are tried
+    as long as the differences come closer. The step is the geometric mean of the closest two: its
+    error is at most half of what they are apart, whether bend or noise makes it.
 
     Parameters
     ----------
@@ -45,8 +46,8 @@ class Step:
     ----------
     reach : Tensor
         The length.
-    noise : Tensor
-        The relative error of a difference, as measured: NaN before it is.
+    tried : int
+        How many differences have been formed to measure it.
 
     References
     ----------
@@ -57,8 +58,9 @@ class Step:
     def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
         some = torch.isfinite(scale) & (scale > 0)
         self._eps = torch.finfo(dtype).eps
-        self.reach = self._eps ** (1 / 3) * torch.where(some, scale, torch.ones_like(scale))
-        self.noise = torch.full_like(scale, math.nan)
+        least = self._eps ** (1 / 3) / _APART
+        self.reach = least * torch.where(some, scale, torch.ones_like(scale))
+        self.tried = 0
 
     def measure(self, image: Image, v: Parts, *, looks: bool) -> Tensor:
         """Measure the error of a difference along `v`, and correct the step by it.
@@ -70,31 +72,41 @@ class Step:
         v : sequence of Tensor
             Along what.
         looks : bool
-            Whether the host may look: then a step that was far off is measured again.
+            Whether the host may look: then other steps are tried where they are worth it.
 
         Returns
         -------
         noise : Tensor
             The relative error, for each task, between one rounding and one.
         """
-        lead = self.reach.shape
-        for _ in range(_ROUNDS if looks else 1):
-            reach = self.reach
-            smaller, here, larger = (image(v, factor * reach) for factor in (0.5, 1.0, 2.0))
-            below, above = lengths(minus(here, smaller), lead), lengths(minus(larger, here), lead)
-            # below^2 = (3/4 t)^2 + 5 n^2 and above^2 = (3 t)^2 + 5/4 n^2.
-            noise = ((16 * below.square() - above.square()) / 78.75).clamp(min=0).sqrt()
-            bend = ((above.square() - 1.25 * noise.square()) / 9).clamp(min=0).sqrt()
-            best = (noise / (2 * bend)) ** (1 / 3)
-            best = best.nan_to_num(1.0, posinf=_FAR).clamp(1 / _FAR, _FAR)
-            error = bend * best.square() + noise / best
-            self.reach = reach * best
-            if looks and not any_task((best > _NEAR) | (best < 1 / _NEAR)):
-                break
-        size = lengths(here, lead)
-        relative = torch.where(size > 0, error / size, (error > 0).to(error))
-        self.noise = relative.nan_to_num(1.0).clamp(self._eps, 1.0)
-        return self.noise
+        start, lead = self.reach * _APART**0.5, self.reach.shape
+        enough = min(2 * self._eps**0.5, 0.05)
+
+        def at(level: int) -> Parts:
+            self.tried += 1
+            return image(v, start * _APART**-level)
+
+        first, second = at(0), at(1)
+        size = lengths(second, lead)
+        size = torch.where(size > 0, size, 1.0)
+        begun = apart = lengths(minus(first, second), lead) / size
+        middle = torch.full_like(apart, 0.5)
+        for towards, level, here in ((1, 1, second), (-1, 0, first)):  # shorter, then longer ones
+            for _ in range(_MOST if looks else 0):
+                # Where shorter ones were better, longer ones are not.
+                left = ~(apart <= enough) & ((towards > 0) | (apart == begun) | (level < 0))
+                if not any_task(left):
+                    break
+                level, there = level + towards, at(level + towards)
+                change = lengths(minus(there, here), lead) / size
+                better = left & (change < apart)
+                apart = torch.where(better, change, apart)
+                middle = torch.where(better, level - towards / 2, middle)
+                if not any_task(better):
+                    break
+                here = there
+        self.reach = start * _APART**-middle
+        return apart.nan_to_num(1.0).clamp(self._eps, 1.0)
 
 
 class Differences:
