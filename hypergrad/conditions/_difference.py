@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _APART = 4.0  # the factor between two steps that are compared
 _MOST = 3  # steps that are tried in either direction
 
-#: A difference ``(v, reach) -> parts`` along leaves v, which moves each task as far as `reach`.
-Image = Callable[[Parts, Tensor], Parts]
+#: Differences ``(v, reach) -> (parts, ...)`` along leaves v, each task moved as far as `reach`.
+Images = Callable[[Parts, Tensor], Sequence[Parts]]
 
 
 class Step:
@@ -62,13 +62,13 @@ class Step:
         self.reach = least * torch.where(some, scale, torch.ones_like(scale))
         self.tried = 0
 
-    def measure(self, image: Image, v: Parts, *, looks: bool) -> Tensor:
-        """Measure the error of a difference along `v`, and correct the step by it.
+    def measure(self, images: Images, v: Parts, *, looks: bool) -> Tensor:
+        """Measure the error of differences along `v`, and correct the step by it.
 
         Parameters
         ----------
-        image : callable
-            The difference.
+        images : callable
+            The differences, of which each has its own bend and noise: one step is for all.
         v : sequence of Tensor
             Along what.
         looks : bool
@@ -77,20 +77,27 @@ class Step:
         Returns
         -------
         noise : Tensor
-            The relative error, for each task, between one rounding and one.
+            The relative error of the first, for each task, between one rounding and one.
         """
         start, lead = self.reach * _APART**0.5, self.reach.shape
         enough = min(2 * self._eps**0.5, 0.05)
 
-        def at(level: int) -> Parts:
+        def at(level: int) -> Sequence[Parts]:
             self.tried += 1
-            return image(v, start * _APART**-level)
+            return images(v, start * _APART**-level)
+
+        def between(one: Sequence[Parts], other: Sequence[Parts]) -> tuple[Tensor, Tensor]:
+            """Measure how far differences are apart: the first one, and all together."""
+            changes = [
+                lengths(minus(a, b), lead) / _positive(lengths(b, lead))
+                for a, b in zip(one, other, strict=True)
+                if any(part is not None for part in b)
+            ]
+            return changes[0], torch.stack(changes).sum(dim=0)
 
         first, second = at(0), at(1)
-        size = lengths(second, lead)
-        size = torch.where(size > 0, size, 1.0)
-        begun = apart = lengths(minus(first, second), lead) / size
-        middle = torch.full_like(apart, 0.5)
+        noise, begun = between(first, second)
+        apart, middle = begun, torch.full_like(begun, 0.5)
         for towards, level, here in ((1, 1, second), (-1, 0, first)):  # shorter, then longer ones
             for _ in range(_MOST if looks else 0):
                 # Where shorter ones were better, longer ones are not.
@@ -98,15 +105,16 @@ class Step:
                 if not any_task(left):
                     break
                 level, there = level + towards, at(level + towards)
-                change = lengths(minus(there, here), lead) / size
+                of_first, change = between(there, here)
                 better = left & (change < apart)
                 apart = torch.where(better, change, apart)
+                noise = torch.where(better, of_first, noise)
                 middle = torch.where(better, level - towards / 2, middle)
                 if not any_task(better):
                     break
                 here = there
         self.reach = start * _APART**-middle
-        return apart.nan_to_num(1.0).clamp(self._eps, 1.0)
+        return noise.nan_to_num(1.0).clamp(self._eps, 1.0)
 
 
 class Differences:
@@ -148,7 +156,7 @@ class Differences:
 
     def measure(self, v: Parts, *, looks: bool) -> Tensor:
         """Measure the relative error of a product along `v`, and choose the step by it."""
-        return self.step.measure(self._product, v, looks=looks)
+        return self.step.measure(self._measured, v, looks=looks)
 
     def product(self, v: Parts, create_graph: bool = False) -> Parts:
         """Form ``A v``."""
@@ -175,12 +183,12 @@ class Differences:
                 assert tangent is not None
                 tangents[i] = _one_for_each(tangent, dim, self._lead)
 
-        def image(v: Parts, reach: Tensor) -> Parts:
-            return self._along(outer, v, reach)[0]
+        def images(v: Parts, reach: Tensor) -> Sequence[Parts]:
+            return [self._along(outer, v, reach)[0]]
 
         step = self._step(outer)
-        step.measure(image, tangents, looks=True)
-        return image(tangents, step.reach)
+        step.measure(images, tangents, looks=True)
+        return images(tangents, step.reach)[0]
 
     def _step(self, places: Sequence[int]) -> Step:
         return Step(lengths([self._tensors[i] for i in places], self._lead), self._slopes.narrowest)
@@ -188,20 +196,30 @@ class Differences:
     def _product(self, v: Parts, reach: Tensor) -> Parts:
         return self._along(self._problem.inner, v, reach)[0]
 
+    def _measured(self, v: Parts, reach: Tensor) -> Sequence[Parts]:
+        """Form what the step is chosen for: both products that are made with it."""
+        return self._of_tasks(self._problem.inner, v, reach, outer=True)
+
     def _along(
         self, places: Sequence[int], v: Parts, reach: Tensor, *, outer: bool = False
     ) -> tuple[Parts, Parts]:
         """Difference both gradients along leaves in some places."""
+        inner, of_tasks = self._of_tasks(places, v, reach, outer=outer)
+        crossed = [
+            part.sum(dim=dims) if part is not None and dims else part
+            for part, dims in zip(of_tasks, self._shared, strict=False)
+        ]
+        return inner, crossed
+
+    def _of_tasks(
+        self, places: Sequence[int], v: Parts, reach: Tensor, *, outer: bool
+    ) -> tuple[Parts, Parts]:
+        """Do so with a part for each task of the arguments that tasks share."""
         h, over = per_length(v, reach)
         ahead, behind = (
             self._slopes(moved(self._tensors, places, v, sign * h), outer=outer) for sign in (1, -1)
         )
-        inner = minus(ahead.inner, behind.inner, over)
-        crossed = list(minus(ahead.outer, behind.outer, over))
-        for i, part in enumerate(crossed):
-            if part is not None and self._shared[i]:
-                crossed[i] = part.sum(dim=self._shared[i])
-        return inner, crossed
+        return minus(ahead.inner, behind.inner, over), minus(ahead.outer, behind.outer, over)
 
 
 def per_length(v: Parts, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,6 +306,10 @@ def lengths(parts: Parts, lead: Sequence[int]) -> Tensor:
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in present) else torch.float32
     rows = [p.reshape(*lead, -1) if p.numel() else p.new_zeros(*lead, 0) for p in present]
     return norm(torch.stack([norm(row.to(dtype)).to(rows[0].device) for row in rows], dim=-1))
+
+
+def _positive(size: Tensor) -> Tensor:
+    return torch.where(size > 0, size, 1.0)
 
 
 def wide(numbers: Tensor, part: Tensor) -> Tensor:

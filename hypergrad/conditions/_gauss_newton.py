@@ -155,6 +155,9 @@ class _OutputDifferences(Differences):
         """Form both with steps that are twice as long."""
         return self._product(u, 2 * self.step.reach), super().again(u)[1]
 
+    def _measured(self, v: Parts, reach: Tensor) -> Sequence[Parts]:
+        return [self._product(v, reach)]
+
     def _product(self, v: Parts, reach: Tensor) -> Parts:
         total: Parts | None = None
         count = 0
