@@ -132,9 +132,10 @@ class _Call:
         lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
         if lin is None:
             lin = Linearisation(problem, tensors, of_inner, forward=forward)
-        if not choices.judged:  # then neither loss is evaluated again
+        if not choices.judged:  # then neither loss is evaluated again, but for products
             of_outer.forget()
-            of_inner.forget()
+            if problem.condition.replays:
+                of_inner.forget()
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)

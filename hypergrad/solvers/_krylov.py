@@ -276,7 +276,7 @@ class Iterative(Limited):
         if self.rtol is None:
             floor = _rounding(reached, precision).clamp(max=tolerance(None, precision) ** 0.5)
             if isinstance(noise, Tensor):
-                floor = torch.maximum(floor, (2 * noise * (1 + reached)).clamp(max=MOST_NOISE))
+                floor = torch.maximum(floor, (10 * noise * (1 + reached)).clamp(max=MOST_NOISE))
             good = good | ((status == Status.STAGNATED) & (size <= floor))
             if self.maxiter is not None:
                 good = good | (status == Status.MAX_ITERATIONS)
