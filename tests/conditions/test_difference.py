@@ -97,7 +97,8 @@ def test_every_solver_takes_products_by_differences(dtype, solver):
     if info.error_estimate == info.error_estimate:
         inner, outer, params, hparams = network(F64)
         truth = implicit_grad(outer, inner, params, hparams, solver=Exact())
-        assert relative(answer, truth) <= info.error_estimate <= 0.5
+        most = 2.0 if info.status == hypergrad.Status.MAX_ITERATIONS else 0.5  # of a budget
+        assert relative(answer, truth) <= info.error_estimate <= most
 
 
 def test_exact_products_have_no_such_error():

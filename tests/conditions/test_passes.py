@@ -152,13 +152,15 @@ def test_the_memory_is_that_of_one_batch(products):
     data = [(torch.randn(each, 5), torch.randn(each)) for _ in range(50)]
     hparams = {"decay": torch.tensor(1.0), "shift": torch.zeros(5)}
     tests = torch.randn(20, 5)
+    # Of differences the cross term is the same pass as a product.
+    solver = CG(maxiter=1) if products == "exact" else hypergrad.Identity()
 
     def peak(batches):
         inner = Minimum(of_batch, batches=batches, products=products)
         return peak_bytes(
             lambda: hypergrad.implicit_grad(
                 lambda p, h: predicted(p, h, tests).square().mean(), inner, start, hparams,
-                solver=CG(maxiter=1), on_failure="ignore", inner_tol=None,
+                solver=solver, on_failure="ignore", inner_tol=None,
             )
         )  # fmt: skip
 
