@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -52,19 +53,18 @@ class Objective(Condition):
         """Whether all products come from one recorded graph."""
         return self.batches is None and self.products == "exact"
 
+    @abstractmethod
     def of_batch(self, batch: Any) -> Self:
         """Make the condition of one batch: without batches the condition itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the terms of the objective of a condition that has no batches."""
-        raise NotImplementedError
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the terms of the objective, of a mean on its first batch."""
-        for batch in Passes(self.batches):
-            return self.of_batch(batch).values(problem, tensors)
-        raise AssertionError
+        first = next(iter(Passes(self.batches)))
+        return self.of_batch(first).values(problem, tensors)
 
     def record(self, point: Point) -> Record:
         """Record the gradient, and how products are formed."""
@@ -85,9 +85,9 @@ class Objective(Condition):
             captured=slopes.captured,
         )  # fmt: skip
 
+    @abstractmethod
     def _graph(self, point: Point) -> Record:
         """Record one graph, from which all products come."""
-        raise NotImplementedError
 
     def _differences(
         self, slopes: RecordedSlopes, point: Point, passes: Passes, draw: Draw

@@ -147,6 +147,33 @@ def test_a_function_without_second_derivative_is_differenced():
     implicit_grad(outer, condition, params, hparams, inner_tol=None, on_failure="raise")
 
 
+@pytest.mark.parametrize("method", [None, hypergrad.SOBA()], ids=str)
+def test_the_loop_for_the_outer_problem_forms_products_by_differences(method):
+    chosen = {} if method is None else {"method": method}
+
+    def after(activation, products):
+        inner, outer, params, hparams = network(F64, activation)
+        params, hparams = (
+            {k: w.clone().requires_grad_() for k, w in tree.items()} for tree in (params, hparams)
+        )
+        loop = hypergrad.Bilevel(
+            outer, Minimum(inner, products=products), params, hparams,
+            inner_optimizer=torch.optim.SGD(params.values(), lr=0.1),
+            outer_optimizer=torch.optim.SGD(hparams.values(), lr=0.1), on_failure="ignore",
+            **chosen,
+        )  # fmt: skip
+        for _ in range(3):
+            loop.step()
+        return {k: w.detach() for k, w in hparams.items()}
+
+    start = network(F64)[3]
+    exact, answer = after(torch.tanh, "exact"), after(Once.apply, "difference")
+    moves = {k: w - start[k] for k, w in exact.items()}
+    assert relative({k: w - start[k] for k, w in answer.items()}, moves) <= 1e-4
+    with pytest.raises(hypergrad.UnsupportedOperation, match='products="difference"'):
+        after(Once.apply, "exact")
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_loss_is_differenced_and_is_compiled_once(backend):
     params, hparams = network(torch.float32)[2:]
