@@ -133,9 +133,10 @@ class _Call:
         lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
         if lin is None:
             lin = Linearisation(problem, tensors, of_inner, forward=forward)
-        if not choices.judged:  # then neither loss is evaluated again
+        if not choices.judged:  # then neither loss is evaluated again, but for products
             of_outer.forget()
-            of_inner.forget()
+            if problem.condition.replays:
+                of_inner.forget()
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
         _refuse_changed(problem, tensors, before)
@@ -256,6 +257,12 @@ class _Hypergradient(Use):
         """Measure the hypergradient's relative change, no less than what is missing says."""
         change = self._size(self._cross(missing)) / self._scale()
         return torch.maximum(change, lost * self.share())
+
+    def crossed_again(self, crossed: Parts) -> Tensor:
+        """Measure the hypergradient's relative change with another cross derivative."""
+        there = self._differences(self._at.direct, crossed)
+        change = [a - b for a, b in zip(there, self._leaves, strict=True)]
+        return self._size(change) / self._scale()
 
     def _scale(self) -> Tensor:
         """Measure the hypergradient, or a part of its terms where they cancel."""

@@ -63,6 +63,7 @@ def solved(
         The solution and its evidence.
     """
     lin, condition = use.lin, use.lin.problem.condition
+    noise = lin.measure(b, looks=choices.looks)
     system = LinearSystem(
         matvec=lin.operator(transpose),
         b=b,
@@ -78,12 +79,14 @@ def solved(
         explores=choices.judged and condition.minimum,
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
+        noise=noise,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         solution = choices.solver.solve_flat(system)
+        solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
         if choices.judged:
             evidence.forgive_rounding()

@@ -86,9 +86,9 @@ def check_nodes(lin: Linearisation) -> None:
                 f"{comparison.error:.0%} (the difference is known to {comparison.resolution:.1%}). "
                 "The backward of such an operation treats as constant what is not (a detached "
                 "tensor, a saved number, or a fused kernel of PyTorch's). Write the operation in "
-                "elementary ones, or its backward in differentiable operations of its inputs; "
-                "estimators that need first derivatives alone, such as hypergrad.penalty_grad, "
-                "work with it as it is."
+                "elementary ones, or its backward in differentiable operations of its inputs; what "
+                'needs first derivatives alone, such as Minimum(..., products="difference") or '
+                "hypergrad.penalty_grad, works with it as it is."
             )
     for kind in kinds:
         _met.note(kind, comparison.verdict)

@@ -19,7 +19,7 @@ from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_z
 from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
-from ._system import Counted, LinearSystem, Solution, graded
+from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
 
 
@@ -70,15 +70,18 @@ class CG(Iterative):
         b, long = system.b / scale, is_long(system.b)
         precision = system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
+        if system.noisy:
+            tol = float(Units(system.b).tolerance(self.rtol, self.atol, precision, system.noise))
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch, system.noise)
         if long:  # it has become the residual
             torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
-            self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
+            most = max(limit - part.steps, AROUND)
+            self._look_around(matvec, b, part, tol, most, system.noise)
         image = matvec(part.x)
         residual = torch.sub(b, image, out=b if long else None)
         del image
@@ -109,10 +112,16 @@ class CG(Iterative):
         )
 
     def _look_around(
-        self, matvec: Counted, b: Tensor, part: Correction, tol: float, limit: int
+        self,
+        matvec: Counted,
+        b: Tensor,
+        part: Correction,
+        tol: float,
+        limit: int,
+        noise: Tensor | float,
     ) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None)
+        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None, noise=noise)
         part.negative = more.negative
         part.largest = torch.maximum(part.largest, more.largest)
         part.ritz = widest(part.ritz, more.ritz)
@@ -132,6 +141,7 @@ class CG(Iterative):
                 limit,
                 start.condition,
                 start.watch,
+                start.noise,
             )
         run = _Recurrence(start)
         while run.goes_on():

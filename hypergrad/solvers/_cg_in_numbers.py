@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._krylov import Correction
+from ._krylov import Correction, noise_floor
 from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
@@ -42,6 +42,7 @@ def in_numbers(
     limit: int,
     condition: Tensor | None,
     watch: Watch | None = None,
+    noise: Tensor | float = 0.0,
 ) -> Correction:
     """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
     # A long residual is the pass's own, and changed in place.
@@ -52,7 +53,7 @@ def in_numbers(
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = _FLAT * torch.finfo(r.dtype).eps
+    flat = float(noise_floor(_FLAT * torch.finfo(r.dtype).eps, noise))
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
     observer = None if condition is None else Observer(condition, r, long=long)
     if observer is not None and long and precondition is None:
