@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 from .torch_pytrees import pytree
 
@@ -36,6 +38,8 @@ def by_rows(product: Callable[..., Any], *vectors: Tensor) -> Any:
     count = vectors[0].shape[0]
     before = _mapping.set(True)
     try:
+        if 0 < count <= _CHUNK:
+            return _mapped(product, vectors, count)
         return torch.func.vmap(product, chunk_size=_CHUNK if count else None)(*vectors)
     except Exception:  # the caller's; where it is at fault itself it raises again
         if not count:
@@ -44,6 +48,17 @@ def by_rows(product: Callable[..., Any], *vectors: Tensor) -> Any:
         _mapping.reset(before)
     rows = [product(*row) for row in zip(*(v.unbind() for v in vectors), strict=True)]
     return pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
+
+
+def _mapped(product: Callable[..., Any], vectors: tuple[Tensor, ...], count: int) -> Any:
+    """Do as `torch.func.vmap` does, without a walk over pytrees that takes as long as a product."""
+    lazy_load_decompositions()
+    level = _functorch._vmap_increment_nesting(count, "error")
+    try:
+        mapped = product(*(_functorch._add_batch_dim(v, 0, level) for v in vectors))
+        return pytree.tree_map(lambda t: _functorch._remove_batch_dim(t, level, count, 0), mapped)
+    finally:
+        _functorch._vmap_decrement_nesting()
 
 
 def refuse_mapping() -> None:

@@ -37,7 +37,8 @@ _SMALL = 3  # ... a factorisation costs less than a second iteration.
 # unknowns about as long as 60 gradients.
 _LARGE = 1_000_000
 _BUDGET = 20
-_PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measurement
+# n / 16 iterations, or n / (15 + k) of k right-hand sides together, cost less than a factorisation,
+_PATIENCE = 16  # by measurement.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Auto(Limited):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
     Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
-    as many where A is not symmetric, and times the number of right-hand sides that share a matrix.
+    as many where A is not symmetric, and times the number of right-hand sides that share a matrix
+    (of a symmetric one up to six times as many; above that they are solved in blocks).
     Above that it is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative
     curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
     is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
@@ -95,7 +97,10 @@ class Auto(Limited):
         shared = system.shared if tasks else 1
         fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
         fits = fits and n <= _LAST_RESORT * self.dense_below
-        if fits and n <= self.dense_below * shared * (1 if system.symmetric else _SMALL):
+        most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
+        if shared > 1 and system.symmetric:  # a block of them takes few iterations
+            most = min(most, _CHECKED * self.dense_below)
+        if fits and n <= most:
             return Exact(damping=self.damping).run(system)
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
@@ -115,7 +120,7 @@ class Auto(Limited):
         """Iterate, once or several times, and a factorisation where that is cheaper."""
         n = system.b.shape[-1]
         if fits and looks and self.maxiter is None:
-            return self._patiently(system, max(n // (_PATIENCE * shared), 2))
+            return self._patiently(system, max(n // (_PATIENCE - 1 + shared), 2))
         slow = (*_STUCK, Status.MAX_ITERATIONS)
         # The methods after the first, each with the ends that call for it.
         then: Sequence[tuple[type[Iterative], Sequence[Status]]] = [(MINRES, _INDEFINITE)]

@@ -61,6 +61,8 @@ class Pass:
         The inner condition F, which an `Observer` follows where the method knows how.
     enough : float
         Least squares end where ``||A^T r|| <= enough ||A|| ||r||``.
+    shared : int
+        How many tasks, along the first axis, have one matrix in common.
     """
 
     matvec: Counted
@@ -72,6 +74,7 @@ class Pass:
     looks: bool
     condition: Tensor | None = None
     enough: float = 0.0
+    shared: int = 1
 
     @property
     def flat(self) -> float:
@@ -238,7 +241,8 @@ class Iterative(Limited):
             x = units.start(system.x0)
             r = b - matvec(x)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
-        return x, Pass(matvec, precondition, r, tol, units.present, limit, looks, system.condition)
+        start = Pass(matvec, precondition, r, tol, units.present, limit, looks, system.condition)
+        return x, dataclasses.replace(start, shared=system.shared)
 
     def _linear_error(
         self, x: Tensor, size: Tensor, first: Correction | None, precision: torch.dtype
