@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
@@ -105,6 +107,11 @@ class Linearisation:
         record(evaluate, variables, problem.trees, draw=draw)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
+    @functools.cached_property
+    def multiplies(self) -> bool:
+        """Whether a product multiplies matrices."""
+        return multiplies_matrices(self.record.residual)
+
     @property
     def params(self) -> Tensor:
         """The inner variables as one vector."""
@@ -178,7 +185,7 @@ class Linearisation:
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
             one = partial(self._apply, product, create_graph=create_graph)
-            mapped: Tensor = by_rows(one, v)
+            mapped: Tensor = by_rows(one, v, matrices=self.multiplies)
             return mapped
         if self.one_by_one:
             refuse_mapping()

@@ -13,6 +13,7 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.sizes import bytes_of_product
 from .._autograd.torch_pytrees import pytree
 from .._errors import NotConnected, StructureMismatch
@@ -88,6 +89,7 @@ class Outputs:
             self.parts, self.values = [part.detach() for part in parts], vector.detach()
             self._one_by_one = maps_wrongly(vector)
             self.size = bytes_of_product([vector])
+            self._multiplies = multiplies_matrices([vector])
             whole = self._pulled([torch.ones_like(vector)]) if len(vector) else [None]
             self._reached = [part is not None for part in whole]
 
@@ -133,7 +135,7 @@ class Outputs:
                 if reached
             ]
 
-        derivatives = iter(by_rows(pull, one_hot))
+        derivatives = iter(by_rows(pull, one_hot, matrices=self._multiplies))
         filled = [next(derivatives) if reached else None for reached in self._reached]
         inner = len(self.problem.inner)
         return OuterSlopes(value, self.aux, filled[:inner], filled[inner:], self.captured)
@@ -345,7 +347,7 @@ class UseOfBlock(Terms):
         def one(v: Tensor) -> list[Tensor]:
             return [part for part in cross(v) if part is not None]
 
-        parts = iter(by_rows(one, u))
+        parts = iter(by_rows(one, u, matrices=self.lin.multiplies))
         return [next(parts) if reached else None for reached in self._reached]
 
 
