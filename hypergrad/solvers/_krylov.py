@@ -442,7 +442,8 @@ def batched_preconditioner(
     if preconditioner is None:
         return None
     if isinstance(preconditioner, Solver):
-        return preconditioner.as_preconditioner(matvec, system.b)
+        one = system.b if system.shared == 1 else system.b[0]  # of the matrix that they share
+        return preconditioner.as_preconditioner(matvec, one)
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:
