@@ -127,7 +127,7 @@ class Digits:
 
     decay = 1.0
 
-    def __init__(self, train: int = 600, test: int = 100) -> None:
+    def __init__(self, train: int = 1200, test: int = 100) -> None:
         from sklearn.datasets import load_digits
 
         data, labels = load_digits(return_X_y=True)

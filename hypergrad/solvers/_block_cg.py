@@ -186,6 +186,7 @@ class _Block:
             largest=torch.full_like(self.start.tol, self.largest),
             ritz=partial(_ritz, self.pivots, self.zetas, self.x) if self.pivots else None,
             observer=self.observer,
+            spanned=sum(map(len, self.pivots)) >= self.x.shape[-1],
         )
         if not self.broken or left <= 0 or not bool(self.active.any()):
             return part

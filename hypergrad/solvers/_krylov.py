@@ -103,6 +103,7 @@ class Correction:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
+    spanned: bool = False  # whether the directions met span the whole space
 
 
 class Recurrence:
@@ -377,7 +378,7 @@ class _Passes:
     def look_around(self) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
         few = self.units.present & (self.status == Status.CONVERGED) & (self.iterations <= FEW)
-        if not any_task(few):
+        if not any_task(few) or (self.first is not None and self.first.spanned):
             return
         r = off_zero(self.next.matvec, torch.where(few[..., None], self.units.b, 0.0))
         limit = max(self.next.limit, AROUND)
