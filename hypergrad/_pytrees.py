@@ -181,14 +181,28 @@ class Tree:
             leaves[index] = leaves[earlier]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def fill(self, variables: Sequence[Tensor]) -> Any:
-        """Shape a derivative like the argument: zeros where a tensor carries none."""
+    def fill(self, variables: Sequence[Tensor], lead: Sequence[int] = ()) -> Any:
+        """Shape a derivative like the argument: zeros where a tensor carries none.
+
+        Parameters
+        ----------
+        variables : sequence of Tensor
+            The derivatives by the variables.
+        lead : sequence of int
+            What all of them have in front of the variables' shapes.
+
+        Returns
+        -------
+        derivative : pytree
+            Shaped like the argument.
+        """
         leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
         for index in set(range(len(leaves))).difference(self.where):
             if isinstance(leaf := leaves[index], Tensor):
-                leaves[index] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+                shape = (*lead, *leaf.shape)
+                leaves[index] = torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
         return self._unflattened(leaves)
 
     def match(self, what: str, value: Any, cure: str = "") -> list[Tensor]:

@@ -252,7 +252,8 @@ class Evidence:
         size, none = norm(left), left.new_zeros(()).expand_as(left)
         before = none if newton is None else newton.step
         free = isinstance(self.choices.solver, Identity) or not self.choices.spends
-        if free or size.shape != self.length.shape:
+        # Of a matrix that is shared a step that is known belongs to all of its right-hand sides.
+        if free or (newton is None and size.shape != self.length.shape):
             step = left / along_b[..., None]
             return NewtonStep(step, none.expand_as(step), norm(step) * 0)
         image = self.system.matvec(left)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ class _Call:
                 of_inner.forget()
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
-        _refuse_changed(problem, tensors, before)
-        use = _Hypergradient(lin, loss, tensors, at, judged=choices.judged)
+        refuse_changed(problem, tensors, before)
+        use = Terms(lin, loss, tensors, at, judged=choices.judged)
         answer = solved(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
         if choices.on_failure != "ignore":
@@ -197,14 +197,21 @@ class _Call:
         return lin
 
 
-class _Hypergradient(Use):
+class Loss(Protocol):
+    """An outer loss, or many outputs in its place, which can be differentiated anywhere."""
+
+    def at(self, tensors: list[Tensor], /) -> OuterSlopes:
+        """Evaluate and differentiate it at these tensors."""
+
+
+class Terms(Use):
     """The direct term minus the cross derivative times the solution.
 
     Parameters
     ----------
     lin : Linearisation
         The inner problem; tasks whose inner problem is the same share one without task dimensions.
-    loss : _OuterLoss
+    loss : Loss
         The outer loss.
     tensors : list of Tensor
         Those of its problem.
@@ -222,11 +229,11 @@ class _Hypergradient(Use):
     def __init__(
         self,
         lin: Linearisation,
-        loss: _OuterLoss,
+        loss: Loss,
         tensors: list[Tensor],
         at: OuterSlopes,
         *,
-        judged: bool,
+        judged: bool = True,
     ) -> None:
         super().__init__(lin)
         self._loss, self._tensors, self._at, self._lead = loss, tensors, at, at.value.shape
@@ -362,7 +369,9 @@ class _Hypergradient(Use):
         P, H = problem.params, problem.args[0]
         yield from of_leaves("", P, [tensors[i] for i in problem.inner], data)
         yield from of_leaves("", H, [tensors[i] for i in problem.outer], data)
-        again = of_value(lambda: problem.outputs(self._loss.outer, tensors))
+        assert isinstance(self._loss, _OuterLoss)
+        outer = self._loss.outer
+        again = of_value(lambda: problem.outputs(outer, tensors))
         yield Place("the outer loss", at.value, again, argument="outer")
         for tree, slopes in ((P, at.cotangent), (H, at.direct)):
             yield from of_leaves("the gradient of the outer loss by ", tree, slopes, derivative)
@@ -424,7 +433,7 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     return (direct - indirect).detach()
 
 
-def _refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
+def refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
     """Raise if a loss has changed one of its arguments in place."""
     for place, (then, now) in enumerate(zip(before, versions(tensors), strict=True)):
         if then != now:

@@ -15,6 +15,7 @@ from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import Notes, detached, graph
 from .._errors import UnsupportedOperation
@@ -192,6 +193,11 @@ class Linearisation:
         image, *crossed = by_rows(one, u) if u.ndim > len(self.lead) + 1 else one(u)
         return image, crossed
 
+    @functools.cached_property
+    def multiplies(self) -> bool:
+        """Whether a product multiplies matrices."""
+        return multiplies_matrices(self.record.residual)
+
     @property
     def params(self) -> Tensor:
         """The inner variables as one vector."""
@@ -277,7 +283,7 @@ class Linearisation:
                 rows = product.rows(self.layout.split(v))
                 return self.layout.flatten(rows, v.shape[:-1])
             one = partial(self._apply, product, create_graph=create_graph)
-            mapped: Tensor = by_rows(one, v)
+            mapped: Tensor = by_rows(one, v, matrices=self.multiplies)
             return mapped
         if create_graph and not torch.is_grad_enabled():
             with torch.enable_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -69,19 +69,56 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
     NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
-    choices = evidence.choices
-    if choices.on_failure == "ignore":
-        return
+    if not is_good(evidence, info, sound):
+        rows = _rows(evidence, info, sound)
+        _judge_rows([(evidence, rows)], len(rows), info, "tasks")
+
+
+def is_good(evidence: Evidence, info: SolveInfo, sound: Tensor) -> bool:
+    """Say whether nothing is to be said about any task; the arguments are those of `judge`."""
+    if evidence.choices.on_failure == "ignore":
+        return True
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
-    if all(good):
-        return
-    rows = _rows(evidence, info, sound)
-    bad = [row for row in rows if not row.sound]
+    return all(good)
+
+
+def judge_outputs(
+    failures: Sequence[tuple[Evidence, SolveInfo, Tensor]], outputs: int, info: SolveInfo
+) -> None:
+    """Warn or raise, once for all outputs of a function, as `judge` does for tasks.
+
+    Parameters
+    ----------
+    failures : sequence
+        The arguments of `judge`, for each block of outputs that is not good.
+    outputs : int
+        How many outputs there are in all blocks.
+    info : SolveInfo
+        The figures of all outputs.
+
+    Raises
+    ------
+    NotFinite, NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
+        As `judge` does.
+    """
+    if failures:
+        blocks = [(evidence, _rows(evidence, part, sound)) for evidence, part, sound in failures]
+        _judge_rows(blocks, outputs, info, "outputs")
+
+
+def _judge_rows(
+    blocks: Sequence[tuple[Evidence, list[_Row]]], tasks: int, info: SolveInfo, unit: str
+) -> None:
+    """Warn or raise, by the rows of all blocks in which a task failed."""
+    bad = [(evidence, row) for evidence, rows in blocks for row in rows if not row.sound]
     if bad:
+        evidence = bad[0][0]
         places = [*_start(evidence.system.x0)]
         places += evidence.use.places(evidence.system.b, evidence.solution.x)
-        _refuse_not_finite(counted(len(bad), len(rows), exact=True), places, _plain(info))
-    failed = [row for row in rows if not row.success]
+        said = counted(len(bad), tasks, exact=True, unit=unit)
+        _refuse_not_finite(said, places, _plain(info))
+    evidence, choices = blocks[0][0], blocks[0][0].choices
+    failed = [row for _, rows in blocks for row in rows if not row.success]
     exact = choices.on_failure == "raise"
     worst = _Failure(
         max(failed, key=_Row.severity),
@@ -92,7 +129,7 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
         exact=exact,
     )
     error, text = worst.diagnosis()
-    said = counted(len(failed), len(rows), exact=exact) + text(worst)
+    said = counted(len(failed), tasks, exact=exact, unit=unit) + text(worst)
     if exact:
         raise error(said, info=_plain(info))
     warn(said)

@@ -38,7 +38,8 @@ _SMALL = 3  # ... a factorisation costs less than a second iteration.
 _LARGE = 1_000_000
 _BUDGET = 20
 _SHARE = 0.75  # of it for a second method, whose steps take longer
-_PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measurement
+# n / 16 iterations, or n / (15 + k) of k right-hand sides together, cost less than a factorisation,
+_PATIENCE = 16  # by measurement.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Auto(Limited):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
     Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
-    as many where A is not symmetric, and times the number of right-hand sides that share a matrix.
+    as many where A is not symmetric, and times the number of right-hand sides that share a matrix
+    (of a symmetric one up to six times as many unknowns, or two for each right-hand side; above
+    that they are solved in a block).
     Above that it is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative
     curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
     is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
@@ -97,7 +100,10 @@ class Auto(Limited):
         fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
         fits = fits and n <= _LAST_RESORT * self.dense_below
         fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
-        if fits and n <= self.dense_below * shared * (1 if system.symmetric else _SMALL):
+        most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
+        if shared > 1 and system.symmetric:  # a block of them takes few iterations
+            most = min(most, max(_CHECKED * self.dense_below, 2 * shared))
+        if fits and n <= most:
             return Exact(damping=self.damping).run(system)
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
@@ -117,7 +123,7 @@ class Auto(Limited):
         """Iterate, once or several times, and a factorisation where that is cheaper."""
         n = system.b.shape[-1]
         if fits and looks and self.maxiter is None:
-            return self._patiently(system, max(n // (_PATIENCE * shared), 2))
+            return self._patiently(system, max(n // (_PATIENCE - 1 + shared), 2))
         slow = (*_STUCK, Status.MAX_ITERATIONS)
         # The methods after the first, each with the ends that call for it.
         then: Sequence[tuple[type[Iterative], Sequence[Status]]] = [(MINRES, _INDEFINITE)]
@@ -247,10 +253,10 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         method=before.method,
         spectrum=widest(lambda: before.eigenvalues, lambda: after.eigenvalues),
         residual=_later(taken, before.residual, after.residual, missing=0.0),
-        null=_later(taken, before.null, after.null, missing=0.0),
+        null=_later(taken, _own(before, before.null), _own(before, after.null), 0.0),
         linear_error=_later(taken, before.linear_error, after.linear_error),
         newton=_later_step(taken, before.newton, after.newton),
-        metric=_later(taken, before.metric, after.metric, missing=1.0),
+        metric=_later(taken, _own(before, before.metric), _own(before, after.metric), 1.0),
         further=after.further if every_task(taken) else None,
     )
 
@@ -266,6 +272,11 @@ def _later(
     absent = torch.full_like(known, missing)
     one, other = (absent if v is None else v for v in (after, before))
     return torch.where(taken, one, other)
+
+
+def _own(solution: Solution, vector: Tensor | None) -> Tensor | None:
+    """Give every right-hand side the vector that those of one matrix have in common."""
+    return None if vector is None else vector.expand_as(solution.x)
 
 
 def _later_step(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
+from ._block_cg import in_a_block, shares
 from ._cg_in_numbers import in_numbers, suits
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
@@ -143,10 +144,14 @@ class CG(Iterative):
                 start.watch,
                 start.noise,
             )
-        run = _Recurrence(start)
-        while run.goes_on():
-            run.step()
-        return run.ended()
+        return in_a_block(start, _one_by_one) if shares(start) else _one_by_one(start)
+
+
+def _one_by_one(start: Pass) -> Correction:
+    run = _Recurrence(start)
+    while run.goes_on():
+        run.step()
+    return run.ended()
 
 
 class _Recurrence(Recurrence):

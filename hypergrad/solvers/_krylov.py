@@ -66,6 +66,8 @@ class Pass:
         Least squares end where ``||A^T r|| <= enough ||A|| ||r||``.
     watch : Watch, optional
         What is told of each iteration.
+    shared : int
+        How many tasks, along the first axis, have one matrix in common.
     """
 
     matvec: Counted
@@ -79,6 +81,7 @@ class Pass:
     enough: float = 0.0
     watch: Watch | None = None
     noise: Tensor | float = 0.0
+    shared: int = 1
 
     @property
     def flat(self) -> Any:
@@ -112,6 +115,7 @@ class Correction:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
+    spanned: bool = False  # whether the directions met span the whole space
 
 
 class Recurrence:
@@ -268,7 +272,7 @@ class Iterative(Limited):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         start = Pass(
             matvec, precondition, r, tol, units.present, limit, looks, system.condition,
-            watch=system.watch, noise=system.noise,
+            watch=system.watch, noise=system.noise, shared=system.shared,
         )  # fmt: skip
         return x, start
 
@@ -414,7 +418,7 @@ class _Passes:
     def look_around(self) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
         few = self.units.present & (self.status == Status.CONVERGED) & (self.iterations <= FEW)
-        if not any_task(few):
+        if not any_task(few) or (self.first is not None and self.first.spanned):
             return
         r = off_zero(self.next.matvec, torch.where(few[..., None], self.units.b, 0.0))
         limit = max(self.next.limit, AROUND)
@@ -486,7 +490,8 @@ def batched_preconditioner(
     if preconditioner is None:
         return None
     if isinstance(preconditioner, Solver):
-        return preconditioner.as_preconditioner(matvec, system.b)
+        b = system.b if system.shared == 1 else system.b[0]  # of the matrix that they share
+        return preconditioner.as_preconditioner(matvec, b)
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:
