@@ -443,8 +443,8 @@ def batched_preconditioner(
     if preconditioner is None:
         return None
     if isinstance(preconditioner, Solver):
-        one = system.b if system.shared == 1 else system.b[0]  # of the matrix that they share
-        return preconditioner.as_preconditioner(matvec, one)
+        b = system.b if system.shared == 1 else system.b[0]  # of the matrix that they share
+        return preconditioner.as_preconditioner(matvec, b)
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:
