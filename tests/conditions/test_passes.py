@@ -223,7 +223,9 @@ def test_the_callback_counts_the_batches_of_each_pass():
 
 
 @pytest.mark.parametrize(
-    "iterator", [iter(BATCHES), (b for b in BATCHES), zip(X, Y, strict=True)], ids=str
+    "iterator",
+    [iter(BATCHES), (b for b in BATCHES), zip(X, Y, strict=True)],
+    ids=lambda iterator: type(iterator).__name__,
 )
 def test_an_iterator_is_refused(iterator):
     with pytest.raises(hypergrad.StructureMismatch, match="exhausted after one pass") as caught:

@@ -45,7 +45,7 @@ class Ridge:
         hypergrad.Auto(rtol=1e-12, dense_below=0),
         hypergrad.CG(rtol=1e-12, preconditioner=lambda v: torch.from_numpy(v.numpy() / 40)),
     ],
-    ids=repr,
+    ids=["default", "CG", "MINRES", "GMRES", "Exact", "Auto", "preconditioned by NumPy"],
 )
 def test_every_solver_gives_the_jacobian_of_ridge_regression(solver):
     p = Ridge(40, 30)
