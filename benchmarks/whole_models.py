@@ -5,6 +5,7 @@ thread; the hyperparameters are the weight decay of each block. Each point has a
 
     python -m benchmarks.whole_models              all points, as a table
     python -m benchmarks.whole_models hand 5       one point: a side of `SIDES`, and the products
+    python -m benchmarks.whole_models hand 5 more checkpointed      16 texts in place of 4
     python -m benchmarks.whole_models large 5      the library with 100 million parameters
 """
 
@@ -109,6 +110,7 @@ class Problem:
     size: Size = SMALL
     checkpointed: bool = False
     log_decay: float = 4.0
+    batch: int = BATCH
     model: Transformer = field(init=False)
     params: dict[str, Tensor] = field(init=False)
     hparams: Tensor = field(init=False)
@@ -119,7 +121,7 @@ class Problem:
         self.params = {name: p.detach() for name, p in self.model.named_parameters()}
         self.model.to("meta")
         self.hparams = torch.full((self.size.blocks + 1,), self.log_decay)
-        tokens = torch.randint(self.size.vocabulary, (2, BATCH, LENGTH + 1))
+        tokens = torch.randint(self.size.vocabulary, (2, self.batch, LENGTH + 1))
         self.seen, self.unseen = tokens
 
     @property
@@ -179,12 +181,12 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum(torch.dot(v.view(-1), w.reshape(-1)).item() for v, w in pairs)
 
 
-def _ours(problem: Problem, solver: Any, **arguments: Any) -> Any:
+def _ours(problem: Problem, solver: Any, inner: Any = None, **arguments: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return hypergrad.implicit_grad(
             problem.outer,
-            problem.inner,
+            inner or problem.inner,
             problem.params,
             problem.hparams,
             solver=solver,
@@ -207,17 +209,25 @@ def claimed(problem: Problem, products: int) -> Tensor:
     return _ours(problem, hypergrad.CG(maxiter=products), inner_tol=1e-3)
 
 
+def differences(problem: Problem, products: int) -> Tensor:
+    """The same with products from first derivatives alone."""
+    inner = hypergrad.Minimum(problem.inner, products="difference")
+    return _ours(problem, hypergrad.CG(maxiter=products), inner=inner, inner_tol=None)
+
+
 SIDES: dict[str, Callable[[Problem, int], Tensor]] = {
     "hand": by_hand,
     "bare": bare,
     "judged": judged,
     "claimed": claimed,
+    "differences": differences,
 }
 NAMES = {
     "hand": "by hand",
     "bare": OURS,
     "judged": "hypergrad, judged, inner_tol=None",
     "claimed": "hypergrad, judged, inner_tol=1e-3",
+    "differences": "hypergrad, judged, products by differences",
 }
 
 
@@ -295,7 +305,8 @@ def point(arguments: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     side, amount, *options = arguments
     size = QUICK if "quick" in options else SMALL
-    problem = Problem(size, checkpointed="checkpointed" in options)
+    batch = 4 * BATCH if "more" in options else BATCH
+    problem = Problem(size, checkpointed="checkpointed" in options, batch=batch)
     if side == "auto":
         return default_solver(float(amount), Problem(size, log_decay=float(amount)))
     if side == "large":
@@ -329,7 +340,9 @@ def measure_memory(settings: Settings) -> list[Row]:
     """Peak memory, in copies of the parameters."""
     rows = []
     quick = ("quick",) if settings.quick else ()
-    for options, name in ((quick, ""), ((*quick, "checkpointed"), ", checkpointed")):
+    more, cut = (*quick, "more"), (*quick, "more", "checkpointed")
+    batches = {"": quick, ", 16 texts": more, ", 16 texts, checkpointed": cut}
+    for name, options in batches.items():
         for side in SIDES:
             for products in PRODUCTS[:1] if settings.quick or name else PRODUCTS:
                 figure = alone(side, str(products), *options)["copies"]

@@ -134,7 +134,7 @@ influence = hypergrad.influence(
     params,
     weights=weights.sigmoid() / len(train),
     regulariser=lambda params: inner.regulariser(params, weights),
-    solver=hypergrad.CG(maxiter=30, damping=1e-2),
+    solver=hypergrad.CG(maxiter=30, damping=0.1),
     inner_tol=None,
 )[0]
 worst = influence.argsort()[:50]
