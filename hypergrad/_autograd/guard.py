@@ -103,7 +103,7 @@ class Guard(TorchFunctionMode):
                 refuse_distributed_module(module)
                 self._kinds.add(type(module))
             for name, parameter in module._parameters.items():
-                if type(parameter) not in WHOLE:
+                if type(parameter) not in WHOLE and not notes().placed:
                     refuse_distributed_tensor(f"{type(module).__name__}.{name}", parameter)
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             if hooks is not None and hooks[0].__module__ != checkpoints.__name__:

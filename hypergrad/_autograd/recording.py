@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -12,7 +13,8 @@ from .._pytrees import Tree
 from .attention import recorded
 from .double_backward import advice
 from .random_numbers import Draw
-from .refused_modules import WHOLE, refuse_distributed_tensor
+from .ranks import together
+from .shards import group_of
 from .trace import Notes, further_out, graph, notes, trace
 from .transforms import is_wrapped
 
@@ -97,24 +99,21 @@ def record(
     Raises
     ------
     UnsupportedOperation
-        In place of PyTorch's error about a missing second derivative; or if an argument is split
-        over several processes.
+        In place of PyTorch's error about a missing second derivative.
     StructureMismatch
         In place of one about dtypes and devices.
     """
-    for tree in trees:
-        for position, variable in enumerate(tree.variables):
-            if type(variable) not in WHOLE:
-                refuse_distributed_tensor(tree.variable_path(position), variable)
+    group = group_of(variables)
 
     def noted(aliases: list[Tensor]) -> T:
         notes().callers = trees if callers is None else callers
+        notes().placed = group is not None
         return evaluate(Recording(aliases, trees))
 
     def once() -> T:
         return trace(noted, variables)
 
-    with advice(trees):
+    with advice(trees), nullcontext() if group is None else together(group):
         return recorded(once, Draw() if draw is None else draw)
 
 

@@ -48,11 +48,14 @@ class Notes:
     around : callable, optional
         What every product of the recorded graph is to be formed inside of, as a function that
         makes a context manager; None: nothing, which is quick.
+    placed : bool
+        Whether the arguments are DTensors, and modules may hold such.
     """
 
     moving: list[str] = dataclasses.field(default_factory=list)
     callers: Sequence[Tree] = ()
     around: Callable[[], AbstractContextManager[Any]] | None = None
+    placed: bool = False
 
 
 # The notes of the innermost trace.

@@ -13,6 +13,7 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shards import placed_like, refused
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import graph
 from .._errors import UnsupportedOperation
@@ -147,7 +148,10 @@ class Linearisation:
         """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
         if self.one_by_one:
             refuse_mapping()
-        return self._cross(self.layout.split(u), create_graph)
+        parts = self._cross(self.layout.split(u), create_graph)
+        if self.layout.space is None:
+            return parts
+        return placed_like(parts, [self.tensors[i] for i in self.problem.outer])
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
         """Form ``(dF/dargs) tangents``."""
@@ -157,6 +161,8 @@ class Linearisation:
 
     def dense(self, transpose: bool) -> Tensor:
         """Form A, or its transpose, as a matrix ``(*tasks, n, n)``."""
+        if self.layout.space is not None:
+            raise refused("the matrix")
         product = self.record.transposed if transpose else self.record.product
         assert product is not None
         return self.dense_of(product)

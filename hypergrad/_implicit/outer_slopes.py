@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._autograd.products import gradient_of
 from .._autograd.recording import Recording, record
+from .._autograd.shards import placed_like
 from .._errors import NotConnected
 from ..conditions._inner_problem import Problem, scalar, without_aux
 
@@ -82,7 +83,8 @@ def outer_gradient(
         return value, gradients, recording.captured()
 
     value, gradients, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
-    cotangent, direct = gradients[: len(inner)], gradients[len(inner) :]
+    cotangent = gradients[: len(inner)]
+    direct = placed_like(gradients[len(inner) :], [tensors[i] for i in problem.outer])
     if all(part is None for part in cotangent):
         raise NotConnected(
             "outer does not depend on params, so the inner problem plays no part in its gradient. "

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._autograd.shards import is_shards
 from .._autograd.transforms import transforms_active
 from .._info import Status
 from ._krylov import Correction
@@ -27,7 +28,8 @@ _SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fi
 
 def suits(b: Tensor) -> bool:
     """Say whether this is one system, on the CPU, whose values the host may look at."""
-    return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
+    whole = b.ndim == 1 and b.device.type == "cpu" and not is_shards(b)
+    return whole and not transforms_active()
 
 
 def in_numbers(

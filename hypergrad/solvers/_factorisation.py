@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task, every_task
+from .._autograd.shards import numbers_of
 from .._autograd.transforms import is_wrapped
 from ._equilibration import equilibrated
 
@@ -222,7 +223,7 @@ def without_noise(
 def signs(like: Tensor) -> Tensor:
     """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
     # A multiplicative hash, so that the caller's random numbers stay as they are.
-    number = torch.arange(1, like.shape[-1] + 1, device=like.device) * 2654435761
+    number = (numbers_of(like) + 1) * 2654435761
     size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
     return torch.where((number >> 27) % 2 == 0, size, -size)
 

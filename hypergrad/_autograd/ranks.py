@@ -1,0 +1,147 @@
+"""Processes that work together: a reduction, and the end of all of them where one fails."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import RankFailed
+
+_PATIENCE = 3.0  # seconds that a process which has failed waits for the others to fail too
+_NOBODY = 2**15 + 1741  # a tag that no message has
+_evaluations: dict[int, int] = {}  # how many evaluations began, for each group
+_inside: ContextVar[bool] = ContextVar("hypergrad_ranks_together", default=False)
+
+
+def all_reduce(figures: Tensor, group: Any, kind: str = "sum") -> Tensor:
+    """Reduce figures over processes.
+
+    Parameters
+    ----------
+    figures : Tensor
+        One's own, which stay as they are.
+    group : ProcessGroup
+        Who takes part.
+    kind : {"sum", "max"}
+        How.
+
+    Returns
+    -------
+    reduced : Tensor
+        The same, bit for bit, in all processes.
+
+    Raises
+    ------
+    RankFailed
+        If another process has ended, or did not arrive in time.
+    """
+    operation = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}[kind]
+    packed = figures.detach().clone(memory_format=torch.contiguous_format)
+    try:
+        torch.distributed.all_reduce(packed, op=operation, group=group)
+    except RuntimeError as error:
+        raise parted(group, error) from error
+    return packed
+
+
+def parted(group: Any, error: BaseException) -> RankFailed:
+    """Word the error of a process whose collective did not come about."""
+    failed = _failed(group)
+    if failed:
+        return RankFailed(
+            f"A loss raised an error in process {', '.join(map(str, failed))}, which raises it "
+            "there. All processes stop, so that none waits for another; their process group "
+            "cannot be used any more."
+        )
+    return RankFailed(
+        "A reduction over processes did not come about: another process has ended or did not "
+        f"arrive in time. Look for its own error. ({error})"
+    )
+
+
+@contextmanager
+def together(group: Any) -> Iterator[None]:
+    """Evaluate something that all processes evaluate, with collectives of PyTorch's own in it.
+
+    Where it fails in all of them, each raises its own error. Where it fails in some, the others
+    would wait in a collective for ever: those that failed break the group's connections, so that
+    the others raise `RankFailed`.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Who takes part.
+
+    Yields
+    ------
+    None
+        While it runs.
+
+    Raises
+    ------
+    RankFailed
+        If it has failed in another process and not here.
+    """
+    if _inside.get():
+        yield
+        return
+    _evaluations[id(group)] = _evaluations.get(id(group), 0) + 1
+    token = _inside.set(True)
+    try:
+        yield
+    except RankFailed:
+        raise
+    except Exception as error:
+        # A collective that broke down, because another process has failed before.
+        if isinstance(error, RuntimeError) and _failed(group):
+            raise parted(group, error) from error
+        _end(group)
+        raise
+    finally:
+        _inside.reset(token)
+
+
+def _key(group: Any, rank: int) -> str:
+    name = getattr(group, "group_name", "")
+    return f"hypergrad/{name}/{_evaluations.get(id(group), 0)}/failed/{rank}"
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _failed(group: Any) -> list[int]:
+    """List the processes whose evaluation has failed."""
+    distributed, store = torch.distributed, _store()
+    own, count = distributed.get_rank(group), distributed.get_world_size(group)
+    return [r for r in range(count) if r != own and store.add(_key(group, r), 0) > 0]
+
+
+def _end(group: Any) -> None:
+    """Tell the others that this process has failed, and wake those that have not."""
+    distributed = torch.distributed
+    own, count = distributed.get_rank(group), distributed.get_world_size(group)
+    if count == 1:
+        return
+    _store().add(_key(group, own), 1)
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        if len(_failed(group)) == count - 1:
+            return
+        time.sleep(0.05)
+    with suppress(Exception):
+        if distributed.get_backend(group) == "gloo":
+            # A receipt that is out of time closes the connections to all others.
+            peer = distributed.get_global_rank(group, (own + 1) % count)
+            nothing = torch.zeros(1, device="cpu")
+            work = distributed.irecv(nothing, src=peer, group=group, tag=_NOBODY)
+            work.wait(datetime.timedelta(milliseconds=1))
+        else:
+            group.abort()
