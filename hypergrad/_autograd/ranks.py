@@ -16,7 +16,9 @@ from .._errors import RankFailed
 
 _PATIENCE = 3.0  # seconds that a process which has failed waits for the others to fail too
 _NOBODY = 2**15 + 1741  # a tag that no message has
-_evaluations: dict[int, int] = {}  # how many evaluations began, for each group
+# What the errors of gloo and of NCCL have in their text.
+_SIGNS = ("/gloo/", "pair closure", "Connection closed", "NCCL", "timed out", "Timed out")
+_evaluations: dict[str, int] = {}  # how many evaluations began, by the group's name
 _inside: ContextVar[bool] = ContextVar("hypergrad_ranks_together", default=False)
 
 
@@ -92,15 +94,15 @@ def together(group: Any) -> Iterator[None]:
     if _inside.get():
         yield
         return
-    _evaluations[id(group)] = _evaluations.get(id(group), 0) + 1
+    name = _name(group)
+    _evaluations[name] = _evaluations.get(name, 0) + 1
     token = _inside.set(True)
     try:
         yield
     except RankFailed:
         raise
     except Exception as error:
-        # A collective that broke down, because another process has failed before.
-        if isinstance(error, RuntimeError) and _failed(group):
+        if _broken(error):
             raise parted(group, error) from error
         _end(group)
         raise
@@ -108,9 +110,23 @@ def together(group: Any) -> Iterator[None]:
         _inside.reset(token)
 
 
+def _broken(error: BaseException | None) -> bool:
+    """Say whether an error is that of a collective that another process did not take part in."""
+    if error is None:
+        return False
+    of_collective = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+    if of_collective and any(sign in str(error) for sign in _SIGNS):
+        return True
+    return _broken(error.__cause__)
+
+
 def _key(group: Any, rank: int) -> str:
-    name = getattr(group, "group_name", "")
-    return f"hypergrad/{name}/{_evaluations.get(id(group), 0)}/failed/{rank}"
+    name = _name(group)
+    return f"hypergrad/{name}/{_evaluations.get(name, 0)}/failed/{rank}"
+
+
+def _name(group: Any) -> str:
+    return str(getattr(group, "group_name", ""))
 
 
 def _store() -> Any:

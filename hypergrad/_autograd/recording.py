@@ -14,7 +14,8 @@ from .attention import recorded
 from .double_backward import advice
 from .random_numbers import Draw
 from .ranks import together
-from .shards import group_of
+from .refused_modules import WHOLE, refuse_distributed_tensor
+from .shards import agree, group_of, refuse_split, whole_ones
 from .trace import Notes, further_out, graph, notes, trace
 from .transforms import is_wrapped
 
@@ -37,10 +38,12 @@ class Recording:
         What the functions have returned.
     notes : Notes
         What was noticed while they ran.
+    group : ProcessGroup, optional
+        Who evaluates them together, where variables are DTensors.
     """
 
-    def __init__(self, aliases: list[Tensor], trees: Sequence[Tree]) -> None:
-        self.aliases, self.trees = aliases, trees
+    def __init__(self, aliases: list[Tensor], trees: Sequence[Tree], group: Any = None) -> None:
+        self.aliases, self.trees, self.group = aliases, trees, group
         self.values: Sequence[Tensor] = ()
         self.notes: Notes = notes()
 
@@ -54,6 +57,8 @@ class Recording:
     def returned(self, values: Sequence[Tensor]) -> None:
         """Take note of what the functions returned, before anything is differentiated."""
         self.values = values
+        if self.group is not None:
+            agree("what a function returns", values, self.group)
 
     def captured(self) -> list[Tensor]:
         """List what the returned values depend on that is differentiated further out."""
@@ -71,6 +76,7 @@ def record(
     trees: Sequence[Tree],
     callers: Sequence[Tree] | None = None,
     draw: Draw | None = None,
+    in_pieces: bool = False,
 ) -> T:
     """Call a user's functions so that what they return can be differentiated.
 
@@ -90,6 +96,8 @@ def record(
         Those of them that are the caller's own memory, where others are not.
     draw : Draw, optional
         The random numbers of the call; None: those that come next.
+    in_pieces : bool
+        Whether the variables of the first tree may be DTensors.
 
     Returns
     -------
@@ -99,21 +107,29 @@ def record(
     Raises
     ------
     UnsupportedOperation
-        In place of PyTorch's error about a missing second derivative.
+        In place of PyTorch's error about a missing second derivative; or if an argument is split
+        over several processes and may not be.
     StructureMismatch
         In place of one about dtypes and devices.
     """
-    group = group_of(variables)
+    group = group_of(trees[0].variables) if in_pieces else None
+    for tree in trees if group is None else trees[1:]:
+        for position, variable in enumerate(tree.variables):
+            if type(variable) not in WHOLE:
+                refuse = refuse_distributed_tensor if group is None else refuse_split
+                refuse(tree.variable_path(position), variable)
 
     def noted(aliases: list[Tensor]) -> T:
         notes().callers = trees if callers is None else callers
         notes().placed = group is not None
-        return evaluate(Recording(aliases, trees))
+        return evaluate(Recording(aliases, trees, group))
 
     def once() -> T:
         return trace(noted, variables)
 
     with advice(trees), nullcontext() if group is None else together(group):
+        if group is not None:
+            agree("one of the arguments", whole_ones(variables), group)
         return recorded(once, Draw() if draw is None else draw)
 
 

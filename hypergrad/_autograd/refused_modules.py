@@ -24,10 +24,10 @@ _CURES = {
         "hypergrad.all_reduced where each process has its own part of the data."
     ),
     "DTensor": (
-        "whose values lie in pieces on several processes (tensor parallel, fully_shard or FSDP2), "
-        "without a second derivative. Use whole tensors, tensor.full_tensor(), and a module that "
-        "has not been parallelised; wrap both losses in hypergrad.all_reduced where each process "
-        "has its own part of the data."
+        "whose values lie in pieces on several processes (tensor parallel, fully_shard or FSDP2). "
+        "implicit_grad and custom_argmin keep params that are DTensors in pieces. Elsewhere use "
+        "whole tensors, tensor.full_tensor(), and a module that has not been parallelised; wrap "
+        "both losses in hypergrad.all_reduced where each process has its own part of the data."
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._errors import UnsupportedOperation
+from .._errors import RankFailed, UnsupportedOperation
 from .ranks import all_reduce
 from .transforms import transforms_active
 
@@ -61,6 +61,7 @@ class Space:
         self.size = sum(self.sizes)
         first = mesh.get_local_rank() == 0
         self.counted = sum(n for n, one in zip(self.sizes, split, strict=True) if one or first)
+        self._plain = [i for i, p in enumerate(self.placements) if p is None]
         self._device = local_of(variables[0]).device
 
     def numbers(self) -> Tensor:
@@ -90,6 +91,7 @@ class Space:
         """Join variables, or derivatives by them, to a vector; None stands for zeros."""
         refuse_transforms()
         flat = []
+        agree("a derivative by params", [parts[i] for i in self._plain], self.group)
         for i in self.order:
             part = parts[i]
             if part is None:
@@ -286,8 +288,91 @@ def local_of(tensor: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
-def placed_like(parts: Parts, variables: Sequence[Tensor]) -> list[Tensor | None]:
-    """Place derivatives as their variables are: whole, or in pieces, and summed where due."""
+def refuse_split(what: str, tensor: Tensor) -> None:
+    """Raise for an outer variable that is not whole in every process.
+
+    Raises
+    ------
+    UnsupportedOperation
+        Naming it.
+    """
+    if is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements):  # type: ignore
+        raise UnsupportedOperation(
+            f"{what} is a DTensor with placements {tensor.placements}; "  # type: ignore[attr-defined]
+            "hyperparameters are replicated: distribute_tensor(..., [Replicate()]), or plain "
+            "tensors that are the same in every process.",
+            leaf=what,
+        )
+
+
+def whole_ones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """List the tensors that are whole in every process, as plain ones."""
+    return [
+        local_of(t)
+        for t in tensors
+        if not is_dtensor(t) or all(p.is_replicate() for p in t.placements)  # type: ignore
+    ]
+
+
+def agree(what: str, figures: Parts, group: Any) -> None:
+    """Raise if plain tensors that must be the same in all processes are not.
+
+    Parameters
+    ----------
+    what : str
+        What they are, for the message.
+    figures : sequence of Tensor or None
+        They; DTensors among them are left to PyTorch.
+    group : ProcessGroup
+        Who holds them.
+
+    Raises
+    ------
+    RankFailed
+        If the norm of one differs by more than rounding.
+    """
+    plain = [f.detach() for f in figures if f is not None and not is_dtensor(f)]
+    if not plain:
+        return
+    own = torch.stack([f.to(torch.float64).norm() for f in plain])
+    rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    table = own.new_zeros(count, len(plain))
+    table[rank] = own
+    table = all_reduce(table, group)
+    eps = max(torch.finfo(f.dtype).eps for f in plain)
+    apart = (table - table[0]).abs() > 1e4 * eps * table.abs().amax(dim=0)
+    if bool(apart.any()):
+        other, one = apart.nonzero()[0].tolist()
+        raise RankFailed(
+            f"Process {other} has other numbers than process 0: {what} has the norm "
+            f"{float(table[other, one]):.6g} there and {float(table[0, one]):.6g} here. Where "
+            "params are DTensors every process has the same hyperparameters and replicated "
+            "variables, and returns the whole loss: take full_tensor() of a DTensor before it is "
+            "reduced by to_local()."
+        )
+
+
+def placed_like(
+    parts: Parts, variables: Sequence[Tensor], inner: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Place derivatives as their variables are: whole, or in pieces, and summed where due.
+
+    Parameters
+    ----------
+    parts, variables : sequence of Tensor
+        The derivatives, and by what.
+    inner : sequence of Tensor
+        The inner variables, which say who must agree.
+
+    Returns
+    -------
+    placed : list of Tensor or None
+        Those that need nothing are as they were.
+    """
+    group = group_of(inner)
+    if group is None:
+        return list(parts)
+    agree("a derivative by hparams", parts, group)
     return [
         part if part is None or not is_dtensor(part) else _placed(part.detach(), like)
         for part, like in zip(parts, variables, strict=True)
@@ -501,6 +586,13 @@ def _expand(v: Tensor, *shape: Any) -> Tensor:
     return Shards(v.local.expand(*flat[:-1], -1), space)
 
 
+def _permute(v: Tensor, *dims: Any) -> Tensor:
+    _space(v)
+    if v.ndim != 1:
+        raise refused("a vector with task dimensions")
+    return v
+
+
 def _new(name: str) -> Callable[..., Tensor]:
     def make(v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(v, Shards)
@@ -515,7 +607,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "linalg_vector_norm": _vector_norm,
     "sum": _sum, "amax": _amax, "amin": _amin, "any": _any, "all": _all, "median": _median,
     "stack": _stack, "__getitem__": _item, "reshape": _reshape, "view": _reshape,
-    "expand": _expand, "new_zeros": _new("new_zeros"), "new_ones": _new("new_ones"),
+    "expand": _expand, "permute": _permute, "new_zeros": _new("new_zeros"), "new_ones": _new("new_ones"),
     "new_full": _new("new_full"), "new_tensor": _new("new_tensor"),
 }  # fmt: skip
 

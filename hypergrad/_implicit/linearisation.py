@@ -103,7 +103,7 @@ class Linearisation:
         variables = [tensors[i] for i in places]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        record(evaluate, variables, problem.trees, draw=draw)
+        record(evaluate, variables, problem.trees, draw=draw, in_pieces=True)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     @property
@@ -151,7 +151,8 @@ class Linearisation:
         parts = self._cross(self.layout.split(u), create_graph)
         if self.layout.space is None:
             return parts
-        return placed_like(parts, [self.tensors[i] for i in self.problem.outer])
+        outer = [self.tensors[i] for i in self.problem.outer]
+        return placed_like(parts, outer, [self.tensors[i] for i in self.problem.inner])
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
         """Form ``(dF/dargs) tangents``."""

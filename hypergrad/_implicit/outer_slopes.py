@@ -82,9 +82,10 @@ def outer_gradient(
         gradients = gradient_of(value, recording.aliases, create_graph=False)
         return value, gradients, recording.captured()
 
-    value, gradients, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
+    variables = [tensors[i] for i in places]
+    value, gradients, captured = record(evaluate, variables, problem.trees, in_pieces=True)
     cotangent = gradients[: len(inner)]
-    direct = placed_like(gradients[len(inner) :], [tensors[i] for i in problem.outer])
+    direct = placed_like(gradients[len(inner) :], variables[len(inner) :], variables)
     if all(part is None for part in cotangent):
         raise NotConnected(
             "outer does not depend on params, so the inner problem plays no part in its gradient. "
