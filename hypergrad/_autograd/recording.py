@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from .._errors import NotConnected
@@ -131,6 +132,49 @@ def record(
         if group is not None:
             agree("one of the arguments", whole_ones(variables), group)
         return recorded(once, Draw() if draw is None else draw)
+
+
+def surroundings(devices: Collection[str]) -> Callable[[], AbstractContextManager[None]]:
+    """Remember the autocast in force, for evaluations that are made under another one later.
+
+    Parameters
+    ----------
+    devices : collection of str
+        The types of device that are computed on.
+
+    Returns
+    -------
+    again : callable
+        Makes a context in which it is in force.
+    """
+    in_force = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        for device in {"cpu", *devices}
+        if torch.amp.is_autocast_available(device)
+    ]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for device, dtype, enabled in in_force:
+                # A cache would keep a copy of every alias for as long as the caller's own lasts.
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                )
+            yield
+
+    return again
+
+
+def narrowest(values: Iterable[Tensor], widest: torch.dtype) -> torch.dtype:
+    """Find the narrowest floating-point dtype among recorded values and what they came through."""
+    dtypes = {widest}
+    for value in values:
+        dtypes.add(value.dtype)
+        for node in graph(value).nodes:
+            dtypes |= {made.dtype for made in getattr(node, "_input_metadata", ())}
+    real = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max(real, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def refuse_past_arguments(

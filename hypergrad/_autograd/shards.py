@@ -559,6 +559,8 @@ def _item(v: Tensor, index: Any) -> Tensor:
     space = _space(v)
     assert isinstance(v, Shards)
     index = index if isinstance(index, tuple) else (index,)
+    if index == ():
+        return v
     if index == (Ellipsis, None, slice(None)):
         return Shards(v.local[index], space)
     if len(index) == 2 and index[0] is Ellipsis and index[1] in (0, slice(None, 1)):

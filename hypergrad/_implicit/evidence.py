@@ -17,7 +17,7 @@ from ..solvers._cg import CG
 from ..solvers._factorisation import Factorisation, signs
 from ..solvers._gmres import GMRES
 from ..solvers._identity import Identity
-from ..solvers._krylov import AROUND, FEW, NEGATIVE
+from ..solvers._krylov import AROUND, FEW, NEGATIVE, noise_floor
 from ..solvers._normal import LSMR, NormalCG
 from ..solvers._nystrom import Nystrom
 from ..solvers._probe import probed
@@ -57,6 +57,7 @@ _MUCH = 0.1  # the relative change of an entry that is no rounding
 _SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
 _AROUND = 8  # products that look for negative curvature
 _BLIND = 3.0  # the factor by which a right-hand side may be larger behind the inverse
+_BLIND_AT_MOST = 100.0  # ... and so much at most is believed of what a solve has seen
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -73,6 +74,7 @@ class Evidence:
         self.success = solution.success & torch.isfinite(self.length)
         self.cause = torch.zeros_like(solution.status)
         self.degeneracy: Tensor | None = None
+        self.product_error = torch.full_like(self.length, math.nan)
 
     def gathered(self) -> SolveInfo:
         """Gather all of it, as far as it is wanted."""
@@ -87,16 +89,19 @@ class Evidence:
         self._judge_degeneracy(True if tol is None else residual <= tol)
         inner = self._judge_inner(residual, newton, outer_error)
         approximation = self._judge_approximation()
+        by_products = self._judge_products()
         self._judge_degeneracy(True)
         figures: dict[str, Any] = {}
         if self.choices.figures:
             figures = {
                 "outer_error": outer_error,
-                "error_estimate": self._estimate(inner, approximation),
+                "error_estimate": self._estimate(inner, approximation + by_products),
                 "eigenvalues": self.solution.eigenvalues,
             }
         if self.degeneracy is not None:
             figures["degeneracy"] = self.degeneracy
+        if self.system.noisy:
+            figures["product_error"] = self.product_error
         return info_of(
             self.solution, solution=None, success=self.success, inner_residual=residual, **figures
         )
@@ -133,10 +138,11 @@ class Evidence:
         if not condition.minimum:
             return
         # b . A^-1 b is negative, by more than the residual can be to blame for.
-        eps = torch.finfo(self.system.layout.precision).eps
-        doubt = (
-            self.length * self.strength * (solution.residual_norm.nan_to_num(math.inf) + 100 * eps)
+        left = solution.residual_norm.nan_to_num(math.inf)
+        left = left + noise_floor(
+            100 * torch.finfo(self.system.layout.precision).eps, self.system.noise
         )
+        doubt = self.length * self.strength * left
         self._note_curvature(dot(solution.x, self.system.b) < -doubt)
         if self.choices.looks and self.choices.spends:
             self._look_for_curvature()
@@ -249,7 +255,7 @@ class Evidence:
         image = image + damping * left if damping else image
         curvature = dot(left, image)
         if self.lin.problem.condition.minimum:
-            negative = curvature < -1e-3 * size * norm(image)
+            negative = curvature < -noise_floor(1e-3, self.system.noise) * size * norm(image)
             self._note_curvature(negative)
             self._fail(negative, Cause.CURVATURE)
         curvature = curvature.abs() / torch.where(size > 0, size.square(), 1.0)
@@ -401,6 +407,30 @@ class Evidence:
             saddle = self._indefinite(hessian)
             lost = torch.where(saddle, torch.full_like(lost, _UNKNOWN), lost)
         self._fail(~(lost <= _MOVES * tol), Cause.APPROXIMATION)
+        return lost
+
+    def _judge_products(self) -> Tensor:
+        """Judge the relative error that products by differences make, by another step size."""
+        solution, none = self.solution, torch.zeros_like(self.length)
+        if not self.system.noisy:
+            return none
+        if not self.choices.spends:
+            return none + math.nan
+        image, crossed = self.lin.again(solution.x)
+        solution.matvecs += 1
+        here = self.system.b - self._left_over()
+        spread = norm(image - here)
+        relative = spread / torch.where(self.strength > 0, self.strength, 1.0)
+        # What is wrong in A u is as a residual; the solve has seen how long the inverse makes one.
+        blind = torch.full_like(relative, _BLIND)
+        if solution.linear_error is not None:
+            seen = solution.linear_error / solution.residual_norm
+            blind = torch.maximum(blind, seen.nan_to_num(_BLIND).clamp(max=_BLIND_AT_MOST))
+        lost = blind * relative * self.use.share() + self.use.crossed_again(crossed)
+        lost = torch.where(self.strength > 0, lost, none)
+        self.product_error = lost
+        if self.choices.inner_tol is not None:
+            self._fail(~(lost <= _MOVES * self.choices.inner_tol), Cause.PRODUCTS)
         return lost
 
     def _indefinite(self, hessian: Product) -> Tensor:

@@ -250,6 +250,12 @@ class _Hypergradient(Use):
         change = self._size(self._cross(missing)) / self._scale()
         return torch.maximum(change, lost * self.share())
 
+    def crossed_again(self, crossed: Parts) -> Tensor:
+        """Measure the hypergradient's relative change with another cross derivative."""
+        there = self._differences(self._at.direct, crossed)
+        change = [a - b for a, b in zip(there, self._leaves, strict=True)]
+        return self._size(change) / self._scale()
+
     def _scale(self) -> Tensor:
         """Measure the hypergradient, or a part of its terms where they cancel."""
         terms = self._size(self._at.direct) + self._size(self.indirect)

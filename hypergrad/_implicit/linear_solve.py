@@ -63,6 +63,7 @@ def solved(
         The solution and its evidence.
     """
     lin, condition = use.lin, use.lin.problem.condition
+    noise = lin.measure(b, looks=choices.looks)
     system = LinearSystem(
         matvec=lin.operator(transpose),
         b=b,
@@ -78,6 +79,7 @@ def solved(
         explores=choices.judged and condition.minimum,
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
+        noise=noise,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)

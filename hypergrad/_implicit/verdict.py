@@ -43,6 +43,7 @@ class Cause(IntEnum):
     APPROXIMATION = 5
     KINK = 6
     UNITS = 7
+    PRODUCTS = 8
 
 
 def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
@@ -112,6 +113,7 @@ class _Row(NamedTuple):
     condition: float
     params: float
     degeneracy: float
+    product_error: float
 
     def severity(self) -> tuple[bool, float]:
         """Rank failures of the linear solve first, then by the size of the figure."""
@@ -135,6 +137,7 @@ def _rows(evidence: Evidence, info: SolveInfo, sound: Tensor) -> list[_Row]:
         "condition": norm(evidence.lin.residual).expand_as(info.status),
         "params": norm(evidence.params).expand_as(info.status),
         "degeneracy": info.degeneracy,
+        "product_error": info.product_error,
     }
     packed = torch.stack([figures[name].to(torch.float64) for name in _Row._fields], dim=-1)
     return [_Row(*row) for row in all_tasks(packed).tolist()]
@@ -266,6 +269,17 @@ def _units(failure: _Failure) -> str:
     )
 
 
+def _differenced(failure: _Failure) -> str:
+    error = f" by about {failure.row.product_error:.2g}" if failure.exact else ""
+    return (
+        'Products by differences (products="difference") are not sure enough: another step size '
+        f"changes the answer{error}. The arithmetic is too coarse (autocast, half precision), or "
+        "the loss has kinks (ReLU) near params. Compute the inner loss in float32 or float64; take "
+        'products="exact" where the model has second derivatives; or pass a larger inner_tol where '
+        "so much will do (info.error_estimate says how much)."
+    )
+
+
 def _kinked(failure: _Failure) -> str:
     jump = f"a part of {failure.row.degeneracy:.3g}" if failure.exact else "a part"
     return (
@@ -293,6 +307,7 @@ _OF_CAUSE: dict[Cause, _Diagnosis] = {
     Cause.APPROXIMATION: (NotConverged, _approximated),
     Cause.KINK: (NotDifferentiable, _kinked),
     Cause.UNITS: (NotConverged, _units),
+    Cause.PRODUCTS: (NotConverged, _differenced),
 }
 
 

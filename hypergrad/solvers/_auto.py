@@ -96,6 +96,7 @@ class Auto(Limited):
         shared = system.shared if tasks else 1
         fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
         fits = fits and n <= _LAST_RESORT * self.dense_below and not is_shards(system.b)
+        fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
         if fits and n <= self.dense_below * shared * (1 if system.symmetric else _SMALL):
             return Exact(damping=self.damping).run(system)
         if n > _LARGE and self.maxiter is None:

@@ -312,11 +312,17 @@ def _not_differentiable() -> Exception:
     )
 
 
+# The figures that a solve by itself does not know.
+_OF_EVIDENCE = (
+    "inner_residual", "outer_error", "error_estimate", "product_error", "degeneracy",
+    "outer_value", "eigenvalues",
+)  # fmt: skip
+
+
 def info_of(solved: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
     """Make the `SolveInfo` of a flat solution; figures that are left out are NaN."""
     nan = torch.full_like(solved.residual_norm, math.nan)
-    scalars = ("inner_residual", "outer_error", "error_estimate", "degeneracy", "outer_value")
-    figures = {"success": solved.success, **dict.fromkeys((*scalars, "eigenvalues"), nan)}
+    figures = {"success": solved.success, **dict.fromkeys(_OF_EVIDENCE, nan)}
     return SolveInfo(
         status=solved.status,
         iterations=solved.iterations,

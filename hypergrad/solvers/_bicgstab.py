@@ -68,7 +68,7 @@ class _Recurrence(Recurrence):
         start, active, zero, one = self.start, self.active, self.zero, self.one
         p_hat = start.preconditioned(self.p)
         v = start.matvec(p_hat)
-        self.negative = self.negative | (active & curves_down(p_hat, v))
+        self.negative = self.negative | (active & curves_down(p_hat, v, self.start.noise))
         v_size, p_size = (torch.linalg.vector_norm(w, dim=-1) for w in (v, p_hat))
         across = dot(self.shadow, v)
         sound = across.abs() > self.flat * self.shadow_size * v_size  # false for NaN too

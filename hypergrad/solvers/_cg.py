@@ -18,7 +18,7 @@ from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
-from ._system import Counted, LinearSystem, Solution, graded
+from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
 
 
@@ -68,13 +68,16 @@ class CG(Iterative):
         matvec = Counted(system.matvec, self.damping)
         b, precision = system.b / scale, system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
+        if system.noisy:
+            tol = float(Units(system.b).tolerance(self.rtol, self.atol, precision, system.noise))
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.noise)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
-            self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
+            most = max(limit - part.steps, AROUND)
+            self._look_around(matvec, b, part, tol, most, system.noise)
         residual = torch.sub(b, matvec(part.x))
         size = norm(residual)
         status = Status(int(part.status))
@@ -100,10 +103,16 @@ class CG(Iterative):
         )
 
     def _look_around(
-        self, matvec: Counted, b: Tensor, part: Correction, tol: float, limit: int
+        self,
+        matvec: Counted,
+        b: Tensor,
+        part: Correction,
+        tol: float,
+        limit: int,
+        noise: Tensor | float,
     ) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None)
+        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None, noise)
         part.negative = more.negative
         part.largest = torch.maximum(part.largest, more.largest)
         part.ritz = widest(part.ritz, more.ritz)
@@ -115,8 +124,9 @@ class CG(Iterative):
         if start.looks and suits(start.r):
             limit = start.limit * bool(start.active)
             return in_numbers(
-                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition
-            )
+                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition,
+                start.noise,
+            )  # fmt: skip
         run = _Recurrence(start)
         while run.goes_on():
             run.step()

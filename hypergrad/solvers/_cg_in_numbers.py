@@ -15,7 +15,7 @@ from torch import Tensor
 from .._autograd.shards import is_shards
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._krylov import Correction
+from ._krylov import Correction, noise_floor
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 from ._vectors import Product
@@ -39,6 +39,7 @@ def in_numbers(
     tol: float,
     limit: int,
     condition: Tensor | None,
+    noise: Tensor | float = 0.0,
 ) -> Correction:
     """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
     x = _Sum(r)
@@ -47,7 +48,7 @@ def in_numbers(
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = _FLAT * torch.finfo(r.dtype).eps
+    flat = float(noise_floor(_FLAT * torch.finfo(r.dtype).eps, noise))
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
     observer = None if condition is None else Observer(condition, r)
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Factorisation:
         Whether it is known to be symmetric.
     looks : bool
         Whether the host may look at values: a matrix that lacks rank needs it.
+    noise : Tensor or float
+        The relative error of the matrix beside rounding, below which nothing is negative.
 
     Attributes
     ----------
@@ -47,7 +50,10 @@ class Factorisation:
         The scales ``(*tasks, n)`` of the equilibrated matrix ``B = rows * A * columns``.
     """
 
-    def __init__(self, A: Tensor, *, symmetric: bool, looks: bool) -> None:
+    def __init__(
+        self, A: Tensor, *, symmetric: bool, looks: bool, noise: Tensor | float = 0.0
+    ) -> None:
+        self._noise = noise
         self._A = (A + A.mT) / 2 if symmetric else A
         self._B, self.rows, self.columns = equilibrated(self._A, symmetric=symmetric)
         self._looks = looks
@@ -74,7 +80,10 @@ class Factorisation:
     def _indefinite(self) -> Tensor:
         """Say whether the matrix stays indefinite when it is moved up by more than rounding."""
         shift = torch.eye(self._B.shape[-1], dtype=self._B.dtype, device=self._B.device)
-        return torch.linalg.cholesky_ex(self._B + _NEGATIVE * self._eps * shift)[1] != 0
+        least: Any = _NEGATIVE * self._eps
+        if isinstance(self._noise, Tensor):
+            least = (2 * self._noise).clamp(min=least)[..., None, None]
+        return torch.linalg.cholesky_ex(self._B + least * shift)[1] != 0
 
     def solve(self, b: Tensor) -> Tensor:
         """Solve, and refine once; where A lacks rank, by the least-squares answer of least norm.

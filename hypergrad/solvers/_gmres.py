@@ -130,7 +130,7 @@ class _Cycle:
         """Add a basis vector, orthogonalised twice: Saad (2003), algorithm 6.9."""
         v = start.preconditioned(self.basis[-1])
         w = start.matvec(v)
-        self.negative = self.negative | (self.active & curves_down(v, w))
+        self.negative = self.negative | (self.active & curves_down(v, w, start.noise))
         before = torch.linalg.vector_norm(w, dim=-1)
         self.largest = torch.maximum(self.largest, before)
         basis = torch.stack(self.basis, dim=-2)

@@ -22,7 +22,7 @@ from ._base import Solver
 from ._factorisation import signs
 from ._fields import at_least, finite, tolerance
 from ._ritz import widest
-from ._system import Counted, LinearSystem, Solution, Units, graded
+from ._system import MOST_NOISE, Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, norm
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Pass:
         Whether the host may look at values.
     condition : Tensor, optional
         The inner condition F, which an `Observer` follows where the method knows how.
+    noise : Tensor or float
+        That of the system.
     enough : float
         Least squares end where ``||A^T r|| <= enough ||A|| ||r||``.
     """
@@ -72,11 +74,12 @@ class Pass:
     looks: bool
     condition: Tensor | None = None
     enough: float = 0.0
+    noise: Tensor | float = 0.0
 
     @property
-    def flat(self) -> float:
-        """Ten roundings: a number that is smaller beside its scale is zero."""
-        return 10 * torch.finfo(self.r.dtype).eps
+    def flat(self) -> Any:
+        """Ten roundings, or the noise: a number that is smaller beside its scale is zero."""
+        return noise_floor(10 * torch.finfo(self.r.dtype).eps, self.noise)
 
     def preconditioned(self, v: Tensor) -> Tensor:
         """Apply the approximate inverse, or none."""
@@ -229,7 +232,7 @@ class Iterative(Limited):
         transpose = self._transpose(system) if self.needs_transpose else None
         matvec = Counted(system.matvec, self.damping, transpose)
         precondition = batched_preconditioner(self.preconditioner, system, matvec)
-        tol = units.tolerance(self.rtol, self.atol, system.layout.precision)
+        tol = units.tolerance(self.rtol, self.atol, system.layout.precision, system.noise)
         looks = system.looks or self.rtol != 0
         b, n = units.b, system.layout.n
         x, r = torch.zeros_like(b) if n == b.shape[-1] else b.new_zeros((*b.shape[:-1], n)), b
@@ -238,7 +241,10 @@ class Iterative(Limited):
             x = units.start(system.x0)
             r = b - matvec(x)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
-        return x, Pass(matvec, precondition, r, tol, units.present, limit, looks, system.condition)
+        return x, Pass(
+            matvec, precondition, r, tol, units.present, limit, looks, system.condition,
+            noise=system.noise,
+        )  # fmt: skip
 
     def _linear_error(
         self, x: Tensor, size: Tensor, first: Correction | None, precision: torch.dtype
@@ -258,12 +264,19 @@ class Iterative(Limited):
         return system.explores and system.looks and system.x0 is None and not budget
 
     def _succeeded(
-        self, status: Tensor, size: Tensor, reached: Tensor, precision: torch.dtype
+        self,
+        status: Tensor,
+        size: Tensor,
+        reached: Tensor,
+        precision: torch.dtype,
+        noise: Tensor | float,
     ) -> Tensor:
         """Say where a run came as close as was asked for, or to the floor or the budget."""
         good = status == Status.CONVERGED
         if self.rtol is None:
             floor = _rounding(reached, precision).clamp(max=tolerance(None, precision) ** 0.5)
+            if isinstance(noise, Tensor):
+                floor = torch.maximum(floor, (2 * noise * (1 + reached)).clamp(max=MOST_NOISE))
             good = good | ((status == Status.STAGNATED) & (size <= floor))
             if self.maxiter is not None:
                 good = good | (status == Status.MAX_ITERATIONS)
@@ -350,7 +363,9 @@ class _Passes:
         stalled = claimed & ~(size < 0.5 * self.size)
         # At the rounding floor a regular matrix looks singular.
         floor = _rounding(part.largest * norm(candidate), self.system.layout.precision)
-        floored = (part.status == Status.SINGULAR) & (size <= floor.clamp(max=1e-3))
+        floored = part.status == Status.SINGULAR
+        if not self.system.noisy:  # of curvature below the noise nothing is known
+            floored = floored & (size <= floor.clamp(max=1e-3))
         # A method that broke down on its way gets one more try, from the true residual.
         retried = (part.status == Status.BREAKDOWN) & ~met & ~self.broken & (size < self.size)
         self.broken = self.broken | (active & retried)
@@ -395,7 +410,7 @@ class _Passes:
         return Solution(
             x=x,
             status=status,
-            success=solver._succeeded(status, size, self.reached, precision),
+            success=solver._succeeded(status, size, self.reached, precision, self.system.noise),
             iterations=self.iterations,
             matvecs=self.next.matvec.count,
             residual_norm=size,
@@ -407,6 +422,11 @@ class _Passes:
             linear_error=solver._linear_error(x / unit, size, first, precision),
             newton=seen.newton(first.x) if first and seen else None,
         )
+
+
+def noise_floor(rounding: float, noise: Tensor | float) -> Any:
+    """Take the noise of products, twice, where it is more than so much rounding."""
+    return rounding if isinstance(noise, float) else (2 * noise).clamp(min=rounding)
 
 
 def _rounding(reached: Tensor, precision: torch.dtype) -> Tensor:
@@ -424,9 +444,9 @@ def off_zero(matvec: Product, b: Tensor) -> Tensor:
     return torch.where(part > 0, -part * image, 0.0)
 
 
-def curves_down(v: Tensor, image: Tensor) -> Tensor:
-    """Say whether ``v . A v`` is negative by more than rounding, for each task."""
-    least = NEGATIVE * torch.finfo(v.dtype).eps
+def curves_down(v: Tensor, image: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    """Say whether ``v . A v`` is negative by more than rounding and noise, for each task."""
+    least = noise_floor(NEGATIVE * torch.finfo(v.dtype).eps, noise)
     size = torch.linalg.vector_norm(v, dim=-1) * torch.linalg.vector_norm(image, dim=-1)
     return torch.linalg.vecdot(v, image) < -least * size
 
