@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import RankFailed
+from .._errors import NotConnected, RankFailed
+from .refused_modules import RunsOnProcesses
 
 _PATIENCE = 3.0  # seconds that a process which has failed waits for the others to fail too
 _NOBODY = 2**15 + 1741  # a tag that no message has
 # What the errors of gloo and of NCCL have in their text.
 _SIGNS = ("/gloo/", "pair closure", "Connection closed", "NCCL", "timed out", "Timed out")
 _evaluations: dict[str, int] = {}  # how many evaluations began, by the group's name
-_inside: ContextVar[bool] = ContextVar("hypergrad_ranks_together", default=False)
+# Who evaluates together with this process.
+_group: ContextVar[Any] = ContextVar("hypergrad_ranks_together", default=None)
 
 
 def all_reduce(figures: Tensor, group: Any, kind: str = "sum") -> Tensor:
@@ -51,6 +53,34 @@ def all_reduce(figures: Tensor, group: Any, kind: str = "sum") -> Tensor:
     except RuntimeError as error:
         raise parted(group, error) from error
     return packed
+
+
+def run_alike(here: bool) -> None:
+    """Raise if a module of several processes runs in some of those that evaluate together alone.
+
+    Parameters
+    ----------
+    here : bool
+        Whether it runs in this one, where that is not an error.
+
+    Raises
+    ------
+    NotConnected
+        If it does not, and does so in another process.
+    """
+    group = _group.get()
+    if group is None:
+        return
+    device = torch.device("cpu")
+    if torch.distributed.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    if bool(all_reduce(torch.tensor(float(here), device=device), group, "max") > float(here)):
+        raise NotConnected(
+            "In this process a loss does not run the module, and in another one it does: is its "
+            "batch empty? All processes run it together: add module(x).sum() * 0 of an empty x, or "
+            "leave such a batch out in all of them.",
+            argument="params",
+        )
 
 
 def parted(group: Any, error: BaseException) -> RankFailed:
@@ -91,15 +121,15 @@ def together(group: Any) -> Iterator[None]:
     RankFailed
         If it has failed in another process and not here.
     """
-    if _inside.get():
+    if _group.get() is not None:
         yield
         return
     name = _name(group)
     _evaluations[name] = _evaluations.get(name, 0) + 1
-    token = _inside.set(True)
+    token = _group.set(group)
     try:
         yield
-    except RankFailed:
+    except (RankFailed, RunsOnProcesses):
         raise
     except Exception as error:
         if _broken(error):
@@ -107,7 +137,7 @@ def together(group: Any) -> Iterator[None]:
         _end(group)
         raise
     finally:
-        _inside.reset(token)
+        _group.reset(token)
 
 
 def _broken(error: BaseException | None) -> bool:

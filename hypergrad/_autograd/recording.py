@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._errors import NotConnected
+from .._errors import NotConnected, UnsupportedOperation
 from .._pytrees import Tree
 from .attention import recorded
 from .double_backward import advice
 from .random_numbers import Draw
-from .ranks import together
-from .refused_modules import WHOLE, refuse_distributed_tensor
+from .ranks import run_alike, together
+from .refused_modules import WHOLE, RunsOnProcesses, refuse_distributed_tensor
 from .shards import agree, group_of, refuse_split, whole_ones
 from .trace import Notes, further_out, graph, notes, trace
 from .transforms import is_wrapped
@@ -41,10 +41,19 @@ class Recording:
         What was noticed while they ran.
     group : ProcessGroup, optional
         Who evaluates them together, where variables are DTensors.
+    own_backward : bool
+        As in `record`.
     """
 
-    def __init__(self, aliases: list[Tensor], trees: Sequence[Tree], group: Any = None) -> None:
-        self.aliases, self.trees, self.group = aliases, trees, group
+    def __init__(
+        self,
+        aliases: list[Tensor],
+        trees: Sequence[Tree],
+        group: Any = None,
+        own_backward: bool = False,
+    ) -> None:
+        self.aliases, self.trees = aliases, trees
+        self.group, self.own_backward = group, own_backward
         self.values: Sequence[Tensor] = ()
         self.notes: Notes = notes()
 
@@ -58,6 +67,8 @@ class Recording:
     def returned(self, values: Sequence[Tensor]) -> None:
         """Take note of what the functions returned, before anything is differentiated."""
         self.values = values
+        if self.own_backward:
+            run_alike(False)
         if self.group is not None:
             agree("what a function returns", values, self.group)
 
@@ -78,6 +89,7 @@ def record(
     callers: Sequence[Tree] | None = None,
     draw: Draw | None = None,
     in_pieces: bool = False,
+    own_backward: bool = False,
 ) -> T:
     """Call a user's functions so that what they return can be differentiated.
 
@@ -99,6 +111,8 @@ def record(
         The random numbers of the call; None: those that come next.
     in_pieces : bool
         Whether the variables of the first tree may be DTensors.
+    own_backward : bool
+        Whether the caller knows what to do with `RunsOnProcesses`.
 
     Returns
     -------
@@ -123,7 +137,7 @@ def record(
     def noted(aliases: list[Tensor]) -> T:
         notes().callers = trees if callers is None else callers
         notes().placed = group is not None
-        return evaluate(Recording(aliases, trees, group))
+        return evaluate(Recording(aliases, trees, group, own_backward))
 
     def once() -> T:
         return trace(noted, variables)
@@ -131,7 +145,13 @@ def record(
     with advice(trees), nullcontext() if group is None else together(group):
         if group is not None:
             agree("one of the arguments", whole_ones(variables), group)
-        return recorded(once, Draw() if draw is None else draw)
+        try:
+            return recorded(once, Draw() if draw is None else draw)
+        except RunsOnProcesses as seen:
+            if own_backward:
+                run_alike(True)
+                raise
+            raise UnsupportedOperation(str(seen)) from None
 
 
 def surroundings(devices: Collection[str]) -> Callable[[], AbstractContextManager[None]]:

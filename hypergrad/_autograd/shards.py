@@ -470,9 +470,7 @@ def _vector_norm(
     _last(v, dim)
     if ord not in (2, torch.inf):
         raise refused(f"a norm of order {ord}")
-    local = torch.linalg.vector_norm(
-        _counted(v), ord, dim=-1, keepdim=keepdim, dtype=torch.float64
-    )
+    local = torch.linalg.vector_norm(_counted(v), ord, dim=-1, keepdim=keepdim, dtype=torch.float64)
     if ord == 2:
         total = space.total(local.square()).sqrt()
     else:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .._autograd.second_derivative import Verdict, compare_product
+from .._autograd.second_derivative import Verdict, compare_product, compare_whole
+from .._autograd.shards import is_shards
 from .._autograd.tested_nodes import TESTED_NODES
 from .._autograd.trace import graph
 from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 from ..solvers._factorisation import signs
+from ..solvers._vectors import dot
 from .linearisation import Linearisation
 from .second_look import shifted
 
@@ -75,7 +77,10 @@ def check_nodes(lin: Linearisation) -> None:
         return
     for what, gradient, product, point, sizes in _comparisons(lin):
         try:
-            comparison = compare_product(gradient, point, product, sizes)
+            if is_shards(point):
+                comparison = compare_whole(gradient, point, product, signs(point))
+            else:
+                comparison = compare_product(gradient, point, product, sizes)
         except Exception:  # the function does not like what it gets beside the point
             return
         if comparison.verdict is Verdict.WRONG:
@@ -138,7 +143,7 @@ def _comparisons(lin: Linearisation) -> list[_Comparison]:
     else:  # only products with the transpose are at hand
         back = lin.transposed(w)
         comparisons.append((
-            "params", lambda x: (condition(x) @ w)[None], lambda v: (back @ v)[None], params,
+            "params", lambda x: dot(condition(x), w)[None], lambda v: dot(back, v)[None], params,
             layout.sizes,
         ))  # fmt: skip
     cross = lin.cross(w)
@@ -154,7 +159,7 @@ def _comparisons(lin: Linearisation) -> list[_Comparison]:
         given = list(tensors)
         for place, part in zip(moving, x.split(sizes), strict=True):
             given[place] = part.reshape(tensors[place].shape)
-        return (lin.at(given).residual @ w.to(layout.dtype))[None]
+        return dot(lin.at(given).residual, w.to(layout.dtype))[None]
 
     comparisons.append(("hparams", by_hparams, lambda v: (slope @ v)[None], point, sizes))
     return comparisons
