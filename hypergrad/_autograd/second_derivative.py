@@ -102,7 +102,9 @@ def compare_product(
         return dataclasses.replace(first, verdict=Verdict.UNDECIDED)
 
 
-def compare_whole(gradient: Function, point: Tensor, product: Function, along: Tensor) -> Comparison:
+def compare_whole(
+    gradient: Function, point: Tensor, product: Function, along: Tensor
+) -> Comparison:
     """Compare the same along a given direction, by norms of whole vectors alone.
 
     Parameters

@@ -35,7 +35,6 @@ from .linear_solve import solved
 from .linearisation import Linearisation
 from .uses import Use
 
-
 _ONCE = (
     "The solution lies in pieces on several processes (DTensor): it has a first derivative by "
     "backward(), and none in forward mode or of higher order. Leave out create_graph=True and "

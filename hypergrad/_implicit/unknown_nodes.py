@@ -72,7 +72,10 @@ def check_nodes(lin: Linearisation) -> None:
     UnsupportedOperation
         If they differ, naming the node.
     """
-    kinds = {k: name for k, name in _unknown(lin.record.values) if _met.open(k)}
+    unknown = _unknown(lin.record.values)
+    # What is lost in such a node depends on the problem, and not on the kind of node.
+    crossing = is_shards(lin.residual) and _enters_pieces(lin.record.values)
+    kinds = {k: name for k, name in unknown if _met.open(k) or (crossing and name == _ENTERING)}
     if not kinds or lin.lead or any(is_wrapped(t) for t in lin.tensors):
         return
     for what, gradient, product, point, sizes in _comparisons(lin):
@@ -93,10 +96,13 @@ def check_nodes(lin: Linearisation) -> None:
                 "tensor, a saved number, or a fused kernel of PyTorch's). Write the operation in "
                 "elementary ones, or its backward in differentiable operations of its inputs; "
                 "estimators that need first derivatives alone, such as hypergrad.penalty_grad, "
-                "work with it as it is."
+                "work with it as it is." + (f" {_PLAIN}" if crossing else "")
             )
-    for kind in kinds:
-        _met.note(kind, comparison.verdict)
+        if crossing and what == "params" and comparison.verdict is not Verdict.RIGHT:
+            raise UnsupportedOperation(f"Nothing shows that a second derivative is right. {_PLAIN}")
+    for kind, name in kinds.items():
+        if name != _ENTERING:
+            _met.note(kind, comparison.verdict)
 
 
 def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
@@ -112,6 +118,25 @@ def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
             elif name not in TESTED_NODES and not name.startswith(_PLUMBING):
                 unknown.append((name, name))
     return unknown
+
+
+_ENTERING = "_FromTorchTensorBackward"
+_PLAIN = (
+    "The inner loss makes a DTensor of a plain tensor that depends on params, as between modules of "
+    "parallelize_module; there PyTorch loses second derivatives. Hand DTensors on between them "
+    "(use_local_output=False, and DTensor inputs), or form products from first derivatives, "
+    'Minimum(f, products="difference").'
+)
+
+
+def _enters_pieces(values: Sequence[Tensor]) -> bool:
+    """Say whether a plain tensor that was computed becomes a DTensor on the way to some values."""
+    return any(
+        node.name() == _ENTERING
+        and any(f is not None and f.next_functions for f, _ in node.next_functions)
+        for value in values
+        for node in graph(value).nodes
+    )
 
 
 # The nodes that autograd itself puts into a graph.

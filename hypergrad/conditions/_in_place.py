@@ -18,7 +18,7 @@ from .._pytrees import Layout
 from ..solvers._vectors import norm
 from ._base import Condition
 from ._difference import Differences, Step, minus
-from ._first_derivatives import FirstDerivatives, Slopes, added, times
+from ._first_derivatives import Slopes, added, times
 from ._inner_problem import Problem
 from ._passes import Passes
 
@@ -105,51 +105,61 @@ def _listed(part: Any) -> Any:
 class PlacedDifferences(Differences):
     """Differences of gradients whose steps are measured over all processes.
 
-    They are formed on flat vectors, which know where their entries lie.
+    Lengths are those of flat vectors, which know where their entries lie; the rest is done leaf by
+    leaf, so that no further vector is held while the objective is evaluated.
     """
-
-    def __init__(
-        self, slopes: FirstDerivatives, problem: Problem, tensors: Sequence[Tensor]
-    ) -> None:
-        self._layout: Layout = problem.layout()
-        self._at = self._layout.flatten([tensors[i] for i in problem.inner])
-        super().__init__(slopes, problem, tensors)
 
     def measure(self, v: Parts, *, looks: bool) -> Tensor:
         """Measure the relative error of a product along `v`, and choose the step by it."""
 
         def image(v: Parts, reach: Tensor) -> Parts:
-            assert v[0] is not None
-            return [self._differenced(v[0], reach, outer=False)[0]]
+            return [self._layout.flatten(self._product(v, reach))]
 
-        return self.step.measure(image, [self._layout.flatten(v)], looks=looks)
+        return self.step.measure(image, v, looks=looks)
+
+    @property
+    def _layout(self) -> Layout:
+        return self._problem.layout()
 
     def _step(self, places: Sequence[int]) -> Step:
-        if tuple(places) != tuple(self._problem.inner):
-            return super()._step(places)
-        return Step(norm(self._at), self._slopes.narrowest)
+        self._require_inner(places)
+        inner = [self._tensors[i] for i in places]
+        return Step(norm(self._layout.flatten(inner)), self._slopes.narrowest)
 
     def _along(
         self, places: Sequence[int], v: Parts, reach: Tensor, *, outer: bool = False
     ) -> tuple[Parts, Parts]:
-        if tuple(places) != tuple(self._problem.inner):
-            return super()._along(places, v, reach, outer=outer)
-        image, crossed = self._differenced(self._layout.flatten(v), reach, outer=outer)
-        return self._layout.split(image), crossed
-
-    def _differenced(self, v: Tensor, reach: Tensor, *, outer: bool) -> tuple[Tensor, Parts]:
-        """Difference both gradients along a flat vector."""
-        length = norm(v)
+        self._require_inner(places)
+        length = norm(self._layout.flatten(v))
         if not bool(length > 0):
-            return v * 0.0, [None] * len(self._problem.outer)
-        h, over = reach / length, length / (2 * reach)
+            none = [None] * len(self._problem.outer)
+            return [None if part is None else part * 0.0 for part in v], none
+        h, over = float(reach / length), length / (2 * reach)
         ahead, behind = (self._moved(v, sign * h, outer) for sign in (1, -1))
-        image = (self._layout.flatten(ahead.inner) - self._layout.flatten(behind.inner)) * over
-        return image, minus(ahead.outer, behind.outer, over)
+        pairs = zip(ahead.inner, behind.inner, strict=True)
+        return [self._minus(a, b, float(over)) for a, b in pairs], minus(
+            ahead.outer, behind.outer, over
+        )
 
-    def _moved(self, v: Tensor, h: Tensor, outer: bool) -> Slopes:
-        there = torch.addcmul(self._at, h[None], v)
-        given = list(self._tensors)
-        for place, part in zip(self._problem.inner, self._layout.split(there), strict=True):
-            given[place] = part
+    def _moved(self, v: Parts, h: float, outer: bool) -> Slopes:
+        given, dtype = list(self._tensors), self._layout.dtype
+        for place, part in zip(self._problem.inner, v, strict=True):
+            if part is not None:
+                at = self._tensors[place]
+                given[place] = torch.add(at.to(dtype), part.to(dtype), alpha=h).to(at.dtype)
         return self._slopes(given, outer=outer)
+
+    def _minus(self, a: Tensor | None, b: Tensor | None, over: float) -> Tensor | None:
+        known, dtype = b if a is None else a, self._layout.dtype
+        if known is None:
+            return None
+        left, right = (torch.zeros_like(known) if t is None else t for t in (a, b))
+        return (left.to(dtype) - right.to(dtype)).mul_(over)
+
+    def _require_inner(self, places: Sequence[int]) -> None:
+        """Raise for a forward product, which hypergradients have no need of."""
+        if tuple(places) != tuple(self._problem.inner):
+            raise UnsupportedOperation(
+                "The variables lie in pieces on several processes, or their module runs there: a "
+                "derivative by differences is not to be had in forward mode. Use backward()."
+            )

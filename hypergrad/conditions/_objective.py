@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from .._autograd.products import Parts, filled
 from .._autograd.in_place import InPlace
+from .._autograd.products import Parts, filled
 from .._autograd.random_numbers import Draw, generators, restore
 from .._autograd.recording import Recording, record, surroundings
 from .._autograd.refused_modules import RunsOnProcesses

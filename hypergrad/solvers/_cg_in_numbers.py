@@ -28,8 +28,7 @@ _SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fi
 
 def suits(b: Tensor) -> bool:
     """Say whether this is one system, on the CPU, whose values the host may look at."""
-    whole = b.ndim == 1 and b.device.type == "cpu" and not is_shards(b)
-    return whole and not transforms_active()
+    return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
 
 
 def in_numbers(
@@ -123,7 +122,8 @@ class _Sum:
         self._weights: list[float] = []
         self._directions: list[Tensor] = []
         self._at_best = True  # whether all that was added so far is the best
-        self._together = _TOGETHER if like.numel() <= _SHORT else 1
+        short = like.numel() <= _SHORT and not is_shards(like)
+        self._together = _TOGETHER if short else 1
 
     def add(self, weight: float, direction: Tensor, *, better: bool) -> None:
         """Add a multiple of a direction; `better`: than every sum before it."""
