@@ -101,8 +101,9 @@ class Guard(TorchFunctionMode):
     def enter(self, module: nn.Module) -> None:
         """Note that a module is about to run."""
         with torch._C.DisableTorchFunction():  # these questions are not the function's doing
-            if notes().in_place is not None and kind_of(module) in OWN_BACKWARD:
-                notes().in_place.entering(module)
+            in_place = notes().in_place
+            if in_place is not None and kind_of(module) in OWN_BACKWARD:
+                in_place.entering(module)
             elif type(module) not in self._kinds:
                 refuse_distributed_module(module)
                 self._kinds.add(type(module))

@@ -7,6 +7,7 @@ the caller's is put back afterwards: parameters, gradients and buffers.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -152,15 +153,15 @@ class InPlace:
         if not self._entered or not value.requires_grad:
             raise NotConnected(
                 "In this process a loss does not depend on the parameters of the module: is its "
-                "batch empty? All processes run it together: add module(x).sum() * 0 of an empty x, or "
-                "leave such a batch out in all of them.",
+                "batch empty? All processes run it together: add module(x).sum() * 0 of an "
+                "empty x, or leave such a batch out in all of them.",
                 argument=self._tree.name,
             )
         self._keep([leaf for key, leaf in leaves.items() if key not in map(id, aliases)])
         self._keep(self.parameters)
         for leaf, _, _ in self._grads.values():
             leaf.grad = None
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         views = any(getattr(module, "gradient_as_bucket_view", False) for module in self._entered)
         slopes = [None if p.grad is None else p.grad.detach() for p in self.parameters]
         if views:  # the next backward would overwrite them
@@ -200,20 +201,28 @@ class InPlace:
 
 
 def group_of_replicas(parameters: Sequence[Tensor]) -> Any:
-    """Find the processes of a DistributedDataParallel that holds some parameters; None: there is none.
+    """Find the processes of a DistributedDataParallel that holds some parameters.
 
     A loss that fails in one process may never have reached the module there.
-    """
-    import gc
 
+    Parameters
+    ----------
+    parameters : sequence of Tensor
+        The inner variables.
+
+    Returns
+    -------
+    group : ProcessGroup or None
+        None: there is no such module.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     wanted = {id(p) for p in parameters}
     for held in gc.get_objects():
-        if issubclass(type(held), nn.parallel.DistributedDataParallel):
-            if any(id(p) in wanted for p in held.parameters()):
-                return held.process_group
+        replicas = issubclass(type(held), nn.parallel.DistributedDataParallel)
+        if replicas and any(id(p) in wanted for p in held.parameters()):
+            return held.process_group
     return None
 
 

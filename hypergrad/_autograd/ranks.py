@@ -51,7 +51,7 @@ def all_reduce(figures: Tensor, group: Any, kind: str = "sum") -> Tensor:
     try:
         torch.distributed.all_reduce(packed, op=operation, group=group)
     except RuntimeError as error:
-        raise parted(group, error) from error
+        raise RankFailed(_parted(group, error)) from error
     return packed
 
 
@@ -83,16 +83,16 @@ def run_alike(here: bool) -> None:
         )
 
 
-def parted(group: Any, error: BaseException) -> RankFailed:
+def _parted(group: Any, error: BaseException) -> str:
     """Word the error of a process whose collective did not come about."""
     failed = _failed(group)
     if failed:
-        return RankFailed(
+        return (
             f"A loss raised an error in process {', '.join(map(str, failed))}, which raises it "
             "there. All processes stop, so that none waits for another; their process group "
             "cannot be used any more."
         )
-    return RankFailed(
+    return (
         "A reduction over processes did not come about: another process has ended or did not "
         f"arrive in time. Look for its own error. ({error})"
     )
@@ -129,11 +129,11 @@ def together(group: Any) -> Iterator[None]:
     token = _group.set(group)
     try:
         yield
-    except (RankFailed, RunsOnProcesses):
-        raise
     except Exception as error:
+        if isinstance(error, RankFailed | RunsOnProcesses):
+            raise
         if _broken(error):
-            raise parted(group, error) from error
+            raise RankFailed(_parted(group, error)) from error
         _end(group)
         raise
     finally:
@@ -188,6 +188,7 @@ def _end(group: Any) -> None:
             peer = distributed.get_global_rank(group, (own + 1) % count)
             nothing = torch.zeros(1, device="cpu")
             work = distributed.irecv(nothing, src=peer, group=group, tag=_NOBODY)
+            assert work is not None
             work.wait(datetime.timedelta(milliseconds=1))
         else:
             group.abort()

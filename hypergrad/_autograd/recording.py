@@ -126,6 +126,8 @@ def record(
         over several processes and may not be.
     StructureMismatch
         In place of one about dtypes and devices.
+    RunsOnProcesses
+        With `own_backward`, if a module of several processes runs.
     """
     group = group_of(trees[0].variables) if in_pieces else None
     for tree in trees if group is None else trees[1:]:

@@ -56,8 +56,10 @@ def refuse_distributed_module(module: nn.Module) -> None:
 
     Raises
     ------
+    RunsOnProcesses
+        Naming its class, where it has a backward() of its own.
     UnsupportedOperation
-        Naming its class.
+        Naming its class, where it has none.
     """
     kind = kind_of(module)
     if kind:

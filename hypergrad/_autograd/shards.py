@@ -51,7 +51,7 @@ class Space:
     def __init__(self, mesh: Any, variables: Sequence[Tensor]) -> None:
         self.mesh, self.group = mesh, mesh.get_group()
         self._shapes = [v.shape for v in variables]
-        self.placements = [v.placements if is_dtensor(v) else None for v in variables]
+        self.placements: list[Any] = [getattr(v, "placements", None) for v in variables]
         self.strides = [v.stride() for v in variables]
         self.local_shapes = [local_of(v).shape for v in variables]
         self.sizes = [shape.numel() for shape in self.local_shapes]
@@ -65,7 +65,7 @@ class Space:
         self._device = local_of(variables[0]).device
 
     def numbers(self) -> Tensor:
-        """Number the entries of the part as they are numbered in the vector of one process."""
+        """Return the numbers that the part's entries have in the vector of one process."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         starts, start = [], 0
@@ -75,7 +75,7 @@ class Space:
         parts = []
         for i in self.order:
             shape, local = self._shapes[i], self.local_shapes[i]
-            offsets = [0] * len(shape)
+            offsets: Sequence[int] = [0] * len(shape)
             if self.placements[i] is not None:
                 _, offsets = compute_local_shape_and_global_offset(
                     shape, self.mesh, self.placements[i]
@@ -131,7 +131,7 @@ class Space:
         placements: Any = self.placements[i]
         with torch.no_grad():
             if placements is None:
-                return part.full_tensor()  # type: ignore[attr-defined,no-any-return]
+                return part.full_tensor()  # type: ignore[attr-defined]
             return local_of(part.redistribute(self.mesh, placements))  # type: ignore[attr-defined]
 
 
@@ -156,7 +156,7 @@ class Shards(Tensor):
             cls, (*local.shape[:-1], space.n), dtype=local.dtype, device=local.device
         )
         made.local, made.space = local, space
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __init__(self, local: Tensor, space: Space) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Shards(Tensor):
         raise refused(f"torch.{name}")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Refuse what has come past the rules."""
@@ -224,8 +224,8 @@ def space_of(tree: Tree, variables: Sequence[Tensor]) -> Space | None:
         if of_variable.device_mesh != mesh or mesh.ndim != 1 or not kinds <= {"Shard", "Replicate"}:
             raise UnsupportedOperation(
                 f"{tree.variable_path(i)} is a DTensor with placements {of_variable.placements} on "
-                f"{of_variable.device_mesh}. hypergrad takes Shard and Replicate on one mesh of one "
-                "dimension, the same for all: redistribute(...) it, or pass full_tensor().",
+                f"{of_variable.device_mesh}. hypergrad takes Shard and Replicate on one mesh of "
+                "one dimension, the same for all: redistribute(...) it, or pass full_tensor().",
                 leaf=tree.variable_path(i),
             )
     return Space(mesh, variables)
@@ -406,8 +406,8 @@ _BY_ENTRIES = frozenset({
     "expand_as", "fill", "float", "fmax", "fmin", "full_like", "ge", "gt", "iadd", "imul", "invert",
     "isfinite", "isinf", "isnan", "isub", "itruediv", "le", "lerp", "log", "logical_and",
     "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "nan_to_num",
-    "ne", "neg", "ones_like", "or", "pow", "reciprocal", "remainder", "rshift", "sign", "sqrt", "square", "sub", "to",
-    "true_divide", "truediv", "type_as", "where", "xor", "zero", "zeros_like",
+    "ne", "neg", "ones_like", "or", "pow", "reciprocal", "remainder", "rshift", "sign",
+    "sqrt", "square", "sub", "to", "true_divide", "truediv", "type_as", "where", "xor", "zero", "zeros_like",
 })  # fmt: skip
 _REVERSED = frozenset({"add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor"})
 
@@ -471,10 +471,8 @@ def _vector_norm(
     if ord not in (2, torch.inf):
         raise refused(f"a norm of order {ord}")
     local = torch.linalg.vector_norm(_counted(v), ord, dim=-1, keepdim=keepdim, dtype=torch.float64)
-    if ord == 2:
-        total = space.total(local.square()).sqrt()
-    else:
-        total = _extreme(space, local, "max")
+    squares = ord == 2
+    total = space.total(local.square()).sqrt() if squares else _extreme(space, local, "max")
     return total.to(v.dtype if dtype is None else dtype)
 
 
@@ -607,13 +605,13 @@ _RULES: dict[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "linalg_vector_norm": _vector_norm,
     "sum": _sum, "amax": _amax, "amin": _amin, "any": _any, "all": _all, "median": _median,
     "stack": _stack, "__getitem__": _item, "reshape": _reshape, "view": _reshape,
-    "expand": _expand, "permute": _permute, "new_zeros": _new("new_zeros"), "new_ones": _new("new_ones"),
-    "new_full": _new("new_full"), "new_tensor": _new("new_tensor"),
+    "expand": _expand, "permute": _permute, "new_zeros": _new("new_zeros"),
+    "new_ones": _new("new_ones"), "new_full": _new("new_full"), "new_tensor": _new("new_tensor"),
 }  # fmt: skip
 
 
 def numbers_of(like: Tensor) -> Tensor:
-    """Number the entries of a vector from zero, also of one that is a part."""
+    """Return the numbers of a vector's entries from zero, also of one that is a part."""
     if isinstance(like, Shards):
         return Shards(like.space.numbers(), like.space)
     return torch.arange(like.shape[-1], device=like.device)

@@ -122,8 +122,8 @@ def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
 
 _ENTERING = "_FromTorchTensorBackward"
 _PLAIN = (
-    "The inner loss makes a DTensor of a plain tensor that depends on params, as between modules of "
-    "parallelize_module; there PyTorch loses second derivatives. Hand DTensors on between them "
+    "The inner loss makes a DTensor of a plain tensor that depends on params, as between modules "
+    "of parallelize_module; there PyTorch loses second derivatives. Hand DTensors on between them "
     "(use_local_output=False, and DTensor inputs), or form products from first derivatives, "
     'Minimum(f, products="difference").'
 )
