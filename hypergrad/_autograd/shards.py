@@ -407,7 +407,8 @@ _BY_ENTRIES = frozenset({
     "isfinite", "isinf", "isnan", "isub", "itruediv", "le", "lerp", "log", "logical_and",
     "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "nan_to_num",
     "ne", "neg", "ones_like", "or", "pow", "reciprocal", "remainder", "rshift", "sign",
-    "sqrt", "square", "sub", "to", "true_divide", "truediv", "type_as", "where", "xor", "zero", "zeros_like",
+    "sqrt", "square", "sub", "to", "true_divide", "truediv", "type_as", "where", "xor", "zero",
+    "zeros_like",
 })  # fmt: skip
 _REVERSED = frozenset({"add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor"})
 

@@ -100,21 +100,25 @@ def whole_tree(tree):
 
 def in_a_rank(folder, rank):
     """Everything that two processes do together; what was seen is written to a file."""
-    store = dist.FileStore(str(folder / "store"), 2)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    join(folder / "store", rank)
+    from torch.distributed.device_mesh import init_device_mesh
 
     ranks._PATIENCE = 0.3  # seconds, since both arrive at once here
     mesh = init_device_mesh("cpu", (2,))
     seen = {"dtensor": dtensors(mesh, rank), "modules": {}, "ends": {}}
     for kind in ("fully_shard", "DDP", "DDP, views"):
         seen["modules"][kind] = of_module(kind, mesh, rank)
-    for kind, how in ENDS:
-        own = DeviceMesh.from_group(dist.new_group([0, 1]), "cpu")  # which does not survive
-        seen["ends"][kind, how] = ends(kind, how, own, rank)
+    for number, (kind, how) in enumerate(ENDS):
+        dist.destroy_process_group()  # which the last error may have broken
+        join(folder / f"store{number}", rank)
+        seen["ends"][kind, how] = ends(kind, how, init_device_mesh("cpu", (2,)), rank)
     torch.save(seen, folder / f"seen{rank}.pt")
     os._exit(0)
+
+
+def join(path, rank):
+    store, timeout = dist.FileStore(str(path), 2), datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
 
 
 def placed(mesh):
@@ -314,12 +318,16 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"seen{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def one():
+def alone(solver):
     _, outer, inner, params = network()
     return implicit_grad(
-        outer, inner, params, HPARAMS, solver=Exact(), return_info=True, inner_tol=None
+        outer, inner, params, HPARAMS, solver=solver, return_info=True, inner_tol=None
     )
+
+
+@pytest.fixture(scope="module")
+def one():
+    return alone(Exact())
 
 
 def distance(found, expected):
@@ -328,10 +336,10 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_dtensors_give_the_hypergradient_of_one_process(two, one, name):
-    expected, info = one
+    expected, info = alone(SOLVERS[name]) if name == "Neumann" else one
     for seen in two:
         grads, value, _, _ = seen["dtensor"][name]
-        assert distance(grads, expected) < 1e-9
+        assert distance(grads, expected) < (1e-5 if name == "the default" else 1e-9)
         torch.testing.assert_close(value, info.outer_value, rtol=1e-12, atol=0)
     first, second = (seen["dtensor"][name] for seen in two)
     assert all(first[0][k].equal(second[0][k]) for k in expected)
