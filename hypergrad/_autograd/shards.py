@@ -240,6 +240,25 @@ def refused(what: str) -> UnsupportedOperation:
     )
 
 
+def refuse_lost_derivatives() -> None:
+    """Raise where PyTorch's DTensors lose second derivatives, as before `NestedRedistribute`.
+
+    Raises
+    ------
+    UnsupportedOperation
+        There.
+    """
+    from torch.distributed.tensor import _redistribute
+
+    if not hasattr(_redistribute, "NestedRedistribute"):
+        raise UnsupportedOperation(
+            f"PyTorch {torch.__version__} loses second derivatives through DTensors. Form products "
+            'from first derivatives, Minimum(f, products="difference"), use whole tensors, '
+            "tensor.full_tensor(), or take PyTorch 2.13.",
+            argument="params",
+        )
+
+
 def refuse_transforms() -> None:
     """Raise inside a function transform, where a collective cannot run.
 

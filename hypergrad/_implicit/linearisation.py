@@ -13,7 +13,7 @@ from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
-from .._autograd.shards import placed_like, refused
+from .._autograd.shards import placed_like, refuse_lost_derivatives, refused
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import Notes, detached, graph
 from .._errors import UnsupportedOperation
@@ -73,6 +73,9 @@ class Linearisation:
         places = [*inner, *problem.outer]
         seeded = forward or cross_forward or again or inside is not None
         seeded = seeded or not problem.condition.twice
+        exact = getattr(problem.condition, "products", "exact") == "exact"
+        if self.layout.space is not None and exact:
+            refuse_lost_derivatives()
         if not problem.condition.replays:
             if again or inside is not None:
                 raise no_second_derivative(problem.condition)
