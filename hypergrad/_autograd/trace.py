@@ -28,6 +28,7 @@ from .transforms import (
 
 if TYPE_CHECKING:
     from .._pytrees import Tree
+    from .in_place import InPlace
 
 T = TypeVar("T")
 
@@ -48,11 +49,17 @@ class Notes:
     around : callable, optional
         What every product of the recorded graph is to be formed inside of, as a function that
         makes a context manager; None: nothing, which is quick.
+    placed : bool
+        Whether the arguments are DTensors, and modules may hold such.
+    in_place : InPlace, optional
+        Who moves the parameters of modules of several processes, which may run then.
     """
 
     moving: list[str] = dataclasses.field(default_factory=list)
     callers: Sequence[Tree] = ()
     around: Callable[[], AbstractContextManager[Any]] | None = None
+    placed: bool = False
+    in_place: InPlace | None = None
 
 
 # The notes of the innermost trace.

@@ -35,6 +35,12 @@ from .linear_solve import solved
 from .linearisation import Linearisation, no_second_derivative
 from .uses import Use
 
+_ONCE = (
+    "The solution lies in pieces on several processes (DTensor): it has a first derivative by "
+    "backward(), and none in forward mode or of higher order. Leave out create_graph=True and "
+    "torch.func transforms, or use whole tensors, tensor.full_tensor()."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -252,8 +258,10 @@ class ImplicitSolution(torch.autograd.Function):
                 "inner problem) where create_graph=True or a function transform is used."
             )
         lead = cotangents[0].shape[: len(rule.problem.axes)]
-        b = rule.problem.layout().flatten(cotangents, lead)
-        higher = higher_order()
+        layout, higher = rule.problem.layout(), higher_order()
+        if higher and layout.space is not None:
+            raise UnsupportedOperation(_ONCE)
+        b = layout.flatten(cotangents, lead)
         if not higher:
             tensors = [t.detach() for t in tensors]
         forward = not higher and rule.forward(transpose=True)
@@ -283,6 +291,8 @@ class ImplicitSolution(torch.autograd.Function):
                 "be lost. Pass captured tensors as arguments of the decorated function."
             )
         refuse_old_vmap(tangents)
+        if ctx.rule.problem.layout().space is not None:
+            raise UnsupportedOperation(_ONCE)
         with lower_levels():
             rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
             outer = rule.problem.outer

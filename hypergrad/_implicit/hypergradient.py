@@ -13,11 +13,14 @@ from torch import Tensor
 
 from .._autograd.captured import refuse_one_level_reduced
 from .._autograd.double_backward import changed_in_place
+from .._autograd.in_place import group_of_replicas
 from .._autograd.products import Parts
 from .._autograd.random_numbers import Draw, generators, restore, same
+from .._autograd.ranks import together
 from .._autograd.recording import refuse_past_arguments
 from .._autograd.refusals import refuse_derivatives
 from .._autograd.rows import by_rows
+from .._autograd.shards import group_of, refuse_transforms
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached, versions
 from .._autograd.transforms import is_batched
@@ -93,6 +96,13 @@ def hypergradient(
         has_aux=has_aux,
     )
     refuse_one_level_reduced(condition.functions(), outer)
+    group = group_of(P.variables)
+    if group is None and getattr(condition, "products", "exact") == "difference":
+        group = group_of_replicas(P.variables)
+    if group is not None:
+        refuse_transforms()
+        with together(group):
+            return call.answer(None)
     if mapped_by_caller(call.choices.solver):
         return call.answer(None)
     return outside_of_vmaps(call.answer)

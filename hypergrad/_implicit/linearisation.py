@@ -15,6 +15,7 @@ from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shards import placed_like, refuse_lost_derivatives, refused
 from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import Notes, detached, graph
@@ -75,6 +76,9 @@ class Linearisation:
         places = [*inner, *problem.outer]
         seeded = forward or cross_forward or again or inside is not None
         seeded = seeded or not problem.condition.twice
+        exact = getattr(problem.condition, "products", "exact") == "exact"
+        if self.layout.space is not None and exact:
+            refuse_lost_derivatives()
         if not problem.condition.replays:
             if again or inside is not None:
                 raise no_second_derivative(problem.condition)
@@ -108,7 +112,7 @@ class Linearisation:
         variables = [tensors[i] for i in places]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        record(evaluate, variables, problem.trees, draw=draw)
+        record(evaluate, variables, problem.trees, draw=draw, in_pieces=True)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
 
     def let_go(self, *, residual: bool = False) -> None:
@@ -117,7 +121,7 @@ class Linearisation:
         for replay in (known.transposed, known.product, known.hessian, known.cross):
             if isinstance(replay, Replay):
                 replay.let_go()
-        if residual:  # nobody will ask
+        if residual and self.layout.space is None:  # nobody will ask
             self.residual = self.residual.new_full((), math.nan).expand_as(self.residual)
         self.record.residual = list(self.layout.split(self.residual))
 
@@ -251,7 +255,11 @@ class Linearisation:
     def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
         """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
         assert self.record.cross is not None
-        return self._formed(self.record.cross, self.layout.split(u), create_graph)
+        parts = self._formed(self.record.cross, self.layout.split(u), create_graph)
+        if self.layout.space is None:
+            return parts
+        outer = [self.tensors[i] for i in self.problem.outer]
+        return placed_like(parts, outer, [self.tensors[i] for i in self.problem.inner])
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
         """Form ``(dF/dargs) tangents``."""
@@ -261,6 +269,8 @@ class Linearisation:
 
     def dense(self, transpose: bool) -> Tensor:
         """Form A, or its transpose, as a matrix ``(*tasks, n, n)``."""
+        if self.layout.space is not None:
+            raise refused("the matrix")
         return self.dense_of(self._product(transpose))
 
     def dense_of(self, recorded: Product) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._autograd.products import Parts, gradient_of
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, narrowest, record, surroundings
+from .._autograd.shards import placed_like
 from .._autograd.transforms import is_wrapped
 from ._base import Condition
 from ._inner_problem import Problem
@@ -88,11 +89,20 @@ class RecordedSlopes:
         Over its batches.
     of_batch : callable
         ``batch -> condition`` whose values add up to the objective of one batch.
+    own_backward : bool
+        Whether the caller knows what to do with `RunsOnProcesses`.
     """
 
     def __init__(
-        self, problem: Problem, draw: Draw, passes: Passes, of_batch: Callable[[Any], Condition]
+        self,
+        problem: Problem,
+        draw: Draw,
+        passes: Passes,
+        of_batch: Callable[[Any], Condition],
+        *,
+        own_backward: bool = False,
     ) -> None:
+        self._own_backward = own_backward
         self.problem, self.narrowest = problem, problem.layout().precision
         self.captured: list[Tensor] = []
         self._draw, self._passes, self._of_batch = draw, passes, of_batch
@@ -126,10 +136,15 @@ class RecordedSlopes:
                 self.narrowest = narrowest([*values, *recording.aliases], self.narrowest)
             value = torch.stack(values).sum() if len(values) > 1 else values[0]
             slopes = gradient_of(value, recording.aliases, create_graph=False)
-            return Slopes(value.detach(), slopes[: len(inner)], slopes[len(inner) :])
+            by_outer = placed_like(slopes[len(inner) :], variables[len(inner) :], variables)
+            return Slopes(value.detach(), slopes[: len(inner)], by_outer)
 
         # Draws follow each other from batch to batch, in the same way in every pass.
-        return record(evaluate, [tensors[i] for i in places], problem.trees, draw=Draw())
+        variables = [tensors[i] for i in places]
+        return record(
+            evaluate, variables, problem.trees, draw=Draw(),
+            in_pieces=True, own_backward=self._own_backward,
+        )  # fmt: skip
 
 
 def _joined(one: Slopes, other: Slopes, *, own: bool) -> Slopes:

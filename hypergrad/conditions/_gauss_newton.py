@@ -14,9 +14,10 @@ from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record, surroundings
 from .._autograd.torch_pytrees import pytree
+from .._errors import UnsupportedOperation
 from ._base import Point, Record, plus, recorded_gradient, require_all
 from ._difference import Differences, Step, minus, moved, per_length
-from ._first_derivatives import RecordedSlopes, added, times
+from ._first_derivatives import FirstDerivatives, RecordedSlopes, added, times
 from ._inner_problem import Problem
 from ._objective import Objective, Products, with_batch
 from ._passes import Passes
@@ -95,8 +96,13 @@ class GaussNewton(Objective):
         return values
 
     def _differences(
-        self, slopes: RecordedSlopes, point: Point, passes: Passes, draw: Draw
+        self, slopes: FirstDerivatives, point: Point, passes: Passes, draw: Draw
     ) -> Differences:
+        if not isinstance(slopes, RecordedSlopes) or point.problem.layout().space is not None:
+            raise UnsupportedOperation(
+                "A GaussNewton by differences does not know parameters in pieces, nor modules of "
+                'several processes. Use Minimum(f, products="difference").'
+            )
         return _OutputDifferences(self, slopes, point, passes, draw)
 
     def _graph(self, point: Point) -> Record:

@@ -10,13 +10,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from .._autograd.in_place import InPlace
 from .._autograd.products import Parts, filled
-from .._autograd.random_numbers import Draw
+from .._autograd.random_numbers import Draw, generators, restore
 from .._autograd.recording import Recording, record, surroundings
+from .._autograd.refused_modules import RunsOnProcesses
 from .._autograd.rows import by_rows
 from ._base import Condition, Point, Record, recorded, require_all
 from ._difference import Differences, own_arguments
-from ._first_derivatives import RecordedSlopes, added, times
+from ._first_derivatives import FirstDerivatives, RecordedSlopes, added, times
+from ._in_place import InPlaceSlopes, PlacedDifferences
 from ._inner_problem import Problem
 from ._passes import Passes, refuse_iterators
 
@@ -74,8 +77,21 @@ class Objective(Condition):
         assert draw is not None
         if self.products == "exact":
             return self._passed(point, passes, draw)
-        slopes = RecordedSlopes(own_arguments(point.problem), draw, passes, self.of_batch)
-        differences = self._differences(slopes, point, passes, draw)
+        problem, before = own_arguments(point.problem), generators()
+        slopes: FirstDerivatives = RecordedSlopes(
+            problem, draw, passes, self.of_batch, own_backward=True
+        )
+        module = None
+        try:
+            differences = self._differences(slopes, point, passes, draw)
+        except RunsOnProcesses as seen:  # before it has computed anything
+            module = seen.module
+        if module is not None:
+            restore(before)
+            draw.forget()
+            own = InPlace(module, problem.params)
+            slopes = InPlaceSlopes(problem, draw, passes, self.of_batch, own)
+            differences = self._differences(slopes, point, passes, draw)
         at = differences.here
         require_all(point.problem, at.inner)
         return Record(
@@ -90,10 +106,11 @@ class Objective(Condition):
         """Record one graph, from which all products come."""
 
     def _differences(
-        self, slopes: RecordedSlopes, point: Point, passes: Passes, draw: Draw
+        self, slopes: FirstDerivatives, point: Point, passes: Passes, draw: Draw
     ) -> Differences:
         """Say how products are made of first derivatives."""
-        return Differences(slopes, point.problem, point.tensors)
+        placed = isinstance(slopes, InPlaceSlopes) or point.problem.layout().space is not None
+        return (PlacedDifferences if placed else Differences)(slopes, point.problem, point.tensors)
 
     def _passed(self, point: Point, passes: Passes, draw: Draw) -> Record:
         """Make a record whose exact products are passes over the batches."""

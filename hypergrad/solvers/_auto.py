@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task, every_task
+from .._autograd.shards import is_shards
 from .._info import Status
 from ._base import Solver, check_symmetry
 from ._bicgstab import BiCGSTAB
@@ -98,7 +99,7 @@ class Auto(Limited):
         n, tasks = system.b.shape[-1], math.prod(system.b.shape[:-1])
         shared = system.shared if tasks else 1
         fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
-        fits = fits and n <= _LAST_RESORT * self.dense_below
+        fits = fits and n <= _LAST_RESORT * self.dense_below and not is_shards(system.b)
         fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
         most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
         if shared > 1 and system.symmetric:  # a block of them takes few iterations
@@ -109,7 +110,7 @@ class Auto(Limited):
             return self._within_budget(system)
         looks = system.looks or self.rtol != 0
         used = 0
-        if looks and self.maxiter is None and not system.symmetric:
+        if looks and self.maxiter is None and not (system.symmetric or is_shards(system.b)):
             solution, used = solve_diagonal(
                 system, rtol=self.rtol, atol=self.atol, damping=self.damping
             )

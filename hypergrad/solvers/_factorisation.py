@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task, every_task
+from .._autograd.shards import is_shards, numbers_of
 from .._autograd.transforms import is_wrapped
 from ._equilibration import equilibrated
 
@@ -232,13 +233,19 @@ def without_noise(
 def signs(like: Tensor) -> Tensor:
     """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
     n, parts = like.shape[-1], []
+    if is_shards(like):
+        return _signs(numbers_of(like), like.dtype)
     for start in range(0, max(n, 1), _AT_ONCE):  # the whole numbers take twice the memory
-        # A multiplicative hash, so that the caller's random numbers stay as they are.
         stop = min(start + _AT_ONCE, n)
-        number = torch.arange(start + 1, stop + 1, device=like.device) * 2654435761
-        size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
-        parts.append(torch.where((number >> 27) % 2 == 0, size, -size))
+        parts.append(_signs(torch.arange(start, stop, device=like.device), like.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _signs(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    # A multiplicative hash, so that the caller's random numbers stay as they are.
+    number = (numbers + 1) * 2654435761
+    size = 0.5 + (number % 2**24).to(dtype) / 2**24
+    return torch.where((number >> 27) % 2 == 0, size, -size)
 
 
 def by_columns(A: Tensor, apply: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
