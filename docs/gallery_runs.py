@@ -56,9 +56,9 @@ FIGURES = {
         (r"learnt #", 2.5, 2.65),
     ],
     "weights_of_texts": [
-        (r"of the 50 most harmful lines # are shuffled", 40, 50),
-        (r"test loss: equal #,", 2.81, 2.87),
-        (r"learnt #,", 2.75, 2.81),
+        (r"of the 50 most harmful lines # are shuffled", 34, 50),
+        (r"test loss, equal: #", 2.77, 2.83),
+        (r"test loss, learnt: #", 2.73, 2.79),
     ],
 }
 ORDER = list(FIGURES)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._autograd.attention import has_fused
 from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
@@ -16,6 +17,7 @@ from .._autograd.rows import by_rows, refuse_mapping
 from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.sizes import bytes_of_product
 from .._autograd.torch_pytrees import pytree
+from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from ..conditions._inner_problem import Problem, without_aux
 from ..solvers._system import NewtonStep, Solution
@@ -87,7 +89,8 @@ class Outputs:
             self._pulled = Replay([vector], recording.aliases)
             self.captured = recording.captured()
             self.parts, self.values = [part.detach() for part in parts], vector.detach()
-            self._one_by_one = maps_wrongly(vector)
+            fused = has_fused(graph(vector).nodes, again=False)  # PyTorch loops, and warns of it
+            self._one_by_one = fused or maps_wrongly(vector)
             self.size = bytes_of_product([vector])
             self._multiplies = multiplies_matrices([vector])
             whole = self._pulled([torch.ones_like(vector)]) if len(vector) else [None]
@@ -213,7 +216,8 @@ class Pushed:
             vector = _joined(outputs.name, pytree.tree_leaves(value))
             recording.returned([vector])
             self._forward = ForwardReplay([vector], aliases, seed)
-            self._one_by_one = maps_wrongly(vector)
+            fused = has_fused(graph(vector).nodes, again=False)  # PyTorch loops, and warns of it
+            self._one_by_one = fused or maps_wrongly(vector)
 
         seed = torch.zeros((), dtype=self._layout.dtype, device=self._layout.device)
         variables = [*(tensors[i] for i in places), seed]
