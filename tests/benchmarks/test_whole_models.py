@@ -36,5 +36,5 @@ def test_memory_is_that_of_a_loop_by_hand_however_many_products(problem):
     few, many = copies(problem, "bare", 4), copies(problem, "bare", 12)
     assert few <= 1.1 * by_hand
     assert many <= few + 0.01
-    for products in (3, 8):  # the evidence takes six vectors more
-        assert copies(problem, "claimed", products) <= by_hand + 6.1
+    for products in (3, 8, 16):  # the evidence takes up to seven vectors more
+        assert copies(problem, "claimed", products) <= by_hand + 7
