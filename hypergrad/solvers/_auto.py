@@ -38,7 +38,7 @@ _SMALL = 3  # ... a factorisation costs less than a second iteration.
 # unknowns about as long as 60 gradients.
 _LARGE = 1_000_000
 _BUDGET = 20
-_SHARE = 0.75  # of it for a second method, whose steps take longer
+_SHARE = 0.5  # of it for a second method, whose steps take longer
 # n / 16 iterations, or n / (15 + k) of k right-hand sides together, cost less than a factorisation,
 _PATIENCE = 16  # by measurement.
 
