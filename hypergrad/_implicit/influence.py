@@ -58,7 +58,7 @@ def influence(
     ``h_i = weights[i] * x_i^T H^-1 x_i`` (Cook and Weisberg).
 
     One linear system is solved for each test point or for each training example, whichever are
-    fewer, in blocks as in `jacobian`.
+    fewer, in blocks as in `jacobian`. Products are exact, and all examples are evaluated at once.
 
     Parameters
     ----------
@@ -70,7 +70,8 @@ def influence(
     params : pytree of Tensor
         The inner solution, as in `implicit_grad`.
     weights : Tensor, optional
-        ``(n_train,)``. None: ones. Of a mean over the examples they are ``1 / n_train``.
+        ``(n_train,)``. None: ones. Of a mean over the examples they are ``1 / n_train``: with
+        others `params` is no solution, and negative curvature or a residual may be what is said.
     regulariser : callable, optional
         ``regulariser(params)``, a scalar that belongs to the inner objective and to no example,
         such as weight decay.
@@ -118,6 +119,9 @@ def influence(
     ...     numbers.mean(),
     ... )
     tensor([[-2.6667, -1.3333,  4.0000]])
+
+    The most harmful example, without which the test loss falls the most, is the first:
+    ``change.sum(0).argsort()`` sorts them.
     """
     check_on_failure(on_failure)
     refuse_transforms("influence")

@@ -60,7 +60,8 @@ def jacobian(
         ``outers(params, hparams)``, a tensor or a pytree of tensors; with `has_aux` a pair of that
         and anything.
     inner, params, hparams, solver
-        As in `implicit_grad`.
+        As in `implicit_grad`. Of a condition with `batches` a pass serves a whole block; by
+        differences each output takes passes of its own.
     x0 : pytree of Tensor, optional
         Where the linear solves start: the last call's ``info.solution``, shaped like `params` with
         an axis of all outputs in front.
@@ -98,8 +99,8 @@ def jacobian(
     StructureMismatch
         If an argument has the wrong structure.
     UnsupportedOperation
-        As in `implicit_grad`, and inside a function transform: there `torch.func.jacrev` through
-        `custom_argmin` works.
+        As in `implicit_grad`, if `params` are DTensors, and inside a function transform: there
+        `torch.func.jacrev` through `custom_argmin` works.
 
     References
     ----------

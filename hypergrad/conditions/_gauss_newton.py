@@ -46,7 +46,8 @@ class GaussNewton(Objective):
     batches, products, on_batch
         As in `Minimum`. With batches the functions are ``outputs(params, hparams, batch)`` and
         ``loss(outputs, hparams, batch)``; the regulariser gets no batch. By differences the
-        outputs are differenced, and the second derivative of `loss` alone is needed.
+        outputs are differenced, in one pass a product, and the second derivatives of `loss` and
+        of the regulariser alone are needed. Modules of several processes take a `Minimum`.
 
     References
     ----------

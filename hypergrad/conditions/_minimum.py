@@ -38,9 +38,11 @@ class Minimum(Objective):
         custom kernels can be used. Its error is measured by a second step: ``info.product_error``
         has it, and ``info.error_estimate`` covers it.
     on_batch : callable, optional
-        ``on_batch(done)``, called after each batch with how many of a pass are done.
+        ``on_batch(done)``, called after each batch with how many of this pass are done. A product
+        is one pass, by differences two.
 
-    With `batches`, or by differences, second derivatives through the solution raise.
+    With `batches`, or by differences, second derivatives through the solution raise, and tensors
+    that `f` captures are not differentiated.
 
     Examples
     --------
@@ -49,6 +51,17 @@ class Minimum(Objective):
     >>> w, lam = torch.tensor(0.5), torch.tensor(1.0)  # the minimiser is 1 / (1 + lam)
     >>> hypergrad.implicit_grad(lambda w, lam: w, inner, w, lam)  # -1 / (1 + lam)^2
     tensor(-0.2500)
+
+    The same from two batches, and from first derivatives alone:
+
+    >>> inner = hypergrad.Minimum(
+    ...     lambda w, lam, x: (w - x) ** 2 + lam * w**2,
+    ...     batches=[torch.tensor(0.5), torch.tensor(1.5)],
+    ...     products="difference",
+    ... )
+    >>> gradient = hypergrad.implicit_grad(lambda w, lam: w, inner, w, lam)
+    >>> torch.allclose(gradient, torch.tensor(-0.25), rtol=1e-3)
+    True
     """
 
     f: Callable[..., Any]
