@@ -34,6 +34,8 @@ from .verdict import Cause
 # benchmarks/networks.py. Above `_HARDLY` it says that little is known.
 _MARGIN = 4.0
 _HARDLY = 0.9
+# ... and above this residual, of products with errors of their own that left no more to find.
+_FAR_OFF = 1e-2
 _AGAIN = 2.0
 _FROM_STEP = 8.0
 #: The estimate where nothing is known of the answer.
@@ -522,6 +524,9 @@ class Evidence:
         lost = torch.zeros_like(self.success)
         for status in _LOST:
             lost = lost | (self.solution.status == status)
+        if self.system.noisy:  # it may have ended where the noise hides the rest
+            far = self.solution.residual_norm > _FAR_OFF
+            lost = lost | ((self.solution.status == Status.STAGNATED) & far)
         total = torch.where(lost, total.clamp(min=1), total)
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)

@@ -196,7 +196,7 @@ class _Recurrence(Recurrence):
         pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
         quotient = pAp / self.pp
         self.largest = torch.maximum(self.largest, quotient.abs())
-        usable = quotient > self.flat * self.largest  # false for NaN too
+        usable = quotient > self.start.least * self.largest  # false for NaN too
         moving = self.active & usable
         alpha = torch.where(moving, self.rz / pAp, zero)[..., None]  # 3:1b
         if self.observer is not None:

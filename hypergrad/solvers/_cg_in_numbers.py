@@ -53,7 +53,8 @@ def in_numbers(
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = float(noise_floor(_FLAT * torch.finfo(r.dtype).eps, noise))
+    least = _FLAT * torch.finfo(r.dtype).eps
+    flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
     observer = None if condition is None else Observer(condition, r, long=long)
     if observer is not None and long and precondition is None:
@@ -64,7 +65,7 @@ def in_numbers(
         pAp = _number(p, Ap)
         quotient = pAp / pp if pp else math.nan
         steepest = max(steepest, abs(quotient))
-        if not quotient > flat * steepest:  # true for NaN too
+        if not quotient > least * steepest:  # true for NaN too
             log.append((pAp, rz, 0.0))
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
             bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp

@@ -84,9 +84,14 @@ class Pass:
     shared: int = 1
 
     @property
+    def least(self) -> float:
+        """Ten roundings."""
+        return 10 * torch.finfo(self.r.dtype).eps
+
+    @property
     def flat(self) -> Any:
         """Ten roundings, or the noise: a number that is smaller beside its scale is zero."""
-        return noise_floor(10 * torch.finfo(self.r.dtype).eps, self.noise)
+        return noise_floor(self.least, self.noise)
 
     def preconditioned(self, v: Tensor) -> Tensor:
         """Apply the approximate inverse, or none."""
