@@ -267,6 +267,8 @@ class InnerChoices(TorchFunctionMode):
     ) -> Any:
         """Pass every other operation on."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # which would follow all of this
+            return func(*args, **kwargs)
         if func in ATTENTION and _others_enabled():
             if torch.backends.cuda.math_sdp_enabled():
                 with sdpa_kernel(SDPBackend.MATH):
