@@ -174,10 +174,7 @@ class Differences:
         return self._along(self._problem.inner, u, self.of_gradient.reach, outer=True)[1]
 
     def again(self, u: Parts, *, looks: bool) -> tuple[Parts, Parts]:
-        """Form ``A u`` and ``(dF/dargs)^T u`` with other steps; `looks`: the host may look.
-
-        They are twice as long; along leaves that they move far they are short too.
-        """
+        """Form ``A u`` and ``(dF/dargs)^T u`` with other steps; `looks`: the host may look."""
 
         def form(v: Parts, reach: Tensor) -> Sequence[Parts]:
             return self._of_tasks(self._problem.inner, v, reach, outer=True)
@@ -186,12 +183,10 @@ class Differences:
         return image, self._summed(crossed)
 
     def _doubted(self, form: Images, u: Parts, reach: Tensor, *, looks: bool) -> Sequence[Parts]:
-        """Form differences along `u` with other steps than those of a length `reach`.
-
-        A step in proportion to all variables may be far longer than a leaf of other units. Beyond
-        what bends there two long steps agree on a wrong product. Where two short ones agree on
-        another one, better than they differ from the long one, they are believed.
-        """
+        """Form differences along `u` with steps twice as long as `reach`, and with short ones."""
+        # A step in proportion to all variables may be far longer than a leaf of other units. Beyond
+        # what bends there two long steps agree on a wrong product. Where two short ones agree on
+        # another one, better than they differ from the long one, they are believed.
         doubled = form(u, 2 * reach)
         moved_far = self._moved_far(u, reach) if looks else None
         if moved_far is None:
@@ -221,7 +216,8 @@ class Differences:
             return None
         lead, bound = reach.shape, torch.finfo(self._slopes.narrowest).eps ** (1 / 6)
         whole = _positive(lengths(u, lead))
-        alone, shares = [], []
+        alone: list[Tensor | None] = []
+        shares = []
         for place, part in zip(self._problem.inner, u, strict=True):
             size = None if part is None else lengths([self._tensors[place]], lead)
             if part is None or size is None:

@@ -502,6 +502,23 @@ def test_a_captured_tensor_that_requires_grad_is_to_be_an_argument():
         fit(None, A[0])
 
 
+@pytest.mark.parametrize(
+    "solver", [CG(), MINRES(), hypergrad.GMRES(), hypergrad.LSMR(), hypergrad.NormalCG()], ids=repr
+)
+def test_every_solver_takes_the_noise_of_each_task(solver):
+    W = torch.stack([newton(None, t, M) for t, M in zip(T, A, strict=True)])
+
+    def gradients(make):
+        def one(w, t, M):
+            inner = make(lambda w, t: quartic(w, t, M))
+            return implicit_grad(lambda w, t: (w**3).sum(), inner, w, t, solver=solver)
+
+        return vmap(one)(W, T, A)
+
+    answer = gradients(lambda f: Minimum(f, products="difference"))
+    torch.testing.assert_close(answer, gradients(Minimum), rtol=1e-5, atol=1e-7)
+
+
 def test_tasks_of_a_vmap_have_steps_of_their_own():
     W = torch.stack([newton(None, t, M) for t, M in zip(T, A, strict=True)])
     scale = torch.logspace(-4, 4, 6, dtype=F64)  # the units of each task
