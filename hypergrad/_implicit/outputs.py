@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._autograd.attention import has_fused
 from .._autograd.products import ForwardReplay, Parts, Replay
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
@@ -16,6 +17,7 @@ from .._autograd.rows import by_rows, refuse_mapping
 from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.sizes import bytes_of_product
 from .._autograd.torch_pytrees import pytree
+from .._autograd.trace import graph
 from .._errors import NotConnected, StructureMismatch
 from ..conditions._inner_problem import Problem, without_aux
 from ..solvers._system import NewtonStep, Solution
@@ -87,7 +89,8 @@ class Outputs:
             self._pulled = Replay([vector], recording.aliases)
             self.captured = recording.captured()
             self.parts, self.values = [part.detach() for part in parts], vector.detach()
-            self._one_by_one = maps_wrongly(vector)
+            fused = has_fused(graph(vector).nodes, again=False)
+            self._one_by_one = fused or maps_wrongly(vector)
             self.size = bytes_of_product([vector])
             self._multiplies = multiplies_matrices([vector])
             whole = self._pulled([torch.ones_like(vector)]) if len(vector) else [None]
@@ -173,6 +176,12 @@ def _joined(name: str, parts: Sequence[Any]) -> Tensor:
             )
     if not parts:
         raise StructureMismatch(f"{name} returned nothing to differentiate.", argument=name)
+    if not any(part.numel() for part in parts):
+        raise StructureMismatch(
+            f"{name} returned tensors without entries: there is nothing to differentiate. Leave "
+            "the call out where no example is left, say after a filter.",
+            argument=name,
+        )
     flat = [part.reshape(-1) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
@@ -212,6 +221,7 @@ class Pushed:
             value, _ = without_aux(outputs.name, returned, outputs.has_aux, "outputs")
             vector = _joined(outputs.name, pytree.tree_leaves(value))
             recording.returned([vector])
+            has_fused(graph(vector).nodes, again=True)
             self._forward = ForwardReplay([vector], aliases, seed)
             self._one_by_one = maps_wrongly(vector)
 
