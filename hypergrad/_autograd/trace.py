@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .._errors import UnsupportedOperation
+from .torch_pytrees import pytree
 from .transforms import (
+    alive,
     carries_derivative,
     has_tangent,
     is_wrapped,
@@ -122,7 +124,7 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
                 return aliases[0]
 
             torch.func.vjp(record, *variables)
-            return results[0]
+            return pytree.tree_map_only(Tensor, alive, results[0])
     finally:
         _depth.reset(depth)
         _walked.reset(walked)

@@ -449,7 +449,7 @@ class Evidence:
             return none
         if not self.choices.spends:
             return none + math.nan
-        image, crossed = self.lin.again(solution.x)
+        image, crossed = self.lin.again(solution.x, looks=self.choices.looks)
         solution.matvecs += 1
         here = self.system.b - self._left_over()
         spread = norm(image - here)

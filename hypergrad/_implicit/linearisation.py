@@ -183,14 +183,14 @@ class Linearisation:
         """How many products have been formed to choose the step of differences."""
         return 0 if self.record.differences is None else self.record.differences.step.tried
 
-    def again(self, u: Tensor) -> tuple[Tensor, Parts]:
-        """Form ``A^T u`` and ``(dF/dargs)^T u`` by differences, with steps twice as long."""
+    def again(self, u: Tensor, *, looks: bool) -> tuple[Tensor, Parts]:
+        """Form ``A^T u`` and ``(dF/dargs)^T u`` by differences with other steps."""
         differences, outer = self.record.differences, self.problem.outer
         assert differences is not None
 
         def one(u: Tensor) -> list[Tensor]:
             refuse_mapping()
-            image, crossed = differences.again(self.layout.split(u))
+            image, crossed = differences.again(self.layout.split(u), looks=looks)
             parts = filled(crossed, [self.tensors[i] for i in outer])
             return [self.layout.flatten(image, self.lead), *parts]
 

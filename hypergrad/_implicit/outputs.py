@@ -176,6 +176,12 @@ def _joined(name: str, parts: Sequence[Any]) -> Tensor:
             )
     if not parts:
         raise StructureMismatch(f"{name} returned nothing to differentiate.", argument=name)
+    if not any(part.numel() for part in parts):
+        raise StructureMismatch(
+            f"{name} returned tensors without entries: there is nothing to differentiate. Leave "
+            "the call out where no example is left, say after a filter.",
+            argument=name,
+        )
     flat = [part.reshape(-1) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
@@ -215,9 +221,9 @@ class Pushed:
             value, _ = without_aux(outputs.name, returned, outputs.has_aux, "outputs")
             vector = _joined(outputs.name, pytree.tree_leaves(value))
             recording.returned([vector])
+            has_fused(graph(vector).nodes, again=True)
             self._forward = ForwardReplay([vector], aliases, seed)
-            fused = has_fused(graph(vector).nodes, again=False)  # PyTorch loops, and warns of it
-            self._one_by_one = fused or maps_wrongly(vector)
+            self._one_by_one = maps_wrongly(vector)
 
         seed = torch.zeros((), dtype=self._layout.dtype, device=self._layout.device)
         variables = [*(tensors[i] for i in places), seed]

@@ -310,8 +310,9 @@ def _differenced(failure: _Failure) -> str:
     error = f" by about {failure.row.product_error:.2g}" if failure.exact else ""
     return (
         'Products by differences (products="difference") are not sure enough: another step size '
-        f"changes the answer{error}. The arithmetic is too coarse (autocast, half precision), or "
-        "the loss has kinks (ReLU) near params. Compute the inner loss in float32 or float64; take "
+        f"changes the answer{error}. The arithmetic is too coarse (autocast, half precision), the "
+        "loss has kinks (ReLU) near params, or leaves of params have very different scales, which "
+        "one step cannot suit. Compute the inner loss in float32 or float64; take "
         'products="exact" where the model has second derivatives; or pass a larger inner_tol where '
         "so much will do (info.error_estimate says how much)."
     )

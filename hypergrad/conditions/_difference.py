@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _APART = 4.0  # the factor between two steps that are compared
 _MOST = 3  # steps that are tried in either direction
+_SURE = (
+    4.0  # two differences are believed that differ so much less from each other than from a third
+)
 
 #: Differences ``(v, reach) -> (parts, ...)`` along leaves v, each task moved as far as `reach`.
 Images = Callable[[Parts, Tensor], Sequence[Parts]]
@@ -170,9 +173,68 @@ class Differences:
         """Form ``(dF/dargs)^T u``."""
         return self._along(self._problem.inner, u, self.of_gradient.reach, outer=True)[1]
 
-    def again(self, u: Parts) -> tuple[Parts, Parts]:
-        """Form ``A u`` and ``(dF/dargs)^T u`` with steps that are twice as long."""
-        return self._along(self._problem.inner, u, 2 * self.of_gradient.reach, outer=True)
+    def again(self, u: Parts, *, looks: bool) -> tuple[Parts, Parts]:
+        """Form ``A u`` and ``(dF/dargs)^T u`` with other steps; `looks`: the host may look."""
+
+        def form(v: Parts, reach: Tensor) -> Sequence[Parts]:
+            return self._of_tasks(self._problem.inner, v, reach, outer=True)
+
+        image, crossed = self._doubted(form, u, self.of_gradient.reach, looks=looks)
+        return image, self._summed(crossed)
+
+    def _doubted(self, form: Images, u: Parts, reach: Tensor, *, looks: bool) -> Sequence[Parts]:
+        """Form differences along `u` with steps twice as long as `reach`, and with short ones."""
+        # A step in proportion to all variables may be far longer than a leaf of other units. Beyond
+        # what bends there two long steps agree on a wrong product. Where two short ones agree on
+        # another one, better than they differ from the long one, they are believed.
+        doubled = form(u, 2 * reach)
+        moved_far = self._moved_far(u, reach) if looks else None
+        if moved_far is None:
+            return doubled
+        alone, long, short = moved_far
+        far, near, twice = (form(alone, step) for step in (long, short, 2 * short))
+        lead, answers = reach.shape, []
+        for answer, a, b, c in zip(doubled, far, near, twice, strict=True):
+            if all(part is None for part in b):
+                answers.append(answer)
+                continue
+            gap = minus(b, a)
+            sure = lengths(gap, lead) > _SURE * lengths(minus(b, c), lead)
+            answers.append(minus(answer, minus([None] * len(b), gap, sure.to(long.dtype))))
+        return answers
+
+    def _moved_far(self, u: Parts, reach: Tensor) -> tuple[Parts, Tensor, Tensor] | None:
+        """Find the leaves that a step along `u` moves far for their size.
+
+        Returns
+        -------
+        alone, long, short : tuple or None
+            `u` in these leaves alone, as far as the step moves them, and how far they should be
+            moved at most; None where no leaf is moved far, or that is not known.
+        """
+        if self._problem.layout().space is not None:
+            return None
+        lead, bound = reach.shape, torch.finfo(self._slopes.narrowest).eps ** (1 / 6)
+        whole = _positive(lengths(u, lead))
+        alone: list[Tensor | None] = []
+        shares = []
+        for place, part in zip(self._problem.inner, u, strict=True):
+            size = None if part is None else lengths([self._tensors[place]], lead)
+            if part is None or size is None:
+                alone.append(None)
+                continue
+            moves = reach * lengths([part], lead) / whole
+            share = torch.where((size > 0) & torch.isfinite(moves), moves / _positive(size), 0.0)
+            share = torch.where(share > _APART * bound, share, 0.0)
+            some = any_task(share > 0)
+            alone.append(torch.where(wide(share > 0, part), part, 0.0) if some else None)
+            shares.append(share)
+        if all(part is None for part in alone):
+            return None
+        most = torch.stack(shares).amax(dim=0)
+        long = reach * lengths(alone, lead) / whole
+        long = torch.where(most > 0, long, reach)
+        return alone, long, long * torch.where(most > 0, bound / _positive(most), 1.0)
 
     def cross_forward(self, tangents: Parts, create_graph: bool = False) -> Parts:
         """Form ``(dF/dargs) tangents``, with a step of its own that is measured along them."""
@@ -205,11 +267,14 @@ class Differences:
     ) -> tuple[Parts, Parts]:
         """Difference both gradients along leaves in some places."""
         inner, of_tasks = self._of_tasks(places, v, reach, outer=outer)
-        crossed = [
+        return inner, self._summed(of_tasks)
+
+    def _summed(self, of_tasks: Parts) -> Parts:
+        """Add up the parts of the tasks, where they share an argument."""
+        return [
             part.sum(dim=dims) if part is not None and dims else part
             for part, dims in zip(of_tasks, self._shared, strict=False)
         ]
-        return inner, crossed
 
     def _of_tasks(
         self, places: Sequence[int], v: Parts, reach: Tensor, *, outer: bool

@@ -158,9 +158,10 @@ class _OutputDifferences(Differences):
         """The step of the cross derivative, and of the Hessian."""
         return self._of_gradient
 
-    def again(self, u: Parts) -> tuple[Parts, Parts]:
-        """Form both with steps that are twice as long."""
-        return self._product(u, 2 * self.step.reach), super().again(u)[1]
+    def again(self, u: Parts, *, looks: bool) -> tuple[Parts, Parts]:
+        """Form both with other steps."""
+        (image,) = self._doubted(self._measured, u, self.step.reach, looks=looks)
+        return image, super().again(u, looks=looks)[1]
 
     def _measured(self, v: Parts, reach: Tensor) -> Sequence[Parts]:
         return [self._product(v, reach)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .._autograd.torch_pytrees import pytree
@@ -105,19 +107,35 @@ def _refuse_change(what: str) -> NoReturn:
 
 def _fingerprint(batch: Any) -> str:
     """Write down the structure of a batch, its shapes, and a few entries."""
-    if isinstance(batch, Mapping):
-        batch = dict(batch)
     leaves, spec = pytree.tree_flatten(batch)
     return f"{[_of_leaf(leaf) for leaf in leaves]} {spec}"
 
 
 def _of_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, str | int | float | bool | None):
+    if isinstance(leaf, str | bytes | int | float | bool | None):
         return leaf
-    if not isinstance(leaf, Tensor):
-        return type(leaf).__name__
+    if isinstance(leaf, Mapping):  # such as the BatchEncoding of transformers
+        return type(leaf).__name__, _fingerprint(dict(leaf))
+    if dataclasses.is_dataclass(leaf):
+        names = [field.name for field in dataclasses.fields(leaf)]
+        inside = {name: getattr(leaf, name, None) for name in names}
+        return type(leaf).__name__, _fingerprint(inside)
+    if isinstance(leaf, Tensor):
+        return _of_tensor(leaf)
+    if hasattr(leaf, "__array__") and hasattr(leaf, "tolist"):  # an array of NumPy
+        return f"{leaf.dtype} {tuple(leaf.shape)}", _some(leaf, leaf.size)
+    return type(leaf).__name__
+
+
+def _of_tensor(leaf: Tensor) -> Any:
+    if is_wrapped(leaf) or leaf.is_nested or leaf.device.type == "meta":
+        return str(leaf.dtype)
     kind = f"{leaf.dtype} {tuple(leaf.shape)}"
-    if is_wrapped(leaf) or leaf.is_sparse or leaf.device.type == "meta" or not leaf.numel():
+    if leaf.layout != torch.strided or leaf.is_quantized or not leaf.numel():
         return kind
-    flat = leaf.detach().reshape(-1)
-    return kind, flat[:: max(flat.numel() // _LOOKED_AT, 1)][: _LOOKED_AT + 1].tolist()
+    return kind, _some(leaf.detach(), leaf.numel())
+
+
+def _some(entries: Any, count: int) -> Any:
+    flat = entries.reshape(-1)
+    return flat[:: max(count // _LOOKED_AT, 1)][: _LOOKED_AT + 1].tolist()

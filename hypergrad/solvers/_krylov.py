@@ -93,6 +93,11 @@ class Pass:
         """Ten roundings, or the noise: a number that is smaller beside its scale is zero."""
         return noise_floor(self.least, self.noise)
 
+    @property
+    def flat_slope(self) -> Any:
+        """The same for the slope of least squares: no smaller than `enough`."""
+        return noise_floor(max(10 * torch.finfo(self.r.dtype).eps, self.enough), self.noise)
+
     def preconditioned(self, v: Tensor) -> Tensor:
         """Apply the approximate inverse, or none."""
         return v if self.precondition is None else self.precondition(v)

@@ -152,7 +152,7 @@ class NormalCG(LeastSquares):
 
     def _iterate(self, start: Pass) -> Correction:
         there, back = _preconditioned(start)
-        flat, enough = start.flat, max(start.flat, start.enough)
+        flat, enough = start.flat, start.flat_slope
         r, run = start.r, Recurrence(start)
         size = torch.linalg.vector_norm(r, dim=-1)
         s = back(r)
@@ -227,7 +227,7 @@ class LSMR(LeastSquares):
         there, back = _preconditioned(start)
         run = Recurrence(start)
         zero, one, flat = run.zero, run.one, run.flat
-        r, enough = start.r, max(flat, start.enough)
+        r, enough = start.r, start.flat_slope
         u, size = _unit(r)
         v, alpha = _unit(back(u))
         y = torch.zeros_like(v)

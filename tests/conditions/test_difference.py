@@ -293,6 +293,69 @@ def test_the_steps_of_every_scale_are_found():
         torch.testing.assert_close(answer, (1 / (1 + 0.3 * u**2)).float(), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["minimum", "gauss-newton"])
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-4), (F64, 1e-6)])
+def test_a_step_that_is_too_long_for_a_leaf_of_other_units_is_said(dtype, small, kind):
+    # Beyond where tanh bends both steps see the penalty alone, and agree on it.
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*s, generator=generator, dtype=F64) for s in ((30, 4), (30,)))
+    large = 1 / small if dtype == F64 else 1.0
+    scales = torch.tensor([large, large, small, small], dtype=F64)
+
+    def outputs(p, h):
+        w = torch.cat([p["a"], p["b"]]) / scales
+        return torch.tanh(x @ w.double())
+
+    def loss(z, h):
+        return (z - y).square().mean()
+
+    def penalty(p, h):
+        return (h.exp() * (torch.cat([p["a"], p["b"]]) / scales) ** 2).sum()
+
+    h, w = torch.full((4,), -2.0, dtype=F64), torch.zeros(4, dtype=F64)
+
+    def of_unit(v):
+        return loss(torch.tanh(x @ v), h) + (h.exp() * v**2).sum()
+
+    for _ in range(60):
+        w = w - torch.linalg.solve(hessian(of_unit)(w), grad(of_unit)(w))
+    params = {"a": (w * scales)[:2].to(dtype), "b": (w * scales)[2:].to(dtype)}
+
+    def outer(p, h):
+        return (p["b"] / small).square().sum()
+
+    inner = Minimum(lambda p, h: loss(outputs(p, h), h) + penalty(p, h), products="difference")
+    if kind == "gauss-newton":
+        inner = GaussNewton(outputs, loss, penalty, products="difference")
+    with pytest.raises(hypergrad.HypergradError) as caught:
+        implicit_grad(outer, inner, params, h.to(dtype), on_failure="raise")
+    assert caught.value.info.product_error > 0.5
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-4, 1e-7])
+def test_leaves_that_happen_to_be_small_are_no_other_units(small):
+    inner, outer, params, hparams = network(torch.float32)
+    b = params["b"]
+    params = {**params, "b": small * b}
+
+    def shifted(p, h):  # the same minimum, with a bias that is small there
+        return inner({**p, "b": p["b"] + (1 - small) * b}, h)
+
+    answer, info = implicit_grad(
+        lambda p, h: outer({**p, "b": p["b"] + (1 - small) * b}, h),
+        Minimum(shifted, products="difference"), params, hparams, return_info=True,
+    )  # fmt: skip
+    assert info.success
+    exact = implicit_grad(
+        outer, inner, {k: v.double() for k, v in (params | {"b": b}).items()},
+        {k: v.double() for k, v in hparams.items()}, on_failure="ignore",
+    )  # fmt: skip
+    error = sum((answer[k] - exact[k]).norm() ** 2 for k in exact) ** 0.5
+    size = sum(exact[k].norm() ** 2 for k in exact) ** 0.5
+    assert error <= 1e-2 * size
+    assert error <= info.error_estimate * size
+
+
 def test_curvature_below_the_noise_is_no_verdict():
     # The lowest curvature is a ten thousandth of the highest, and products are worse than that.
     curvature = torch.logspace(-4, 0, 30, dtype=F64)
@@ -437,6 +500,23 @@ def test_a_captured_tensor_that_requires_grad_is_to_be_an_argument():
     )
     with pytest.raises(hypergrad.UnsupportedOperation, match=r"captures t.*as an argument"):
         fit(None, A[0])
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(), MINRES(), hypergrad.GMRES(), hypergrad.LSMR(), hypergrad.NormalCG()], ids=repr
+)
+def test_every_solver_takes_the_noise_of_each_task(solver):
+    W = torch.stack([newton(None, t, M) for t, M in zip(T, A, strict=True)])
+
+    def gradients(make):
+        def one(w, t, M):
+            inner = make(lambda w, t: quartic(w, t, M))
+            return implicit_grad(lambda w, t: (w**3).sum(), inner, w, t, solver=solver)
+
+        return vmap(one)(W, T, A)
+
+    answer = gradients(lambda f: Minimum(f, products="difference"))
+    torch.testing.assert_close(answer, gradients(Minimum), rtol=1e-5, atol=1e-7)
 
 
 def test_tasks_of_a_vmap_have_steps_of_their_own():

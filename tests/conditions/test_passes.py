@@ -1,6 +1,8 @@
 """Inner losses that are means over batches, against one batch of all the data."""
 
+import dataclasses
 import re
+from collections import UserDict
 
 import pytest
 import torch
@@ -270,6 +272,73 @@ def test_batches_that_change_between_passes_are_noticed(products, second, said):
     inner = Minimum(of_batch, batches=batches, products=products)
     with pytest.raises(hypergrad.StructureMismatch, match=rf"{said}.*list\(loader\)"):
         hypergrad.implicit_grad(outer, inner, PARAMS, HPARAMS)
+
+
+@dataclasses.dataclass
+class Examples:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x, y: (x.numpy(), y.numpy()),
+        lambda x, y: Examples(x, y),
+        lambda x, y: [UserDict(inputs=x, targets=y)],
+    ],
+    ids=["numpy", "dataclass", "mapping"],
+)
+def test_batches_that_are_no_tensors_are_looked_into(made):
+    def loss(p, h, batch):
+        if isinstance(batch, tuple):
+            x, y = map(torch.from_numpy, batch)
+        elif isinstance(batch, Examples):
+            x, y = batch.inputs, batch.targets
+        else:
+            x, y = batch[0]["inputs"], batch[0]["targets"]
+        return of_batch(p, h, (x, y))
+
+    batches = [made(x, y) for x, y in BATCHES]
+    answer = hypergrad.implicit_grad(outer, Minimum(loss, batches=batches), PARAMS, HPARAMS)
+    close(answer, hypergrad.implicit_grad(outer, of_all, PARAMS, HPARAMS), 1e-6)
+    changing = Minimum(loss, batches=Changing([batches[:3], batches[3:6]]))
+    with pytest.raises(hypergrad.StructureMismatch, match="batch 0 is another one"):
+        hypergrad.implicit_grad(outer, changing, PARAMS, HPARAMS)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["csr", "nested"],
+)
+def test_tensors_of_other_layouts_may_be_in_a_batch(made):
+    odd = made()
+    inner = Minimum(lambda p, h, b: of_batch(p, h, b[0]), batches=[(b, odd) for b in BATCHES])
+    answer = hypergrad.implicit_grad(outer, inner, PARAMS, HPARAMS)
+    close(answer, hypergrad.implicit_grad(outer, of_all, PARAMS, HPARAMS), 1e-6)
+
+
+@pytest.mark.parametrize("solver", [None, hypergrad.Exact(), CG(rtol=1e-9)])
+def test_a_single_batch_of_a_single_vector_is_that_of_all_data(solver):
+    def fitted(w, lam, x, y):
+        return (x @ w - y).square().mean() + lam.exp() * w @ w
+
+    lam = torch.tensor(-2.0, dtype=torch.float64)
+    w = torch.linalg.solve(
+        X.T @ X / len(X) + lam.exp() * torch.eye(5, dtype=X.dtype), X.T @ Y / len(X)
+    )
+    inner = Minimum(lambda w, lam, b: fitted(w, lam, *b), batches=[(X, Y)])
+    answer = hypergrad.implicit_grad(lambda w, lam: w.sum(), inner, w, lam, solver=solver)
+    expected = hypergrad.implicit_grad(
+        lambda w, lam: w.sum(), lambda w, lam: fitted(w, lam, X, Y), w, lam
+    )
+    torch.testing.assert_close(answer, expected)
 
 
 def test_a_shuffling_loader_with_a_generator_of_its_own_is_noticed():

@@ -178,6 +178,29 @@ def test_retraining_without_the_example_correlates_with_the_influence():
     assert 0.8 < found.norm() / torch.stack(changes).norm() < 1.2
 
 
+@pytest.mark.parametrize("tests", [3, 15])  # fewer than training examples, and more
+def test_losses_that_go_through_fused_attention_have_an_influence(tests):
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(k, 5, generator=generator) for k in (8, tests))
+
+    def by_hand(z):
+        return (z @ z.mT / 5**0.5).softmax(dim=-1) @ z
+
+    def fused(z):
+        return torch.nn.functional.scaled_dot_product_attention(*[z[None, None]] * 3)[0, 0]
+
+    def influence(attention):
+        return hypergrad.influence(
+            lambda w: attention(v * (1 + w)).square().sum(dim=1),
+            lambda w: attention(x * (1 + w)).square().sum(dim=1),
+            torch.zeros(5),
+            regulariser=lambda w: 200 * (w - 0.1).square().sum(),
+            inner_tol=None,
+        )
+
+    torch.testing.assert_close(influence(fused), influence(by_hand), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_vectors_and_unsolved_problems_are_named():
     p = Regression(9, 7, 4)
     with pytest.raises(hypergrad.StructureMismatch, match=r"inner_each must return a vector.*none"):

@@ -233,8 +233,29 @@ def test_a_start_saves_the_products():
         hypergrad.jacobian(*call, x0=p.w)
 
 
+def test_outputs_that_go_through_fused_attention_are_differentiated_one_by_one():
+    p = Ridge(20, 5, dtype=torch.float32)
+
+    def attended(w, h):  # of one vector by itself: what follows it is the softmax's derivative
+        x = p.X_val.reshape(1, 1, 12, 5) * w
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)[0, 0, :, 0]
+
+    def by_hand(w, h):
+        x = p.X_val * w
+        return ((x @ x.T / 5**0.5).softmax(dim=-1) @ x)[:, 0]
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = hypergrad.jacobian(attended, p.inner, p.w, p.log_penalty)
+    assert not warned  # PyTorch's, of a kernel that it cannot map
+    expected = hypergrad.jacobian(by_hand, p.inner, p.w, p.log_penalty)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_mistakes_are_named():
     p = Ridge(20, 5)
+    with pytest.raises(hypergrad.StructureMismatch, match="tensors without entries"):
+        hypergrad.jacobian(lambda w, h: w[:0], p.inner, p.w, p.log_penalty)
     with pytest.raises(hypergrad.NotConnected, match="outers does not depend on params"):
         hypergrad.jacobian(lambda w, h: h, p.inner, p.w, p.log_penalty)
     with pytest.raises(hypergrad.StructureMismatch, match=r"floating-point tensor.*int64"):
