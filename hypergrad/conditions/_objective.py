@@ -92,7 +92,7 @@ class Objective(Condition):
             own = InPlace(module, problem.params)
             slopes = InPlaceSlopes(problem, draw, passes, self.of_batch, own)
             differences = self._differences(slopes, point, passes, draw)
-        at = differences.here
+        at = differences.taken()
         require_all(point.problem, at.inner)
         return Record(
             [at.value], at.inner, differences.product, differences.product,
