@@ -80,13 +80,13 @@ class InPlace:
             _refuse_hooks(f"{type(module).__name__}.{name}", parameter)
 
     @contextmanager
-    def at(self, targets: Sequence[Tensor]) -> Iterator[None]:
+    def at(self, targets: Iterable[Tensor]) -> Iterator[None]:
         """Move the parameters to other values, and put everything back.
 
         Parameters
         ----------
-        targets : sequence of Tensor
-            The values, placed like the parameters.
+        targets : iterable of Tensor
+            The values, placed like the parameters: each is made when its parameter is moved.
 
         Yields
         ------

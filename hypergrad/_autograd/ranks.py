@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -55,6 +55,28 @@ def all_reduce(figures: Tensor, group: Any, kind: str = "sum") -> Tensor:
     return packed
 
 
+def any_process(here: Sequence[bool], group: Any) -> list[bool]:
+    """Say what is true in any of the processes.
+
+    Parameters
+    ----------
+    here : sequence of bool
+        What is true in this one.
+    group : ProcessGroup
+        Who takes part.
+
+    Returns
+    -------
+    anywhere : list of bool
+        As many.
+    """
+    device = torch.device("cpu")
+    if torch.distributed.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    flags = torch.tensor([float(flag) for flag in here], device=device)
+    return (all_reduce(flags, group, "max") > 0).tolist()
+
+
 def run_alike(here: bool) -> None:
     """Raise if a module of several processes runs in some of those that evaluate together alone.
 
@@ -69,12 +91,7 @@ def run_alike(here: bool) -> None:
         If it does not, and does so in another process.
     """
     group = _group.get()
-    if group is None:
-        return
-    device = torch.device("cpu")
-    if torch.distributed.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    if bool(all_reduce(torch.tensor(float(here), device=device), group, "max") > float(here)):
+    if group is not None and any_process([here], group)[0] and not here:
         raise NotConnected(
             "In this process a loss does not run the module, and in another one it does: is its "
             "batch empty? All processes run it together: add module(x).sum() * 0 of an empty x, or "

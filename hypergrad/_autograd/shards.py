@@ -8,6 +8,7 @@ solver can take a part for the whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,19 @@ class Space:
         self._plain = [i for i, p in enumerate(self.placements) if p is None]
         self._device = local_of(variables[0]).device
 
-    def numbers(self) -> Tensor:
-        """Return the numbers that the part's entries have in the vector of one process."""
+    def numbers(self, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Tensor:
+        """Return the numbers that the part's entries have in the vector of one process.
+
+        Parameters
+        ----------
+        of : callable
+            A function of them, entry by entry, to be returned in their place.
+
+        Returns
+        -------
+        numbers : Tensor
+            One an entry.
+        """
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         starts, start = [], 0
@@ -84,7 +96,7 @@ class Space:
             for dim, (length, offset) in enumerate(zip(local, offsets, strict=True)):
                 here = offset + torch.arange(length, device=self._device)
                 number = number[..., None] + here * shape[dim + 1 :].numel()
-            parts.append(number.reshape(-1))
+            parts.append(of(number.reshape(-1)))
         return torch.cat(parts)
 
     def joined(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Shards:
@@ -118,6 +130,13 @@ class Space:
                 )  # fmt: skip
             parts[i] = part
         return parts
+
+    def between(self, start: int, stop: int) -> Space:
+        """Make the space of some entries of each process's part, for operations by entries."""
+        space = copy.copy(self)
+        space.sizes, space.size = [stop - start], stop - start
+        space.counted = min(max(self.counted - start, 0), stop - start)
+        return space
 
     def total(self, figures: Tensor, kind: str = "sum") -> Tensor:
         """Reduce the figures of all processes to those of the whole."""
@@ -547,15 +566,15 @@ def _median(v: Tensor, dim: Any = None, keepdim: bool = False) -> _Values:
     _last(v, dim)
     whole = {torch.float64: torch.int64, torch.float32: torch.int32}[v.dtype]
     bits = torch.finfo(v.dtype).bits
-    patterns = _counted(v).contiguous().view(whole).to(torch.int64)
-    most = 2 ** (bits - 1) - 1
-    patterns = torch.where(patterns < 0, patterns ^ most, patterns)  # below zero they run backwards
+    plain, most = _counted(v).contiguous().view(whole), 2 ** (bits - 1) - 1
+    # Below zero they run backwards.
+    patterns = (plain >> (bits - 1)).bitwise_and_(most).bitwise_xor_(plain)
     low = torch.full((*v.shape[:-1], 1), -most - 1, device=patterns.device)
     high = torch.full_like(low, most)
     wanted = (space.n - 1) // 2 + 1
     for _ in range(bits):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = space.total((patterns <= middle).sum(dim=-1, keepdim=True)) >= wanted
+        enough = space.total((patterns <= middle.to(whole)).sum(dim=-1, keepdim=True)) >= wanted
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
     pattern = torch.where(high < 0, high ^ most, high).to(whole)
     value = pattern.view(v.dtype)
@@ -631,8 +650,24 @@ _RULES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def numbers_of(like: Tensor) -> Tensor:
-    """Return the numbers of a vector's entries from zero, also of one that is a part."""
+def unknown_like(vector: Tensor) -> Tensor:
+    """Make a vector of NaN that takes no memory."""
+    local = vector.local if isinstance(vector, Shards) else vector
+    unknown = local.new_full((), torch.nan).expand_as(local)
+    return Shards(unknown, vector.space) if isinstance(vector, Shards) else unknown
+
+
+def cut(vector: Tensor, number: int, count: int) -> Tensor:
+    """Take one of so many pieces of each process's part, as a vector of those entries alone."""
+    if not isinstance(vector, Shards):
+        return vector
+    size = vector.local.shape[-1]
+    start, stop = size * number // count, size * (number + 1) // count
+    return Shards(vector.local[..., start:stop], vector.space.between(start, stop))
+
+
+def numbers_of(like: Tensor, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Tensor:
+    """Return a function of the numbers of a vector's entries from zero, also of a part's."""
     if isinstance(like, Shards):
-        return Shards(like.space.numbers(), like.space)
-    return torch.arange(like.shape[-1], device=like.device)
+        return Shards(like.space.numbers(of), like.space)
+    return of(torch.arange(like.shape[-1], device=like.device))

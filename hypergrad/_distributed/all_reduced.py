@@ -134,6 +134,11 @@ class AllReduced:
     def __init__(self, share: Callable[..., Any], group: Any, kind: str, reduction: str) -> None:
         self._share, self._group, self._kind, self._reduction = share, group, kind, reduction
 
+    @property
+    def processes(self) -> Any:
+        """Who takes part; None: this process alone."""
+        return (self._group or torch.distributed.group.WORLD) if _several(self._group) else None
+
     def __call__(self, *args: Any) -> Any:
         """Evaluate the whole value, or the outputs of this process's data."""
         if not _several(self._group):

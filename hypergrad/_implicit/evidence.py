@@ -216,8 +216,7 @@ class Evidence:
     def _newton(self) -> tuple[Tensor, NewtonStep]:
         """Form the inner Newton step, and measure its relative length."""
         F, solution = self.lin.residual, self.solution
-        weighted = self._weighted(self.params)
-        self.extent = norm(weighted)
+        self.extent = norm(self._weighted(self.params))
         newton = solution.newton
         if newton is not None and self._unreached(newton, F):
             rows = self._rows()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.host import any_task
 from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
-from .._autograd.shards import placed_like, refuse_lost_derivatives, refused
+from .._autograd.shards import placed_like, refuse_lost_derivatives, refused, unknown_like
 from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import Notes, detached, graph
@@ -121,8 +121,8 @@ class Linearisation:
         for replay in (known.transposed, known.product, known.hessian, known.cross):
             if isinstance(replay, Replay):
                 replay.let_go()
-        if residual and self.layout.space is None:  # nobody will ask
-            self.residual = self.residual.new_full((), math.nan).expand_as(self.residual)
+        if residual:  # nobody will ask
+            self.residual = unknown_like(self.residual)
         self.record.residual = list(self.layout.split(self.residual))
 
     def forget(self) -> None:
@@ -175,7 +175,9 @@ class Linearisation:
         if self.record.differences is None:
             return 0.0
         v = b[(0,) * (b.ndim - 1 - len(self.lead))]
-        v = torch.where((v == 0).all(dim=-1, keepdim=True), signs(v), v)
+        nothing = (v == 0).all(dim=-1, keepdim=True)
+        if not looks or any_task(nothing):
+            v = torch.where(nothing, signs(v), v)
         return self.record.differences.measure(self.layout.split(v), looks=looks)
 
     @property

@@ -15,7 +15,7 @@ from .._autograd.products import Parts
 from ..solvers._vectors import norm
 
 if TYPE_CHECKING:
-    from ._first_derivatives import FirstDerivatives
+    from ._first_derivatives import FirstDerivatives, Slopes
     from ._inner_problem import Problem
 
 _APART = 4.0  # the factor between two steps that are compared
@@ -138,7 +138,7 @@ class Differences:
     Attributes
     ----------
     here : Slopes
-        The first derivatives there.
+        The first derivatives there, until they are taken.
     step : Step
         That along the inner variables.
     """
@@ -156,6 +156,11 @@ class Differences:
     def of_gradient(self) -> Step:
         """The step of differences of gradients."""
         return self.step
+
+    def taken(self) -> Slopes:
+        """Hand over the first derivatives there, and keep none of their memory."""
+        here, self.here = self.here, self.here._replace(inner=[], outer=[])
+        return here
 
     def measure(self, v: Parts, *, looks: bool) -> Tensor:
         """Measure the relative error of a product along `v`, and choose the step by it."""
@@ -284,7 +289,7 @@ class Differences:
         ahead, behind = (
             self._slopes(moved(self._tensors, places, v, sign * h), outer=outer) for sign in (1, -1)
         )
-        return minus(ahead.inner, behind.inner, over), minus(ahead.outer, behind.outer, over)
+        return spent(ahead.inner, behind.inner, over), spent(ahead.outer, behind.outer, over)
 
 
 def per_length(v: Parts, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,6 +366,15 @@ def minus(a: Parts, b: Parts, factor: Tensor | None = None) -> Parts:
         assert right is not None
         part = left.to(dtype) - right.to(dtype)
         difference.append(part if factor is None else part * wide(factor, part))
+    return difference
+
+
+def spent(a: list[Tensor | None], b: list[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Form `minus` in the memory of the two, which are emptied as far as they are used."""
+    difference: list[Tensor | None] = []
+    for i in range(len(a)):
+        difference += minus([a[i]], [b[i]], factor)
+        a[i] = b[i] = None
     return difference
 
 

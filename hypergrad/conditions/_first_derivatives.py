@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .._autograd.transforms import is_wrapped
 from ._base import Condition
 from ._inner_problem import Problem
 from ._passes import Passes
+
+#: Leaves like the inner variables, and the multiple of them that is added.
+Displacement = tuple[Parts, float]
 
 
 class Slopes(NamedTuple):
@@ -42,16 +46,18 @@ class FirstDerivatives(Protocol):
     """The objective of an inner problem and its first derivatives, at any tensors.
 
     Everything that `products="difference"` knows of an inner problem comes from here. A call is
-    ``slopes(tensors, outer=False) -> Slopes``:
+    ``slopes(tensors, outer=False, by=None) -> Slopes``:
 
     - `tensors` are those of ``problem.tensors``, in their order: detached, with other values for
       the inner variables (at ``problem.inner``) or for the differentiated arguments (at
       ``problem.outer``). They may be kept by the caller, and are not changed.
+    - With ``by=(v, h)`` the inner variables are moved by h times the leaves v from there.
     - Every call sees the same random numbers and the same buffers, and runs under the autocast
       that was in force when the object was made, whatever is in force at the call. The first call
       draws from the caller's generators as any evaluation would; later ones leave them as they are.
     - The gradients are detached, each like its variable (dtype, shape, and for sharded variables
-      the placement), and are not changed by whoever gets them. No graph survives the call.
+      the placement), and are not changed by whoever gets them; the lists are theirs, to be emptied
+      where the memory is wanted. No graph survives the call.
     - Nothing of the caller's is changed once the call has returned or raised: parameters, ``.grad``
       and buffers are as before, bit for bit.
     - With task axes the gradients are those of the sum over tasks, so that each task finds its own
@@ -70,14 +76,14 @@ class FirstDerivatives(Protocol):
     narrowest: torch.dtype
     captured: list[Tensor]
 
-    def __call__(self, tensors: Sequence[Tensor], *, outer: bool = False) -> Slopes:
+    def __call__(
+        self, tensors: Sequence[Tensor], *, outer: bool = False, by: Displacement | None = None
+    ) -> Slopes:
         """Evaluate the objective and its gradient by the inner variables, and by the outer ones."""
 
 
-class RecordedSlopes:
-    """First derivatives by recording each evaluation: functional, nothing is moved in place.
-
-    With `passes` over batches a call is one pass: the mean over the batches, in the memory of one.
+class SlopesOfPasses(ABC):
+    """First derivatives whose evaluation is a pass over batches: their mean, in the memory of one.
 
     Parameters
     ----------
@@ -89,9 +95,10 @@ class RecordedSlopes:
         Over its batches.
     of_batch : callable
         ``batch -> condition`` whose values add up to the objective of one batch.
-    own_backward : bool
-        Whether the caller knows what to do with `RunsOnProcesses`.
     """
+
+    #: Whether the gradients of one batch are in memory of their own, and may be added to.
+    _own: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -99,30 +106,68 @@ class RecordedSlopes:
         draw: Draw,
         passes: Passes,
         of_batch: Callable[[Any], Condition],
-        *,
-        own_backward: bool = False,
     ) -> None:
-        self._own_backward = own_backward
         self.problem, self.narrowest = problem, problem.layout().precision
         self.captured: list[Tensor] = []
         self._draw, self._passes, self._of_batch = draw, passes, of_batch
         self._around = surroundings([t.device.type for t in problem.tensors])
         self._first = True
 
-    def __call__(self, tensors: Sequence[Tensor], *, outer: bool = False) -> Slopes:
+    def __call__(
+        self, tensors: Sequence[Tensor], *, outer: bool = False, by: Displacement | None = None
+    ) -> Slopes:
         """Evaluate once, or once for each batch."""
-        total: Slopes | None = None
+        value: Tensor | None = None
+        sums: list[list[Tensor | None]] = []
         count = 0
         with self._around(), self._draw.evaluation():
             for batch in self._passes:
-                slopes = self._of_one(self._of_batch(batch), tensors, outer)
-                total = slopes if total is None else _joined(total, slopes, own=count > 1)
+                slopes = self._of_one(self._of_batch(batch), tensors, outer, by)
+                parts = [slopes.inner, slopes.outer]
+                if value is None:
+                    value, sums = slopes.value, parts
+                else:
+                    value, own = value + slopes.value, self._own or count > 1
+                    sums = [added(a, b, own=own) for a, b in zip(sums, parts, strict=True)]
                 count, self._first = count + 1, False
-        assert total is not None
-        by_inner, by_outer = (times(parts, 1 / count) for parts in (total.inner, total.outer))
-        return Slopes(total.value / count, by_inner, by_outer)
+                del slopes, parts
+        assert value is not None
+        own = self._own or count > 1
+        return Slopes(value / count, *(times(total, 1 / count, own=own) for total in sums))
 
-    def _of_one(self, condition: Condition, tensors: Sequence[Tensor], outer: bool) -> Slopes:
+    @abstractmethod
+    def _of_one(
+        self,
+        condition: Condition,
+        tensors: Sequence[Tensor],
+        outer: bool,
+        by: Displacement | None,
+    ) -> Slopes:
+        """Evaluate the objective of one batch, and differentiate it."""
+
+
+class RecordedSlopes(SlopesOfPasses):
+    """First derivatives by recording each evaluation: functional, nothing is moved in place.
+
+    Parameters
+    ----------
+    problem, draw, passes, of_batch
+        As in `SlopesOfPasses`.
+    own_backward : bool
+        Whether the caller knows what to do with `RunsOnProcesses`.
+    """
+
+    def __init__(self, *arguments: Any, own_backward: bool = False) -> None:
+        super().__init__(*arguments)
+        self._own_backward = own_backward
+
+    def _of_one(
+        self,
+        condition: Condition,
+        tensors: Sequence[Tensor],
+        outer: bool,
+        by: Displacement | None,
+    ) -> Slopes:
         problem = self.problem
         inner = problem.inner
         places = [*inner, *(problem.outer if outer else ())]
@@ -141,18 +186,41 @@ class RecordedSlopes:
 
         # Draws follow each other from batch to batch, in the same way in every pass.
         variables = [tensors[i] for i in places]
+        if by is not None:
+            dtype = problem.layout().dtype
+            variables[: len(inner)] = displaced(variables[: len(inner)], *by, dtype)
         return record(
             evaluate, variables, problem.trees, draw=Draw(),
             in_pieces=True, own_backward=self._own_backward,
         )  # fmt: skip
 
 
-def _joined(one: Slopes, other: Slopes, *, own: bool) -> Slopes:
-    return Slopes(
-        one.value + other.value,
-        added(one.inner, other.inner, own=own),
-        added(one.outer, other.outer, own=own),
-    )
+def displaced(
+    variables: Sequence[Tensor], v: Parts, h: float, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Move variables along leaves, one after the other, in the dtype of the vectors.
+
+    Parameters
+    ----------
+    variables : sequence of Tensor
+        Whence.
+    v : sequence of Tensor or None
+        The leaves; None stands for zero.
+    h : float
+        By which multiple of them.
+    dtype : torch.dtype
+        What is computed in.
+
+    Yields
+    ------
+    target : Tensor
+        Each variable's other value.
+    """
+    for at, part in zip(variables, v, strict=True):
+        if part is None:
+            yield at
+        else:
+            yield torch.add(at.to(dtype), part.to(dtype), alpha=h).to(at.dtype)
 
 
 def added(total: Parts, parts: Parts, *, own: bool) -> list[Tensor | None]:
@@ -160,14 +228,19 @@ def added(total: Parts, parts: Parts, *, own: bool) -> list[Tensor | None]:
 
     def one(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None or b is None:
-            return (b if b is None else b.clone()) if a is None else a
+            known = b if a is None else a
+            return known if known is None or (own and known is a) else known.clone()
         return a.add_(b) if own and not (is_wrapped(a) or is_wrapped(b)) else a + b
 
     return [one(a, b) for a, b in zip(total, parts, strict=True)]
 
 
-def times(parts: Parts, factor: float) -> list[Tensor | None]:
-    """Multiply leaves by a number; None stands for zero."""
+def times(parts: Parts, factor: float, *, own: bool = False) -> list[Tensor | None]:
+    """Multiply leaves by a number, in memory that is its `own`; None stands for zero."""
     if factor == 1:
         return list(parts)
-    return [None if part is None else part * factor for part in parts]
+
+    def one(part: Tensor) -> Tensor:
+        return part.mul_(factor) if own and not is_wrapped(part) else part * factor
+
+    return [None if part is None else one(part) for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ from torch import Tensor
 from .._autograd.in_place import InPlace
 from .._autograd.products import Parts
 from .._autograd.random_numbers import Draw
-from .._autograd.recording import Recording, narrowest, record, surroundings
+from .._autograd.recording import Recording, narrowest, record
 from .._autograd.shards import whole_ones
 from .._errors import UnsupportedOperation
 from .._pytrees import Layout
 from ..solvers._vectors import norm
 from ._base import Condition
-from ._difference import Differences, Step, minus
-from ._first_derivatives import Slopes, added, times
+from ._difference import Differences, Step, spent
+from ._first_derivatives import Displacement, Slopes, SlopesOfPasses, displaced
 from ._inner_problem import Problem
 from ._passes import Passes
 
 
-class InPlaceSlopes:
+class InPlaceSlopes(SlopesOfPasses):
     """First derivatives by ``.backward()`` of a module whose own parameters are moved in place.
 
     The objective is the mean over processes of what each of them returns, as the module's gradients
@@ -31,17 +31,13 @@ class InPlaceSlopes:
 
     Parameters
     ----------
-    problem : Problem
-        The inner problem.
-    draw : Draw
-        Its random numbers.
-    passes : Passes
-        Over its batches.
-    of_batch : callable
-        ``batch -> condition`` whose values add up to the objective of one batch.
+    problem, draw, passes, of_batch
+        As in `SlopesOfPasses`.
     own : InPlace
         The module's parameters.
     """
+
+    _own: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,36 +52,24 @@ class InPlaceSlopes:
                 "A module of several processes runs one problem after the other: call outside of "
                 "vmap and of batches of tasks."
             )
-        self.problem, self.narrowest = problem, problem.layout().precision
-        self.captured: list[Tensor] = []
-        self._draw, self._passes, self._of_batch, self._own = draw, passes, of_batch, own
-        self._around = surroundings([t.device.type for t in problem.tensors])
+        super().__init__(problem, draw, passes, of_batch)
+        self._module = own
         own.agree(whole_ones([t.detach() for t in problem.tensors if t.is_floating_point()]))
 
-    def __call__(self, tensors: Sequence[Tensor], *, outer: bool = False) -> Slopes:
-        """Evaluate once, or once for each batch."""
-        total: Slopes | None = None
-        count = 0
-        with self._around(), self._draw.evaluation():
-            for batch in self._passes:
-                slopes = self._of_one(self._of_batch(batch), tensors, outer)
-                if total is not None:
-                    slopes = Slopes(
-                        total.value + slopes.value,
-                        added(total.inner, slopes.inner, own=True),
-                        added(total.outer, slopes.outer, own=True),
-                    )
-                total, count = slopes, count + 1
-        assert total is not None
-        by_inner, by_outer = (times(parts, 1 / count) for parts in (total.inner, total.outer))
-        return Slopes(total.value / count, by_inner, by_outer)
-
-    def _of_one(self, condition: Condition, tensors: Sequence[Tensor], outer: bool) -> Slopes:
-        problem, own = self.problem, self._own
+    def _of_one(
+        self,
+        condition: Condition,
+        tensors: Sequence[Tensor],
+        outer: bool,
+        by: Displacement | None,
+    ) -> Slopes:
+        problem, own = self.problem, self._module
         places = problem.outer if outer else ()
+        inner = [tensors[i] for i in problem.inner]
+        dtype = problem.layout().dtype
 
         def evaluate(recording: Recording) -> Slopes:
-            with own.at([tensors[i] for i in problem.inner]):
+            with own.at(inner if by is None else displaced(inner, *by, dtype)):
                 given = recording.placed(tensors, places)
                 for place, parameter in zip(problem.inner, own.parameters, strict=True):
                     given[place] = parameter
@@ -131,26 +115,10 @@ class PlacedDifferences(Differences):
             none = [None] * len(self._problem.outer)
             return [None if part is None else part * 0.0 for part in v], none
         h, over = float(reach / length), length / (2 * reach)
-        ahead, behind = (self._moved(v, sign * h, outer) for sign in (1, -1))
-        pairs = zip(ahead.inner, behind.inner, strict=True)
-        return [self._minus(a, b, float(over)) for a, b in pairs], minus(
-            ahead.outer, behind.outer, over
+        ahead, behind = (
+            self._slopes(self._tensors, outer=outer, by=(v, sign * h)) for sign in (1, -1)
         )
-
-    def _moved(self, v: Parts, h: float, outer: bool) -> Slopes:
-        given, dtype = list(self._tensors), self._layout.dtype
-        for place, part in zip(self._problem.inner, v, strict=True):
-            if part is not None:
-                at = self._tensors[place]
-                given[place] = torch.add(at.to(dtype), part.to(dtype), alpha=h).to(at.dtype)
-        return self._slopes(given, outer=outer)
-
-    def _minus(self, a: Tensor | None, b: Tensor | None, over: float) -> Tensor | None:
-        known, dtype = b if a is None else a, self._layout.dtype
-        if known is None:
-            return None
-        left, right = (torch.zeros_like(known) if t is None else t for t in (a, b))
-        return (left.to(dtype) - right.to(dtype)).mul_(over)
+        return spent(ahead.inner, behind.inner, over), spent(ahead.outer, behind.outer, over)
 
     def _require_inner(self, places: Sequence[int]) -> None:
         """Raise for a forward product, which hypergradients have no need of."""

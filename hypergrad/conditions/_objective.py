@@ -16,6 +16,7 @@ from .._autograd.random_numbers import Draw, generators, restore
 from .._autograd.recording import Recording, record, surroundings
 from .._autograd.refused_modules import RunsOnProcesses
 from .._autograd.rows import by_rows
+from .._autograd.shards import group_of
 from ._base import Condition, Point, Record, recorded, require_all
 from ._difference import Differences, own_arguments
 from ._first_derivatives import FirstDerivatives, RecordedSlopes, added, times
@@ -73,7 +74,8 @@ class Objective(Condition):
         """Record the gradient, and how products are formed."""
         if self.replays:
             return self._graph(point)
-        passes, draw = Passes(self.batches, self.on_batch), point.draw
+        passes = Passes(self.batches, self.on_batch, self._processes(point.problem))
+        draw = point.draw
         assert draw is not None
         if self.products == "exact":
             return self._passed(point, passes, draw)
@@ -90,9 +92,10 @@ class Objective(Condition):
             restore(before)
             draw.forget()
             own = InPlace(module, problem.params)
+            passes.group = own.group
             slopes = InPlaceSlopes(problem, draw, passes, self.of_batch, own)
             differences = self._differences(slopes, point, passes, draw)
-        at = differences.here
+        at = differences.taken()
         require_all(point.problem, at.inner)
         return Record(
             [at.value], at.inner, differences.product, differences.product,
@@ -104,6 +107,11 @@ class Objective(Condition):
     @abstractmethod
     def _graph(self, point: Point) -> Record:
         """Record one graph, from which all products come."""
+
+    def _processes(self, problem: Problem) -> Any:
+        """Find the processes that evaluate it together; None: there are none."""
+        of_functions = [getattr(f, "processes", None) for f in self.functions()]
+        return group_of(problem.params.variables) or next(filter(None, of_functions), None)
 
     def _differences(
         self, slopes: FirstDerivatives, point: Point, passes: Passes, draw: Draw

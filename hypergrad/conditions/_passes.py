@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._autograd.ranks import any_process
 from .._autograd.torch_pytrees import pytree
 from .._autograd.transforms import is_wrapped
-from .._errors import StructureMismatch
+from .._errors import RankFailed, StructureMismatch
 
 _LOOKED_AT = 8  # entries of each tensor
+_END = object()
 _CURE = (
     "pass a list of the batches (list(loader)), or a DataLoader with shuffle=False and without "
     "random augmentation."
@@ -29,12 +31,17 @@ class Passes:
         Gives the same batches each time that it is iterated.
     on_batch : callable, optional
         ``on_batch(done)``, called after each batch with their number in this pass.
+    group : ProcessGroup, optional
+        Who evaluates the batches together, and so has as many of them.
     """
 
     def __init__(
-        self, batches: Iterable[Any] | None, on_batch: Callable[[int], Any] | None = None
+        self,
+        batches: Iterable[Any] | None,
+        on_batch: Callable[[int], Any] | None = None,
+        group: Any = None,
     ) -> None:
-        self._batches, self._on_batch = batches, on_batch
+        self._batches, self._on_batch, self.group = batches, on_batch, group
         self._seen: list[str] | None = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -48,13 +55,16 @@ class Passes:
         Raises
         ------
         StructureMismatch
-            If there is no batch, or the batches are not those of the pass before.
+            If there is no batch, the batches are not those of the pass before, or other processes
+            have more or fewer.
+        RankFailed
+            If they cannot be read in another process.
         """
         if self._batches is None:
             yield None
             return
         seen: list[str] = []
-        for batch in self._batches:
+        for batch in self._batches if self.group is None else self._in_step(self._batches):
             seen.append(_fingerprint(batch))
             if self._seen is not None and self._seen[len(seen) - 1 : len(seen)] != seen[-1:]:
                 _refuse_change(f"batch {len(seen) - 1} is another one than")
@@ -70,6 +80,38 @@ class Passes:
         if self._seen is not None and len(seen) != len(self._seen):
             _refuse_change(f"there are {len(seen)} batches, and {len(self._seen)}")
         self._seen = seen
+
+    def _in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Iterate as long as all processes do."""
+        left, done = None, 0
+        while True:
+            batch, error = _END, None
+            try:
+                left = iter(batches) if left is None else left
+                batch = next(left, _END)
+            except Exception as failed:
+                error = failed
+            ended = batch is _END and error is None
+            some = any_process([batch is not _END, ended, error is not None], self.group)
+            if error is not None:
+                raise error
+            if some[2]:
+                raise RankFailed(
+                    "Reading batches raised an error in another process, which raises it there. "
+                    "All processes stop, so that none waits for another."
+                )
+            if some[0] and some[1]:
+                raise StructureMismatch(
+                    f"batches has {'only ' if ended else 'more than '}{done} "
+                    f"batches in this process, and {'more' if ended else 'no more'} in another "
+                    "one. Each batch is evaluated by all processes together: give as many to each "
+                    "(drop_last=True of a DistributedSampler).",
+                    argument="batches",
+                )
+            if ended:
+                return
+            done += 1
+            yield batch
 
 
 def refuse_iterators(batches: Any) -> None:

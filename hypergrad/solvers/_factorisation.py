@@ -234,7 +234,7 @@ def signs(like: Tensor) -> Tensor:
     """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
     n, parts = like.shape[-1], []
     if is_shards(like):
-        return _signs(numbers_of(like), like.dtype)
+        return numbers_of(like, lambda numbers: _signs(numbers, like.dtype))
     for start in range(0, max(n, 1), _AT_ONCE):  # the whole numbers take twice the memory
         stop = min(start + _AT_ONCE, n)
         parts.append(_signs(torch.arange(start, stop, device=like.device), like.dtype))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from .._autograd.shards import is_shards
+from .._autograd.shards import cut, is_shards
 
 _LONG = 10_000  # so many unknowns gain nothing by operations that are made together
 _VAST = 1_000_000
@@ -26,9 +27,11 @@ def is_vast(v: Tensor) -> bool:
 def pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut vast vectors of one shape into pieces; shorter ones are one piece, and so is a number."""
     n = max(v.shape[-1] for v in vectors)
-    if any(map(is_shards, vectors)):  # they are pieces already
-        yield vectors
-        return
     size = _PIECE if n > _VAST else max(n, 1)
+    if any(map(is_shards, vectors)):  # as many in every process
+        count = math.ceil(n / size)
+        for number in range(count):
+            yield tuple(cut(v, number, count) for v in vectors)
+        return
     for start in range(0, max(n, 1), size):
         yield tuple(v if v.shape[-1] != n else v[..., start : start + size] for v in vectors)

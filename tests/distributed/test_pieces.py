@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import os
 import subprocess
 import sys
@@ -47,11 +48,29 @@ X_VAL, Y_VAL = data(2, ROWS, WIDTH, dtype=F64), data(3, ROWS, 3, dtype=F64)
 HPARAMS = {"decay": torch.tensor(-1.0, dtype=F64), "of each": data(4, ROWS, dtype=F64)}
 
 
+class Counter(nn.Module):
+    """The identity, with a buffer of how often it has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1, dtype=F64))
+
+    def forward(self, x):
+        self.count += 1
+        return x
+
+
 def network(hidden=7):
     """A network whose rows do not divide evenly, near a minimum of the inner loss."""
+    return copy.deepcopy(solved(hidden))
+
+
+@functools.cache
+def solved(hidden):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, 3)).to(F64)
-    outer, inner = losses(lambda p, x: functional_call(model, p, (x,)))
+    layers = nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, 3), Counter()
+    model = nn.Sequential(*layers).to(F64)
+    _, inner = losses(lambda p, x: functional_call(model, p, (x,)))
     params = {k: v.detach().requires_grad_() for k, v in model.named_parameters()}
     optimiser = torch.optim.LBFGS(
         params.values(), max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
@@ -65,8 +84,16 @@ def network(hidden=7):
 
     optimiser.step(closure)
     params = {k: v.detach() for k, v in params.items()}
-    model.load_state_dict(params)
-    return model, outer, inner, params
+    model.load_state_dict(params, strict=False)
+    return model, params
+
+
+def alone(solver):
+    model, params = network()
+    outer, inner = losses(lambda p, x: functional_call(model, p, (x,)))
+    return implicit_grad(
+        outer, inner, params, HPARAMS, solver=solver, return_info=True, inner_tol=None
+    )
 
 
 def losses(run, rows=slice(None), scale=1.0, place=lambda t: t):
@@ -129,7 +156,7 @@ def join(path, rank):
 def placed(mesh):
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    model, _, _, params = network()
+    model, params = network()
     placements = {"0.weight": Shard(0), "0.bias": Shard(0), "2.weight": Shard(1)}
     split = {
         k: distribute_tensor(v, mesh, [placements.get(k, Replicate())]) for k, v in params.items()
@@ -168,7 +195,8 @@ def dtensors(mesh, rank):
     outer(fit(params, hparams), hparams).backward()
     seen["custom_argmin"] = {k: v.grad for k, v in hparams.items()}
 
-    model, *both, alone = network(hidden=8)  # PyTorch's plan asks for an even number
+    model, alone = network(hidden=8)  # PyTorch's plan asks for an even number
+    both = losses(lambda p, x: functional_call(model, p, (x,)))
     expected = implicit_grad(*both, alone, HPARAMS, solver=Exact(), inner_tol=None)
     parallel = parallelize_module(
         copy.deepcopy(model), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -203,8 +231,13 @@ def dtensors(mesh, rank):
         ),
         "plain between": raised(lambda: implicit_grad(*lossy, theirs, HPARAMS, solver=CG())),
         "all fail": raised(lambda: grad(lambda p, h: 1 / 0)),
+        "batches": raised(lambda: grad(of_batches(inner, 2 + rank))),
     }
     return seen
+
+
+def of_batches(inner, number, products="exact"):
+    return Minimum(lambda p, h, batch: inner(p, h), batches=[0.0] * number, products=products)
 
 
 def _replicate():
@@ -241,14 +274,20 @@ def of_module(kind, mesh, rank):
     first.grad = None
     objects = {k: p.grad for k, p in params.items()}
     before = {k: (local(p), p.grad is None or local(p.grad)) for k, p in params.items()}
+    counts = [b.clone() for b in module.buffers()]
     numbers = torch.get_rng_state()
 
     def unchanged():
-        return torch.equal(numbers, torch.get_rng_state()) and all(
-            p.grad is objects[k]
-            and torch.equal(local(p), before[k][0])
-            and (p.grad is None or torch.equal(local(p.grad), before[k][1]))
-            for k, p in params.items()
+        same = all(map(torch.equal, counts, module.buffers()))
+        return (
+            same
+            and torch.equal(numbers, torch.get_rng_state())
+            and all(
+                p.grad is objects[k]
+                and torch.equal(local(p), before[k][0])
+                and (p.grad is None or torch.equal(local(p.grad), before[k][1]))
+                for k, p in params.items()
+            )
         )
 
     def grad(inner=inner, params=params, products="difference", outer=outer):
@@ -265,10 +304,30 @@ def of_module(kind, mesh, rank):
         inner(p, h)
         raise ZeroDivisionError("at the end")
 
+    parts = [losses(lambda p, x: module(x), slice(rank + 2 * k, None, 4), 4.0) for k in (0, 1)]
+    by_parts = Minimum(lambda p, h, k: parts[k][1](p, h), batches=[0, 1], products="difference")
+    seen["batches"] = implicit_grad(outer, by_parts, params, HPARAMS, solver=CG(rtol=1e-8))
+    seen["unchanged"]["batches"] = unchanged()
     errors = {"exact": raised(lambda: grad(products="exact"))}
+    uneven = of_batches(inner, 3 - rank, "difference")
+    errors["batches"] = raised(lambda: implicit_grad(outer, uneven, params, HPARAMS))
+    seen["unchanged"]["uneven batches"] = unchanged()
+    if kind == "fully_shard":
+        module.set_requires_gradient_sync(False)
+        errors["no sync"] = raised(grad)
+        module.set_requires_gradient_sync(True)
+    else:
+        with module.no_sync():
+            errors["no sync"] = raised(grad)
     seen["unchanged"]["exact"] = unchanged()
     errors["fails"] = raised(lambda: grad(late))
     seen["unchanged"]["a failure"] = unchanged()
+    if kind == "DDP":
+        hooked = module_of(kind, mesh)
+        hooked.register_comm_hook(None, lambda state, bucket: 1 / 0)
+        own = dict(hooked.named_parameters())
+        through = losses(lambda p, x: hooked(x), rows, scale=2.0)
+        errors["communication hook"] = raised(lambda: grad(through[1], own, outer=through[0]))
     copies = {k: v.detach().clone() for k, v in params.items()}
     errors["copies"] = raised(lambda: grad(params=copies))
     hook = first.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
@@ -321,13 +380,6 @@ def two(tmp_path_factory):
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"seen{rank}.pt") for rank in (0, 1)]
-
-
-def alone(solver):
-    _, outer, inner, params = network()
-    return implicit_grad(
-        outer, inner, params, HPARAMS, solver=solver, return_info=True, inner_tol=None
-    )
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +435,7 @@ def test_dtensors_by_differences_are_as_near_as_the_estimate_says(two, one):
         ("twice", "UnsupportedOperation", "it has a first derivative"),
         ("plain between", "UnsupportedOperation", "use_local_output=False"),
         ("all fail", "ZeroDivisionError", "division by zero"),
+        ("batches", "StructureMismatch", "2 batches in this process"),
     ],
 )
 @twice
@@ -408,6 +461,19 @@ def test_modules_of_several_processes_give_the_hypergradient_of_one(two, one, ki
     assert all(first[k].equal(second[k]) for k in expected)
 
 
+def test_a_communication_hook_is_refused(two):
+    for seen in two:
+        found = seen["modules"]["DDP"]["errors"]["communication hook"]
+        assert found[0] == "UnsupportedOperation", found
+        assert "register_comm_hook" in found[1]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules_of_several_processes_take_means_over_batches(two, one, kind):
+    for seen in two:
+        assert distance(seen["modules"][kind]["batches"], one[0]) < 1e-6
+
+
 @pytest.mark.parametrize("kind", MODULES)
 def test_parameters_and_gradients_are_as_before_bit_for_bit(two, kind):
     for seen in two:
@@ -422,6 +488,8 @@ def test_parameters_and_gradients_are_as_before_bit_for_bit(two, kind):
         ("fails", "ZeroDivisionError", "at the end"),
         ("copies", "StructureMismatch", "dict(module.named_parameters())"),
         ("hook", "UnsupportedOperation", "register_post_accumulate_grad_hook"),
+        ("no sync", "UnsupportedOperation", "sync"),
+        ("batches", "StructureMismatch", "2 batches in this process"),
     ],
 )
 def test_mistakes_with_modules_of_several_processes_are_named(two, kind, case, error, text):
