@@ -79,6 +79,11 @@ _CURES = {
         "Write it with setup_context and generate_vmap_rule = True, or call hypergrad outside of "
         "the transform."
     ),
+    "got mixed torch.Tensor and DTensor": (
+        "A loss puts a plain tensor beside a DTensor, which is in pieces on several processes. "
+        "Take the whole of what is reduced first, as in p.square().sum().full_tensor(), or "
+        "distribute the plain one by distribute_tensor(tensor, mesh, [Replicate()])."
+    ),
     "is being used in an in-place operation": str(changed_in_place("A loss")),
     "once_differentiable": (
         "A loss calls a torch.autograd.Function whose backward is marked once_differentiable, so "

@@ -126,6 +126,7 @@ def _judge_rows(
         solver=choices.solver,
         inner_tol=choices.inner_tol,
         kink=evidence.lin.problem.condition.kink,
+        noisy=evidence.system.noisy,
         exact=exact,
     )
     error, text = worst.diagnosis()
@@ -202,6 +203,8 @@ class _Failure(NamedTuple):
     solver: Solver
     inner_tol: float | None
     kink: str
+    #: Of products by differences.
+    noisy: bool
     #: With the figures: in the text of an error, not in that of a warning.
     exact: bool
 
@@ -388,6 +391,13 @@ def _diverged(failure: _Failure) -> str:
 
 
 def _stagnated(failure: _Failure) -> str:
+    if failure.noisy:
+        return (
+            f"{failure.name} came no closer{failure.at}: products by differences hide the rest. "
+            'Take products="exact" where the model has second derivatives, a GaussNewton '
+            "condition, whose curvature cannot be negative, or float64; train the inner problem "
+            "further, or add damping."
+        )
     return (
         f"{failure.name} stagnated at the rounding floor of the dtype{failure.at}. Use float64, "
         "loosen rtol, or pass a preconditioner."

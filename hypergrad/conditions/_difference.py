@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _APART = 4.0  # the factor between two steps that are compared
 _MOST = 3  # steps that are tried in either direction
+_WIDE = 0.05  # the relative distance of differences of which neither is believed
 _SURE = (
     4.0  # two differences are believed that differ so much less from each other than from a third
 )
@@ -113,7 +114,8 @@ class Step:
                 apart = torch.where(better, change, apart)
                 noise = torch.where(better, of_first, noise)
                 middle = torch.where(better, level - towards / 2, middle)
-                if not any_task(better):
+                # Far apart they are beyond a kink or a bend, and may come together yet.
+                if not any_task(better | (left & (apart > _WIDE))):
                     break
                 here = there
         self.reach = start * _APART**-middle

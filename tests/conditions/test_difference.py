@@ -587,3 +587,15 @@ def test_products_that_are_not_sure_enough_are_no_success():
         )  # fmt: skip
     assert not info.success
     assert info.error_estimate > 2e-2
+
+
+def test_what_came_no_closer_names_differences():
+    """Of a direction without curvature only the noise is seen: more digits are no cure."""
+
+    def flat(w, h):
+        return ((w[0] + w[1] - h) ** 2 / 2).exp()
+
+    w, h = torch.tensor([0.25, 0.75]), torch.tensor(1.0)
+    condition = Minimum(flat, products="difference")
+    with pytest.raises(hypergrad.NotConverged, match="products by differences hide the rest"):
+        implicit_grad(lambda w, h: w[0], condition, w, h, solver=CG(), on_failure="raise")
