@@ -77,7 +77,7 @@ def _by_differences(outer: Any, inner: Any, params: Params, hparams: Tensor, sid
         warnings.simplefilter("ignore")
         grads: Tensor = hypergrad.implicit_grad(
             outer, hypergrad.Minimum(inner, products="difference"), params, hparams,
-            solver=hypergrad.CG(maxiter=PRODUCTS), **SIDES[side],
+            solver=hypergrad.CG(maxiter=PRODUCTS, rtol=0.0), **SIDES[side],
         )  # fmt: skip
         return grads
 
