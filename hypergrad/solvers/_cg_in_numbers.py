@@ -56,9 +56,7 @@ def in_numbers(
     least = _FLAT * torch.finfo(r.dtype).eps
     flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
-    observer = None if condition is None else Observer(condition, r, long=long)
-    if observer is not None and long and precondition is None:
-        observer.measure(math.sqrt(rr))
+    observer = _observer(condition, r, None if precondition is not None else math.sqrt(rr))
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     for _ in range(limit):
         Ap = matvec(p)
@@ -95,15 +93,37 @@ def in_numbers(
         p = torch.add(z, p, alpha=beta, out=p if long else None)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
+    return _outcome(x, status, log, steepest, observer)
+
+
+def _observer(condition: Tensor | None, r: Tensor, size: float | None) -> Observer | None:
+    """Begin to follow the iteration; `size`: of a residual that no preconditioner changes."""
+    if condition is None:
+        return None
+    observer = Observer(condition, r, long=is_long(r))
+    if is_long(r) and size is not None:
+        observer.measure(size)
+    return observer
+
+
+def _outcome(
+    x: _Sum,
+    status: Status,
+    log: list[tuple[float, float, float]],
+    steepest: float,
+    observer: Observer | None,
+) -> Correction:
+    """Say how the iteration ended."""
     stopped = status not in (Status.MAX_ITERATIONS, Status.CONVERGED)
+    end = _end(x, status)
     return Correction(
-        x=_end(x, status),
+        x=end,
         status=torch.tensor(int(status), device="cpu"),
         iterations=torch.tensor(len(log) - stopped, device="cpu"),
         steps=len(log),
         negative=torch.tensor(status == Status.NEGATIVE_CURVATURE, device="cpu"),
-        largest=r.new_tensor(steepest),
-        ritz=partial(_ritz, r, log) if log else None,
+        largest=end.new_tensor(steepest),
+        ritz=partial(_ritz, end, log) if log else None,
         observer=observer,
     )
 
