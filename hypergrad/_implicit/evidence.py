@@ -527,6 +527,8 @@ class Evidence:
             far = self.solution.residual_norm > _FAR_OFF
             lost = lost | ((self.solution.status == Status.STAGNATED) & far)
         total = torch.where(lost, total.clamp(min=1), total)
+        # Units that hide an error hide how large it is.
+        total = torch.where(self.cause == int(Cause.UNITS), total.clamp(min=1), total)
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
         # Where the answer is hardly known, neither is its true size.
