@@ -55,6 +55,11 @@ FIGURES = {
         (r"held-out loss: equal #,", 2.65, 2.8),
         (r"learnt #", 2.5, 2.65),
     ],
+    "weights_of_texts": [
+        (r"of the 50 most harmful lines # are shuffled", 34, 50),
+        (r"test loss, equal: #", 2.77, 2.83),
+        (r"test loss, learnt: #", 2.73, 2.79),
+    ],
 }
 ORDER = list(FIGURES)
 

@@ -32,6 +32,8 @@ from ._errors import (
 )
 from ._implicit.decorators import custom_argmin, custom_fixed_point, custom_root
 from ._implicit.entrance import implicit_backward, implicit_grad
+from ._implicit.influence import influence
+from ._implicit.jacobian import jacobian
 from ._implicit.root_rules import root_jvp, root_vjp
 from ._info import SolveInfo, Status
 from ._public import settle as _settle
@@ -138,6 +140,8 @@ __all__ = [
     "finite_difference_grad",
     "implicit_backward",
     "implicit_grad",
+    "influence",
+    "jacobian",
     "one_step_grad",
     "penalty_grad",
     "root_jvp",

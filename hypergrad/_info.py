@@ -88,11 +88,16 @@ class SolveInfo:
     error_estimate : Tensor
         Estimate of the relative error of the hypergradient: from the linear residual and what the
         solve has seen of the inverse, from the change of the hypergradient on an inner Newton step
-        (or, where that is tiny, from its length), and from what `GaussNewton` leaves out. It is at
-        most 10, where nothing is known, as at a saddle. It needs ``return_info=True`` (in the
-        decorators a `callback`), and `CG`, `MINRES` or `Exact`, by themselves or in `Auto`;
-        otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is that of the implicit term,
-        without such a change. See the page on reliability for how often it holds.
+        (or, where that is tiny, from its length), from what `GaussNewton` leaves out, and from
+        `product_error`. It is at most 10, where nothing is known, as at a saddle. It needs
+        ``return_info=True`` (in the decorators a `callback`), and `CG`, `MINRES` or `Exact`, by
+        themselves or in `Auto`; otherwise NaN. In the decorators, `root_vjp` and `root_jvp` it is
+        that of the implicit term, without such a change. See the page on reliability for how often
+        it holds.
+    product_error : Tensor
+        The part of the relative error that products by differences make: what changes with a step
+        twice as long, in the product along u and in the cross derivative. NaN where products are
+        exact.
     degeneracy : Tensor
         How far apart the derivatives of the solution on its two sides are. At a kink of a proximal
         map, a projection or an inequality: ``||(D' - D)^T u|| / min(||b||, ||u||)``, with D the
@@ -132,6 +137,7 @@ class SolveInfo:
     inner_residual: Tensor
     outer_error: Tensor
     error_estimate: Tensor
+    product_error: Tensor
     degeneracy: Tensor
     eigenvalues: Tensor
     solution: Any
@@ -153,6 +159,7 @@ class SolveInfo:
             ("residual", self.residual_norm),
             ("inner residual", self.inner_residual),
             ("outer error", self.outer_error),
+            ("error of a product by differences", self.product_error),
         ):
             known = [value for value in figure.reshape(-1).tolist() if value == value]
             if known:

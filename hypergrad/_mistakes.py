@@ -191,15 +191,17 @@ def refuse_signatures(name: str, value: Any, expected: Sequence[str], error: Exc
     TypeError
         With the arguments that the function must take.
     """
+    batched = getattr(value, "batches", None) is not None
     for called, function in _functions(name, value):
+        given = (*expected, "batch") if batched and "regulariser" not in called else expected
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):
             continue
-        numbered = (*expected, "number") if name == "step" else expected
-        if not (_binds(signature, expected) or _binds(signature, numbered)):
+        numbered = (*given, "number") if name == "step" else given
+        if not (_binds(signature, given) or _binds(signature, numbered)):
             raise TypeError(
-                f"{called} must take ({', '.join(expected)}), and takes {signature}. What it needs "
+                f"{called} must take ({', '.join(given)}), and takes {signature}. What it needs "
                 f"beside them it closes over, or is passed in the call. ({error})"
             ) from error
 

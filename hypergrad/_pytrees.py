@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from ._autograd.shards import Space, space_of
 from ._autograd.torch_pytrees import pytree
 from ._autograd.transforms import layers
 from ._errors import StructureMismatch, UnsupportedOperation, argument_of
@@ -181,14 +182,28 @@ class Tree:
             leaves[index] = leaves[earlier]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def fill(self, variables: Sequence[Tensor]) -> Any:
-        """Shape a derivative like the argument: zeros where a tensor carries none."""
+    def fill(self, variables: Sequence[Tensor], lead: Sequence[int] = ()) -> Any:
+        """Shape a derivative like the argument: zeros where a tensor carries none.
+
+        Parameters
+        ----------
+        variables : sequence of Tensor
+            The derivatives by the variables.
+        lead : sequence of int
+            What all of them have in front of the variables' shapes.
+
+        Returns
+        -------
+        derivative : pytree
+            Shaped like the argument.
+        """
         leaves = list(self.leaves)
         for index, value in zip(self.where, variables, strict=True):
             leaves[index] = value
         for index in set(range(len(leaves))).difference(self.where):
             if isinstance(leaf := leaves[index], Tensor):
-                leaves[index] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+                shape = (*lead, *leaf.shape)
+                leaves[index] = torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
         return self._unflattened(leaves)
 
     def match(self, what: str, value: Any, cure: str = "") -> list[Tensor]:
@@ -270,7 +285,8 @@ class Layout:
     Vectors have shape ``(*lead, n)``, where ``lead`` are task dimensions that the variables
     have in front of their own shape. The vector's `dtype` is the widest of the variables', and
     never narrower than float32; `precision` is the narrowest, to which products are rounded.
-    `is_flat` says that there is one part and that it is the vector.
+    `is_flat` says that there is one part and that it is the vector. Where variables are DTensors,
+    `space` says how a vector lies on the processes; `sizes` are those of the whole.
     """
 
     def __init__(self, tree: Tree, variables: Sequence[Tensor], lead: int = 0) -> None:
@@ -292,7 +308,8 @@ class Layout:
         self.dtype = torch.float32
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
-        one = len(variables) == 1 and len(self.shapes[0]) == 1
+        self.space: Space | None = space_of(tree, variables)
+        one = len(variables) == 1 and len(self.shapes[0]) == 1 and self.space is None
         self.is_flat = one and self.dtypes[0] == self.dtype
         self._uniform = all(dtype == self.dtype for dtype in self.dtypes)
 
@@ -300,6 +317,8 @@ class Layout:
         """Join the parts to one vector ``(*lead, n)``; None stands for zeros."""
         if self.is_flat and parts[0] is not None:
             return parts[0]
+        if self.space is not None:
+            return self.space.joined(parts, self.dtype)
         dims = len(lead) + 1
         flat = []
         for part, size in zip(parts, self.sizes, strict=True):
@@ -314,6 +333,8 @@ class Layout:
         """Split a vector into its parts, each in its variable's shape and dtype."""
         if self.is_flat:
             return [vector]
+        if self.space is not None:
+            return self.space.parts(vector, self.dtypes)
         lead = vector.shape[:-1]
         pieces = (vector,) if len(self.sizes) == 1 else torch.split(vector, self.sizes, dim=-1)
         parts = []

@@ -70,9 +70,9 @@ def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None])
         )
 
 
-def counted(failed: int, tasks: int, *, exact: bool) -> str:
+def counted(failed: int, tasks: int, *, exact: bool, unit: str = "tasks") -> str:
     """Say how many tasks failed; in a warning exactly up to three, since it moves at every step."""
     if tasks == 1:
         return ""
     few = exact or failed <= 3
-    return f"{failed if few else 'more than 3'} of {tasks} tasks: "
+    return f"{failed if few else 'more than 3'} of {tasks} {unit}: "

@@ -39,7 +39,10 @@ def loop(**changes):
         (lambda: CG(tol=1e-3), "'rtol'"),
         (lambda: CG(eps=1e-3), "'rtol'"),
         (lambda: CG(precond=None), "'preconditioner'"),
-        (lambda: CG(lr=0.1), "There are maxiter, rtol, atol, damping, preconditioner."),
+        (
+            lambda: CG(lr=0.1),
+            "There are maxiter, rtol, atol, damping, callback, progress, preconditioner.",
+        ),
         (lambda: hypergrad.Neumann(maxiter=3), "'terms'"),
         (lambda: hypergrad.inner_solvers.LBFGS(max_iter=3), "'maxiter'"),
         (lambda: hypergrad.inner_solvers.GradientDescent(lr=0.1), "'step_size'"),

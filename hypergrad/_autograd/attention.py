@@ -37,15 +37,16 @@ _NODE = "ScaledDotProduct"  # Flash, FlashForCpu, Efficient, Cudnn, FusedOverrid
 _WITHOUT_DERIVATIVE = "torch::autograd::NotImplemented"
 
 _WHY = "A second derivative is needed of attention, and of its kernels SDPBackend.MATH alone has it"
+_FIRST_ORDER = 'Minimum(..., products="difference") and penalty_grad need first derivatives alone.'
 _AROUND = (
     f"{_WHY}, which is switched off around the call: by torch.nn.attention.sdpa_kernel(...), or by "
     "torch.backends.cuda.enable_math_sdp(False). Add SDPBackend.MATH to the list, or call "
-    "hypergrad outside of it. penalty_grad needs first derivatives alone."
+    f"hypergrad outside of it. {_FIRST_ORDER}"
 )
 _INSIDE = (
     f"{_WHY}, which a loss excludes by torch.nn.attention.sdpa_kernel(...) of its own. Add "
-    "SDPBackend.MATH to the list, or leave the context out of the loss. penalty_grad needs first "
-    "derivatives alone."
+    "SDPBackend.MATH to the list, or leave the context out of the loss. "
+    f"{_FIRST_ORDER}"
 )
 _STILL = (
     f"{_WHY}, but a loss ran another one where MATH was chosen for it: it calls a kernel directly, "
@@ -266,6 +267,8 @@ class InnerChoices(TorchFunctionMode):
     ) -> Any:
         """Pass every other operation on."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # which would follow all of this
+            return func(*args, **kwargs)
         if func in ATTENTION and _others_enabled():
             if torch.backends.cuda.math_sdp_enabled():
                 with sdpa_kernel(SDPBackend.MATH):

@@ -51,7 +51,8 @@ def captured_by(problem: Problem) -> list[Tensor]:
         return [value for value in values if _reaches_past(value, recording.aliases)]
 
     with unnoticed():
-        return record(past_arguments, [plain[i] for i in places], problem.trees)
+        variables = [plain[i] for i in places]
+        return record(past_arguments, variables, problem.trees, in_pieces=True)
 
 
 def _reaches_past(value: Tensor, aliases: Sequence[Tensor]) -> bool:

@@ -27,16 +27,21 @@ def changed_in_place(
     )
 
 
+#: What needs no second derivative of an inner objective.
+BY_DIFFERENCES = (
+    'Minimum(..., products="difference"), or the same of GaussNewton, needs first derivatives of '
+    "the inner problem alone."
+)
 _COMPILED = "aot_autograd does not currently support double backward"
 # A part of PyTorch's message, and what to do about it.
 _CURES = {
     "scaled_dot_product": (
         "A fused attention kernel has no second derivative. Evaluate the losses inside "
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+        f"torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH). {BY_DIFFERENCES}"
     ),
     "cudnn RNN": (
         "cuDNN's LSTM and GRU have no second derivative. Evaluate the losses inside "
-        "torch.backends.cudnn.flags(enabled=False)."
+        f"torch.backends.cudnn.flags(enabled=False). {BY_DIFFERENCES}"
     ),
     "can't optimize a non-leaf Tensor": (
         "A step of torch.optim cannot be differentiated. Write the step out, such as w - lr * "
@@ -49,7 +54,7 @@ _CURES = {
     ),
     _COMPILED: (
         "A loss calls a function made by torch.compile, which has no second derivative. Use the "
-        "function that was compiled."
+        f"function that was compiled. Or leave it as it is: {BY_DIFFERENCES}"
     ),
     "compiled backward function within vmap": (
         "A function made by torch.compile cannot be differentiated inside a vmap, as the default "
@@ -74,10 +79,16 @@ _CURES = {
         "Write it with setup_context and generate_vmap_rule = True, or call hypergrad outside of "
         "the transform."
     ),
+    "got mixed torch.Tensor and DTensor": (
+        "A loss puts a plain tensor beside a DTensor, which is in pieces on several processes. "
+        "Take the whole of what is reduced first, as in p.square().sum().full_tensor(), or "
+        "distribute the plain one by distribute_tensor(tensor, mesh, [Replicate()])."
+    ),
     "is being used in an in-place operation": str(changed_in_place("A loss")),
     "once_differentiable": (
         "A loss calls a torch.autograd.Function whose backward is marked once_differentiable, so "
-        "its second derivative is lost. Write the backward in differentiable operations."
+        "its second derivative is lost. Write the backward in differentiable operations. "
+        f"{BY_DIFFERENCES}"
     ),
 }
 

@@ -18,7 +18,9 @@ from .double_backward import changed_in_place
 from .module_hooks import Watcher, unwatch, watch
 from .module_state import ModuleState
 from .refused_modules import (
+    OWN_BACKWARD,
     WHOLE,
+    kind_of,
     moves_without_derivative,
     refuse_distributed_module,
     refuse_distributed_tensor,
@@ -99,11 +101,14 @@ class Guard(TorchFunctionMode):
     def enter(self, module: nn.Module) -> None:
         """Note that a module is about to run."""
         with torch._C.DisableTorchFunction():  # these questions are not the function's doing
-            if type(module) not in self._kinds:
+            in_place = notes().in_place
+            if in_place is not None and kind_of(module) in OWN_BACKWARD:
+                in_place.entering(module)
+            elif type(module) not in self._kinds:
                 refuse_distributed_module(module)
                 self._kinds.add(type(module))
             for name, parameter in module._parameters.items():
-                if type(parameter) not in WHOLE:
+                if type(parameter) not in WHOLE and not (notes().placed or notes().in_place):
                     refuse_distributed_tensor(f"{type(module).__name__}.{name}", parameter)
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             if hooks is not None and hooks[0].__module__ != checkpoints.__name__:

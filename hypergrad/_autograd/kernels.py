@@ -36,8 +36,8 @@ _ARGUMENT = re.compile(
     r"The function '(\w+)' is not differentiable with respect to argument '(\w+)'"
 )
 _FIRST_ORDER = (
-    "penalty_grad, value_function_grad, finite_difference_grad and F2SA() need first derivatives "
-    "alone"
+    'Minimum(..., products="difference"), penalty_grad, value_function_grad, '
+    "finite_difference_grad and F2SA() need first derivatives alone"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.utils import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 
 class Watcher(Protocol):
@@ -33,6 +35,7 @@ class Watcher(Protocol):
 _checkpoints: Any = checkpoint
 _watcher: ContextVar[Watcher | None] = ContextVar("hypergrad_watcher", default=None)
 _installing = threading.Lock()
+_number = RemovableHandle(OrderedDict()).id  # which no other hook gets
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
 
 
@@ -60,10 +63,10 @@ def unwatch(token: Token[Watcher | None]) -> None:
 
 class _Hooks:
     def __init__(self) -> None:
-        self._handles = [
-            modules.register_module_forward_pre_hook(_entering),
-            modules.register_module_forward_hook(_leaving, always_call=True),
-        ]
+        # Always under the same number: a compiled module is compiled again where it changes.
+        modules._global_forward_pre_hooks[_number] = _entering
+        modules._global_forward_hooks[_number] = _leaving
+        modules._global_forward_hooks_always_called[_number] = True
         # A compiled module warns of hooks that are called twice; these may be.
         self._asked = modules._has_any_global_hook
         modules._has_any_global_hook = _has_others
@@ -76,8 +79,12 @@ class _Hooks:
         modules._has_any_global_hook = self._asked
         for name, there in self._names.items():
             setattr(_checkpoints, name, there)
-        for handle in self._handles:
-            handle.remove()
+        for hooks in (
+            modules._global_forward_pre_hooks,
+            modules._global_forward_hooks,
+            modules._global_forward_hooks_always_called,
+        ):
+            hooks.pop(_number, None)
 
 
 def _watching() -> Watcher | None:

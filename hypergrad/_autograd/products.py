@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 
 from .attention import InnerChoices, math_kernel, under_math
 from .double_backward import advise
 from .trace import notes, refuse_moving
+from .transforms import is_wrapped
 
 Parts = Sequence[Tensor | None]
 Product = Callable[[Tensor], Tensor]
@@ -36,7 +38,11 @@ class Replay:
         around: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._used = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
-        self._outputs = tuple(o for o in outputs if o is not None and o.requires_grad)
+        self._outputs: tuple[Any, ...] = tuple(
+            o for o in outputs if o is not None and o.requires_grad
+        )
+        #: Tensors of the same shapes, and on the same devices.
+        self._like = self._outputs
         self._inputs = tuple(inputs)
         self._around = notes().around if around is None else around
         self._math = under_math()
@@ -44,7 +50,7 @@ class Replay:
     def bare(self) -> Product | None:
         """Make the product of one output and one input, bare; None: it is not to be had."""
         single = len(self._outputs) == len(self._inputs) == 1
-        if not single or self._math or _wrapped(self._outputs):
+        if not single or self._math or _wrapped(self._like):
             return None
         if self._around is not None:
             return None
@@ -65,6 +71,12 @@ class Replay:
 
         return form
 
+    def let_go(self) -> None:
+        """Free the memory of the outputs, which no product reads; not if a transform wraps them."""
+        if self._like is self._outputs and not any(map(is_wrapped, self._outputs)):
+            self._like = tuple(o.detach().new_zeros(()).expand(o.shape) for o in self._outputs)
+            self._outputs = tuple(get_gradient_edge(o) for o in self._outputs)
+
     def __call__(self, cotangents: Parts, create_graph: bool = False) -> Parts:
         """Form one product; None where an input is not reached."""
         if not self._outputs or not self._inputs:
@@ -76,12 +88,14 @@ class Replay:
 
     def _product(self, cotangents: Parts, create_graph: bool) -> Parts:
         given = []
-        for i, output in zip(self._used, self._outputs, strict=True):
+        for i, like in zip(self._used, self._like, strict=True):
             cotangent = cotangents[i]
-            given.append(torch.zeros_like(output) if cotangent is None else cotangent)
+            given.append(torch.zeros_like(like) if cotangent is None else cotangent)
         try:
             with nullcontext() if self._around is None else self._around():
-                return _pulled(self._outputs, tuple(given), self._inputs, create_graph)
+                return _pulled(
+                    self._outputs, tuple(given), self._inputs, create_graph, like=self._like
+                )
         except RuntimeError as error:
             advise(error)
             raise
@@ -132,15 +146,16 @@ def gradient_of(
 
 
 def _pulled(
-    outputs: tuple[Tensor, ...],
+    outputs: tuple[Any, ...],
     cotangents: tuple[Tensor, ...],
     inputs: tuple[Tensor, ...],
     create_graph: bool,
     *,
     keep: bool = True,
+    like: tuple[Tensor, ...] | None = None,
 ) -> Sequence[Tensor | None]:
-    """Call `torch.autograd.grad`, or the engine below it."""
-    if _wrapped(outputs):
+    """Call `torch.autograd.grad`, or the engine below it; `like`: tensors, for edges."""
+    if _wrapped(outputs if like is None else like):
         pulled: Parts = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,

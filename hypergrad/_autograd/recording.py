@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from .._errors import NotConnected
+from .._errors import NotConnected, UnsupportedOperation
 from .._pytrees import Tree
 from .attention import recorded
 from .double_backward import advice
 from .random_numbers import Draw
-from .refused_modules import WHOLE, refuse_distributed_tensor
+from .ranks import run_alike, together
+from .refused_modules import WHOLE, RunsOnProcesses, refuse_distributed_tensor
+from .shards import agree, group_of, refuse_split, whole_ones
 from .trace import Notes, further_out, graph, notes, trace
 from .transforms import is_wrapped
 
@@ -35,10 +39,21 @@ class Recording:
         What the functions have returned.
     notes : Notes
         What was noticed while they ran.
+    group : ProcessGroup, optional
+        Who evaluates them together, where variables are DTensors.
+    own_backward : bool
+        As in `record`.
     """
 
-    def __init__(self, aliases: list[Tensor], trees: Sequence[Tree]) -> None:
+    def __init__(
+        self,
+        aliases: list[Tensor],
+        trees: Sequence[Tree],
+        group: Any = None,
+        own_backward: bool = False,
+    ) -> None:
         self.aliases, self.trees = aliases, trees
+        self.group, self.own_backward = group, own_backward
         self.values: Sequence[Tensor] = ()
         self.notes: Notes = notes()
 
@@ -52,6 +67,10 @@ class Recording:
     def returned(self, values: Sequence[Tensor]) -> None:
         """Take note of what the functions returned, before anything is differentiated."""
         self.values = values
+        if self.own_backward:
+            run_alike(False)
+        if self.group is not None:
+            agree("what a function returns", values, self.group)
 
     def captured(self) -> list[Tensor]:
         """List what the returned values depend on that is differentiated further out."""
@@ -69,6 +88,8 @@ def record(
     trees: Sequence[Tree],
     callers: Sequence[Tree] | None = None,
     draw: Draw | None = None,
+    in_pieces: bool = False,
+    own_backward: bool = False,
 ) -> T:
     """Call a user's functions so that what they return can be differentiated.
 
@@ -88,6 +109,10 @@ def record(
         Those of them that are the caller's own memory, where others are not.
     draw : Draw, optional
         The random numbers of the call; None: those that come next.
+    in_pieces : bool
+        Whether the variables of the first tree may be DTensors.
+    own_backward : bool
+        Whether the caller knows what to do with `RunsOnProcesses`.
 
     Returns
     -------
@@ -98,24 +123,81 @@ def record(
     ------
     UnsupportedOperation
         In place of PyTorch's error about a missing second derivative; or if an argument is split
-        over several processes.
+        over several processes and may not be.
     StructureMismatch
         In place of one about dtypes and devices.
+    RunsOnProcesses
+        With `own_backward`, if a module of several processes runs.
     """
-    for tree in trees:
+    group = group_of(trees[0].variables) if in_pieces else None
+    for tree in trees if group is None else trees[1:]:
         for position, variable in enumerate(tree.variables):
             if type(variable) not in WHOLE:
-                refuse_distributed_tensor(tree.variable_path(position), variable)
+                refuse = refuse_distributed_tensor if group is None else refuse_split
+                refuse(tree.variable_path(position), variable)
 
     def noted(aliases: list[Tensor]) -> T:
         notes().callers = trees if callers is None else callers
-        return evaluate(Recording(aliases, trees))
+        notes().placed = group is not None
+        return evaluate(Recording(aliases, trees, group, own_backward))
 
     def once() -> T:
         return trace(noted, variables)
 
-    with advice(trees):
-        return recorded(once, Draw() if draw is None else draw)
+    with advice(trees), nullcontext() if group is None else together(group):
+        if group is not None:
+            agree("one of the arguments", whole_ones(variables), group)
+        try:
+            return recorded(once, Draw() if draw is None else draw)
+        except RunsOnProcesses as seen:
+            if own_backward:
+                run_alike(True)
+                raise
+            raise UnsupportedOperation(str(seen)) from None
+
+
+def surroundings(devices: Collection[str]) -> Callable[[], AbstractContextManager[None]]:
+    """Remember the autocast in force, for evaluations that are made under another one later.
+
+    Parameters
+    ----------
+    devices : collection of str
+        The types of device that are computed on.
+
+    Returns
+    -------
+    again : callable
+        Makes a context in which it is in force.
+    """
+    in_force = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        for device in {"cpu", *devices}
+        if torch.amp.is_autocast_available(device)
+    ]
+    # A cache would keep a copy of every alias for as long as the caller's own context lasts.
+    cache = torch.is_autocast_cache_enabled() and not any(on for _, _, on in in_force)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for device, dtype, enabled in in_force:
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+                )
+            yield
+
+    return again
+
+
+def narrowest(values: Iterable[Tensor], widest: torch.dtype) -> torch.dtype:
+    """Find the narrowest floating-point dtype among recorded values and what they came through."""
+    dtypes = {widest}
+    for value in values:
+        dtypes.add(value.dtype)
+        for node in graph(value).nodes:
+            dtypes |= {made.dtype for made in getattr(node, "_input_metadata", ())}
+    real = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max(real, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def refuse_past_arguments(

@@ -8,10 +8,13 @@ from .._errors import UnsupportedOperation
 
 #: Classes of tensors and parameters that are not split over processes.
 WHOLE = frozenset({Tensor, nn.Parameter, type(None)})
+#: Modules that reduce gradients in their own backward().
+OWN_BACKWARD = frozenset({"DistributedDataParallel", "FSDPModule"})
 _CURES = {
     "DistributedDataParallel": (
         "whose gradients hypergrad would see unreduced. Pass the module inside it (.module), and "
-        "wrap both losses in hypergrad.all_reduced."
+        "wrap both losses in hypergrad.all_reduced; or form products from first derivatives, "
+        'implicit_grad with Minimum(f, products="difference"), which runs the module as it is.'
     ),
     "FullyShardedDataParallel": (
         "whose parameters lie in pieces on several processes, without a second derivative. Build "
@@ -20,16 +23,32 @@ _CURES = {
     ),
     "FSDPModule": (
         "made by fully_shard (FSDP2): its parameters lie in pieces on several processes, without "
-        "a second derivative. Build the module without fully_shard, and wrap both losses in "
-        "hypergrad.all_reduced where each process has its own part of the data."
+        "a second derivative. Form products from first derivatives, implicit_grad with "
+        'Minimum(f, products="difference"), which runs the module as it is; or build the module '
+        "without fully_shard, and wrap both losses in hypergrad.all_reduced where each process has "
+        "its own part of the data."
     ),
     "DTensor": (
-        "whose values lie in pieces on several processes (tensor parallel, fully_shard or FSDP2), "
-        "without a second derivative. Use whole tensors, tensor.full_tensor(), and a module that "
-        "has not been parallelised; wrap both losses in hypergrad.all_reduced where each process "
-        "has its own part of the data."
+        "whose values lie in pieces on several processes (tensor parallel, fully_shard or FSDP2). "
+        "implicit_grad and custom_argmin keep params that are DTensors in pieces. Elsewhere use "
+        "whole tensors, tensor.full_tensor(), and a module that has not been parallelised; wrap "
+        "both losses in hypergrad.all_reduced where each process has its own part of the data."
     ),
 }
+
+
+class RunsOnProcesses(UnsupportedOperation):
+    """A loss runs a module that is differentiated by its own backward() alone.
+
+    Attributes
+    ----------
+    module : nn.Module
+        It.
+    """
+
+    def __init__(self, message: str, module: nn.Module) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 def refuse_distributed_module(module: nn.Module) -> None:
@@ -37,12 +56,22 @@ def refuse_distributed_module(module: nn.Module) -> None:
 
     Raises
     ------
+    RunsOnProcesses
+        Naming its class, where it has a backward() of its own.
     UnsupportedOperation
-        Naming its class.
+        Naming its class, where it has none.
     """
-    kind = _distributed(type(module))
-    if kind is not None:
-        raise UnsupportedOperation(f"A loss runs {_named(type(module), kind)}, {_CURES[kind]}")
+    kind = kind_of(module)
+    if kind:
+        message = f"A loss runs {_named(type(module), kind)}, {_CURES[kind]}"
+        if kind in OWN_BACKWARD:
+            raise RunsOnProcesses(message, module)
+        raise UnsupportedOperation(message)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Name the known class of several processes that a module is, or is made from; empty: none."""
+    return _distributed(type(module)) or ""
 
 
 def refuse_distributed_tensor(what: str, tensor: Tensor | None) -> None:

@@ -102,6 +102,49 @@ def compare_product(
         return dataclasses.replace(first, verdict=Verdict.UNDECIDED)
 
 
+def compare_whole(
+    gradient: Function, point: Tensor, product: Function, along: Tensor
+) -> Comparison:
+    """Compare the same along a given direction, by norms of whole vectors alone.
+
+    Parameters
+    ----------
+    gradient, point, product
+        As in `compare_product`.
+    along : Tensor
+        The direction, like the point; it is taken as long as the point is.
+
+    Returns
+    -------
+    Comparison
+        The verdict, with the figures.
+    """
+    if point.dtype not in _STEPS:
+        return Comparison(Verdict.UNDECIDED, math.nan, math.nan)
+    norm = torch.linalg.vector_norm
+    with torch.no_grad():
+        size = norm(point)
+        direction = along * (torch.where(size > 0, size, 1.0) / norm(along))[None]
+        here, image = gradient(point), product(direction)
+        step = _STEPS[point.dtype]
+        slopes, bends = [], []
+        for h in (step, step / 2):
+            ahead, behind = gradient(point + h * direction), gradient(point - h * direction)
+            slopes.append((ahead - behind) / (2 * h))
+            bends.append((ahead - 2 * here + behind) / h)
+        slope = slopes[1] + (slopes[1] - slopes[0]) / 3
+        own = norm(slopes[1] - slopes[0]) + norm(bends[1] - bends[0] / 2)
+        own = own + torch.finfo(point.dtype).eps * norm(here) / step
+        error, larger = norm(image - slope), torch.maximum(norm(image), norm(slope))
+        figures = float(error / larger), float(own / larger)
+    if not all(map(math.isfinite, figures)):
+        return Comparison(Verdict.UNDECIDED, math.nan, math.nan)
+    if figures[0] > max(_RESOLVED, _CLEARLY * figures[1]):
+        return Comparison(Verdict.WRONG, *figures)
+    resolved = max(figures) <= _RESOLVED
+    return Comparison(Verdict.RIGHT if resolved else Verdict.UNDECIDED, *figures)
+
+
 def nodes_of(outputs: Sequence[Tensor]) -> set[str]:
     """Name the nodes in the graph that was recorded for some tensors.
 

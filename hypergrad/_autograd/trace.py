@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .._errors import UnsupportedOperation
+from .torch_pytrees import pytree
 from .transforms import (
+    alive,
     carries_derivative,
     has_tangent,
     is_wrapped,
@@ -28,6 +30,7 @@ from .transforms import (
 
 if TYPE_CHECKING:
     from .._pytrees import Tree
+    from .in_place import InPlace
 
 T = TypeVar("T")
 
@@ -48,11 +51,17 @@ class Notes:
     around : callable, optional
         What every product of the recorded graph is to be formed inside of, as a function that
         makes a context manager; None: nothing, which is quick.
+    placed : bool
+        Whether the arguments are DTensors, and modules may hold such.
+    in_place : InPlace, optional
+        Who moves the parameters of modules of several processes, which may run then.
     """
 
     moving: list[str] = dataclasses.field(default_factory=list)
     callers: Sequence[Tree] = ()
     around: Callable[[], AbstractContextManager[Any]] | None = None
+    placed: bool = False
+    in_place: InPlace | None = None
 
 
 # The notes of the innermost trace.
@@ -115,7 +124,7 @@ def trace(fun: Callable[[list[Tensor]], T], variables: Sequence[Tensor]) -> T:
                 return aliases[0]
 
             torch.func.vjp(record, *variables)
-            return results[0]
+            return pytree.tree_map_only(Tensor, alive, results[0])
     finally:
         _depth.reset(depth)
         _walked.reset(walked)

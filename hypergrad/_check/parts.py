@@ -26,6 +26,8 @@ from .._pytrees import Layout, Tree
 from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..conditions._inner_problem import Problem, scalar
+from ..conditions._minimum import Minimum
+from ..conditions._passes import Passes
 from ..solvers import GMRES, Exact, Solver
 from .differences import Direction
 
@@ -99,10 +101,14 @@ class Case:
 
     def objective(self, params: Any) -> float:
         """Evaluate the inner loss, of a condition that has one."""
-        (fun,) = self.condition.functions()
-        with self._inner.evaluation(), Guard():
-            loss = fun(kept(params), self.hparams_at(self.at))
-        return float(scalar("inner", loss).detach())
+        assert isinstance(self.condition, Minimum)
+        total, count = 0.0, 0
+        with self._inner.evaluation():
+            for batch in Passes(self.condition.batches):
+                with Guard():
+                    loss = self.condition.of_batch(batch).f(kept(params), self.hparams_at(self.at))
+                total, count = total + float(scalar("inner", loss).detach()), count + 1
+        return total / count
 
     def at_params(self, flat: Tensor) -> Any:
         """Take params out of a vector in which they lie as `flat` puts them there."""

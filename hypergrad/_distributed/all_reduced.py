@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -92,17 +93,18 @@ def all_reduced(share: Any, group: Any = None, *, reduction: Literal["sum", "mea
             raise TypeError(f"all_reduced takes a loss or a condition; got {type(share).__name__}.")
         return whole(share, "loss")
     if type(share) is Minimum:
-        return Minimum(whole(share.f, "loss"))
+        return dataclasses.replace(share, f=whole(share.f, "loss"))
     if type(share) is Root:
         return Root(whole(share.F, "equation"), share.symmetric)
     if type(share) is FixedPoint:
         return FixedPoint(whole(share.T, "equation"), share.symmetric)
     if type(share) is GaussNewton:
         regulariser = share.regulariser
-        return GaussNewton(
-            whole(share.outputs, "outputs"),
-            whole(share.loss, "loss of outputs"),
-            None if regulariser is None else whole(regulariser, "loss"),
+        return dataclasses.replace(
+            share,
+            outputs=whole(share.outputs, "outputs"),
+            loss=whole(share.loss, "loss of outputs"),
+            regulariser=None if regulariser is None else whole(regulariser, "loss"),
         )
     raise UnsupportedOperation(
         f"all_reduced does not know how a {type(share).__name__} is made of the parts of several "
@@ -131,6 +133,11 @@ class AllReduced:
 
     def __init__(self, share: Callable[..., Any], group: Any, kind: str, reduction: str) -> None:
         self._share, self._group, self._kind, self._reduction = share, group, kind, reduction
+
+    @property
+    def processes(self) -> Any:
+        """Who takes part; None: this process alone."""
+        return (self._group or torch.distributed.group.WORLD) if _several(self._group) else None
 
     def __call__(self, *args: Any) -> Any:
         """Evaluate the whole value, or the outputs of this process's data."""

@@ -339,6 +339,13 @@ def _with_captured(rule: Rule) -> tuple[Rule, Tensor | None]:
             "problem), or detach it if it is a constant. Random numbers under vmap count as "
             "captured too: draw them outside."
         )
+    if not condition.replays:
+        raise UnsupportedOperation(
+            f"The inner problem captures {_names(condition)}, which carries a derivative. Where "
+            "products are differences, or passes over batches, only what is passed as an argument "
+            "is differentiated: pass it as an argument of the decorated function (and of the inner "
+            "problem), or detach it if it is a constant."
+        )
     lin = Linearisation(problem, [detached(t) for t in problem.tensors], rule.draw)
     captured = lin.layout.flatten(lin.record.residual)
     names = _names(condition)

@@ -9,7 +9,7 @@ plain tensors with task dimensions in front.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,14 @@ from .._warnings import warn
 from ..conditions._inner_problem import Problem, TaskAxis
 from .choices import Choices, needs_product
 from .linear_solve import solved
-from .linearisation import Linearisation
+from .linearisation import Linearisation, no_second_derivative
 from .uses import Use
+
+_ONCE = (
+    "The solution lies in pieces on several processes (DTensor): it has a first derivative by "
+    "backward(), and none in forward mode or of higher order. Leave out create_graph=True and "
+    "torch.func transforms, or use whole tensors, tensor.full_tensor()."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ class LinearSolve(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, rule: Rule, transpose: bool, b: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, int]:
-        axis, moved = _with_axis(rule.problem, info, in_dims[3:], tensors, own=False)
+        axis, moved = _with_axis(rule.problem, info, in_dims[3:], tensors, own=())
         (b,) = in_front([b], in_dims[2:3], info.batch_size)
         return LinearSolve.apply(rule.under(axis), transpose, b, *moved), 0
 
@@ -172,6 +178,47 @@ class LinearSolve(torch.autograd.Function):
         return LinearSolve.apply(rule, ctx.transpose, rhs, *tensors)
 
 
+class CrossTerm(torch.autograd.Function):
+    """The cross derivative of a condition that records no graph, which has no derivative itself.
+
+    Of ``(rule, False, u, *tensors)`` it is ``(dF/dargs)^T u``, a tensor for each differentiated
+    argument; of ``(rule, True, *tangents, *tensors)`` it is ``(dF/dargs) tangents``, flat.
+    """
+
+    @staticmethod
+    def forward(rule: Rule, forward: bool, *given: Tensor) -> tuple[Tensor, ...]:
+        count = len(rule.problem.tensors)
+        vectors, plain = given[:-count], [t.detach() for t in given[-count:]]
+        lin = Linearisation(rule.problem, plain, rule.draw, cross_forward=forward)
+        if forward:
+            return (lin.cross_forward(vectors),)
+        lin.measure(vectors[0], looks=True)
+        return tuple(filled(lin.cross(vectors[0]), [plain[i] for i in rule.problem.outer]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.condition = inputs[0].problem.condition
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, rule: Rule, forward: bool, *given: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        problem, count = rule.problem, len(rule.problem.tensors)
+        places = [*problem.inner, *problem.outer]
+        axis, moved = _with_axis(problem, info, in_dims[-count:], given[-count:], own=places)
+        vectors = in_front(given[:-count], in_dims[2:-count], info.batch_size)
+        results = CrossTerm.apply(rule.under(axis), forward, *vectors, *moved)
+        return results, (0,) * len(results)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise no_second_derivative(ctx.condition)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_second_derivative(ctx.condition)
+
+
 class ImplicitSolution(torch.autograd.Function):
     """The identity on an inner solution; its derivative is the implicit one.
 
@@ -196,7 +243,7 @@ class ImplicitSolution(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, rule: Rule, captured: None, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        axis, moved = _with_axis(rule.problem, info, in_dims[2:], tensors, own=True)
+        axis, moved = _with_axis(rule.problem, info, in_dims[2:], tensors, own=rule.problem.inner)
         results = ImplicitSolution.apply(rule.under(axis), captured, *moved)
         return results, (0,) * len(results)
 
@@ -211,18 +258,24 @@ class ImplicitSolution(torch.autograd.Function):
                 "inner problem) where create_graph=True or a function transform is used."
             )
         lead = cotangents[0].shape[: len(rule.problem.axes)]
-        b = rule.problem.layout().flatten(cotangents, lead)
-        higher = higher_order()
+        layout, higher = rule.problem.layout(), higher_order()
+        if higher and layout.space is not None:
+            raise UnsupportedOperation(_ONCE)
+        b = layout.flatten(cotangents, lead)
         if not higher:
             tensors = [t.detach() for t in tensors]
         forward = not higher and rule.forward(transpose=True)
-        lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward, again=higher)
+        lin: Linearisation | None = None
+        if rule.problem.condition.replays or not higher:
+            lin = Linearisation(rule.problem, tensors, rule.draw, forward=forward, again=higher)
         if higher:
             u = LinearSolve.apply(rule, True, b, *tensors)
         else:
+            assert lin is not None
             u = rule.solve(lin, b, transpose=True)
+        crossed = lin.cross(u, higher) if lin else CrossTerm.apply(rule, False, u, *tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
-        for place, part in zip(rule.problem.outer, lin.cross(u, higher), strict=True):
+        for place, part in zip(rule.problem.outer, crossed, strict=True):
             grads[place] = None if part is None else -part
         if not ctx.captures:
             _warn_of_unused(
@@ -238,13 +291,19 @@ class ImplicitSolution(torch.autograd.Function):
                 "be lost. Pass captured tensors as arguments of the decorated function."
             )
         refuse_old_vmap(tangents)
+        if ctx.rule.problem.layout().space is not None:
+            raise UnsupportedOperation(_ONCE)
         with lower_levels():
             rule, tensors = ctx.rule, [primal(alive(t)) for t in ctx.saved_tensors]
-            lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)
             outer = rule.problem.outer
             given = filled([tangents[i] for i in outer], [tensors[i] for i in outer])
-            du = LinearSolve.apply(rule, False, -lin.cross_forward(given, True), *tensors)
-            return tuple(lin.layout.split(du))
+            if rule.problem.condition.replays:
+                lin = Linearisation(rule.problem, tensors, rule.draw, cross_forward=True)
+                pushed = lin.cross_forward(given, True)
+            else:
+                (pushed,) = CrossTerm.apply(rule, True, *given, *tensors)
+            du = LinearSolve.apply(rule, False, -pushed, *tensors)
+            return tuple(rule.problem.layout().split(du))
 
 
 def _warn_of_unused(rule: Rule, wanted: Sequence[int], grads: Sequence[Tensor | None]) -> None:
@@ -264,6 +323,8 @@ def higher_order() -> bool:
 
 
 def _require_second_derivatives(rule: Rule) -> None:
+    if not rule.problem.condition.replays:
+        raise no_second_derivative(rule.problem.condition)
     if not rule.problem.condition.twice:
         raise UnsupportedOperation(
             f"{type(rule.problem.condition).__name__} takes another matrix than the true Hessian, "
@@ -272,12 +333,16 @@ def _require_second_derivatives(rule: Rule) -> None:
 
 
 def _with_axis(
-    problem: Problem, info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor], own: bool
+    problem: Problem,
+    info: Any,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Tensor],
+    own: Collection[int],
 ) -> tuple[TaskAxis, list[Tensor]]:
     """Make the axis of a vmap around a problem, and put that axis in front of the tensors."""
     mapped = {place for place, dim in enumerate(in_dims) if dim is not None}
     if own or mapped:
-        mapped |= set(problem.inner)
+        mapped |= {*problem.inner, *own}
     dims = tuple(0 if place in mapped else None for place in range(len(tensors)))
     front = in_front(tensors, in_dims, info.batch_size)
     moved = [t if dim is None else f for t, dim, f in zip(tensors, dims, front, strict=True)]

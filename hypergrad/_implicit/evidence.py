@@ -17,7 +17,8 @@ from ..solvers._cg import CG
 from ..solvers._factorisation import Factorisation, signs
 from ..solvers._gmres import GMRES
 from ..solvers._identity import Identity
-from ..solvers._krylov import AROUND, FEW, NEGATIVE
+from ..solvers._krylov import AROUND, FEW, NEGATIVE, noise_floor
+from ..solvers._long import is_vast, pieces
 from ..solvers._normal import LSMR, NormalCG
 from ..solvers._nystrom import Nystrom
 from ..solvers._probe import probed
@@ -33,6 +34,8 @@ from .verdict import Cause
 # benchmarks/networks.py. Above `_HARDLY` it says that little is known.
 _MARGIN = 4.0
 _HARDLY = 0.9
+# ... and above this residual, of products with errors of their own that left no more to find.
+_FAR_OFF = 1e-2
 _AGAIN = 2.0
 _FROM_STEP = 8.0
 #: The estimate where nothing is known of the answer.
@@ -57,6 +60,7 @@ _MUCH = 0.1  # the relative change of an entry that is no rounding
 _SMALL = 128  # unknowns for which a dense Hessian is no more than the solve itself
 _AROUND = 8  # products that look for negative curvature
 _BLIND = 3.0  # the factor by which a right-hand side may be larger behind the inverse
+_BLIND_AT_MOST = 100.0  # ... and so much at most is believed of what a solve has seen
 _BACK = 0.3  # ... and the Newton step leads back to so much of their length
 
 
@@ -67,12 +71,18 @@ class Evidence:
         self, use: Use, choices: Choices, system: LinearSystem, solution: Solution
     ) -> None:
         self.use, self.choices, self.system, self.solution = use, choices, system, solution
-        self.lin, self.params = use.lin, use.lin.params
+        self.lin = use.lin
         self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
         self.success = solution.success & torch.isfinite(self.length)
         self.cause = torch.zeros_like(solution.status)
         self.degeneracy: Tensor | None = None
+        self.product_error = torch.full_like(self.length, math.nan)
+
+    @property
+    def params(self) -> Tensor:
+        """The inner variables as one vector."""
+        return self.lin.params
 
     def gathered(self) -> SolveInfo:
         """Gather all of it, as far as it is wanted."""
@@ -87,16 +97,19 @@ class Evidence:
         self._judge_degeneracy(True if tol is None else residual <= tol)
         inner = self._judge_inner(residual, newton, outer_error)
         approximation = self._judge_approximation()
+        by_products = self._judge_products()
         self._judge_degeneracy(True)
         figures: dict[str, Any] = {}
         if self.choices.figures:
             figures = {
                 "outer_error": outer_error,
-                "error_estimate": self._estimate(inner, approximation),
+                "error_estimate": self._estimate(inner, approximation + by_products),
                 "eigenvalues": self.solution.eigenvalues,
             }
         if self.degeneracy is not None:
             figures["degeneracy"] = self.degeneracy
+        if self.system.noisy:
+            figures["product_error"] = self.product_error
         return info_of(
             self.solution, solution=None, success=self.success, inner_residual=residual, **figures
         )
@@ -133,10 +146,11 @@ class Evidence:
         if not condition.minimum:
             return
         # b . A^-1 b is negative, by more than the residual can be to blame for.
-        eps = torch.finfo(self.system.layout.precision).eps
-        doubt = (
-            self.length * self.strength * (solution.residual_norm.nan_to_num(math.inf) + 100 * eps)
+        left = solution.residual_norm.nan_to_num(math.inf)
+        left = left + noise_floor(
+            100 * torch.finfo(self.system.layout.precision).eps, self.system.noise
         )
+        doubt = self.length * self.strength * left
         self._note_curvature(dot(solution.x, self.system.b) < -doubt)
         if self.choices.looks and self.choices.spends:
             self._look_for_curvature()
@@ -202,8 +216,7 @@ class Evidence:
     def _newton(self) -> tuple[Tensor, NewtonStep]:
         """Form the inner Newton step, and measure its relative length."""
         F, solution = self.lin.residual, self.solution
-        weighted = self._weighted(self.params)
-        self.extent = norm(weighted)
+        self.extent = norm(self._weighted(self.params))
         newton = solution.newton
         if newton is not None and self._unreached(newton, F):
             rows = self._rows()
@@ -237,10 +250,11 @@ class Evidence:
         """Make a step along what is left of F, by its curvature, which costs a product."""
         along_b = self.strength / torch.where(self.length > 0, self.length, 1.0)
         left = F if newton is None else newton.left
-        size, none = norm(left), torch.zeros_like(left)
+        size, none = norm(left), left.new_zeros(()).expand_as(left)
         before = none if newton is None else newton.step
         free = isinstance(self.choices.solver, Identity) or not self.choices.spends
-        if free or size.shape != self.length.shape:
+        # Of a matrix that is shared a step that is known belongs to all of its right-hand sides.
+        if free or (newton is None and size.shape != self.length.shape):
             step = left / along_b[..., None]
             return NewtonStep(step, none.expand_as(step), norm(step) * 0)
         image = self.system.matvec(left)
@@ -249,7 +263,7 @@ class Evidence:
         image = image + damping * left if damping else image
         curvature = dot(left, image)
         if self.lin.problem.condition.minimum:
-            negative = curvature < -1e-3 * size * norm(image)
+            negative = curvature < -noise_floor(1e-3, self.system.noise) * size * norm(image)
             self._note_curvature(negative)
             self._fail(negative, Cause.CURVATURE)
         curvature = curvature.abs() / torch.where(size > 0, size.square(), 1.0)
@@ -258,15 +272,27 @@ class Evidence:
                 *(torch.where(c > 0, c, math.inf) for c in (along_b, curvature))
             )
         usable = (size > 0) & (curvature > 0)
+        if newton is not None and is_vast(left) and left.ndim == 1:
+            return self._along_in_place(newton, image, torch.where(usable, 1 / curvature, 0.0))
         step = torch.where(usable[..., None], left / curvature[..., None], none)
         rest = torch.where(usable[..., None], left - image / curvature[..., None], left)
         beyond = torch.zeros_like(size)
         if newton is not None:
             share = norm(rest) / torch.where(size > 0, size, 1.0)
             beyond = torch.maximum(newton.beyond, norm(step)) * share.nan_to_num(0.0)
-            entries = self._by_entry(left, (image / torch.where(left != 0, left, 1.0)).abs())
+            entries = self._by_entry(left, image, over=True)
             beyond = torch.maximum(beyond, entries)
         return NewtonStep(before + step, rest, beyond)
+
+    def _along_in_place(self, newton: NewtonStep, image: Tensor, inverse: Tensor) -> NewtonStep:
+        """Make that step for one system, in the memory of the step so far and of the image."""
+        left, size, self.solution.newton = newton.left, norm(newton.left), None
+        entries = self._by_entry(left, image, over=True)
+        step = newton.step.addcmul_(left, inverse)
+        rest = image.mul_(-inverse).add_(left)
+        share = norm(rest) / torch.where(size > 0, size, 1.0)
+        beyond = torch.maximum(newton.beyond, size * inverse) * share.nan_to_num(0.0)
+        return NewtonStep(step, rest, torch.maximum(beyond, entries))
 
     def _rows(self) -> Tensor:
         """Measure the rows of A, as far as they were probed."""
@@ -275,7 +301,7 @@ class Evidence:
             return probe.rows
         return self.strength[..., None] / torch.where(self.length > 0, self.length, 1.0)[..., None]
 
-    def _by_entry(self, left: Tensor, curvature: Tensor) -> Tensor:
+    def _by_entry(self, left: Tensor, curvature: Tensor, *, over: bool = False) -> Tensor:
         """Measure the step in those entries of params that it changes by much.
 
         The curvature of each entry by itself, where that of all together is that of a few.
@@ -284,17 +310,26 @@ class Evidence:
         ----------
         left, curvature : Tensor
             What is left of the condition, and the curvature of each entry.
+        over : bool
+            Whether `curvature` is the image of `left`, to be divided by it.
 
         Returns
         -------
         length : Tensor
             For each task.
         """
-        p = self.params.abs()
-        reach = left.abs() / curvature
-        far = (reach >= _MUCH * p) & (left != 0)
-        length = norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p)))
-        return torch.where(length > _PART * norm(p), length, torch.zeros_like(length))
+        lengths, sizes = [], []
+        for p, some, rows in pieces(self.params, left, curvature):
+            p = p.abs()
+            rows = (rows / torch.where(some != 0, some, 1.0)).abs() if over else rows
+            reach = some.abs() / rows
+            far = (reach >= _MUCH * p) & (some != 0)
+            lengths.append(norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p))))
+            sizes.append(norm(p))
+        length, size = (
+            of[0] if len(of) == 1 else norm(torch.stack(of, dim=-1)) for of in (lengths, sizes)
+        )
+        return torch.where(length > _PART * size, length, torch.zeros_like(length))
 
     def _judge_inner(self, residual: Tensor, newton: NewtonStep, outer_error: Tensor) -> Tensor:
         """Judge the relative error that the unsolved inner problem leaves, where it is known."""
@@ -348,9 +383,12 @@ class Evidence:
 
     def _left_over(self) -> Tensor:
         """Form ``b - A u`` as damping, a budget, or another matrix leave it by design."""
-        u, solver = self.solution.x, self.choices.solver
-        if self.solution.residual is not None:
-            return self.solution.residual + getattr(solver, "damping", 0.0) * u
+        u, solver, left = self.solution.x, self.choices.solver, self.solution.residual
+        if left is not None and is_vast(left):  # who gets it may change it
+            self.solution.residual = None
+        if left is not None:
+            damping = getattr(solver, "damping", 0.0)
+            return left + damping * u if damping else left
         if self.solution.further is not None:  # a factorisation leaves nothing over
             return getattr(solver, "damping", 0.0) * u
         self.solution.matvecs += 1
@@ -401,6 +439,30 @@ class Evidence:
             saddle = self._indefinite(hessian)
             lost = torch.where(saddle, torch.full_like(lost, _UNKNOWN), lost)
         self._fail(~(lost <= _MOVES * tol), Cause.APPROXIMATION)
+        return lost
+
+    def _judge_products(self) -> Tensor:
+        """Judge the relative error that products by differences make, by another step size."""
+        solution, none = self.solution, torch.zeros_like(self.length)
+        if not self.system.noisy:
+            return none
+        if not self.choices.spends:
+            return none + math.nan
+        image, crossed = self.lin.again(solution.x, looks=self.choices.looks)
+        solution.matvecs += 1
+        here = self.system.b - self._left_over()
+        spread = norm(image - here)
+        relative = spread / torch.where(self.strength > 0, self.strength, 1.0)
+        # What is wrong in A u is as a residual; the solve has seen how long the inverse makes one.
+        blind = torch.full_like(relative, _BLIND)
+        if solution.linear_error is not None:
+            seen = solution.linear_error / solution.residual_norm
+            blind = torch.maximum(blind, seen.nan_to_num(_BLIND).clamp(max=_BLIND_AT_MOST))
+        lost = blind * relative * self.use.share() + self.use.crossed_again(crossed)
+        lost = torch.where(self.strength > 0, lost, none)
+        self.product_error = lost
+        if self.choices.inner_tol is not None:
+            self._fail(~(lost <= _MOVES * self.choices.inner_tol), Cause.PRODUCTS)
         return lost
 
     def _indefinite(self, hessian: Product) -> Tensor:
@@ -461,7 +523,12 @@ class Evidence:
         lost = torch.zeros_like(self.success)
         for status in _LOST:
             lost = lost | (self.solution.status == status)
+        if self.system.noisy:  # it may have ended where the noise hides the rest
+            far = self.solution.residual_norm > _FAR_OFF
+            lost = lost | ((self.solution.status == Status.STAGNATED) & far)
         total = torch.where(lost, total.clamp(min=1), total)
+        # Units that hide an error hide how large it is.
+        total = torch.where(self.cause == int(Cause.UNITS), total.clamp(min=1), total)
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
         # Where the answer is hardly known, neither is its true size.

@@ -6,18 +6,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._autograd.captured import refuse_one_level_reduced
 from .._autograd.double_backward import changed_in_place
+from .._autograd.in_place import group_of_replicas
 from .._autograd.products import Parts
 from .._autograd.random_numbers import Draw, generators, restore, same
+from .._autograd.ranks import together
 from .._autograd.recording import refuse_past_arguments
 from .._autograd.refusals import refuse_derivatives
 from .._autograd.rows import by_rows
+from .._autograd.shards import group_of, refuse_transforms
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached, versions
 from .._autograd.transforms import is_batched
@@ -33,6 +36,7 @@ from ..solvers import Solver
 from ..solvers._auto import choose
 from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
+from ..solvers._long import is_vast
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
@@ -92,6 +96,13 @@ def hypergradient(
         has_aux=has_aux,
     )
     refuse_one_level_reduced(condition.functions(), outer)
+    group = group_of(P.variables)
+    if group is None and getattr(condition, "products", "exact") == "difference":
+        group = group_of_replicas(P.variables)
+    if group is not None:
+        refuse_transforms()
+        with together(group):
+            return call.answer(None)
     if mapped_by_caller(call.choices.solver):
         return call.answer(None)
     return outside_of_vmaps(call.answer)
@@ -132,13 +143,14 @@ class _Call:
         lin = None if vmaps is None else self._of_all_tasks(vmaps, of_inner, forward)
         if lin is None:
             lin = Linearisation(problem, tensors, of_inner, forward=forward)
-        if not choices.judged:  # then neither loss is evaluated again
+        if not choices.judged:  # then neither loss is evaluated again, but for products
             of_outer.forget()
-            of_inner.forget()
+            if problem.condition.replays:
+                of_inner.forget()
         refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
 
-        _refuse_changed(problem, tensors, before)
-        use = _Hypergradient(lin, loss, tensors, at)
+        refuse_changed(problem, tensors, before)
+        use = Terms(lin, loss, tensors, at, judged=choices.judged)
         answer = solved(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
         if choices.on_failure != "ignore":
@@ -195,19 +207,28 @@ class _Call:
         return lin
 
 
-class _Hypergradient(Use):
+class Loss(Protocol):
+    """An outer loss, or many outputs in its place, which can be differentiated anywhere."""
+
+    def at(self, tensors: list[Tensor], /) -> OuterSlopes:
+        """Evaluate and differentiate it at these tensors."""
+
+
+class Terms(Use):
     """The direct term minus the cross derivative times the solution.
 
     Parameters
     ----------
     lin : Linearisation
         The inner problem; tasks whose inner problem is the same share one without task dimensions.
-    loss : _OuterLoss
+    loss : Loss
         The outer loss.
     tensors : list of Tensor
         Those of its problem.
     at : OuterSlopes
         The outer loss there.
+    judged : bool
+        Whether anybody asks for the inner condition.
 
     Attributes
     ----------
@@ -216,11 +237,21 @@ class _Hypergradient(Use):
     """
 
     def __init__(
-        self, lin: Linearisation, loss: _OuterLoss, tensors: list[Tensor], at: OuterSlopes
+        self,
+        lin: Linearisation,
+        loss: Loss,
+        tensors: list[Tensor],
+        at: OuterSlopes,
+        *,
+        judged: bool = True,
     ) -> None:
         super().__init__(lin)
         self._loss, self._tensors, self._at, self._lead = loss, tensors, at, at.value.shape
         self.slope = lin.layout.flatten(at.cotangent, self._lead)
+        if is_vast(self.slope):  # one memory for both
+            parts = zip(at.cotangent, lin.layout.split(self.slope), strict=True)
+            at.cotangent[:] = [part if part is None else same for part, same in parts]
+            lin.let_go(residual=not judged)
         self.indirect: Parts = []
         self._leaves: list[Tensor] = []
 
@@ -244,6 +275,12 @@ class _Hypergradient(Use):
         change = self._size(self._cross(missing)) / self._scale()
         return torch.maximum(change, lost * self.share())
 
+    def crossed_again(self, crossed: Parts) -> Tensor:
+        """Measure the hypergradient's relative change with another cross derivative."""
+        there = self._differences(self._at.direct, crossed)
+        change = [a - b for a, b in zip(there, self._leaves, strict=True)]
+        return self._size(change) / self._scale()
+
     def _scale(self) -> Tensor:
         """Measure the hypergradient, or a part of its terms where they cancel."""
         terms = self._size(self._at.direct) + self._size(self.indirect)
@@ -258,23 +295,34 @@ class _Hypergradient(Use):
             return None
         lin, at, lead, u = self.lin, self._at, self.lin.lead, solution.x
         outer = self._outer_at(newton.step)
-        unknown = SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
         if outer is None:
-            return unknown
+            return _lost(at, newton)
+        condition = lin.problem.condition
+        lean = is_vast(u) and condition.of_objective and lin.record.hessian is None
+        lean = lean and solution.further is None
+        slope, direct = lin.layout.flatten(outer.cotangent, lead), outer.direct
+        if lean:  # one recorded graph at a time, and no vector twice
+            left = planned.neg_().add_(slope)
+            del outer, slope
+            lin.forget()
         try:
             inner = lin.at(shifted(lin, self._tensors, newton.step))
         except Exception:  # the loss does not like what it gets there
-            return unknown
-        left = lin.layout.flatten(outer.cotangent, lead) - inner.transposed(u) - planned
-        there = self._differences(outer.direct, inner.cross(u))
+            return _lost(at, newton)
+        if lean:
+            inner.let_go()
+            left.sub_(inner.transposed(u))
+        else:
+            left = slope - inner.transposed(u) - planned
+        there = self._differences(direct, inner.cross(u))
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
         if solution.further is not None:
             missing = lin.cross(solution.further(left))
             moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
             change = self._size(moved)
         else:  # the size of what is missing, and not its sign
-            inverse = norm(u) / norm(self.slope)
-            change = self._size(moved) + self._size(lin.cross(inverse[..., None] * left))
+            inverse, by = norm(u) / norm(self.slope), inner if lean else lin
+            change = self._size(moved) + self._size(by.cross(inverse[..., None] * left))
         return SecondLook(change / self._scale(), inner.residual - newton.left)
 
     def mere_rounding(self) -> Tensor:
@@ -331,7 +379,9 @@ class _Hypergradient(Use):
         P, H = problem.params, problem.args[0]
         yield from of_leaves("", P, [tensors[i] for i in problem.inner], data)
         yield from of_leaves("", H, [tensors[i] for i in problem.outer], data)
-        again = of_value(lambda: problem.outputs(self._loss.outer, tensors))
+        assert isinstance(self._loss, _OuterLoss)
+        outer = self._loss.outer
+        again = of_value(lambda: problem.outputs(outer, tensors))
         yield Place("the outer loss", at.value, again, argument="outer")
         for tree, slopes in ((P, at.cotangent), (H, at.direct)):
             yield from of_leaves("the gradient of the outer loss by ", tree, slopes, derivative)
@@ -377,6 +427,11 @@ class _OuterLoss:
             return outer_gradient(self.outer, self.problem, tensors, self.has_aux)
 
 
+def _lost(at: OuterSlopes, newton: NewtonStep) -> SecondLook:
+    """Say that nothing is known a step further on."""
+    return SecondLook(torch.full_like(at.value, math.inf), newton.step * math.inf)
+
+
 def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) -> Tensor:
     if direct is None and indirect is None:
         return torch.zeros_like(like.detach())
@@ -388,7 +443,7 @@ def _difference(direct: Tensor | None, indirect: Tensor | None, like: Tensor) ->
     return (direct - indirect).detach()
 
 
-def _refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
+def refuse_changed(problem: Problem, tensors: list[Tensor], before: list[int]) -> None:
     """Raise if a loss has changed one of its arguments in place."""
     for place, (then, now) in enumerate(zip(before, versions(tensors), strict=True)):
         if then != now:

@@ -42,7 +42,27 @@ def solved(
 ) -> Answer:
     """Solve ``A u = b``, or with the transpose of A; measure; warn or raise where that is due.
 
-    This is the one place where a linear system of an implicit derivative is solved and judged.
+    Parameters
+    ----------
+    use, choices, b, transpose, x0
+        As in `measured`.
+
+    Returns
+    -------
+    answer : Answer
+        The solution and its evidence.
+    """
+    answer, evidence, sound = measured(use, choices, b, transpose=transpose, x0=x0)
+    judge(evidence, answer.info, sound)
+    return answer
+
+
+def measured(
+    use: Use, choices: Choices, b: Tensor, *, transpose: bool, x0: Tensor | None = None
+) -> tuple[Answer, Evidence, Tensor]:
+    """Solve ``A u = b``, or with the transpose of A, and measure how good the answer is.
+
+    This is the one place where a linear system of an implicit derivative is solved.
 
     Parameters
     ----------
@@ -61,8 +81,13 @@ def solved(
     -------
     answer : Answer
         The solution and its evidence.
+    evidence : Evidence
+        What it is judged by.
+    sound : Tensor
+        bool, for each task: all numbers are finite.
     """
     lin, condition = use.lin, use.lin.problem.condition
+    noise = lin.measure(b, looks=choices.looks)
     system = LinearSystem(
         matvec=lin.operator(transpose),
         b=b,
@@ -78,20 +103,23 @@ def solved(
         explores=choices.judged and condition.minimum,
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
+        noise=noise,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
         solution = choices.solver.solve_flat(system)
+        solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
         if choices.judged:
             evidence.forgive_rounding()
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
+    if choices.on_failure == "ignore":  # nobody asks
+        return Answer(solution.x, leaves, info), evidence, torch.ones_like(info.success)
     sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():
         sound = sound & torch.isfinite(value)
-    judge(evidence, info, sound_in_value(lin, sound))
-    return Answer(solution.x, leaves, info)
+    return Answer(solution.x, leaves, info), evidence, sound_in_value(lin, sound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.host import any_task
+from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
+from .._autograd.shards import placed_like, refuse_lost_derivatives, refused, unknown_like
+from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
-from .._autograd.trace import graph
+from .._autograd.trace import Notes, detached, graph
 from .._errors import UnsupportedOperation
-from ..conditions._base import Point, Product
+from ..conditions._base import Condition, Point, Product, Record, recorded
 from ..conditions._inner_problem import Problem
+from ..conditions._objective import OfBatches
+from ..solvers._factorisation import signs
 from ..solvers._vectors import dense_by_products
 
 _FUSED_NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
@@ -70,6 +76,14 @@ class Linearisation:
         places = [*inner, *problem.outer]
         seeded = forward or cross_forward or again or inside is not None
         seeded = seeded or not problem.condition.twice
+        exact = getattr(problem.condition, "products", "exact") == "exact"
+        if self.layout.space is not None and exact:
+            refuse_lost_derivatives()
+        if not problem.condition.replays:
+            if again or inside is not None:
+                raise no_second_derivative(problem.condition)
+            self._record_by_itself(forward)
+            return
         if tasks is None:
             self.lead = tensors[inner[0]].shape[: len(problem.own_axes)]
         else:
@@ -83,16 +97,12 @@ class Linearisation:
                 for place in inner:
                     given[place] = problem.one_for_each(given[place], tasks)
             params, args = [given[i] for i in inner], aliases[len(inner) :]
-            point = Point(self.problem, given, params, seed, forward)
-            self.record = self.problem.condition.record(point)
-            self._cross = Replay(self.record.residual, args)
+            point = Point(self.problem, given, params, seed, forward, args)
+            self.record = recorded(self.problem.condition, point, cross_forward=cross_forward)
             recording.returned(self.record.values)
             self.captured, self.notes = recording.captured(), recording.notes
             # Whether products are formed one at a time.
             self.one_by_one = self.record.fused or any(map(maps_wrongly, self.record.residual))
-            if cross_forward:
-                assert seed is not None
-                self._cross_forward = ForwardReplay(self.record.residual, args, seed)
             if tasks is not None:
                 refuse_third_derivatives(self.record.residual)
             if inside is not None:
@@ -102,8 +112,97 @@ class Linearisation:
         variables = [tensors[i] for i in places]
         if seeded:
             variables.append(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device))
-        record(evaluate, variables, problem.trees, draw=draw)
+        record(evaluate, variables, problem.trees, draw=draw, in_pieces=True)
         self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    def let_go(self, *, residual: bool = False) -> None:
+        """Free the recorded condition, which no product reads; `residual`: that vector too."""
+        known = self.record
+        for replay in (known.transposed, known.product, known.hessian, known.cross):
+            if isinstance(replay, Replay):
+                replay.let_go()
+        if residual:  # nobody will ask
+            self.residual = unknown_like(self.residual)
+        self.record.residual = list(self.layout.split(self.residual))
+
+    def forget(self) -> None:
+        """Free the recorded graph, which is recorded again where a product is asked for."""
+        known = self.record
+        if not self.problem.condition.replays:
+            return
+        again = functools.cache(partial(Linearisation, self.problem, self.tensors, self.draw))
+
+        def recorded(name: str) -> Product:
+            return lambda parts, create_graph: getattr(again().record, name)(parts, create_graph)
+
+        self.record = Record(
+            values=[value.detach() for value in known.values],
+            residual=list(self.layout.split(self.residual)),
+            transposed=recorded("transposed"),
+            product=None if known.product is None else recorded("product"),
+            cross=recorded("cross"),
+        )
+
+    def _record_by_itself(self, forward: bool) -> None:
+        """Let a condition make its own recordings, for one product after the other."""
+        problem = self.problem
+        tensors = [detached(t) for t in self.tensors]
+        params = [tensors[i] for i in problem.inner]
+        self.lead = params[0].shape[: len(problem.own_axes)]
+        self.record = problem.condition.record(
+            Point(problem, tensors, params, None, forward, draw=self.draw)
+        )
+        self.aliases, self.notes = [], Notes()
+        self.captured = self.record.captured
+        self.one_by_one = self.record.differences is not None
+        self.residual = self.layout.flatten(self.record.residual, self.lead).detach()
+
+    def measure(self, b: Tensor, *, looks: bool) -> Tensor | float:
+        """Measure the relative error of products, along `b`; zero where they are exact.
+
+        Parameters
+        ----------
+        b : Tensor
+            A right-hand side: where it is zero, or there are several, any vector.
+        looks : bool
+            Whether the host may look at values.
+
+        Returns
+        -------
+        noise : Tensor or float
+            For each task.
+        """
+        if self.record.differences is None:
+            return 0.0
+        v = b[(0,) * (b.ndim - 1 - len(self.lead))]
+        nothing = (v == 0).all(dim=-1, keepdim=True)
+        if not looks or any_task(nothing):
+            v = torch.where(nothing, signs(v), v)
+        return self.record.differences.measure(self.layout.split(v), looks=looks)
+
+    @property
+    def tried(self) -> int:
+        """How many products have been formed to choose the step of differences."""
+        return 0 if self.record.differences is None else self.record.differences.step.tried
+
+    def again(self, u: Tensor, *, looks: bool) -> tuple[Tensor, Parts]:
+        """Form ``A^T u`` and ``(dF/dargs)^T u`` by differences with other steps."""
+        differences, outer = self.record.differences, self.problem.outer
+        assert differences is not None
+
+        def one(u: Tensor) -> list[Tensor]:
+            refuse_mapping()
+            image, crossed = differences.again(self.layout.split(u), looks=looks)
+            parts = filled(crossed, [self.tensors[i] for i in outer])
+            return [self.layout.flatten(image, self.lead), *parts]
+
+        image, *crossed = by_rows(one, u) if u.ndim > len(self.lead) + 1 else one(u)
+        return image, crossed
+
+    @functools.cached_property
+    def multiplies(self) -> bool:
+        """Whether a product multiplies matrices."""
+        return multiplies_matrices(self.record.residual)
 
     @property
     def params(self) -> Tensor:
@@ -111,8 +210,11 @@ class Linearisation:
         return self.layout.flatten([self.tensors[i] for i in self.problem.inner], self.lead)
 
     def at(self, tensors: Sequence[Tensor]) -> Linearisation:
-        """Linearise the same at other tensors, with the same random numbers."""
-        return Linearisation(self.problem, tensors, self.draw)
+        """Linearise the same at other tensors, with the same random numbers and steps."""
+        lin = Linearisation(self.problem, tensors, self.draw)
+        if lin.record.differences is not None and self.record.differences is not None:
+            lin.record.differences.step = self.record.differences.step
+        return lin
 
     def transposed(self, u: Tensor, create_graph: bool = False) -> Tensor:
         """Form ``A^T u``."""
@@ -125,41 +227,53 @@ class Linearisation:
 
     def operator(self, transpose: bool) -> Callable[[Tensor], Tensor]:
         """Make the same products with A, or with its transpose, with nothing around them."""
-        product = self.record.transposed if transpose else self.record.product
-        assert product is not None
         layout, dims = self.layout, len(self.lead) + 1
-        bare = None
-        if dims == 1 and layout.is_flat and isinstance(product, Replay):
+        bare, product = None, self._product(transpose)
+        if dims == 1 and layout.is_flat and isinstance(product, Replay) and not self.one_by_one:
             bare = product.bare()
+        del product  # the graph may be forgotten
 
         def form(v: Tensor) -> Tensor:
+            product = self._product(transpose)
             if v.ndim > dims:
                 return self._apply(product, v, False)
-            if self.one_by_one:
-                refuse_mapping()
             if bare is not None:
                 return bare(v)
-            return layout.flatten(product(layout.split(v), False), v.shape[:-1])
+            return layout.flatten(self._formed(product, layout.split(v)), v.shape[:-1])
 
         return form
 
-    def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
-        """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+    def _product(self, transpose: bool) -> Product:
+        product = self.record.transposed if transpose else self.record.product
+        assert product is not None
+        return product
+
+    def _formed(self, product: Product, parts: Parts, create_graph: bool = False) -> Parts:
+        """Form one product, or have `by_rows` ask for it once a row where that is needed."""
         if self.one_by_one:
             refuse_mapping()
-        return self._cross(self.layout.split(u), create_graph)
+        return product(parts, create_graph)
+
+    def cross(self, u: Tensor, create_graph: bool = False) -> Parts:
+        """Form ``(dF/dargs)^T u``, a tensor for each differentiated one; None: not connected."""
+        assert self.record.cross is not None
+        parts = self._formed(self.record.cross, self.layout.split(u), create_graph)
+        if self.layout.space is None:
+            return parts
+        outer = [self.tensors[i] for i in self.problem.outer]
+        return placed_like(parts, outer, [self.tensors[i] for i in self.problem.inner])
 
     def cross_forward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Tensor:
         """Form ``(dF/dargs) tangents``."""
-        if self.one_by_one:
-            refuse_mapping()
-        return self.layout.flatten(self._cross_forward(tangents, create_graph), self.lead)
+        assert self.record.cross_forward is not None
+        pushed = self._formed(self.record.cross_forward, tangents, create_graph)
+        return self.layout.flatten(pushed, self.lead)
 
     def dense(self, transpose: bool) -> Tensor:
         """Form A, or its transpose, as a matrix ``(*tasks, n, n)``."""
-        product = self.record.transposed if transpose else self.record.product
-        assert product is not None
-        return self.dense_of(product)
+        if self.layout.space is not None:
+            raise refused("the matrix")
+        return self.dense_of(self._product(transpose))
 
     def dense_of(self, recorded: Product) -> Tensor:
         """Form the matrix of a recorded product."""
@@ -177,16 +291,30 @@ class Linearisation:
 
     def _apply(self, product: Product, v: Tensor, create_graph: bool) -> Tensor:
         if v.ndim > len(self.lead) + 1:
+            if isinstance(product, OfBatches):  # all rows in one pass
+                rows = product.rows(self.layout.split(v))
+                return self.layout.flatten(rows, v.shape[:-1])
             one = partial(self._apply, product, create_graph=create_graph)
-            mapped: Tensor = by_rows(one, v)
+            mapped: Tensor = by_rows(one, v, matrices=self.multiplies)
             return mapped
-        if self.one_by_one:
-            refuse_mapping()
         if create_graph and not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self._apply(product, v, create_graph)
-        layout = self.layout
-        return layout.flatten(product(layout.split(v), create_graph), v.shape[:-1])
+        pushed = self._formed(product, self.layout.split(v), create_graph)
+        return self.layout.flatten(pushed, v.shape[:-1])
+
+
+def no_second_derivative(condition: Condition) -> UnsupportedOperation:
+    """Say that a solution cannot be differentiated twice, since no graph of it is recorded."""
+    name, cure = type(condition).__name__, 'products="exact"'
+    if getattr(condition, "products", None) == "exact":
+        name, cure = f"{name} with batches", "one batch of all the data, without batches"
+    else:
+        name = f'{name} with products="difference"'
+    return UnsupportedOperation(
+        f"A second derivative through the solution of a {name} is not to be had: its products are "
+        f"formed anew each time, and no graph of them is recorded. Use {cure}."
+    )
 
 
 def maps_wrongly(part: Tensor | None) -> bool:

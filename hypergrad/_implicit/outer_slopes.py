@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._autograd.in_place import InPlace
 from .._autograd.products import gradient_of
+from .._autograd.random_numbers import generators, restore
 from .._autograd.recording import Recording, record
+from .._autograd.refused_modules import RunsOnProcesses
+from .._autograd.shards import placed_like
 from .._errors import NotConnected
 from ..conditions._inner_problem import Problem, scalar, without_aux
 
@@ -81,8 +85,32 @@ def outer_gradient(
         gradients = gradient_of(value, recording.aliases, create_graph=False)
         return value, gradients, recording.captured()
 
-    value, gradients, captured = record(evaluate, [tensors[i] for i in places], problem.trees)
-    cotangent, direct = gradients[: len(inner)], gradients[len(inner) :]
+    def in_place(own: InPlace) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        def evaluate(recording: Recording) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+            with own.at([tensors[i] for i in inner]):
+                given = recording.placed(tensors, problem.outer)
+                for place, parameter in zip(inner, own.parameters, strict=True):
+                    given[place] = parameter
+                value = problem.outputs(loss, given)
+                mean, *gradients = own.backward(value, recording.aliases)
+                return mean, [part for parts in gradients for part in parts], []
+
+        return record(evaluate, variables[len(inner) :], problem.trees, in_pieces=True)
+
+    variables, before = [tensors[i] for i in places], generators()
+    differenced = getattr(problem.condition, "products", "exact") == "difference"
+    module = None
+    try:
+        value, gradients, captured = record(
+            evaluate, variables, problem.trees, in_pieces=True, own_backward=differenced
+        )
+    except RunsOnProcesses as seen:
+        module = seen.module
+    if module is not None:
+        restore(before)
+        value, gradients, captured = in_place(InPlace(module, problem.params))
+    cotangent = gradients[: len(inner)]
+    direct = placed_like(gradients[len(inner) :], variables[len(inner) :], variables)
     if all(part is None for part in cotangent):
         raise NotConnected(
             "outer does not depend on params, so the inner problem plays no part in its gradient. "

@@ -27,7 +27,7 @@ from ..conditions._root import Root
 from ..solvers import Solver
 from ..solvers._auto import choose
 from .choices import Choices
-from .differentiable import LinearSolve, Rule
+from .differentiable import CrossTerm, LinearSolve, Rule
 from .linearisation import Linearisation
 from .signatures import Params, RuleOptions
 
@@ -117,7 +117,10 @@ def root_vjp(
     captured = [] if return_info else _captured(rule)
     b = problem.layout().flatten(problem.params.match("cotangent", cotangent))
     lin, u, info = _solved(rule, b, transpose=True, return_info=return_info)
-    crossed = lin.cross(u, create_graph=_tracked(b, problem=problem))
+    if lin is None:
+        crossed = CrossTerm.apply(rule, False, u, *problem.tensors)
+    else:
+        crossed = lin.cross(u, create_graph=_tracked(b, problem=problem))
     grads = {
         place: None if g is None else -g for place, g in zip(problem.outer, crossed, strict=True)
     }
@@ -226,12 +229,14 @@ def root_jvp(
         start = len(problem.params.tensors) + sum(len(t.tensors) for t in trees[: position - 1])
         parts = tree.match(f"tangents for args[{position - 1}]", tangent)
         moving.update(zip((start + i for i in tree.variables_among_tensors), parts, strict=True))
-    lin = Linearisation(problem, tensors, rule.draw, cross_forward=True)
-    b = -lin.cross_forward(
-        [moving[p] for p in problem.outer], create_graph=_tracked(*moving.values(), problem=problem)
-    )
+    along, higher = [moving[p] for p in problem.outer], _tracked(*moving.values(), problem=problem)
+    if rule.problem.condition.replays:
+        lin = Linearisation(problem, tensors, rule.draw, cross_forward=True)
+        b = -lin.cross_forward(along, create_graph=higher)
+    else:
+        b = -CrossTerm.apply(rule, True, *along, *tensors)[0]
     _, v, info = _solved(rule, b, transpose=False, return_info=return_info)
-    answer = _constant_in(captured, rule, problem.params.fill(lin.layout.split(v)))
+    answer = _constant_in(captured, rule, problem.params.fill(problem.layout().split(v)))
     return (answer, info) if return_info else answer
 
 
@@ -314,16 +319,18 @@ def _tracked(*tensors: Tensor, problem: Problem) -> bool:
 
 def _solved(
     rule: Rule, b: Tensor, *, transpose: bool, return_info: bool
-) -> tuple[Linearisation, Tensor, SolveInfo | None]:
-    """Linearise and solve: with the evidence, or differentiable."""
+) -> tuple[Linearisation | None, Tensor, SolveInfo | None]:
+    """Linearise, where a graph serves again, and solve: with the evidence, or differentiable."""
     problem = rule.problem
     if not return_info and not (_tracked(b, problem=problem) or transforms_active()):
         tensors = [t.detach() for t in problem.tensors]
         lin = Linearisation(problem, tensors, rule.draw, forward=rule.forward(transpose))
         return lin, rule.solve(lin, b.detach(), transpose), None
     if not return_info:
-        lin = Linearisation(problem, problem.tensors, rule.draw, again=True)
-        return lin, LinearSolve.apply(rule, transpose, b, *problem.tensors), None
+        u = LinearSolve.apply(rule, transpose, b, *problem.tensors)
+        if not problem.condition.replays:
+            return None, u, None
+        return Linearisation(problem, problem.tensors, rule.draw, again=True), u, None
     if _tracked(b, problem=problem):
         raise UnsupportedOperation(
             "return_info=True returns a detached answer, but an input requires grad. Detach the "

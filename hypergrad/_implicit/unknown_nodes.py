@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .._autograd.second_derivative import Verdict, compare_product
+from .._autograd.second_derivative import Verdict, compare_product, compare_whole
+from .._autograd.shards import is_shards
 from .._autograd.tested_nodes import TESTED_NODES
 from .._autograd.trace import graph
 from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 from ..solvers._factorisation import signs
+from ..solvers._vectors import dot
 from .linearisation import Linearisation
 from .second_look import shifted
 
@@ -70,12 +72,18 @@ def check_nodes(lin: Linearisation) -> None:
     UnsupportedOperation
         If they differ, naming the node.
     """
-    kinds = {k: name for k, name in _unknown(lin.record.values) if _met.open(k)}
+    unknown = _unknown(lin.record.values)
+    # What is lost in such a node depends on the problem, and not on the kind of node.
+    crossing = is_shards(lin.residual) and _enters_pieces(lin.record.values)
+    kinds = {k: name for k, name in unknown if _met.open(k) or (crossing and name == _ENTERING)}
     if not kinds or lin.lead or any(is_wrapped(t) for t in lin.tensors):
         return
     for what, gradient, product, point, sizes in _comparisons(lin):
         try:
-            comparison = compare_product(gradient, point, product, sizes)
+            if is_shards(point):
+                comparison = compare_whole(gradient, point, product, signs(point))
+            else:
+                comparison = compare_product(gradient, point, product, sizes)
         except Exception:  # the function does not like what it gets beside the point
             return
         if comparison.verdict is Verdict.WRONG:
@@ -86,12 +94,16 @@ def check_nodes(lin: Linearisation) -> None:
                 f"{comparison.error:.0%} (the difference is known to {comparison.resolution:.1%}). "
                 "The backward of such an operation treats as constant what is not (a detached "
                 "tensor, a saved number, or a fused kernel of PyTorch's). Write the operation in "
-                "elementary ones, or its backward in differentiable operations of its inputs; "
-                "estimators that need first derivatives alone, such as hypergrad.penalty_grad, "
-                "work with it as it is."
+                "elementary ones, or its backward in differentiable operations of its inputs; what "
+                'needs first derivatives alone, such as Minimum(..., products="difference") or '
+                "hypergrad.penalty_grad, works with it as it is."
+                + (f" {_PLAIN}" if crossing else "")
             )
-    for kind in kinds:
-        _met.note(kind, comparison.verdict)
+        if crossing and what == "params" and comparison.verdict is not Verdict.RIGHT:
+            raise UnsupportedOperation(f"Nothing shows that a second derivative is right. {_PLAIN}")
+    for kind, name in kinds.items():
+        if name != _ENTERING:
+            _met.note(kind, comparison.verdict)
 
 
 def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
@@ -107,6 +119,25 @@ def _unknown(values: Sequence[Tensor]) -> list[tuple[type | str, str]]:
             elif name not in TESTED_NODES and not name.startswith(_PLUMBING):
                 unknown.append((name, name))
     return unknown
+
+
+_ENTERING = "_FromTorchTensorBackward"
+_PLAIN = (
+    "The inner loss makes a DTensor of a plain tensor that depends on params, as between modules "
+    "of parallelize_module; there PyTorch loses second derivatives. Hand DTensors on between them "
+    "(use_local_output=False, and DTensor inputs), or form products from first derivatives, "
+    'Minimum(f, products="difference").'
+)
+
+
+def _enters_pieces(values: Sequence[Tensor]) -> bool:
+    """Say whether a plain tensor that was computed becomes a DTensor on the way to some values."""
+    return any(
+        node.name() == _ENTERING
+        and any(f is not None and f.next_functions for f, _ in node.next_functions)
+        for value in values
+        for node in graph(value).nodes
+    )
 
 
 # The nodes that autograd itself puts into a graph.
@@ -138,7 +169,7 @@ def _comparisons(lin: Linearisation) -> list[_Comparison]:
     else:  # only products with the transpose are at hand
         back = lin.transposed(w)
         comparisons.append((
-            "params", lambda x: (condition(x) @ w)[None], lambda v: (back @ v)[None], params,
+            "params", lambda x: dot(condition(x), w)[None], lambda v: dot(back, v)[None], params,
             layout.sizes,
         ))  # fmt: skip
     cross = lin.cross(w)
@@ -154,7 +185,7 @@ def _comparisons(lin: Linearisation) -> list[_Comparison]:
         given = list(tensors)
         for place, part in zip(moving, x.split(sizes), strict=True):
             given[place] = part.reshape(tensors[place].shape)
-        return (lin.at(given).residual @ w.to(layout.dtype))[None]
+        return dot(lin.at(given).residual, w.to(layout.dtype))[None]
 
     comparisons.append(("hparams", by_hparams, lambda v: (slope @ v)[None], point, sizes))
     return comparisons

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._autograd.products import Parts
 from ..solvers._factorisation import signs
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
@@ -54,6 +55,10 @@ class Use:
     def effect(self, missing: Tensor, lost: Tensor) -> Tensor:
         """Measure the relative change that a part missing in `u` makes, which is `lost` of it."""
         return lost
+
+    def crossed_again(self, crossed: Parts) -> Tensor | float:
+        """Measure the relative change where the cross derivative was formed once more."""
+        return 0.0
 
     def second_look(
         self, newton: NewtonStep, solution: Solution, planned: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -43,6 +43,7 @@ class Cause(IntEnum):
     APPROXIMATION = 5
     KINK = 6
     UNITS = 7
+    PRODUCTS = 8
 
 
 def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
@@ -68,19 +69,56 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
     NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
-    choices = evidence.choices
-    if choices.on_failure == "ignore":
-        return
+    if not is_good(evidence, info, sound):
+        rows = _rows(evidence, info, sound)
+        _judge_rows([(evidence, rows)], len(rows), info, "tasks")
+
+
+def is_good(evidence: Evidence, info: SolveInfo, sound: Tensor) -> bool:
+    """Say whether nothing is to be said about any task; the arguments are those of `judge`."""
+    if evidence.choices.on_failure == "ignore":
+        return True
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
-    if all(good):
-        return
-    rows = _rows(evidence, info, sound)
-    bad = [row for row in rows if not row.sound]
+    return all(good)
+
+
+def judge_outputs(
+    failures: Sequence[tuple[Evidence, SolveInfo, Tensor]], outputs: int, info: SolveInfo
+) -> None:
+    """Warn or raise, once for all outputs of a function, as `judge` does for tasks.
+
+    Parameters
+    ----------
+    failures : sequence
+        The arguments of `judge`, for each block of outputs that is not good.
+    outputs : int
+        How many outputs there are in all blocks.
+    info : SolveInfo
+        The figures of all outputs.
+
+    Raises
+    ------
+    NotFinite, NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
+        As `judge` does.
+    """
+    if failures:
+        blocks = [(evidence, _rows(evidence, part, sound)) for evidence, part, sound in failures]
+        _judge_rows(blocks, outputs, info, "outputs")
+
+
+def _judge_rows(
+    blocks: Sequence[tuple[Evidence, list[_Row]]], tasks: int, info: SolveInfo, unit: str
+) -> None:
+    """Warn or raise, by the rows of all blocks in which a task failed."""
+    bad = [(evidence, row) for evidence, rows in blocks for row in rows if not row.sound]
     if bad:
+        evidence = bad[0][0]
         places = [*_start(evidence.system.x0)]
         places += evidence.use.places(evidence.system.b, evidence.solution.x)
-        _refuse_not_finite(counted(len(bad), len(rows), exact=True), places, _plain(info))
-    failed = [row for row in rows if not row.success]
+        said = counted(len(bad), tasks, exact=True, unit=unit)
+        _refuse_not_finite(said, places, _plain(info))
+    evidence, choices = blocks[0][0], blocks[0][0].choices
+    failed = [row for _, rows in blocks for row in rows if not row.success]
     exact = choices.on_failure == "raise"
     worst = _Failure(
         max(failed, key=_Row.severity),
@@ -88,10 +126,11 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
         solver=choices.solver,
         inner_tol=choices.inner_tol,
         kink=evidence.lin.problem.condition.kink,
+        noisy=evidence.system.noisy,
         exact=exact,
     )
     error, text = worst.diagnosis()
-    said = counted(len(failed), len(rows), exact=exact) + text(worst)
+    said = counted(len(failed), tasks, exact=exact, unit=unit) + text(worst)
     if exact:
         raise error(said, info=_plain(info))
     warn(said)
@@ -112,6 +151,7 @@ class _Row(NamedTuple):
     condition: float
     params: float
     degeneracy: float
+    product_error: float
 
     def severity(self) -> tuple[bool, float]:
         """Rank failures of the linear solve first, then by the size of the figure."""
@@ -135,6 +175,7 @@ def _rows(evidence: Evidence, info: SolveInfo, sound: Tensor) -> list[_Row]:
         "condition": norm(evidence.lin.residual).expand_as(info.status),
         "params": norm(evidence.params).expand_as(info.status),
         "degeneracy": info.degeneracy,
+        "product_error": info.product_error,
     }
     packed = torch.stack([figures[name].to(torch.float64) for name in _Row._fields], dim=-1)
     return [_Row(*row) for row in all_tasks(packed).tolist()]
@@ -162,6 +203,8 @@ class _Failure(NamedTuple):
     solver: Solver
     inner_tol: float | None
     kink: str
+    #: Of products by differences.
+    noisy: bool
     #: With the figures: in the text of an error, not in that of a warning.
     exact: bool
 
@@ -266,6 +309,18 @@ def _units(failure: _Failure) -> str:
     )
 
 
+def _differenced(failure: _Failure) -> str:
+    error = f" by about {failure.row.product_error:.2g}" if failure.exact else ""
+    return (
+        'Products by differences (products="difference") are not sure enough: another step size '
+        f"changes the answer{error}. The arithmetic is too coarse (autocast, half precision), the "
+        "loss has kinks (ReLU) near params, or leaves of params have very different scales, which "
+        "one step cannot suit. Compute the inner loss in float32 or float64; take "
+        'products="exact" where the model has second derivatives; or pass a larger inner_tol where '
+        "so much will do (info.error_estimate says how much)."
+    )
+
+
 def _kinked(failure: _Failure) -> str:
     jump = f"a part of {failure.row.degeneracy:.3g}" if failure.exact else "a part"
     return (
@@ -293,6 +348,7 @@ _OF_CAUSE: dict[Cause, _Diagnosis] = {
     Cause.APPROXIMATION: (NotConverged, _approximated),
     Cause.KINK: (NotDifferentiable, _kinked),
     Cause.UNITS: (NotConverged, _units),
+    Cause.PRODUCTS: (NotConverged, _differenced),
 }
 
 
@@ -335,6 +391,13 @@ def _diverged(failure: _Failure) -> str:
 
 
 def _stagnated(failure: _Failure) -> str:
+    if failure.noisy:
+        return (
+            f"{failure.name} came no closer{failure.at}: products by differences hide the rest. "
+            'Take products="exact" where the model has second derivatives, a GaussNewton '
+            "condition, whose curvature cannot be negative, or float64; train the inner problem "
+            "further, or add damping."
+        )
     return (
         f"{failure.name} stagnated at the rounding floor of the dtype{failure.at}. Use float64, "
         "loosen rtol, or pass a preconditioner."

@@ -86,7 +86,10 @@ def estimate(
     if solver is None:
         solver = CG(maxiter=_BUDGET) if condition.symmetric else GMRES(maxiter=_BUDGET)
     # A plain loss is handed on as it came in.
-    losses = levels.outer_on(outer), condition.f if type(condition) is Minimum else condition
+    loss: Any = condition
+    if type(condition) is Minimum and (condition.replays or estimator != "implicit"):
+        loss = condition.f
+    losses = levels.outer_on(outer), loss
     params, hparams = levels.now("params"), levels.now("hparams")
     if estimator != "implicit":
         call = estimator if callable(estimator) else _words()[estimator]

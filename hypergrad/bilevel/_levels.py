@@ -16,7 +16,7 @@ from .._autograd.products import Replay, filled, gradient_of
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record, refuse_past_arguments
 from .._autograd.trace import detached
-from .._errors import NotConnected, NotFinite
+from .._errors import NotConnected, NotFinite, UnsupportedOperation
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
 from .._implicit.task_norms import finite
@@ -134,6 +134,12 @@ class Levels:
         hparams_projection: Callable[[Any], Any] | None = None,
     ) -> None:
         self.outer, self.condition = outer, as_condition(inner, Minimum)
+        if getattr(self.condition, "batches", None) is not None:
+            raise UnsupportedOperation(
+                "Bilevel draws batches itself: pass inner_batches=..., and the condition without "
+                "batches.",
+                argument="inner",
+            )
         refuse_one_level_reduced(self.condition.functions(), outer)
         names = self.condition.of_objective
         self.params, self.inner_optimizer = take("params", params, optimizers[0], True, names)

@@ -18,6 +18,10 @@ from .._errors import NotConnected
 from .._mistakes import Fields
 from ._inner_problem import Problem
 
+if TYPE_CHECKING:
+    from .._autograd.random_numbers import Draw
+    from ._difference import Differences
+
 Product = Callable[[Parts, bool], Parts]
 
 
@@ -44,6 +48,13 @@ class Record:
         Whether the gradients of the active constraints are linearly dependent, for each task.
     fused : bool
         Whether a product goes through a fused kernel of attention, which cannot be mapped.
+    cross, cross_forward : callable, optional
+        ``u -> (dF/dargs)^T u`` and ``tangents -> (dF/dargs) tangents``; None: from the graph of the
+        residual.
+    differences : Differences, optional
+        Where products are differences: how they are made.
+    captured : list of Tensor
+        Of a condition that makes its own recordings: as in `Recording.captured`.
     """
 
     values: list[Tensor]
@@ -54,6 +65,10 @@ class Record:
     sides: Sequence[Product] = ()
     dependent: Callable[[], Tensor] | None = None
     fused: bool = False
+    cross: Product | None = None
+    cross_forward: Product | None = None
+    differences: Differences | None = None
+    captured: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,11 @@ class Point:
         A zero, from which forward products are recorded.
     forward : bool
         Whether products with A itself are asked for.
+    args : list of Tensor
+        The aliases of the differentiated arguments.
+    draw : Draw, optional
+        The random numbers, for a condition that makes its own recordings: there the tensors are
+        plain, and not aliases.
     """
 
     problem: Problem
@@ -79,6 +99,8 @@ class Point:
     params: list[Tensor]
     seed: Tensor | None
     forward: bool
+    args: Sequence[Tensor] = ()
+    draw: Draw | None = None
 
     def gradient(self, value: Tensor) -> list[Tensor | None]:
         """Take the gradient of an objective, on which every inner variable must depend."""
@@ -110,6 +132,11 @@ class Condition(Fields, ABC):
     #: The reason why a point is a kink, for messages.
     kink: ClassVar[str] = ""
 
+    @property
+    def replays(self) -> bool:
+        """Whether all products come from one recorded graph, which may be differentiated again."""
+        return True
+
     if TYPE_CHECKING:  # a class variable of some conditions and a field of others
 
         @property
@@ -140,6 +167,17 @@ def as_condition(inner: Any, default: Callable[[Any], Condition]) -> Condition:
             f"{type(inner).__name__}."
         )
     return default(inner)
+
+
+def recorded(condition: Condition, point: Point, *, cross_forward: bool = False) -> Record:
+    """Record a condition, with the cross derivative from the graph of the residual."""
+    record = condition.record(point)
+    if record.cross is None:
+        record.cross = Replay(record.residual, point.args)
+    if cross_forward and record.cross_forward is None:
+        assert point.seed is not None
+        record.cross_forward = ForwardReplay(record.residual, point.args, point.seed)
+    return record
 
 
 def record_equation(point: Point, values: list[Tensor], symmetric: bool) -> Record:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from .._autograd.double_backward import advice
 from .._autograd.products import ForwardReplay, Parts, Replay
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import Recording, record, surroundings
 from .._autograd.torch_pytrees import pytree
-from ._base import Condition, Point, Record, plus, recorded_gradient, require_all
+from .._errors import UnsupportedOperation
+from ._base import Point, Record, plus, recorded_gradient, require_all
+from ._difference import Differences, Step, minus, moved, per_length
+from ._first_derivatives import FirstDerivatives, RecordedSlopes, added, times
 from ._inner_problem import Problem
+from ._objective import Objective, Products, with_batch
+from ._passes import Passes
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussNewton(Condition):
+class GaussNewton(Objective):
     """A minimum whose curvature is taken from the Gauss-Newton matrix.
 
     The objective is ``loss(outputs(params, hparams), hparams) + regulariser(params, hparams)``.
@@ -34,6 +43,11 @@ class GaussNewton(Condition):
         ``loss(outputs, hparams)``, a scalar tensor, convex in the outputs.
     regulariser : callable, optional
         ``regulariser(params, hparams)``, a scalar tensor.
+    batches, products, on_batch
+        As in `Minimum`. With batches the functions are ``outputs(params, hparams, batch)`` and
+        ``loss(outputs, hparams, batch)``; the regulariser gets no batch. By differences the
+        outputs are differenced, in one pass a product, and the second derivatives of `loss` and
+        of the regulariser alone are needed. Modules of several processes take a `Minimum`.
 
     References
     ----------
@@ -57,11 +71,24 @@ class GaussNewton(Condition):
     outputs: Callable[..., Any]
     loss: Callable[..., Any]
     regulariser: Callable[..., Any] | None = None
-    symmetric: ClassVar[bool] = True
-    of_objective: ClassVar[bool] = True
+    batches: Iterable[Any] | None = None
+    products: Products = "exact"
+    on_batch: Callable[[int], Any] | None = None
     twice: ClassVar[bool] = False
 
-    def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def functions(self) -> list[Callable[..., Any]]:
+        """List the three functions."""
+        of_penalty = [] if self.regulariser is None else [self.regulariser]
+        return [self.outputs, self.loss, *of_penalty]
+
+    def of_batch(self, batch: Any) -> GaussNewton:
+        """Make the condition of one batch, which the regulariser does not get."""
+        if self.batches is None:
+            return self
+        outputs, loss = with_batch(self.outputs, batch), with_batch(self.loss, batch)
+        return GaussNewton(outputs, loss, self.regulariser)
+
+    def values(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the loss and the regulariser."""
         outputs = problem.outputs(self.outputs, tensors)
         values = [problem.objective("loss", self.loss, tensors, first=outputs)]
@@ -69,8 +96,17 @@ class GaussNewton(Condition):
             values.append(problem.objective("regulariser", self.regulariser, tensors))
         return values
 
-    def record(self, point: Point) -> Record:
-        """Record the exact gradient, and the products of the Gauss-Newton matrix."""
+    def _differences(
+        self, slopes: FirstDerivatives, point: Point, passes: Passes, draw: Draw
+    ) -> Differences:
+        if not isinstance(slopes, RecordedSlopes) or point.problem.layout().space is not None:
+            raise UnsupportedOperation(
+                "A GaussNewton by differences does not know parameters in pieces, nor modules of "
+                'several processes. Use Minimum(f, products="difference").'
+            )
+        return _OutputDifferences(self, slopes, point, passes, draw)
+
+    def _graph(self, point: Point) -> Record:
         problem, tensors, params, seed = point.problem, point.tensors, point.params, point.seed
         outputs = problem.outputs(self.outputs, tensors)
         # Fresh aliases: one output may have been computed from another.
@@ -102,5 +138,95 @@ class GaussNewton(Condition):
         return Record(values, gradient, product, product, hessian=Replay(gradient, params))
 
 
+class _OutputDifferences(Differences):
+    """Products of the Gauss-Newton matrix, from first derivatives of the outputs alone.
+
+    ``J v`` is a central difference of the outputs, the curvature of the loss by them is exact, and
+    the product with ``J^T`` is one pass backward.
+    """
+
+    def __init__(
+        self, inner: GaussNewton, slopes: RecordedSlopes, point: Point, passes: Passes, draw: Draw
+    ) -> None:
+        super().__init__(slopes, point.problem, point.tensors)
+        self._inner, self._given, self._passes, self._draw = inner, point.tensors, passes, draw
+        self._around = surroundings([t.device.type for t in point.tensors])
+        self._of_gradient = self._step(point.problem.inner)
+
+    @property
+    def of_gradient(self) -> Step:
+        """The step of the cross derivative, and of the Hessian."""
+        return self._of_gradient
+
+    def again(self, u: Parts, *, looks: bool) -> tuple[Parts, Parts]:
+        """Form both with other steps."""
+        (image,) = self._doubted(self._measured, u, self.step.reach, looks=looks)
+        return image, super().again(u, looks=looks)[1]
+
+    def _measured(self, v: Parts, reach: Tensor) -> Sequence[Parts]:
+        return [self._product(v, reach)]
+
+    def _product(self, v: Parts, reach: Tensor) -> Parts:
+        total: Parts | None = None
+        count = 0
+        with self._around(), self._draw.evaluation():
+            for batch in self._passes:
+                image = self._of_one(self._inner.of_batch(batch), v, reach)
+                total = image if total is None else added(total, image, own=count > 1)
+                count += 1
+        assert total is not None
+        return times(total, 1 / count)
+
+    def _of_one(self, inner: GaussNewton, v: Parts, reach: Tensor) -> Parts:
+        problem, tensors, draw = self._problem, self._given, Draw()
+        h, over = per_length(v, reach)
+
+        def outputs(sign: int) -> list[Tensor]:
+            there = moved(tensors, problem.inner, v, sign * h)
+            with advice(problem.trees), torch.no_grad(), draw.evaluation():
+                values = problem.outputs(inner.outputs, there)
+            return [leaf for leaf in pytree.tree_leaves(values) if _floating(leaf)]
+
+        pushed = minus(outputs(1), outputs(-1), over)
+
+        def pulled(recording: Recording) -> list[Tensor | None]:
+            aliases, given = recording.aliases, recording.placed(tensors, problem.inner)
+            values = problem.outputs(inner.outputs, given)
+            leaves, spec = pytree.tree_flatten(values)
+            places = [i for i, leaf in enumerate(leaves) if _floating(leaf)]
+            curved = self._curved(inner, leaves, spec, places, pushed)
+            image = Replay([leaves[i] for i in places], aliases)(curved)
+            if inner.regulariser is not None:
+                penalty = problem.objective("regulariser", inner.regulariser, given)
+                bent = Replay(recorded_gradient(penalty, aliases), aliases)(v)
+                image = [plus(a, b) for a, b in zip(image, bent, strict=True)]
+            return [None if part is None else part.detach() for part in image]
+
+        return record(pulled, [tensors[i] for i in problem.inner], problem.trees, draw=draw)
+
+    def _curved(
+        self, inner: GaussNewton, leaves: list[Any], spec: Any, places: list[int], v: Parts
+    ) -> Parts:
+        """Form the product with the second derivative of the loss by the outputs."""
+        problem = self._problem
+
+        def curvature(recording: Recording) -> Parts:
+            alone = list(leaves)
+            for place, alias in zip(places, recording.aliases, strict=True):
+                alone[place] = alias
+            first = pytree.tree_unflatten(alone, spec)
+            value = problem.objective("loss", inner.loss, self._given, first=first)
+            slopes = recorded_gradient(value, recording.aliases)
+            like = [part if part is None else part.to(leaves[i].dtype)
+                    for i, part in zip(places, v, strict=True)]  # fmt: skip
+            return Replay(slopes, recording.aliases)(like)
+
+        return record(curvature, [leaves[i].detach() for i in places], (), draw=Draw())
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+    return _floating(leaf) and leaf.requires_grad

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._autograd.guard import Guard
 from .._autograd.random_numbers import Draw
+from .._autograd.shards import whole
 from .._autograd.torch_pytrees import pytree
 from .._autograd.watch import WatchForDerivatives
 from .._errors import HypergradError, StructureMismatch, UnsupportedOperation, argument_of
@@ -294,7 +295,7 @@ def scalar(what: str, value: Any) -> Tensor:
             "Reduce it with .mean() or .sum().",
             argument=argument_of(what),
         )
-    return value.reshape(())
+    return whole(value).reshape(())
 
 
 def without_aux(what: str, returned: Any, has_aux: bool, first: str) -> tuple[Any, Any]:

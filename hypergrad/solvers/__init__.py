@@ -14,6 +14,7 @@ from ._neumann import Neumann
 from ._normal import LSMR, NormalCG
 from ._nystrom import Nystrom
 from ._system import LinearSystem, Solution
+from ._watch import Iteration
 
 __all__ = [
     "CG",
@@ -24,6 +25,7 @@ __all__ = [
     "BiCGSTAB",
     "Exact",
     "Identity",
+    "Iteration",
     "LinearSystem",
     "Neumann",
     "NormalCG",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task, every_task
+from .._autograd.shards import is_shards
 from .._info import Status
 from ._base import Solver, check_symmetry
 from ._bicgstab import BiCGSTAB
@@ -37,7 +38,9 @@ _SMALL = 3  # ... a factorisation costs less than a second iteration.
 # unknowns about as long as 60 gradients.
 _LARGE = 1_000_000
 _BUDGET = 20
-_PATIENCE = 16  # n / 16 iterations cost less than a factorisation, by measurement
+_SHARE = 0.5  # of it for a second method, whose steps take longer
+# n / 16 iterations, or n / (15 + k) of k right-hand sides together, cost less than a factorisation,
+_PATIENCE = 16  # by measurement.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Auto(Limited):
     """The default: a dense factorisation of small systems, and an iteration for the rest.
 
     Up to `dense_below` unknowns it is `Exact`, if the memory holds the matrix: or up to three times
-    as many where A is not symmetric, and times the number of right-hand sides that share a matrix.
+    as many where A is not symmetric, and times the number of right-hand sides that share a matrix
+    (of a symmetric one up to six times as many unknowns, or two for each right-hand side; above
+    that they are solved in a block).
     Above that it is `CG` where A is symmetric, and `MINRES` for the tasks in which CG met negative
     curvature or a singular direction. Where A is not symmetric, or `Solver.solve` was not told, it
     is `GMRES`, and `BiCGSTAB` for the tasks in which GMRES got stuck; then `LSMR`, if products with
@@ -60,15 +65,15 @@ class Auto(Limited):
     a smaller residual, and `Exact` takes over where that residual, times the condition number
     that the iteration has seen, leaves less than five digits in float64 (three in float32).
     A `maxiter` of the caller's switches all this off. Above a million unknowns there is a budget of
-    20 iterations of the first method: where they end above ten times the tolerance, the status says
-    so, and the answer is no success.
+    20 iterations, `MINRES` taking over from `CG` for three quarters of what is left: where they end
+    above ten times the tolerance, the status says so, and the answer is no success.
 
     ``info.method`` names the method, or says what was tried: "Auto: CG, then MINRES". Products
     and iterations are those of all methods together.
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping
+    maxiter, rtol, atol, damping, callback, progress
         As in every iterative solver; `maxiter` holds for each method that is tried.
     dense_below : int
         Most unknowns for which the matrix is formed at once; 0: never a dense matrix.
@@ -94,14 +99,18 @@ class Auto(Limited):
         n, tasks = system.b.shape[-1], math.prod(system.b.shape[:-1])
         shared = system.shared if tasks else 1
         fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
-        fits = fits and n <= _LAST_RESORT * self.dense_below
-        if fits and n <= self.dense_below * shared * (1 if system.symmetric else _SMALL):
+        fits = fits and n <= _LAST_RESORT * self.dense_below and not is_shards(system.b)
+        fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
+        most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
+        if shared > 1 and system.symmetric:  # a block of them takes few iterations
+            most = min(most, max(_CHECKED * self.dense_below, 2 * shared))
+        if fits and n <= most:
             return Exact(damping=self.damping).run(system)
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
         looks = system.looks or self.rtol != 0
         used = 0
-        if looks and self.maxiter is None and not system.symmetric:
+        if looks and self.maxiter is None and not (system.symmetric or is_shards(system.b)):
             solution, used = solve_diagonal(
                 system, rtol=self.rtol, atol=self.atol, damping=self.damping
             )
@@ -115,7 +124,7 @@ class Auto(Limited):
         """Iterate, once or several times, and a factorisation where that is cheaper."""
         n = system.b.shape[-1]
         if fits and looks and self.maxiter is None:
-            return self._patiently(system, max(n // (_PATIENCE * shared), 2))
+            return self._patiently(system, max(n // (_PATIENCE - 1 + shared), 2))
         slow = (*_STUCK, Status.MAX_ITERATIONS)
         # The methods after the first, each with the ends that call for it.
         then: Sequence[tuple[type[Iterative], Sequence[Status]]] = [(MINRES, _INDEFINITE)]
@@ -132,8 +141,18 @@ class Auto(Limited):
         return _said(solution, used)
 
     def _within_budget(self, system: LinearSystem) -> Solution:
-        """Run one method for as long as the budget lasts; an unfinished run is no success."""
-        solution = self._iterated(_first(system), maxiter=_BUDGET).run(system)
+        """Iterate for as long as the budget lasts; an unfinished run is no success."""
+        first = _first(system)
+        solution = self._iterated(first, maxiter=_BUDGET).run(system)
+        taken = int(solution.iterations.max()) if solution.iterations.numel() else _BUDGET
+        left = int(_SHARE * (_BUDGET - taken))
+        failed = ~solution.success & _one_of(solution.status, _INDEFINITE)
+        if system.symmetric and system.looks and left > 0 and any_task(failed):
+            further = self._iterated(MINRES, maxiter=left).run(_only(system, failed))
+            # Of a minimum the curvature is what is at fault, and not the budget.
+            unfinished = further.status == Status.MAX_ITERATIONS
+            further.status = torch.where(unfinished, solution.status, further.status)
+            solution = _said(_merged(solution, further, failed), [first.__name__, "MINRES"])
         near = solution.residual_norm <= 10 * tolerance(self.rtol, system.layout.precision)
         solution.success = solution.success & ((solution.status == Status.CONVERGED) | near)
         return solution
@@ -235,10 +254,10 @@ def _merged(before: Solution, after: Solution, failed: Tensor) -> Solution:
         method=before.method,
         spectrum=widest(lambda: before.eigenvalues, lambda: after.eigenvalues),
         residual=_later(taken, before.residual, after.residual, missing=0.0),
-        null=_later(taken, before.null, after.null, missing=0.0),
+        null=_later(taken, _own(before, before.null), _own(before, after.null), 0.0),
         linear_error=_later(taken, before.linear_error, after.linear_error),
         newton=_later_step(taken, before.newton, after.newton),
-        metric=_later(taken, before.metric, after.metric, missing=1.0),
+        metric=_later(taken, _own(before, before.metric), _own(before, after.metric), 1.0),
         further=after.further if every_task(taken) else None,
     )
 
@@ -254,6 +273,11 @@ def _later(
     absent = torch.full_like(known, missing)
     one, other = (absent if v is None else v for v in (after, before))
     return torch.where(taken, one, other)
+
+
+def _own(solution: Solution, vector: Tensor | None) -> Tensor | None:
+    """Give every right-hand side the vector that those of one matrix have in common."""
+    return None if vector is None else vector.expand_as(solution.x)
 
 
 def _later_step(
@@ -276,7 +300,7 @@ def _named(word: Any) -> str:
     from . import __all__ as names
 
     bare = str(word).lower().replace("-", "").replace("_", "")
-    bases = ("LinearSystem", "Solution", "Solver", "choose")
+    bases = ("Iteration", "LinearSystem", "Solution", "Solver", "choose")
     return next((name for name in names if name not in bases and name.lower() == bare), "CG")
 
 

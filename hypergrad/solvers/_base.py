@@ -19,6 +19,7 @@ from .._mistakes import Fields
 from .._pytrees import Layout, Tree, refuse_meta
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, dense_by_products, norm
+from ._watch import watching
 
 
 class Solver(Fields, ABC):
@@ -198,7 +199,9 @@ class Solver(Fields, ABC):
         products = Counted(system.matvec, 0.0, system.rmatvec)
         rmatvec = None if system.rmatvec is None else products.transposed
         before = versions([system.b])
-        solution = self.run(dataclasses.replace(system, matvec=products, rmatvec=rmatvec))
+        with watching(self, products, system.looks) as watch:
+            own = dataclasses.replace(system, matvec=products, rmatvec=rmatvec, watch=watch)
+            solution = self.run(own)
         self._check(system, solution)
         if versions([system.b]) != before:
             raise UnsupportedOperation(
@@ -312,11 +315,17 @@ def _not_differentiable() -> Exception:
     )
 
 
+# The figures that a solve by itself does not know.
+_OF_EVIDENCE = (
+    "inner_residual", "outer_error", "error_estimate", "product_error", "degeneracy",
+    "outer_value", "eigenvalues",
+)  # fmt: skip
+
+
 def info_of(solved: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
     """Make the `SolveInfo` of a flat solution; figures that are left out are NaN."""
     nan = torch.full_like(solved.residual_norm, math.nan)
-    scalars = ("inner_residual", "outer_error", "error_estimate", "degeneracy", "outer_value")
-    figures = {"success": solved.success, **dict.fromkeys((*scalars, "eigenvalues"), nan)}
+    figures = {"success": solved.success, **dict.fromkeys(_OF_EVIDENCE, nan)}
     return SolveInfo(
         status=solved.status,
         iterations=solved.iterations,

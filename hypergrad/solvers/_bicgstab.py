@@ -22,7 +22,7 @@ class BiCGSTAB(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
 
     References
@@ -68,7 +68,7 @@ class _Recurrence(Recurrence):
         start, active, zero, one = self.start, self.active, self.zero, self.one
         p_hat = start.preconditioned(self.p)
         v = start.matvec(p_hat)
-        self.negative = self.negative | (active & curves_down(p_hat, v))
+        self.negative = self.negative | (active & curves_down(p_hat, v, self.start.noise))
         v_size, p_size = (torch.linalg.vector_norm(w, dim=-1) for w in (v, p_hat))
         across = dot(self.shadow, v)
         sound = across.abs() > self.flat * self.shadow_size * v_size  # false for NaN too

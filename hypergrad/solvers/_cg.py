@@ -13,12 +13,14 @@ from torch import Tensor
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
+from ._block_cg import in_a_block, shares
 from ._cg_in_numbers import in_numbers, suits
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
+from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg, widest
-from ._system import Counted, LinearSystem, Solution, graded
+from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
 
 
@@ -32,7 +34,7 @@ class CG(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
 
     References
@@ -55,37 +57,48 @@ class CG(Iterative):
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
-        if begun is None and suits(system.b) and self.preconditioner is None:
+        looks = system.looks or self.rtol != 0
+        if begun is None and suits(system.b, looks) and self.preconditioner is None:
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
     def _run_in_numbers(self, system: LinearSystem) -> Solution:
         """Do what the general way would, where one pass is enough, in a fifth of the operations."""
         scale = norm(system.b).item()
-        looks = system.looks or self.rtol != 0
-        if not looks or system.x0 is not None or not 0 < scale < math.inf:
+        if system.x0 is not None or not 0 < scale < math.inf:
             return super().run(system)
         matvec = Counted(system.matvec, self.damping)
-        b, precision = system.b / scale, system.layout.precision
+        b, long = system.b / scale, is_long(system.b)
+        precision = system.layout.precision
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
+        if system.noisy:
+            tol = float(Units(system.b).tolerance(self.rtol, self.atol, precision, system.noise))
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition)
+        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch, system.noise)
+        if long:  # it has become the residual
+            torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
-            self._look_around(matvec, b, part, tol, max(limit - part.steps, AROUND))
-        residual = torch.sub(b, matvec(part.x))
+            most = max(limit - part.steps, AROUND)
+            self._look_around(matvec, b, part, tol, most, system.noise)
+        image = matvec(part.x)
+        residual = torch.sub(b, image, out=b if long else None)
+        del image
         size = norm(residual)
         status = Status(int(part.status))
         solved = status == Status.CONVERGED and size.item() <= tol
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
+            del b, residual
             return super().run(system, part)
         met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
+        linear_error = self._linear_error(part.x, size, part, precision)
+        newton = None if part.observer is None else part.observer.newton(part.x)
         return Solution(
-            x=part.x * scale,
+            x=torch.mul(part.x, scale, out=part.x if long else None),
             status=torch.tensor(int(Status.CONVERGED if met else status), device="cpu"),
             success=torch.tensor(met or allowed, device="cpu"),
             iterations=part.iterations,
@@ -94,16 +107,22 @@ class CG(Iterative):
             negative_curvature=part.negative,
             method="CG",
             spectrum=part.ritz,
-            residual=residual * scale,
-            linear_error=self._linear_error(part.x, size, part, precision),
-            newton=None if part.observer is None else part.observer.newton(part.x),
+            residual=torch.mul(residual, scale, out=residual if long else None),
+            linear_error=linear_error,
+            newton=newton,
         )
 
     def _look_around(
-        self, matvec: Counted, b: Tensor, part: Correction, tol: float, limit: int
+        self,
+        matvec: Counted,
+        b: Tensor,
+        part: Correction,
+        tol: float,
+        limit: int,
+        noise: Tensor | float,
     ) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
-        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None)
+        more = in_numbers(matvec, None, off_zero(matvec, b), tol, limit, None, noise=noise)
         part.negative = more.negative
         part.largest = torch.maximum(part.largest, more.largest)
         part.ritz = widest(part.ritz, more.ritz)
@@ -112,15 +131,27 @@ class CG(Iterative):
         part.steps += more.steps + 1
 
     def _iterate(self, start: Pass) -> Correction:
-        if start.looks and suits(start.r):
+        if suits(start.r, start.looks):
             limit = start.limit * bool(start.active)
+            r = start.r.clone() if is_long(start.r) else start.r
             return in_numbers(
-                start.matvec, start.precondition, start.r, start.tol.item(), limit, start.condition
+                start.matvec,
+                start.precondition,
+                r,
+                start.tol.item(),
+                limit,
+                start.condition,
+                start.watch,
+                start.noise,
             )
-        run = _Recurrence(start)
-        while run.goes_on():
-            run.step()
-        return run.ended()
+        return in_a_block(start, _one_by_one) if shares(start) else _one_by_one(start)
+
+
+def _one_by_one(start: Pass) -> Correction:
+    run = _Recurrence(start)
+    while run.goes_on():
+        run.step()
+    return run.ended()
 
 
 class _Recurrence(Recurrence):
@@ -149,10 +180,14 @@ class _Recurrence(Recurrence):
 
     def goes_on(self) -> bool:
         """Count a step, if one is made; where every task goes on there is no need to ask."""
-        if not self.smooth or self.steps >= self.start.limit:
+        if not self.smooth or self.steps >= self.start.limit or self.start.watch is not None:
             return super().goes_on()
         self.steps += 1
         return True
+
+    def reached(self) -> Tensor:
+        """Give the norm of each task's residual."""
+        return self.rr.sqrt()
 
     def step(self) -> None:
         """Make one step: Hestenes and Stiefel (1952), equations 3:1b to 3:1f."""
@@ -161,7 +196,7 @@ class _Recurrence(Recurrence):
         pAp = dot(p, Ap) if scratch is None else torch.mul(p, Ap, out=scratch).sum(dim=-1)
         quotient = pAp / self.pp
         self.largest = torch.maximum(self.largest, quotient.abs())
-        usable = quotient > self.flat * self.largest  # false for NaN too
+        usable = quotient > self.start.least * self.largest  # false for NaN too
         moving = self.active & usable
         alpha = torch.where(moving, self.rz / pAp, zero)[..., None]  # 3:1b
         if self.observer is not None:

@@ -14,19 +14,23 @@ from torch import Tensor
 
 from .._autograd.transforms import transforms_active
 from .._info import Status
-from ._krylov import Correction
+from ._krylov import Correction, noise_floor
+from ._long import is_long
 from ._observer import Observer
 from ._ritz import ritz_values_of_cg
 from ._vectors import Product
+from ._watch import Watch
 
 _FLAT = 10  # curvature below so many roundings of the largest is none
 _TRUE = torch.tensor(True, device="cpu")
 _TOGETHER = 32  # short directions that are kept and added at once
-_SHORT = 10_000  # ... up to this many unknowns: longer ones gain nothing and fill the memory
 
 
-def suits(b: Tensor) -> bool:
-    """Say whether this is one system, on the CPU, whose values the host may look at."""
+def suits(b: Tensor, looks: bool = True) -> bool:
+    """Say whether this is one system, on the CPU, whose values the host looks at."""
+    # Of a long one it does so where it need not, for that saves memory and waits for nothing.
+    if not (looks or is_long(b)):
+        return False
     return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
 
 
@@ -37,24 +41,29 @@ def in_numbers(
     tol: float,
     limit: int,
     condition: Tensor | None,
+    watch: Watch | None = None,
+    noise: Tensor | float = 0.0,
 ) -> Correction:
     """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
-    x = _Sum(r)
+    # A long residual is the pass's own, and changed in place.
+    x, long = _Sum(r), is_long(r)
     p = r if precondition is None else precondition(r)
+    p = p.clone() if long else p
     rz = _number(r, p)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
     best_rr, steepest = rr, 0.0
-    flat = _FLAT * torch.finfo(r.dtype).eps
+    least = _FLAT * torch.finfo(r.dtype).eps
+    flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
-    observer = None if condition is None else Observer(condition, r)
+    observer = _observer(condition, r, None if precondition is not None else math.sqrt(rr))
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     for _ in range(limit):
         Ap = matvec(p)
         pAp = _number(p, Ap)
         quotient = pAp / pp if pp else math.nan
         steepest = max(steepest, abs(quotient))
-        if not quotient > flat * steepest:  # true for NaN too
+        if not quotient > least * steepest:  # true for NaN too
             log.append((pAp, rz, 0.0))
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
             bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp
@@ -62,8 +71,9 @@ def in_numbers(
             break
         alpha = rz / pAp
         if observer is not None:
-            observer.along_alone(p, Ap, pAp)
-        r = torch.sub(r, Ap, alpha=alpha)
+            observer.along_alone(p, Ap, pAp, alpha=alpha, pp=pp)
+        r = torch.sub(r, Ap, alpha=alpha, out=r if long else None)
+        del Ap  # the next one takes its place
         z = r if precondition is None else precondition(r)
         rz_new = _number(r, z)
         rr = rz_new if precondition is None else _number(r, r)
@@ -73,21 +83,47 @@ def in_numbers(
         log.append((pAp, rz, beta))
         if observer is not None and observer.is_due():
             observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
+        if observer is not None:
+            observer.turn(beta)
+        if watch is not None:
+            watch.tell(math.sqrt(max(rr, 0.0)))
         if rr <= tol * tol:
             status = Status.CONVERGED
             break
-        p = torch.add(z, p, alpha=beta)
+        p = torch.add(z, p, alpha=beta, out=p if long else None)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
+    return _outcome(x, status, log, steepest, observer)
+
+
+def _observer(condition: Tensor | None, r: Tensor, size: float | None) -> Observer | None:
+    """Begin to follow the iteration; `size`: of a residual that no preconditioner changes."""
+    if condition is None:
+        return None
+    observer = Observer(condition, r, long=is_long(r))
+    if is_long(r) and size is not None:
+        observer.measure(size)
+    return observer
+
+
+def _outcome(
+    x: _Sum,
+    status: Status,
+    log: list[tuple[float, float, float]],
+    steepest: float,
+    observer: Observer | None,
+) -> Correction:
+    """Say how the iteration ended."""
     stopped = status not in (Status.MAX_ITERATIONS, Status.CONVERGED)
+    end = _end(x, status)
     return Correction(
-        x=_end(x, status),
+        x=end,
         status=torch.tensor(int(status), device="cpu"),
         iterations=torch.tensor(len(log) - stopped, device="cpu"),
         steps=len(log),
         negative=torch.tensor(status == Status.NEGATIVE_CURVATURE, device="cpu"),
-        largest=r.new_tensor(steepest),
-        ritz=partial(_ritz, r, log) if log else None,
+        largest=end.new_tensor(steepest),
+        ritz=partial(_ritz, end, log) if log else None,
         observer=observer,
     )
 
@@ -120,16 +156,22 @@ class _Sum:
         self._weights: list[float] = []
         self._directions: list[Tensor] = []
         self._at_best = True  # whether all that was added so far is the best
-        self._together = _TOGETHER if like.numel() <= _SHORT else 1
+        self._long = is_long(like)
+        if self._long:
+            self._best = self._sum.new_empty(0)
 
     def add(self, weight: float, direction: Tensor, *, better: bool) -> None:
         """Add a multiple of a direction; `better`: than every sum before it."""
         if self._at_best and not better:
-            self._best = self.value()
+            self._best = self._sum.clone() if self._long else self.value()
         self._at_best = better
+        if self._long:
+            self._best = self._sum.new_empty(0) if better else self._best
+            self._sum.add_(direction, alpha=weight)
+            return
         self._weights.append(weight)
         self._directions.append(direction)
-        if len(self._weights) == self._together:
+        if len(self._weights) == _TOGETHER:
             self.value()
 
     def value(self) -> Tensor:

@@ -72,7 +72,7 @@ class Exact(Solver):
         finite_A = torch.isfinite(A).flatten(-2).all(dim=-1)
         safe_A = torch.where(finite_A[..., None, None], A, 0.0)
         b = torch.where(units.present[..., None], units.b, 0.0)
-        factors = Factorisation(safe_A, symmetric=symmetric, looks=system.looks)
+        factors = Factorisation(safe_A, symmetric=symmetric, looks=system.looks, noise=system.noise)
         x = factors.solve(b)
         residual = b - times(safe_A, x)
         # In the units of the equilibrated matrix, so that it is the same in all units.

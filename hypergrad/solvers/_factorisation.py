@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd.host import any_task, every_task
+from .._autograd.shards import is_shards, numbers_of
 from .._autograd.transforms import is_wrapped
 from ._equilibration import equilibrated
 
 # Pivots and singular values below so many roundings of the largest are zero. No bound grows with
 # n: that of a backward error does so in theory alone.
+_AT_ONCE = 2**20  # numbers in general position
 _ZERO = 30
 # So many roundings below zero an eigenvalue is negative.
 _NEGATIVE = 100
@@ -35,6 +38,8 @@ class Factorisation:
         Whether it is known to be symmetric.
     looks : bool
         Whether the host may look at values: a matrix that lacks rank needs it.
+    noise : Tensor or float
+        The relative error of the matrix beside rounding, below which nothing is negative.
 
     Attributes
     ----------
@@ -46,7 +51,10 @@ class Factorisation:
         The scales ``(*tasks, n)`` of the equilibrated matrix ``B = rows * A * columns``.
     """
 
-    def __init__(self, A: Tensor, *, symmetric: bool, looks: bool) -> None:
+    def __init__(
+        self, A: Tensor, *, symmetric: bool, looks: bool, noise: Tensor | float = 0.0
+    ) -> None:
+        self._noise = noise
         self._A = (A + A.mT) / 2 if symmetric else A
         self._B, self.rows, self.columns = equilibrated(self._A, symmetric=symmetric)
         self._looks = looks
@@ -73,7 +81,10 @@ class Factorisation:
     def _indefinite(self) -> Tensor:
         """Say whether the matrix stays indefinite when it is moved up by more than rounding."""
         shift = torch.eye(self._B.shape[-1], dtype=self._B.dtype, device=self._B.device)
-        return torch.linalg.cholesky_ex(self._B + _NEGATIVE * self._eps * shift)[1] != 0
+        least: Any = _NEGATIVE * self._eps
+        if isinstance(self._noise, Tensor):
+            least = (2 * self._noise).clamp(min=least)[..., None, None]
+        return torch.linalg.cholesky_ex(self._B + least * shift)[1] != 0
 
     def solve(self, b: Tensor) -> Tensor:
         """Solve, and refine once; where A lacks rank, by the least-squares answer of least norm.
@@ -221,9 +232,19 @@ def without_noise(
 
 def signs(like: Tensor) -> Tensor:
     """Make fixed numbers from 0.5 to 1.5 of either sign with all digits in use, one an entry."""
+    n, parts = like.shape[-1], []
+    if is_shards(like):
+        return numbers_of(like, lambda numbers: _signs(numbers, like.dtype))
+    for start in range(0, max(n, 1), _AT_ONCE):  # the whole numbers take twice the memory
+        stop = min(start + _AT_ONCE, n)
+        parts.append(_signs(torch.arange(start, stop, device=like.device), like.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _signs(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     # A multiplicative hash, so that the caller's random numbers stay as they are.
-    number = torch.arange(1, like.shape[-1] + 1, device=like.device) * 2654435761
-    size = 0.5 + (number % 2**24).to(like.dtype) / 2**24
+    number = (numbers + 1) * 2654435761
+    size = 0.5 + (number % 2**24).to(dtype) / 2**24
     return torch.where((number >> 27) % 2 == 0, size, -size)
 
 

@@ -15,6 +15,7 @@ from ._fields import at_least
 from ._krylov import Correction, Iterative, Pass, Recurrence, curves_down
 from ._ritz import condition_of_factors
 from ._system import graded
+from ._vectors import along, combined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GMRES(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
     restart : int, optional
         Length of a cycle; None: the number of unknowns, at most 50.
@@ -67,6 +68,7 @@ class GMRES(Iterative):
                 if start.looks and not any_task(cycle.active):
                     break
                 cycle.extend(start)
+                start.tell(cycle.residual)
                 run.steps += 1
             step = start.preconditioned(cycle.correction())
             triangles.append(cycle.triangle())
@@ -129,15 +131,14 @@ class _Cycle:
         """Add a basis vector, orthogonalised twice: Saad (2003), algorithm 6.9."""
         v = start.preconditioned(self.basis[-1])
         w = start.matvec(v)
-        self.negative = self.negative | (self.active & curves_down(v, w))
+        self.negative = self.negative | (self.active & curves_down(v, w, start.noise))
         before = torch.linalg.vector_norm(w, dim=-1)
         self.largest = torch.maximum(self.largest, before)
         basis = torch.stack(self.basis, dim=-2)
-        column = torch.zeros_like(basis[..., 0])
-        for _ in range(2):
-            part = (basis @ w[..., None])[..., 0]
-            w = w - (basis.mT @ part[..., None])[..., 0]
-            column = column + part
+        column = along(basis, w)
+        w = w - combined(basis, column)
+        part = along(basis, w)
+        w, column = w - combined(basis, part), column + part
         self.raw.append(column)
         length = torch.linalg.vector_norm(w, dim=-1)
         invariant = length <= start.flat * before
@@ -193,5 +194,4 @@ class _Cycle:
         count, triangle = len(self.columns), self.triangle()
         target = torch.stack(self.targets, dim=-1)[..., None]
         y = torch.linalg.solve_triangular(triangle, target, upper=True)
-        basis = torch.stack(self.basis[:count], dim=-1)
-        return (basis @ y)[..., 0]
+        return combined(torch.stack(self.basis[:count], dim=-2), y[..., 0])

@@ -22,8 +22,9 @@ from ._base import Solver
 from ._factorisation import signs
 from ._fields import at_least, finite, tolerance
 from ._ritz import widest
-from ._system import Counted, LinearSystem, Solution, Units, graded
+from ._system import MOST_NOISE, Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, norm
+from ._watch import Callback, Watch, Watched
 
 if TYPE_CHECKING:
     from ._observer import Observer
@@ -59,8 +60,14 @@ class Pass:
         Whether the host may look at values.
     condition : Tensor, optional
         The inner condition F, which an `Observer` follows where the method knows how.
+    noise : Tensor or float
+        That of the system.
     enough : float
         Least squares end where ``||A^T r|| <= enough ||A|| ||r||``.
+    watch : Watch, optional
+        What is told of each iteration.
+    shared : int
+        How many tasks, along the first axis, have one matrix in common.
     """
 
     matvec: Counted
@@ -72,15 +79,33 @@ class Pass:
     looks: bool
     condition: Tensor | None = None
     enough: float = 0.0
+    watch: Watch | None = None
+    noise: Tensor | float = 0.0
+    shared: int = 1
 
     @property
-    def flat(self) -> float:
-        """Ten roundings: a number that is smaller beside its scale is zero."""
+    def least(self) -> float:
+        """Ten roundings."""
         return 10 * torch.finfo(self.r.dtype).eps
+
+    @property
+    def flat(self) -> Any:
+        """Ten roundings, or the noise: a number that is smaller beside its scale is zero."""
+        return noise_floor(self.least, self.noise)
+
+    @property
+    def flat_slope(self) -> Any:
+        """The same for the slope of least squares: no smaller than `enough`."""
+        return noise_floor(max(10 * torch.finfo(self.r.dtype).eps, self.enough), self.noise)
 
     def preconditioned(self, v: Tensor) -> Tensor:
         """Apply the approximate inverse, or none."""
         return v if self.precondition is None else self.precondition(v)
+
+    def tell(self, size: Tensor) -> None:
+        """Tell of an iteration that left residuals of this size."""
+        if self.watch is not None:
+            self.watch.tell(size)
 
     def goes_on(self, steps: int, active: Tensor) -> bool:
         """Say whether another step is made, while any task is active."""
@@ -100,10 +125,13 @@ class Correction:
     ritz: Callable[[], Tensor] | None = None  # lowest and highest Ritz value, when asked
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
+    spanned: bool = False  # whether the directions met span the whole space
 
 
 class Recurrence:
     """The state that every recurrence keeps of its tasks in a pass."""
+
+    size: Tensor  # of the residuals
 
     def __init__(self, start: Pass) -> None:
         self.start, self.steps, self.active, self.flat = start, 0, start.active, start.flat
@@ -114,10 +142,16 @@ class Recurrence:
         self.iterations = torch.zeros_like(start.active, dtype=torch.int64)
 
     def goes_on(self) -> bool:
-        """Count a step, if another one is made."""
+        """Tell of the step before, and count a step, if another one is made."""
+        if self.steps and self.start.watch is not None:
+            self.start.watch.tell(self.reached())
         on = self.start.goes_on(self.steps, self.active)
         self.steps += on
         return on
+
+    def reached(self) -> Tensor:
+        """Give the norm of each task's residual."""
+        return self.size
 
     def grown(self, size: Tensor) -> None:
         """Take note of how large the matrix was seen to be, for the tasks that are active."""
@@ -151,16 +185,19 @@ class Recurrence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limited(Solver):
+class Limited(Watched, Solver):
     """The fields by which an iteration ends, and the damping."""
 
     maxiter: int | None = None
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
+    callback: Callback | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    progress: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        super().__post_init__()
         at_least("maxiter", self.maxiter, 1)
         at_least("rtol", self.rtol, 0.0)
         at_least("atol", self.atol, 0.0)
@@ -190,6 +227,11 @@ class Iterative(Limited):
         The system solved is ``(A + damping I) x = b``.
     preconditioner : callable or Nystrom, optional
         ``v -> approximately (A + damping I)^-1 v`` on pytrees shaped like `b`.
+    callback : callable, optional
+        ``callback(iteration)``, called after each iteration with an `Iteration`; what it raises
+        ends the solve. With ``rtol=0`` and ``on_failure="ignore"`` it is refused.
+    progress : bool
+        Whether a solve of more than three seconds shows a line on stderr.
     """
 
     preconditioner: Callable[[Any], Any] | Solver | None = None
@@ -229,7 +271,7 @@ class Iterative(Limited):
         transpose = self._transpose(system) if self.needs_transpose else None
         matvec = Counted(system.matvec, self.damping, transpose)
         precondition = batched_preconditioner(self.preconditioner, system, matvec)
-        tol = units.tolerance(self.rtol, self.atol, system.layout.precision)
+        tol = units.tolerance(self.rtol, self.atol, system.layout.precision, system.noise)
         looks = system.looks or self.rtol != 0
         b, n = units.b, system.layout.n
         x, r = torch.zeros_like(b) if n == b.shape[-1] else b.new_zeros((*b.shape[:-1], n)), b
@@ -238,7 +280,11 @@ class Iterative(Limited):
             x = units.start(system.x0)
             r = b - matvec(x)
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
-        return x, Pass(matvec, precondition, r, tol, units.present, limit, looks, system.condition)
+        start = Pass(
+            matvec, precondition, r, tol, units.present, limit, looks, system.condition,
+            watch=system.watch, noise=system.noise, shared=system.shared,
+        )  # fmt: skip
+        return x, start
 
     def _linear_error(
         self, x: Tensor, size: Tensor, first: Correction | None, precision: torch.dtype
@@ -258,12 +304,19 @@ class Iterative(Limited):
         return system.explores and system.looks and system.x0 is None and not budget
 
     def _succeeded(
-        self, status: Tensor, size: Tensor, reached: Tensor, precision: torch.dtype
+        self,
+        status: Tensor,
+        size: Tensor,
+        reached: Tensor,
+        precision: torch.dtype,
+        noise: Tensor | float,
     ) -> Tensor:
         """Say where a run came as close as was asked for, or to the floor or the budget."""
         good = status == Status.CONVERGED
         if self.rtol is None:
             floor = _rounding(reached, precision).clamp(max=tolerance(None, precision) ** 0.5)
+            if isinstance(noise, Tensor):
+                floor = torch.maximum(floor, (10 * noise * (1 + reached)).clamp(max=MOST_NOISE))
             good = good | ((status == Status.STAGNATED) & (size <= floor))
             if self.maxiter is not None:
                 good = good | (status == Status.MAX_ITERATIONS)
@@ -350,7 +403,9 @@ class _Passes:
         stalled = claimed & ~(size < 0.5 * self.size)
         # At the rounding floor a regular matrix looks singular.
         floor = _rounding(part.largest * norm(candidate), self.system.layout.precision)
-        floored = (part.status == Status.SINGULAR) & (size <= floor.clamp(max=1e-3))
+        floored = part.status == Status.SINGULAR
+        if not self.system.noisy:  # of curvature below the noise nothing is known
+            floored = floored & (size <= floor.clamp(max=1e-3))
         # A method that broke down on its way gets one more try, from the true residual.
         retried = (part.status == Status.BREAKDOWN) & ~met & ~self.broken & (size < self.size)
         self.broken = self.broken | (active & retried)
@@ -373,11 +428,13 @@ class _Passes:
     def look_around(self) -> None:
         """Go on from a little off an answer that came soon, for what the search did not reach."""
         few = self.units.present & (self.status == Status.CONVERGED) & (self.iterations <= FEW)
-        if not any_task(few):
+        if not any_task(few) or (self.first is not None and self.first.spanned):
             return
         r = off_zero(self.next.matvec, torch.where(few[..., None], self.units.b, 0.0))
         limit = max(self.next.limit, AROUND)
-        start = dataclasses.replace(self.next, r=r, active=few, limit=limit, condition=None)
+        start = dataclasses.replace(
+            self.next, r=r, active=few, limit=limit, condition=None, watch=None
+        )
         part = self.solver._iterate(start)
         self.negative = self.negative | (few & part.negative)
         bent = few & (part.status == Status.NEGATIVE_CURVATURE)
@@ -395,7 +452,7 @@ class _Passes:
         return Solution(
             x=x,
             status=status,
-            success=solver._succeeded(status, size, self.reached, precision),
+            success=solver._succeeded(status, size, self.reached, precision, self.system.noise),
             iterations=self.iterations,
             matvecs=self.next.matvec.count,
             residual_norm=size,
@@ -407,6 +464,11 @@ class _Passes:
             linear_error=solver._linear_error(x / unit, size, first, precision),
             newton=seen.newton(first.x) if first and seen else None,
         )
+
+
+def noise_floor(rounding: float, noise: Tensor | float) -> Any:
+    """Take the noise of products, twice, where it is more than so much rounding."""
+    return rounding if isinstance(noise, float) else (2 * noise).clamp(min=rounding)
 
 
 def _rounding(reached: Tensor, precision: torch.dtype) -> Tensor:
@@ -424,9 +486,9 @@ def off_zero(matvec: Product, b: Tensor) -> Tensor:
     return torch.where(part > 0, -part * image, 0.0)
 
 
-def curves_down(v: Tensor, image: Tensor) -> Tensor:
-    """Say whether ``v . A v`` is negative by more than rounding, for each task."""
-    least = NEGATIVE * torch.finfo(v.dtype).eps
+def curves_down(v: Tensor, image: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    """Say whether ``v . A v`` is negative by more than rounding and noise, for each task."""
+    least = noise_floor(NEGATIVE * torch.finfo(v.dtype).eps, noise)
     size = torch.linalg.vector_norm(v, dim=-1) * torch.linalg.vector_norm(image, dim=-1)
     return torch.linalg.vecdot(v, image) < -least * size
 
@@ -438,7 +500,8 @@ def batched_preconditioner(
     if preconditioner is None:
         return None
     if isinstance(preconditioner, Solver):
-        return preconditioner.as_preconditioner(matvec, system.b)
+        b = system.b if system.shared == 1 else system.b[0]  # of the matrix that they share
+        return preconditioner.as_preconditioner(matvec, b)
     tree, layout = system.tree, system.layout
 
     def one(v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._krylov import NEGATIVE, PRICE, Correction, Iterative, Pass, Recurrence
+from ._krylov import NEGATIVE, PRICE, Correction, Iterative, Pass, Recurrence, noise_floor
 from ._observer import Observer
 from ._ritz import condition_of_factors, lanczos_factor, ritz_values_of_lanczos
 from ._vectors import dot
@@ -29,7 +29,7 @@ class MINRES(Iterative):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
 
     References
@@ -59,7 +59,8 @@ class MINRES(Iterative):
             return run.correction(x, observer=run.observer)
         ritz = partial(ritz_values_of_lanczos, *of_steps)
         lowest, highest = ritz().unbind(dim=-1)
-        run.negative = lowest < -NEGATIVE * torch.finfo(x.dtype).eps * highest.abs()
+        least = noise_floor(NEGATIVE * torch.finfo(x.dtype).eps, start.noise)
+        run.negative = lowest < -least * highest.abs()
         condition = partial(_condition, *of_steps)
         return run.correction(x, ritz=ritz, observer=run.observer, condition_number=condition)
 

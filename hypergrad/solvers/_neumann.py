@@ -15,6 +15,7 @@ from ._fields import at_least, finite
 from ._krylov import curves_down
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import norm
+from ._watch import Callback, Watched
 
 _TERMS = 20
 _FAR = 0.1  # a residual above it is none that a caller who named no budget has in mind
@@ -25,7 +26,7 @@ _HALVINGS = 5  # so often no estimate of a largest eigenvalue is too low: no ste
 
 
 @dataclasses.dataclass(frozen=True)
-class Neumann(Solver):
+class Neumann(Watched, Solver):
     """``x = step_size * sum_k (I - step_size (A + damping I))^k b``, cut off after `terms`.
 
     The residual of the partial sum is the next term itself, so it costs nothing. A series whose
@@ -46,6 +47,8 @@ class Neumann(Solver):
         Stop when ``||r|| <= rtol ||b||``.
     damping : float
         The system solved is ``(A + damping I) x = b``.
+    callback, progress
+        As in every iterative solver, after each term.
 
     References
     ----------
@@ -64,9 +67,12 @@ class Neumann(Solver):
     step_size: float | None = None
     rtol: float | None = None
     damping: float = 0.0
+    callback: Callback | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    progress: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        super().__post_init__()
         at_least("terms", self.terms, 1)
         at_least("rtol", self.rtol, 0.0)
         finite("damping", self.damping)
@@ -80,6 +86,8 @@ class Neumann(Solver):
             if series.looks and not any_task(series.active):
                 break
             series.add()
+            if system.watch is not None:
+                system.watch.tell(series.size)
         return series.solution()
 
 

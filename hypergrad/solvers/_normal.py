@@ -129,7 +129,7 @@ class NormalCG(LeastSquares):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: the damping means ``(A + damping I)`` here too, and not the
         Tikhonov term of a least-squares problem.
 
@@ -152,7 +152,7 @@ class NormalCG(LeastSquares):
 
     def _iterate(self, start: Pass) -> Correction:
         there, back = _preconditioned(start)
-        flat, enough = start.flat, max(start.flat, start.enough)
+        flat, enough = start.flat, start.flat_slope
         r, run = start.r, Recurrence(start)
         size = torch.linalg.vector_norm(r, dim=-1)
         s = back(r)
@@ -178,7 +178,7 @@ class NormalCG(LeastSquares):
             alpha = torch.where(moving, gamma / torch.where(moving, qq, 1.0), 0.0)[..., None]
             y = torch.where(wide, torch.addcmul(y, alpha, p), y)
             r = torch.where(wide, torch.addcmul(r, alpha, q, value=-1), r)
-            size = torch.linalg.vector_norm(r, dim=-1)
+            run.size = size = torch.linalg.vector_norm(r, dim=-1)
             s = back(r) / scale
             gamma_next = dot(s, s)
             beta = torch.where(moving, gamma_next / torch.where(moving, gamma, 1.0), 0.0)
@@ -203,7 +203,7 @@ class LSMR(LeastSquares):
 
     Parameters
     ----------
-    maxiter, rtol, atol, damping, preconditioner
+    maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: the damping means ``(A + damping I)`` here too, and not the
         Tikhonov term of a least-squares problem.
 
@@ -227,7 +227,7 @@ class LSMR(LeastSquares):
         there, back = _preconditioned(start)
         run = Recurrence(start)
         zero, one, flat = run.zero, run.one, run.flat
-        r, enough = start.r, max(flat, start.enough)
+        r, enough = start.r, start.flat_slope
         u, size = _unit(r)
         v, alpha = _unit(back(u))
         y = torch.zeros_like(v)
@@ -270,7 +270,7 @@ class LSMR(LeastSquares):
             step = torch.where(moving, zeta / (rho * rho_bar), zero)[..., None]
             y = torch.where(moving[..., None], torch.addcmul(y, step, h_bar), y)
             r = torch.where(moving[..., None], torch.addcmul(r, step, Ah_bar, value=-1), r)
-            size = torch.linalg.vector_norm(r, dim=-1)
+            run.size = size = torch.linalg.vector_norm(r, dim=-1)
             v = v_next
             run.active = moving & (size > start.tol)
         return run.correction(start.preconditioned(y))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,17 @@ class Observer:
         F, ``(*tasks, n)``.
     residual : Tensor
         The right-hand sides of the iteration, ``(*tasks, n)``, which starts at zero.
+    long : bool
+        Whether its vectors are changed in place.
     """
 
-    def __init__(self, condition: Tensor, residual: Tensor) -> None:
+    def __init__(self, condition: Tensor, residual: Tensor, *, long: bool = False) -> None:
         self.left = condition.expand_as(residual)
+        self.left = self.left.clone() if long else self.left
         self.step = torch.zeros_like(residual)
+        self._long = long
+        #: The ways since the two steps that were kept, where they are measured in numbers.
+        self._ways: tuple[_Way, _Way] | None = None
         self._count = 0
         start = torch.zeros_like(residual), norm(residual)
         self._older, self._newer = start, start
@@ -51,11 +59,40 @@ class Observer:
         self.step = torch.addcmul(self.step, part, direction)
         self.left = torch.addcmul(self.left, part, image, value=-1)
 
-    def along_alone(self, direction: Tensor, image: Tensor, length: float) -> None:
-        """Do so for one system by conjugate gradients, in numbers in place of tensors."""
+    def along_alone(
+        self, direction: Tensor, image: Tensor, length: float, *, alpha: float, pp: float
+    ) -> None:
+        """Do so for one system by conjugate gradients, in numbers in place of tensors.
+
+        Parameters
+        ----------
+        direction, image : Tensor
+            ``p`` and ``A p``.
+        length : float
+            ``p . A p``.
+        alpha, pp : float
+            The step that the answer makes along `direction`, and ``p . p``.
+        """
         part = torch.dot(direction, self.left).item() / length
-        self.step = torch.add(self.step, direction, alpha=part)
-        self.left = torch.sub(self.left, image, alpha=part)
+        out = (self.step, self.left) if self._long else (None, None)
+        self.step = torch.add(self.step, direction, alpha=part, out=out[0])
+        self.left = torch.sub(self.left, image, alpha=part, out=out[1])
+        for way in self._ways or ():
+            way.go(alpha, pp)
+
+    def measure(self, size: float) -> None:
+        """Keep no answers, and measure the way from them in numbers; `size`: of the residual.
+
+        That is for conjugate gradients without a preconditioner.
+        """
+        start = torch.empty(0)
+        self._older = self._newer = start, start
+        self._ways = _Way(size), _Way(size)
+
+    def turn(self, beta: float) -> None:
+        """Follow the next direction, ``r + beta p``."""
+        for way in self._ways or ():
+            way.along *= beta
 
     def is_due(self) -> bool:
         """Count a step, and see whether its number is a power of two, after which to `keep`."""
@@ -64,6 +101,9 @@ class Observer:
 
     def keep(self, x: Tensor, size: Tensor | float, active: Tensor) -> None:
         """Keep the answer and its residual norm after a step."""
+        if self._ways is not None:
+            self._ways = self._ways[1], _Way(float(size))
+            return
         size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
         (older_x, older_size), (newer_x, newer_size) = self._older, self._newer
         going = active[..., None]
@@ -75,6 +115,8 @@ class Observer:
 
     def inverse(self, x: Tensor) -> Tensor:
         """Estimate ``||A^-1 r|| / ||r||`` from the later half of an iteration that ended at `x`."""
+        if self._ways is not None:
+            return x.new_tensor(self._ways[0].inverse())
         older_x, older_size = self._older
         return norm(x - older_x) / older_size
 
@@ -83,3 +125,34 @@ class Observer:
         size = norm(self.left)
         beyond = torch.where(size > 0, self.inverse(x) * size, 0.0)
         return NewtonStep(self.step, self.left, beyond)
+
+
+class _Way:
+    """The way that an answer by conjugate gradients goes, without the answers.
+
+    The residual is orthogonal to the directions before it, so that the inner product of the way
+    with the next direction is carried on by numbers alone.
+
+    Parameters
+    ----------
+    size : float
+        The norm of the residual where it begins.
+
+    References
+    ----------
+    Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952,
+    section 6.
+    """
+
+    def __init__(self, size: float) -> None:
+        self.size, self.square, self.along = size, 0.0, 0.0
+
+    def go(self, alpha: float, pp: float) -> None:
+        """Go on by `alpha` along a direction p; `pp` is p . p."""
+        self.square += alpha * (2 * self.along + alpha * pp)
+        self.along += alpha * pp
+
+    def inverse(self) -> float:
+        """Divide the length of the way by the residual where it began."""
+        length = math.sqrt(max(self.square, 0.0)) if math.isfinite(self.square) else math.nan
+        return length / self.size if self.size else math.nan

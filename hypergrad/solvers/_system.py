@@ -19,6 +19,7 @@ from .._info import Status
 from .._pytrees import Layout, Tree
 from ._fields import tolerance
 from ._vectors import Product, norm
+from ._watch import Watch
 
 
 @dataclasses.dataclass
@@ -63,6 +64,13 @@ class LinearSystem:
         Whether the matrix is the transpose of the condition's, whose Newton step is asked for.
     shared : int
         How many right-hand sides, along the first axis of `b`, have one matrix in common.
+    noise : Tensor or float
+        The relative error of a product beside its rounding, for each task, as products by
+        differences have one; zero: there is none. No curvature below it is a verdict, and no
+        residual below it is asked for unless by an `rtol`.
+    watch : Watch, optional
+        ``watch.tell(size)`` after an iteration, with the relative residual norms, tells the
+        `callback` of a solver that has one.
 
     Examples
     --------
@@ -92,6 +100,13 @@ class LinearSystem:
     explores: bool = False
     transposed: bool = False
     shared: int = 1
+    watch: Watch | None = None
+    noise: Tensor | float = 0.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether products have errors beside rounding."""
+        return isinstance(self.noise, Tensor)
 
     def goes_on(self, active: Tensor) -> bool:
         """Say whether an iteration goes on: where the host may not look, it always does.
@@ -167,6 +182,8 @@ class Probe:
     hides: Tensor
 
 
+#: The largest residual that noise excuses.
+MOST_NOISE = 0.1
 _UNSAID = torch.empty(0, device="cpu")  # stands for a figure that a method leaves out
 
 
@@ -330,9 +347,14 @@ class Units:
         self.unit = torch.where(self.present, self.scale, torch.ones_like(self.scale))[..., None]
         self.b = b / self.unit
 
-    def tolerance(self, rtol: float | None, atol: float, precision: torch.dtype) -> Tensor:
+    def tolerance(
+        self, rtol: float | None, atol: float, precision: torch.dtype, noise: Tensor | float = 0.0
+    ) -> Tensor:
         """Say at which residual norm, in these units, each task is solved."""
-        return (atol / self.unit[..., 0]).clamp(min=tolerance(rtol, precision))
+        tol = (atol / self.unit[..., 0]).clamp(min=tolerance(rtol, precision))
+        if rtol is None and isinstance(noise, Tensor):
+            tol = torch.maximum(tol, noise.to(tol).clamp(max=MOST_NOISE))
+        return tol
 
     def start(self, x0: Tensor) -> Tensor:
         """Take where an iteration starts into these units; a task set aside starts at zero."""

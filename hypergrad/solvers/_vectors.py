@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.rows import by_rows
+from .._autograd.shards import Shards, is_shards
 from .._autograd.transforms import is_wrapped
 
 Product = Callable[[Tensor], Tensor]
@@ -40,6 +41,20 @@ def norm(v: Tensor) -> Tensor:
     largest = v.abs().amax(dim=-1)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
     return unit * torch.linalg.vector_norm(v / unit[..., None], dim=-1)
+
+
+def along(basis: Tensor, v: Tensor) -> Tensor:
+    """Form the inner products of a vector with vectors ``(*tasks, k, n)``."""
+    if is_shards(basis):
+        return dot(basis, v[..., None, :])
+    return (basis @ v[..., None])[..., 0]
+
+
+def combined(basis: Tensor, weights: Tensor) -> Tensor:
+    """Add up vectors ``(*tasks, k, n)``, each times its weight."""
+    if isinstance(basis, Shards):
+        return Shards(combined(basis.local, weights), basis.space)
+    return (basis.mT @ weights[..., None])[..., 0]
 
 
 def dense_by_products(matvec: Product, b: Tensor) -> Tensor:

@@ -754,3 +754,26 @@ def test_the_two_rules_by_themselves():
         (backward,) = hypergrad.root_vjp(F_, z, (problem.w,), torch.ones_like(z))
         answers.append((forward, backward))
     torch.testing.assert_close(*answers, rtol=1e-9, atol=1e-14)
+
+
+def test_a_compiled_layer_is_recorded_again_under_the_math_kernel():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    compiled, x = torch.compile(layer, backend="eager"), torch.randn(3, 4, 8)
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def hypergradient(module, prefix):
+        def loss(params):
+            named = {prefix + name: p for name, p in params.items()}
+            return torch.func.functional_call(module, named, (x,)).square().mean()
+
+        def inner(params, log_decay):
+            return loss(params) + log_decay.exp() * sum(p.square().sum() for p in params.values())
+
+        return hypergrad.implicit_grad(
+            lambda params, _: loss(params), inner, params, torch.tensor(0.0),
+            solver=hypergrad.CG(maxiter=3), inner_tol=None,
+        )  # fmt: skip
+
+    plain = hypergradient(layer, "")
+    assert torch.allclose(hypergradient(compiled, "_orig_mod."), plain, rtol=1e-4)

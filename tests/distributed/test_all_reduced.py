@@ -266,6 +266,21 @@ def means(rows, wrap=lambda f: f):
     return found
 
 
+class Fails:
+    """Batches of which the second cannot be read in the second process."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        yield 0.0
+        yield 1.0 / (1 - self.rank)
+
+
+def of_batches(inner, batches):
+    return all_reduced(hypergrad.Minimum(lambda w, h, batch: inner(w, h), batches=batches))
+
+
 def errors(rows, rank):
     """What goes wrong in one process is said in both, and they can go on."""
     outer, inner, params, hparams = problems()["logistic, CG"][0](rows, 2)
@@ -291,6 +306,8 @@ def errors(rows, rank):
     found["other x0"] = raised(grad(*whole, solver=CG(), x0=start))
     found["one is not wrapped"] = raised(grad(outer, whole[1]))
     found["the other is not wrapped"] = raised(grad(whole[0], inner))
+    found["batches"] = raised(grad(whole[0], of_batches(inner, [0.0] * (2 + rank))))
+    found["batches fail"] = raised(grad(whole[0], of_batches(inner, Fails(rank))))
     found["not connected"] = raised(grad(whole[0], all_reduced(lambda w, h: (w["w"] ** 2).sum())))
     found["no part in outer"] = raised(grad(all_reduced(lambda w, h: h["decay"].sum()), whole[1]))
     found["transform"] = raised(lambda: torch.func.grad(whole[1])(params, hparams))
@@ -442,6 +459,20 @@ def test_mistakes_are_said_in_every_process(two, case, error, text):
         found = seen["errors"][case]
         assert found[0] == error, found
         assert text in found[1]
+
+
+def test_batches_of_unequal_number_are_an_error_in_every_process(two):
+    for seen in two:
+        found = seen["errors"]["batches"]
+        assert found[0] == "StructureMismatch", found
+        assert "2 batches in this process" in found[1]
+
+
+def test_batches_that_cannot_be_read_in_one_process_end_both(two):
+    first, second = (seen["errors"]["batches fail"] for seen in two)
+    assert first[0] == "RankFailed"
+    assert "Reading batches" in first[1]
+    assert second[0] == "ZeroDivisionError"
 
 
 def test_warnings_are_the_same_and_the_processes_can_go_on(two):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad import CG, GMRES, Auto, Root, SolveInfo
+from hypergrad import CG, GMRES, Auto, Root, SolveInfo, Status
 from tests.problems import EVERY, F64, WELL_POSED, data, ill_conditioned_ridge, relative_error
 from tests.systems import indefinite, skewed, solve, spread, suiting, with_spectrum
 
@@ -230,3 +230,27 @@ def test_the_text_of_a_failure_names_the_method_that_was_used():
             solver=ALWAYS(),
             on_failure="raise",
         )
+
+
+def test_within_the_budget_of_a_large_system_minres_takes_over_from_cg_at_a_saddle(monkeypatch):
+    monkeypatch.setattr("hypergrad.solvers._auto._LARGE", 100)
+    n = 400
+    modes = torch.linspace(1.0, 3.0, n, dtype=torch.float64)
+    modes[:3] = -5.0
+    b = torch.ones(n, dtype=torch.float64)
+    b[:3] = 12.0
+
+    def inner(w, h):
+        return (modes * w**2).sum() / 2 - h * (b @ w)
+
+    w, h = torch.zeros(n, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    arguments = (lambda w, h: b @ w, inner, w, h)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="negative curvature"):
+        _, info = hypergrad.implicit_grad(*arguments, solver=Auto(rtol=1e-15), return_info=True)
+    assert info.method == "Auto: CG, then MINRES"
+    assert info.negative_curvature
+    assert not info.success
+    assert Status(int(info.status)) is Status.NEGATIVE_CURVATURE
+    assert info.iterations <= 20
+    by_cg = CG(maxiter=int(info.iterations)).solve(lambda v: modes * v, b)[1]
+    assert info.residual_norm < 1e-2 * by_cg.residual_norm

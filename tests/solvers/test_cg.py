@@ -8,6 +8,8 @@ from torch import Tensor
 
 import hypergrad
 from hypergrad import CG, FixedPoint, Root, SolveInfo, Status
+from hypergrad._pytrees import Layout, Tree
+from hypergrad.solvers import LinearSystem
 from tests.problems import F64, data
 from tests.systems import Counting, definite, hypergradient_with, residual
 
@@ -91,3 +93,22 @@ def test_a_batch_of_cg_stops_when_its_last_task_has(x0):
     assert info.status.tolist() == [0, 0]
     assert all(residual(A[i], x[i], b[i]) <= 1e-8 for i in range(2))
     assert product_counts[0] <= int(info.iterations.max()) + 3
+
+
+@pytest.mark.parametrize("tasks", [(), (2,)], ids=["one", "two tasks"])
+def test_curvature_below_the_noise_of_products_ends_nothing(tasks):
+    """One direction has 1e5 times the curvature of the others, and products are right to 1e-3."""
+    scales = torch.ones(12)
+    scales[-1] = 1e5
+    b = scales.sqrt().expand(*tasks, 12).clone()
+    tree = Tree("b", b)
+    system = LinearSystem(
+        matvec=lambda v: scales * v,
+        b=b,
+        layout=Layout(Tree("b", b[(0,) * len(tasks)]), [b[(0,) * len(tasks)]]),
+        tree=tree,
+        noise=torch.full(tasks, 1e-3),
+    )
+    solution = hypergrad.CG(maxiter=4).run(system)
+    assert torch.allclose(solution.x, b / scales, rtol=1e-2)
+    assert not solution.negative_curvature.any()

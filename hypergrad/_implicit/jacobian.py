@@ -1,0 +1,169 @@
+"""`jacobian`: the derivative of many outputs through one inner solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .._autograd.captured import refuse_one_level_reduced
+from .._autograd.random_numbers import Draw
+from .._autograd.recording import refuse_past_arguments
+from .._autograd.refusals import never_compiled, refuse_derivatives
+from .._autograd.torch_pytrees import pytree
+from .._autograd.trace import being_traced, versions
+from .._errors import UnsupportedOperation
+from .._mistakes import explained
+from .._pytrees import Tree
+from .._warnings import OnFailure, check_on_failure, warn_of_unused
+from ..conditions._base import as_condition
+from ..conditions._inner_problem import Problem
+from ..conditions._minimum import Minimum
+from ..solvers import Solver
+from ..solvers._auto import choose
+from .blocks import BlockCall, checked_memory, plain_tensors, refuse_transforms, start_of_all
+from .choices import Choices, needs_product
+from .hypergradient import refuse_changed
+from .linearisation import Linearisation
+from .outputs import Outputs
+
+
+@never_compiled
+@explained
+def jacobian(
+    outers: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    *,
+    solver: Solver | None = None,
+    x0: Any = None,
+    has_aux: bool = False,
+    inner_tol: float | None = 1e-3,
+    on_failure: OnFailure = "warn",
+    return_info: bool = False,
+    memory: float = 2**30,
+) -> Any:
+    """Compute the derivative of many outputs through the solution of an inner problem.
+
+    Each row is what `implicit_grad` returns for that output, and is judged as it is there. The
+    inner problem is evaluated and recorded once for all of them, and their linear systems, which
+    have the matrix in common, are solved in blocks: with `CG`, and so by default above 600
+    unknowns, by block conjugate gradients, which take fewer products the more right-hand sides
+    there are; with `Exact` by one factorisation a block; with any other solver side by side.
+    Outputs that are equal, dependent or constant do no harm.
+
+    Parameters
+    ----------
+    outers : callable
+        ``outers(params, hparams)``, a tensor or a pytree of tensors; with `has_aux` a pair of that
+        and anything.
+    inner, params, hparams, solver
+        As in `implicit_grad`. Of a condition with `batches` a pass serves a whole block; by
+        differences each output takes passes of its own.
+    x0 : pytree of Tensor, optional
+        Where the linear solves start: the last call's ``info.solution``, shaped like `params` with
+        an axis of all outputs in front.
+    has_aux : bool
+        Whether `outers` returns ``(outputs, aux)``.
+    inner_tol, on_failure
+        As in `implicit_grad`; a warning or an error comes once for all outputs ("3 of 32
+        outputs: ...").
+    return_info : bool
+        Whether to return a `SolveInfo` too, with one entry an output in each figure.
+    memory : float
+        Bytes that the vectors and products of a block may take. It sets how many right-hand sides
+        are solved together: from one, where not even that fits, to 256. The answer and the matrix
+        of `Exact` come on top. The answers of two budgets differ by no more than the tolerance of
+        the solver allows.
+
+    Returns
+    -------
+    jacobian : pytree of Tensor
+        As `torch.func.jacrev` returns it: for each tensor that `outers` returns a pytree shaped
+        like `hparams`, whose leaves have the shape of the output followed by that of the leaf.
+        Detached.
+    info : SolveInfo
+        With `return_info`. Outputs are counted in the order of the pytree, each flattened;
+        ``info.outer_value`` holds them, ``info.aux`` what `outers` returned beside them.
+    aux : pytree
+        With `has_aux` and without `return_info`.
+
+    Raises
+    ------
+    NotConnected
+        If no output depends on `params`, or `inner` not on some leaf of it.
+    NotFinite, NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
+        As in `implicit_grad`.
+    StructureMismatch
+        If an argument has the wrong structure.
+    UnsupportedOperation
+        As in `implicit_grad`, if `params` are DTensors, and inside a function transform: there
+        `torch.func.jacrev` through `custom_argmin` works.
+
+    References
+    ----------
+    O'Leary, The block conjugate gradient algorithm and related methods, 1980; Dubrulle, Retooling
+    the method of block conjugate gradients, 2001; Ji and Li, A breakdown-free block conjugate
+    gradient method, 2017.
+
+    Examples
+    --------
+    The predictions of ridge regression, by the logarithm of its penalty:
+
+    >>> import torch, hypergrad
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> y = torch.tensor([1.0, 2.0, 3.0])
+    >>> def inner(w, log_lam):
+    ...     return ((X @ w - y) ** 2).sum() / 2 + log_lam.exp() * (w @ w) / 2
+    >>> def predictions(w, log_lam):
+    ...     return X @ w
+    >>> log_lam = torch.tensor(0.0)
+    >>> w = torch.linalg.solve(X.T @ X + torch.eye(2), X.T @ y)
+    >>> hypergrad.jacobian(predictions, inner, w, log_lam)
+    tensor([-0.2941, -0.2353, -0.4118])
+    """
+    check_on_failure(on_failure)
+    refuse_transforms("jacobian")
+    condition = as_condition(inner, Minimum)
+    P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
+    H = Tree("hparams", hparams, of_autograd=True)
+    problem = Problem.of(condition, P, [H])
+    choices = Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info)
+    refuse_one_level_reduced(condition.functions(), outers)
+    tensors = plain_tensors(problem)
+    before = versions(tensors)
+    draw = Draw()
+    outputs = Outputs("outers", outers, problem, tensors, has_aux, draw)
+    forward = needs_product(choices.solver, condition, transpose=True)
+    lin = Linearisation(problem, tensors, Draw(after=draw), forward=forward)
+    refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
+    refuse_changed(problem, tensors, before)
+    start = None
+    if x0 is not None:
+        start = start_of_all(P, lin.layout, x0, len(outputs.values))
+    call = BlockCall(problem, tensors, choices, lin, outputs, lin, checked_memory(memory))
+    leaves, info, terms = call.answer(start)
+    if on_failure != "ignore":
+        warn_of_unused(H, "Neither outers nor inner", *terms)
+    sources = [*problem.tensors, *outputs.captured, *lin.captured]
+    leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
+    answer = _shaped(H, outputs, leaves)
+    if return_info:
+        return answer, info
+    return (answer, info.aux) if has_aux else answer
+
+
+def _shaped(H: Tree, outputs: Outputs, leaves: list[Tensor]) -> Any:
+    """Shape the leaves like the answer of `torch.func.jacrev`."""
+    parts = zip(outputs.parts, outputs.shaped(leaves), strict=True)
+    filled = [H.fill(derivatives, part.shape) for part, derivatives in parts]
+    return pytree.tree_unflatten(filled, outputs.spec)
+
+
+def _not_differentiable() -> Exception:
+    return UnsupportedOperation(
+        "jacobian returns detached derivatives that cannot be differentiated again. Make the inner "
+        "solver differentiable with custom_argmin, and take torch.func.jacrev through it."
+    )
