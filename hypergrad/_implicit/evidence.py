@@ -526,9 +526,8 @@ class Evidence:
         if self.system.noisy:  # it may have ended where the noise hides the rest
             far = self.solution.residual_norm > _FAR_OFF
             lost = lost | ((self.solution.status == Status.STAGNATED) & far)
+            lost = lost | (self.cause == int(Cause.UNITS))  # which hide how large it is
         total = torch.where(lost, total.clamp(min=1), total)
-        # Units that hide an error hide how large it is.
-        total = torch.where(self.cause == int(Cause.UNITS), total.clamp(min=1), total)
         # At a saddle there is no solution that the answer could be near.
         total = torch.where(self.cause == int(Cause.CURVATURE), _UNKNOWN, total)
         # Where the answer is hardly known, neither is its true size.
