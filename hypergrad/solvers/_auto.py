@@ -65,7 +65,7 @@ class Auto(Limited):
     a smaller residual, and `Exact` takes over where that residual, times the condition number
     that the iteration has seen, leaves less than five digits in float64 (three in float32).
     A `maxiter` of the caller's switches all this off. Above a million unknowns there is a budget of
-    20 iterations, `MINRES` taking over from `CG` for three quarters of what is left: where they end
+    20 iterations, `MINRES` taking over from `CG` for half of what is left: where they end
     above ten times the tolerance, the status says so, and the answer is no success.
 
     ``info.method`` names the method, or says what was tried: "Auto: CG, then MINRES". Products
