@@ -72,6 +72,8 @@ class Evidence:
     ) -> None:
         self.use, self.choices, self.system, self.solution = use, choices, system, solution
         self.lin = use.lin
+        flat = use.lin.params
+        self._params = None if is_vast(flat) else flat  # a vast one is made where it is asked for
         self.length, self.strength = norm(solution.x), norm(system.b)
         self.extent = self.length.new_full((), math.nan)
         self.success = solution.success & torch.isfinite(self.length)
@@ -82,7 +84,7 @@ class Evidence:
     @property
     def params(self) -> Tensor:
         """The inner variables as one vector."""
-        return self.lin.params
+        return self.lin.params if self._params is None else self._params
 
     def gathered(self) -> SolveInfo:
         """Gather all of it, as far as it is wanted."""
