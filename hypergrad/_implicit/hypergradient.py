@@ -315,15 +315,43 @@ class Terms(Use):
         else:
             left = slope - inner.transposed(u) - planned
         there = self._differences(direct, inner.cross(u))
+        change = self._changed(there, left, solution, inner.cross if lean else lin.cross)
+        return SecondLook(change, inner.residual - newton.left)
+
+    def _changed(
+        self,
+        there: list[Tensor],
+        left: Tensor,
+        solution: Solution,
+        cross: Callable[[Tensor], Parts],
+    ) -> Tensor:
+        """Measure the hypergradient's relative change, with what is missing in the solution.
+
+        Parameters
+        ----------
+        there : list of Tensor
+            The hypergradient a step further on, with the same solution.
+        left : Tensor
+            The residual of the solution there.
+        solution : Solution
+            It.
+        cross : callable
+            ``u -> (dF/dhparams)^T u``.
+
+        Returns
+        -------
+        change : Tensor
+            For each task.
+        """
         moved = [a - b for a, b in zip(there, self._leaves, strict=True)]
         if solution.further is not None:
-            missing = lin.cross(solution.further(left))
+            missing = cross(solution.further(left))
             moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
-            change = self._size(moved)
-        else:  # the size of what is missing, and not its sign
-            inverse, by = norm(u) / norm(self.slope), inner if lean else lin
-            change = self._size(moved) + self._size(by.cross(inverse[..., None] * left))
-        return SecondLook(change / self._scale(), inner.residual - newton.left)
+            return self._size(moved) / self._scale()
+        # The size of what is missing, and not its sign; without a right-hand side nothing is.
+        inverse = (norm(solution.x) / norm(self.slope)).nan_to_num(0.0)
+        missing = cross(inverse[..., None] * left)
+        return (self._size(moved) + self._size(missing)) / self._scale()
 
     def mere_rounding(self) -> Tensor:
         """Say whether the slope of the outer loss changes by about itself from rounding alone."""

@@ -302,16 +302,8 @@ class UseOfBlock(Terms):
         except Exception:  # a function does not like what it gets there
             unknown = torch.full_like(self._at.value, torch.inf)
             return SecondLook(unknown, newton.step * torch.inf)
-        moved = [a - b for a, b in zip(terms, self._leaves, strict=True)]
-        if solution.further is not None:
-            missing = self._cross(solution.further(left))
-            moved = [a if b is None else a - b for a, b in zip(moved, missing, strict=True)]
-            change = self._size(moved)
-        else:  # the size of what is missing, and not its sign
-            inverse = norm(u) / norm(self.slope)
-            missing = self._cross(inverse.nan_to_num(0.0)[..., None] * left)
-            change = self._size(moved) + self._size(missing)
-        return SecondLook(change / self._scale(), inner.residual - newton.left)
+        change = self._changed(terms, left, solution, self._cross)
+        return SecondLook(change, inner.residual - newton.left)
 
     def _outer_at(self, step: Tensor) -> OuterSlopes | None:
         if step.ndim > 1:
