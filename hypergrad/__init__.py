@@ -17,11 +17,14 @@ from . import solvers as _solvers
 from ._check.report import Report, check_hypergrad
 from ._distributed.all_reduced import all_reduced
 from ._errors import (
+    CompileMismatch,
+    CompileWarning,
     ConvergenceWarning,
     Diverged,
     HypergradError,
     IndefiniteHessian,
     NotConnected,
+    NotCompiled,
     NotConverged,
     NotDifferentiable,
     NotFinite,
@@ -53,6 +56,7 @@ from .estimators import (
     unrolled_grad,
     value_function_grad,
 )
+from ._compiled.compile import compile
 from .inner_solvers._argmin import argmin
 from .solvers import (
     CG,
@@ -100,6 +104,8 @@ __all__ = [
     "Auto",
     "BiCGSTAB",
     "Bilevel",
+    "CompileMismatch",
+    "CompileWarning",
     "ConvergenceWarning",
     "Diverged",
     "EvolutionInfo",
@@ -112,6 +118,7 @@ __all__ = [
     "Minimum",
     "Neumann",
     "NormalCG",
+    "NotCompiled",
     "NotConnected",
     "NotConverged",
     "NotDifferentiable",
@@ -133,6 +140,7 @@ __all__ = [
     "all_reduced",
     "argmin",
     "check_hypergrad",
+    "compile",
     "custom_argmin",
     "custom_fixed_point",
     "custom_root",

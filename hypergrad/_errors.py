@@ -58,6 +58,29 @@ def argument_of(leaf: str) -> str | None:
     return name and name[0]
 
 
+class NotCompiled(HypergradError):
+    """A call cannot be compiled, which `hypergrad.compile` was told to raise for.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> inner = lambda w, t: ((w - t) ** 2).sum() if t.sum().item() > 0 else w.sum()
+    >>> step = hypergrad.compile(hypergrad.implicit_grad, on_fallback="raise")
+    >>> one = torch.ones(2)
+    >>> step(lambda w, t: w.sum(), inner, one, one)
+    Traceback (most recent call last):
+    hypergrad.NotCompiled: implicit_grad is not compiled: ...
+    """
+
+
+class CompileMismatch(HypergradError):
+    """A compiled call is not what the same call is without `hypergrad.compile`."""
+
+
+class CompileWarning(UserWarning):
+    """A call is not compiled, and runs as it does without `hypergrad.compile`."""
+
+
 class NotConverged(HypergradError):
     """The inner problem or the linear system was not solved to its tolerance.
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._errors import ConvergenceWarning
+from ._errors import CompileWarning, ConvergenceWarning
 from ._pytrees import Tree
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -45,10 +45,19 @@ def warn(text: str) -> None:
     listener = _listener.get()
     if listener is not None and not listener(text):
         return
+    _warn(text, ConvergenceWarning)
+
+
+def warn_of_compiling(text: str) -> None:
+    """Issue a `CompileWarning` at the line that called the library."""
+    _warn(text, CompileWarning)
+
+
+def _warn(text: str, category: type[Warning]) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _internal(frame.f_back.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, ConvergenceWarning, stacklevel=level + 1)
+    warnings.warn(text, category, stacklevel=level + 1)
 
 
 def _internal(filename: str) -> bool:

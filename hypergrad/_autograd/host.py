@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch._C import _functorch
 
+from .branches import look
 from .refusals import WithoutDerivative
 from .transforms import is_wrapped, layers
 
@@ -43,10 +44,10 @@ def all_tasks(rows: Tensor) -> Tensor:
 def any_task(flag: Tensor) -> bool:
     """Say whether a flag is set for any task. Synchronises with the host once."""
     flag = layers(flag)[-1] if is_wrapped(flag) else flag  # of all tasks, in whatever order
-    return bool(flag.any()) if flag.ndim else bool(flag)
+    return look(flag.any() if flag.ndim else flag)
 
 
 def every_task(flag: Tensor) -> bool:
     """Say whether a flag is set for every task. Synchronises with the host once."""
     flag = layers(flag)[-1] if is_wrapped(flag) else flag
-    return bool(flag.all()) if flag.ndim else bool(flag)
+    return look(flag.all() if flag.ndim else flag)

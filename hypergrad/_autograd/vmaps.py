@@ -8,7 +8,7 @@ batched, and enters them again for the user's functions, which close over batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,11 @@ def outside_of_vmaps(call: Callable[[Vmaps | None], T]) -> T:
             raise
     restore(random)
     return call(None)
+
+
+def outside(vmaps: Vmaps | None) -> AbstractContextManager[None]:
+    """Run the body outside of the caller's vmaps, where there are any."""
+    return nullcontext() if vmaps is None else vmaps.left()
 
 
 class Vmaps:

@@ -18,11 +18,10 @@ from .._info import SolveInfo
 from .._pytrees import Layout, Tree
 from ..conditions._inner_problem import Problem
 from .choices import Choices
-from .evidence import Evidence
 from .linear_solve import measured
 from .linearisation import Linearisation
 from .outputs import Finish, Outputs, UseOfBlock
-from .verdict import is_good, judge_outputs
+from .verdict import Case, is_good, judge_outputs
 
 _VECTORS = 14  # of a solve, for each right-hand side
 _MAPPED = 128  # right-hand sides whose products are formed at once
@@ -81,12 +80,12 @@ class BlockCall:
         m, block = len(self.outputs.values), self.block()
         leaves: list[Tensor] = []
         infos, solutions = [], []
-        failures: list[tuple[Evidence, SolveInfo, Tensor]] = []
+        failures: list[tuple[Case, SolveInfo, Tensor]] = []
         for first in range(0, m, block):
             rows = slice(first, min(first + block, m))
             use = UseOfBlock(self.lin, self.outputs, self.finish, rows, self.tensors)
             start = None if x0 is None else x0[rows]
-            part, evidence, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
+            part, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
             if not leaves:
                 leaves = [leaf.new_empty((m, *leaf.shape[1:])) for leaf in part.leaves]
             for whole, leaf in zip(leaves, part.leaves, strict=True):
@@ -94,8 +93,8 @@ class BlockCall:
             infos.append(part.info)
             if self.choices.figures:
                 solutions.append(part.u)
-            if not is_good(evidence, part.info, sound):
-                failures.append((evidence, part.info, sound))
+            if not is_good(case, part.info, sound):
+                failures.append((case, part.info, sound))
         info = _joined(infos)
         judge_outputs(failures, m, info)
         if solutions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from ..solvers._nystrom import Nystrom
 from ..solvers._probe import probed
 from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
+from .causes import Place
 from .choices import Choices
 from .degeneracy import DEGENERATE, degeneracy
 from .second_look import is_noise
 from .uses import Use
-from .verdict import Cause
+from .verdict import Case, Cause
 
 # The factors of an estimate, without and with a second look, from benchmarks/calibration.py and
 # benchmarks/networks.py. Above `_HARDLY` it says that little is known.
@@ -115,6 +117,25 @@ class Evidence:
         return info_of(
             self.solution, solution=None, success=self.success, inner_residual=residual, **figures
         )
+
+    def case(self) -> Case:
+        """Say what the answer is judged by."""
+        return Case(
+            choices=self.choices,
+            kink=self.lin.problem.condition.kink,
+            noisy=self.system.noisy,
+            cause=self.cause,
+            eigenvalues=lambda: self.solution.eigenvalues,
+            condition=lambda: norm(self.lin.residual),
+            params=lambda: norm(self.params),
+            places=self._places,
+        )
+
+    def _places(self) -> Iterator[Place]:
+        if self.system.x0 is not None:
+            cure = "Leave x0 out, or pass the solution of a solve that ended well"
+            yield Place("x0", self.system.x0, lambda: cure, argument="x0")
+        yield from self.use.places(self.system.b, self.solution.x)
 
     def _fail(self, which: Tensor, cause: Cause) -> None:
         """Take an answer for wrong, for a first cause."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached, versions
 from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside_of_vmaps
+from .._compiled.session import compiling
 from .._errors import UnsupportedOperation
 from .._info import SolveInfo
 from .._pytrees import Tree
@@ -41,12 +42,14 @@ from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
 from .choices import Choices, needs_product
-from .linear_solve import solved
+from .compiled import compiled
+from .linear_solve import measured
 from .linearisation import Linearisation
 from .outer_slopes import OuterSlopes, outer_gradient
 from .second_look import SecondLook, shifted
 from .task_norms import size_of
 from .uses import Use
+from .verdict import Case, judge
 
 _BENDS = 0.1  # the relative change of a slope that is a bend
 _CANCELLED = 1e-2  # the rest of two terms that cancel counts as so much of them at least
@@ -88,7 +91,7 @@ def hypergradient(
     condition = as_condition(inner, Minimum)
     P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
     H = Tree("hparams", hparams, of_autograd=True)
-    call = _Call(
+    call = Call(
         outer=outer,
         problem=Problem.of(condition, P, [H]),
         choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
@@ -105,14 +108,60 @@ def hypergradient(
             return call.answer(None)
     if mapped_by_caller(call.choices.solver):
         return call.answer(None)
-    return outside_of_vmaps(call.answer)
+    session = compiling()
+    replayed = None if session is None else compiled(call, session)
+    return outside_of_vmaps(call.answer) if replayed is None else replayed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Measured:
+    """A hypergradient that has been computed and measured, and is not judged yet.
+
+    Attributes
+    ----------
+    leaves : list of Tensor
+        The hypergradient, with task dimensions in front.
+    u : Tensor
+        The solution of the linear system, flat.
+    info : SolveInfo
+        The evidence, without the solution.
+    aux : pytree
+        What the outer loss has returned beside its value.
+    case : Case
+        What it is judged by.
+    sound : Tensor
+        bool, for each task: all numbers are finite.
+    terms : tuple
+        The direct and the implicit terms, as far as judging goes: None: not connected.
+    """
+
+    leaves: list[Tensor]
+    u: Tensor
+    info: SolveInfo
+    aux: Any
+    case: Case
+    sound: Tensor
+    terms: tuple[Parts, Parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
     """One hypergradient: of one system, or outside the caller's vmaps of all their tasks at once.
 
     Inside, tensors have the task dimensions of `vmaps` in front, and `lead` are their sizes.
+
+    Attributes
+    ----------
+    outer : callable
+        The outer loss.
+    problem : Problem
+        The inner problem.
+    choices : Choices
+        The caller's.
+    x0 : list of Tensor, optional
+        Where the linear solve starts.
+    has_aux : bool
+        Whether the outer loss returns something beside its value.
     """
 
     outer: Callable[[Any, Any], Any]
@@ -122,18 +171,43 @@ class _Call:
     has_aux: bool
 
     def answer(self, vmaps: Vmaps | None) -> Hypergradient:
-        problem = self.problem if vmaps is None else self.problem.outside(vmaps)
-        P, H = problem.params, problem.args[0]
-        layout = problem.layout()
-        lead = () if vmaps is None else vmaps.sizes
-        choices = self.choices
+        """Compute the hypergradient, and judge it."""
 
         def plain(tensor: Tensor) -> Tensor:
             return detached(tensor if vmaps is None else vmaps.unwrapped(tensor))
 
         # Autograd stops a loss that changes a float argument in place; the others are copies.
-        tensors = [plain(t) if t.is_floating_point() else plain(t).clone() for t in problem.tensors]
-        start = None if self.x0 is None else layout.flatten([plain(t) for t in self.x0], lead)
+        tensors = [plain(t) for t in self.problem.tensors]
+        tensors = [t if t.is_floating_point() else t.clone() for t in tensors]
+        measured, captured = self.measured(
+            vmaps, tensors, None if self.x0 is None else [plain(t) for t in self.x0]
+        )
+        self.judge(measured)
+        return self.handed_back(measured, vmaps, captured)
+
+    def measured(
+        self, vmaps: Vmaps | None, tensors: list[Tensor], x0: list[Tensor] | None
+    ) -> tuple[Measured, list[Tensor]]:
+        """Compute the hypergradient, and measure how good it is.
+
+        Parameters
+        ----------
+        vmaps : Vmaps, optional
+            The caller's, which have been left.
+        tensors, x0 : list of Tensor
+            The problem's, and where the linear solve starts, outside of them.
+
+        Returns
+        -------
+        measured : Measured
+            The hypergradient and its evidence.
+        captured : list of Tensor
+            Values of the losses that depend on something that is differentiated around the call.
+        """
+        problem = self.problem if vmaps is None else self.problem.outside(vmaps)
+        P, H = problem.params, problem.args[0]
+        lead, choices = () if vmaps is None else vmaps.sizes, self.choices
+        start = None if x0 is None else problem.layout().flatten(x0, lead)
         before = versions(tensors)
         of_outer = Draw()
         of_inner = Draw(after=of_outer)
@@ -151,22 +225,35 @@ class _Call:
 
         refuse_changed(problem, tensors, before)
         use = Terms(lin, loss, tensors, at, judged=choices.judged)
-        answer = solved(use, choices, use.slope, transpose=True, x0=start)
+        answer, case, sound = measured(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
-        if choices.on_failure != "ignore":
-            warn_of_unused(H, "Neither outer nor inner", at.direct, use.indirect)
-        sources = [*self.problem.tensors, *at.captured, *lin.captured]
-        leaves = answer.leaves
+        terms = at.direct, use.indirect
+        outcome = Measured(answer.leaves, answer.u, info, at.aux, case, sound, terms)
+        return outcome, [*at.captured, *lin.captured]
+
+    def judge(self, measured: Measured) -> None:
+        """Warn or raise where that is due."""
+        judge(measured.case, measured.info, measured.sound)
+        if self.choices.on_failure != "ignore":
+            warn_of_unused(self.problem.args[0], "Neither outer nor inner", *measured.terms)
+
+    def handed_back(
+        self, measured: Measured, vmaps: Vmaps | None, captured: Sequence[Tensor]
+    ) -> Hypergradient:
+        """Shape the answer as the caller's arguments are, inside of the vmaps again."""
+        P, H = self.problem.params, self.problem.args[0]
+        leaves, info = measured.leaves, measured.info
+        sources = [*self.problem.tensors, *captured]
         with nullcontext() if vmaps is None else vmaps.entered():
-            if choices.figures:
-                solution = layout.split(answer.u)
+            if self.choices.figures:
+                solution = self.problem.layout().split(measured.u)
                 if vmaps is not None:
                     solution, info = vmaps.wrapped_tree((solution, info))
                 info = dataclasses.replace(info, solution=P.fill(solution))
             if vmaps is not None:
                 leaves = [vmaps.wrapped(leaf) for leaf in leaves]
             leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
-            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, at.aux)
+            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, measured.aux)
             info = dataclasses.replace(info, aux=aux)
             return Hypergradient(H.fill(leaves), leaves, info)
 

@@ -15,7 +15,7 @@ from .evidence import Evidence
 from .task_norms import finite
 from .unknown_nodes import check_nodes
 from .uses import Use
-from .verdict import judge
+from .verdict import Case, judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ def solved(
     answer : Answer
         The solution and its evidence.
     """
-    answer, evidence, sound = measured(use, choices, b, transpose=transpose, x0=x0)
-    judge(evidence, answer.info, sound)
+    answer, case, sound = measured(use, choices, b, transpose=transpose, x0=x0)
+    judge(case, answer.info, sound)
     return answer
 
 
 def measured(
     use: Use, choices: Choices, b: Tensor, *, transpose: bool, x0: Tensor | None = None
-) -> tuple[Answer, Evidence, Tensor]:
+) -> tuple[Answer, Case, Tensor]:
     """Solve ``A u = b``, or with the transpose of A, and measure how good the answer is.
 
     This is the one place where a linear system of an implicit derivative is solved.
@@ -81,7 +81,7 @@ def measured(
     -------
     answer : Answer
         The solution and its evidence.
-    evidence : Evidence
+    case : Case
         What it is judged by.
     sound : Tensor
         bool, for each task: all numbers are finite.
@@ -117,9 +117,9 @@ def measured(
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
     if choices.on_failure == "ignore":  # nobody asks
-        return Answer(solution.x, leaves, info), evidence, torch.ones_like(info.success)
+        return Answer(solution.x, leaves, info), evidence.case(), torch.ones_like(info.success)
     sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():
         sound = sound & torch.isfinite(value)
-    return Answer(solution.x, leaves, info), evidence, sound_in_value(lin, sound)
+    return Answer(solution.x, leaves, info), evidence.case(), sound_in_value(lin, sound)

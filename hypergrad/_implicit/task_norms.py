@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._autograd.branches import traced
 from .._autograd.products import Parts
 from .._autograd.transforms import is_wrapped
 from ..solvers._vectors import norm
@@ -32,7 +33,7 @@ def finite(lead: Sequence[int], *tensors: Tensor | None) -> Tensor:
         return torch.ones(tuple(lead), dtype=torch.bool, device="cpu")
     device = rows[0].device
     # A finite norm has finite entries, and is many times as fast as a look at the largest of them.
-    plain = device.type == "cpu" and not any(map(is_wrapped, rows))
+    plain = device.type == "cpu" and not any(map(is_wrapped, rows)) and not traced()
     if plain and all(math.isfinite(torch.linalg.vector_norm(r).item()) for r in rows):
         return torch.ones(tuple(lead), dtype=torch.bool, device=device)
     largest = [

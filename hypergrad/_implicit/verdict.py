@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,11 +26,8 @@ from .._errors import (
 from .._info import SolveInfo, Status
 from .._warnings import counted, warn
 from ..solvers._base import Solver
-from ..solvers._vectors import norm
 from .causes import Place
-
-if TYPE_CHECKING:
-    from .evidence import Evidence
+from .choices import Choices
 
 
 class Cause(IntEnum):
@@ -46,7 +44,38 @@ class Cause(IntEnum):
     PRODUCTS = 8
 
 
-def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An answer as it is judged, beside the figures that the caller sees.
+
+    Attributes
+    ----------
+    choices : Choices
+        The caller's.
+    kink : str
+        The reason why the inner problem has kinks, for messages.
+    noisy : bool
+        Whether products were formed by differences.
+    cause : Tensor
+        A `Cause` for each task.
+    eigenvalues, condition, params : callable
+        The lowest and the highest Ritz value, and the norms of the inner condition and of the inner
+        variables, for each task.
+    places : callable
+        What went into the answer, by name, in the order of its making.
+    """
+
+    choices: Choices
+    kink: str
+    noisy: bool
+    cause: Tensor
+    eigenvalues: Callable[[], Tensor]
+    condition: Callable[[], Tensor]
+    params: Callable[[], Tensor]
+    places: Callable[[], Iterable[Place]]
+
+
+def judge(case: Case, info: SolveInfo, sound: Tensor) -> None:
     """Warn or raise, once for all tasks, if an answer is not what it should be.
 
     Reads one packed tensor from the device where all is well, nothing with
@@ -55,7 +84,7 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
 
     Parameters
     ----------
-    evidence : Evidence
+    case : Case
         What is known about the answer.
     info : SolveInfo
         The figures of it that the caller sees.
@@ -69,21 +98,21 @@ def judge(evidence: Evidence, info: SolveInfo, sound: Tensor) -> None:
     NotConverged, IndefiniteHessian, SingularHessian, Diverged, NotDifferentiable
         If `on_failure` is "raise" and a task failed.
     """
-    if not is_good(evidence, info, sound):
-        rows = _rows(evidence, info, sound)
-        _judge_rows([(evidence, rows)], len(rows), info, "tasks")
+    if not is_good(case, info, sound):
+        rows = _rows(case, info, sound)
+        _judge_rows([(case, rows)], len(rows), info, "tasks")
 
 
-def is_good(evidence: Evidence, info: SolveInfo, sound: Tensor) -> bool:
+def is_good(case: Case, info: SolveInfo, sound: Tensor) -> bool:
     """Say whether nothing is to be said about any task; the arguments are those of `judge`."""
-    if evidence.choices.on_failure == "ignore":
+    if case.choices.on_failure == "ignore":
         return True
     good = all_tasks(torch.stack([sound, info.success], dim=-1)).all(dim=0).tolist()
     return all(good)
 
 
 def judge_outputs(
-    failures: Sequence[tuple[Evidence, SolveInfo, Tensor]], outputs: int, info: SolveInfo
+    failures: Sequence[tuple[Case, SolveInfo, Tensor]], outputs: int, info: SolveInfo
 ) -> None:
     """Warn or raise, once for all outputs of a function, as `judge` does for tasks.
 
@@ -102,22 +131,19 @@ def judge_outputs(
         As `judge` does.
     """
     if failures:
-        blocks = [(evidence, _rows(evidence, part, sound)) for evidence, part, sound in failures]
+        blocks = [(case, _rows(case, part, sound)) for case, part, sound in failures]
         _judge_rows(blocks, outputs, info, "outputs")
 
 
 def _judge_rows(
-    blocks: Sequence[tuple[Evidence, list[_Row]]], tasks: int, info: SolveInfo, unit: str
+    blocks: Sequence[tuple[Case, list[_Row]]], tasks: int, info: SolveInfo, unit: str
 ) -> None:
     """Warn or raise, by the rows of all blocks in which a task failed."""
-    bad = [(evidence, row) for evidence, rows in blocks for row in rows if not row.sound]
+    bad = [(case, row) for case, rows in blocks for row in rows if not row.sound]
     if bad:
-        evidence = bad[0][0]
-        places = [*_start(evidence.system.x0)]
-        places += evidence.use.places(evidence.system.b, evidence.solution.x)
         said = counted(len(bad), tasks, exact=True, unit=unit)
-        _refuse_not_finite(said, places, _plain(info))
-    evidence, choices = blocks[0][0], blocks[0][0].choices
+        _refuse_not_finite(said, bad[0][0].places(), _plain(info))
+    case, choices = blocks[0][0], blocks[0][0].choices
     failed = [row for _, rows in blocks for row in rows if not row.success]
     exact = choices.on_failure == "raise"
     worst = _Failure(
@@ -125,8 +151,8 @@ def _judge_rows(
         name=info.method if exact else type(choices.solver).__name__,
         solver=choices.solver,
         inner_tol=choices.inner_tol,
-        kink=evidence.lin.problem.condition.kink,
-        noisy=evidence.system.noisy,
+        kink=case.kink,
+        noisy=case.noisy,
         exact=exact,
     )
     error, text = worst.diagnosis()
@@ -159,21 +185,21 @@ class _Row(NamedTuple):
         return self.status != Status.CONVERGED, figure
 
 
-def _rows(evidence: Evidence, info: SolveInfo, sound: Tensor) -> list[_Row]:
+def _rows(case: Case, info: SolveInfo, sound: Tensor) -> list[_Row]:
     """Read the figures of every task from the device, in one packed tensor."""
-    eigenvalues = evidence.solution.eigenvalues
+    eigenvalues = case.eigenvalues()
     figures = {
         "sound": sound,
         "success": info.success,
         "status": info.status,
-        "cause": evidence.cause,
+        "cause": case.cause,
         "iterations": info.iterations,
         "residual": info.residual_norm,
         "inner": info.inner_residual,
         "low": eigenvalues[..., 0],
         "high": eigenvalues[..., 1],
-        "condition": norm(evidence.lin.residual).expand_as(info.status),
-        "params": norm(evidence.params).expand_as(info.status),
+        "condition": case.condition().expand_as(info.status),
+        "params": case.params().expand_as(info.status),
         "degeneracy": info.degeneracy,
         "product_error": info.product_error,
     }
@@ -415,13 +441,6 @@ _OF_STATUS: dict[Status, _Diagnosis] = {
     Status.DIVERGED: (Diverged, _diverged),
     Status.STAGNATED: (NotConverged, _stagnated),
 }
-
-
-def _start(x0: Tensor | None) -> Iterator[Place]:
-    """List where the iteration started, if the caller said so."""
-    if x0 is not None:
-        cure = "Leave x0 out, or pass the solution of a solve that ended well"
-        yield Place("x0", x0, lambda: cure, argument="x0")
 
 
 def _refuse_not_finite(tasks: str, places: Iterable[Place], info: SolveInfo) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -147,6 +147,21 @@ class Condition(Fields, ABC):
         itself: Any = self
         values = [getattr(self, field.name) for field in dataclasses.fields(itself)]
         return [value for value in values if callable(value)]
+
+    def chain(self) -> tuple[int | None, ...] | None:
+        """Say which function of `functions` takes the value of which before it; None: not known.
+
+        None in the place of a number: it takes ``(params, *args)`` as it is.
+        """
+        return None
+
+    def with_functions(self, functions: Sequence[Callable[..., Any]]) -> Self:
+        """Put other functions in the places of the user's, as `functions` lists them."""
+        itself: Any = self
+        own = self.functions()
+        names = [f.name for f in dataclasses.fields(itself) if getattr(self, f.name) in own]
+        changed: Self = dataclasses.replace(itself, **dict(zip(names, functions, strict=True)))
+        return changed
 
     @abstractmethod
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -74,6 +74,10 @@ class Minimum(Objective):
         """List the objective."""
         return [self.f]
 
+    def chain(self) -> tuple[int | None, ...] | None:
+        """Say that the objective stands alone."""
+        return (None,) if self.replays else None
+
     def of_batch(self, batch: Any) -> Minimum:
         """Make the objective of one batch."""
         return self if self.batches is None else Minimum(with_batch(self.f, batch))

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._autograd.branches import traced
 from .._autograd.transforms import transforms_active
 from .._info import Status
 from ._krylov import Correction, noise_floor
@@ -31,7 +32,7 @@ def suits(b: Tensor, looks: bool = True) -> bool:
     # Of a long one it does so where it need not, for that saves memory and waits for nothing.
     if not (looks or is_long(b)):
         return False
-    return b.ndim == 1 and b.device.type == "cpu" and not transforms_active()
+    return b.ndim == 1 and b.device.type == "cpu" and not (transforms_active() or traced())
 
 
 def in_numbers(

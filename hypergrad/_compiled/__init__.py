@@ -1,0 +1,1 @@
+"""Compiled calls: the user's functions captured, derivatives traced, folded, and replayed."""

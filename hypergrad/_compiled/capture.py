@@ -1,0 +1,257 @@
+"""A user's functions as one graph of PyTorch's operations, by Dynamo, which guards what they read.
+
+Dynamo follows the functions' Python, so that whatever they read without its being a tensor (a
+number, a branch, an attribute) is checked at each call, and each tensor that they reach past their
+arguments becomes an input of the graph. What is made of the graph is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._autograd.torch_pytrees import pytree
+
+#: ``(function, stage)``: what is called, and the earlier stage whose value is its first argument;
+#: None: the first of all arguments.
+Stage = tuple[Callable[..., Any], int | None]
+
+
+class NotCaptured(Exception):
+    """The functions cannot be captured; the text says why."""
+
+
+def mark(tensor: Tensor, stage: int, leaf: int) -> Tensor:
+    """Mark a tensor that a function has returned; Dynamo does not look inside."""
+    return tensor.clone()
+
+
+def _run(stages: Sequence[Stage], arguments: Sequence[Any]) -> list[Any]:
+    """Call the functions one after the other: what Dynamo follows."""
+    values: list[Any] = []
+    for number, (function, first) in enumerate(stages):
+        given = arguments if first is None else (values[first], *arguments[1:])
+        leaves, spec = pytree.tree_flatten(function(*given))
+        marked = [
+            mark(leaf, number, place) if isinstance(leaf, Tensor) else leaf
+            for place, leaf in enumerate(leaves)
+        ]
+        values.append(pytree.tree_unflatten(marked, spec))
+    return values
+
+
+@dataclasses.dataclass(eq=False)
+class Captured:
+    """The functions as a graph, for one set of guards.
+
+    Attributes
+    ----------
+    module : GraphModule
+        Dynamo's: PyTorch's functions, and marks.
+    stages : tuple of (int or None)
+        For each function the earlier one whose value is its first argument.
+    places : list of (int or None)
+        For each tensor among the arguments the input that stands for it; None: none reads it.
+    lifted : list of int
+        The other inputs, which the functions have captured.
+    specs : list of TreeSpec
+        How each function returns what it returns, with the leaves that are no tensors.
+    kept : dict
+        What the caller has made of it, to be used again.
+    """
+
+    module: fx.GraphModule
+    stages: tuple[int | None, ...] = ()
+    places: list[int | None] = dataclasses.field(default_factory=list)
+    lifted: list[int] = dataclasses.field(default_factory=list)
+    returned: list[tuple[list[Any], pytree.TreeSpec]] = dataclasses.field(default_factory=list)
+    kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
+        """Make functions that compute what the captured ones do, at other tensors.
+
+        Parameters
+        ----------
+        lifted : callable
+            ``lifted(i)``: the tensor for the i-th of the inputs in `lifted`, asked for where a
+            function is called.
+        """
+        return [_Stage(self, number, lifted) for number in range(len(self.stages))]
+
+
+class _Stage:
+    """One of the captured functions, as its part of the graph."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        number: int,
+        lifted: Callable[[int], Tensor],
+    ) -> None:
+        self._captured, self._number, self._lifted = captured, number, lifted
+        graph = captured.module.graph
+        marks = {n: (n.args[1], n.args[2]) for n in graph.nodes if n.target is mark}
+        self._leaves = {leaf: n for n, (stage, leaf) in marks.items() if stage == number}
+        first = captured.stages[number]
+        self._first = [] if first is None else [n for n, (s, _) in marks.items() if s == first]
+        self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        known, wanted = set(self._first), set(self._leaves.values())
+        self._nodes = []
+        for node in reversed(graph.nodes):
+            if node in wanted and node not in known:
+                self._nodes.append(node)
+                wanted.update(node.all_input_nodes)
+        self._nodes.reverse()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run its part of the graph."""
+        captured, values = self._captured, {}
+        if captured.stages[self._number] is not None:
+            first = [t for t in pytree.tree_leaves(arguments[0]) if isinstance(t, Tensor)]
+            values.update(zip(self._first, first, strict=True))
+            arguments = (None, *arguments[1:])
+        given = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+        places = captured.places[len(captured.places) - len(given) :]
+        for place, tensor in zip(places, given, strict=True):
+            if place is not None:
+                values[self._placeholders[place]] = tensor
+        for number, place in enumerate(captured.lifted):
+            values[self._placeholders[place]] = self._lifted(number)
+        module = captured.module
+        for node in self._nodes:
+            if node.op == "placeholder":
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "get_attr":
+                values[node] = _attribute(module, node.target)
+            elif node.op == "call_function":
+                values[node] = args[0] if node.target is mark else node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                values[node] = module.get_submodule(node.target)(*args, **kwargs)
+        leaves, spec = captured.returned[self._number]
+        made = [values[self._leaves[i]] if i in self._leaves else c for i, c in enumerate(leaves)]
+        return pytree.tree_unflatten(made, spec)
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+#: What is made of a graph and the tensors of a call: the graph's outputs.
+Then = Callable[[Captured, Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Capture:
+    """Captures calls of functions with the same code, each set of guards once."""
+
+    def __init__(self) -> None:
+        self._now = threading.local()
+
+        def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
+            captured = Captured(module)
+            self.graphs.append(captured)
+            return lambda *real: self._called(captured, real)
+
+        # Dynamo refuses other backends inside torch.func.vmap, for the compilers that cannot.
+        backend.compiler_fn = torch._dynamo.lookup_backend("eager")  # type: ignore[attr-defined]
+        torch._dynamo.allow_in_graph(mark)
+        own = FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
+        self.graphs: list[Captured] = []
+        self._one = torch._dynamo.optimize(backend, nopython=True, dynamic=False)(own)
+
+    def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any], then: Then) -> list[Any]:
+        """Check the guards, and call ``then(captured, inputs)``.
+
+        Parameters
+        ----------
+        stages : sequence of Stage
+            The functions.
+        arguments : sequence of pytree
+            With tensors that nothing else holds.
+        then : callable
+            Given the graph and all tensors that it reads. It returns the graph's outputs.
+
+        Returns
+        -------
+        values : list
+            What the functions return, with the tensors that `then` has returned.
+
+        Raises
+        ------
+        NotCaptured
+            If the functions cannot be followed.
+        """
+        now = self._now
+        leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
+        before = getattr(now, "call", None)
+        _check_stance()
+        now.call = call = _Call(tuple(first for _, first in stages), leaves, then)
+        try:
+            values: list[Any] = self._one(list(stages), tuple(arguments))
+            if call.captured is not None and not call.captured.returned:
+                _describe(call.captured, values)
+                values = self._one(list(stages), tuple(arguments))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if call.reached:
+                raise
+            raise NotCaptured(_why(error)) from error
+        finally:
+            now.call = before
+        if not call.reached:
+            raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
+        return values
+
+    def _called(self, captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
+        call: _Call = self._now.call
+        call.captured, call.reached = captured, True
+        if not captured.places:
+            own = {id(t): place for place, t in enumerate(real)}
+            captured.places = [own.get(id(t)) for t in call.leaves]
+            known = set(captured.places)
+            captured.lifted = [place for place in range(len(real)) if place not in known]
+            captured.stages = call.stages
+        if not captured.returned:  # see in which form the functions return what they return
+            return tuple(captured.module(*real))
+        return call.then(captured, real)
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call on its way through Dynamo."""
+
+    stages: tuple[int | None, ...]
+    leaves: list[Tensor]
+    then: Then
+    captured: Captured | None = None
+    reached: bool = False
+
+
+def _describe(captured: Captured, values: list[Any]) -> None:
+    for value in values:
+        leaves, spec = pytree.tree_flatten(value)
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        captured.returned.append((constants, spec))
+    
+
+def _check_stance() -> None:
+    """Refuse where the caller has switched off Dynamo's checks."""
+    stance = torch._dynamo.eval_frame._stance
+    if stance.skip_guard_eval_unsafe:
+        raise NotCaptured("torch.compiler.set_stance has switched off the checks of torch.compile")
+
+
+def _why(error: BaseException) -> str:
+    """Say in a line why Dynamo has given up."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = [line for line in lines if line.startswith(("Explanation:", "Developer debug"))]
+    return " ".join([*lines[:1], *detail[:1]]) or type(error).__name__

@@ -1,0 +1,230 @@
+"""Taking out of a graph what computes nothing: copies of views, repetitions, and constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+#: Constants up to this size are computed once, when the graph is made.
+_CONSTANT = 1 << 16
+#: Operations that return their first argument, or another view of all of it.
+_SAME = frozenset({
+    aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default,
+    aten.clone.default, aten.lift.default,
+})  # fmt: skip
+#: Operations that depend on the form of their first argument alone.
+_OF_FORM = frozenset({
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+})  # fmt: skip
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a node's tensor is like: seen by running the graph once."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """Describe a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+    def same_as(self, other: Form) -> bool:
+        """Say whether two tensors agree in all but their values and their order in memory."""
+        # A view of them is then taken by `reshape`, which asks for no order.
+        return self == other
+
+
+class Cleaned:
+    """A graph without what computes nothing, and the constants that it reads.
+
+    Parameters
+    ----------
+    graph : Graph
+        Of ATen operations, without mutations.
+    examples : sequence of Tensor
+        Inputs, from which the forms of all tensors are found.
+    module : GraphModule
+        What holds the graph's attributes.
+
+    Attributes
+    ----------
+    graph : Graph
+        The clean graph.
+    constants : dict
+        The tensors that stand for nodes.
+    """
+
+    def __init__(self, graph: fx.Graph, examples: Sequence[Tensor], module: Any) -> None:
+        self.graph, self.constants = graph, dict[fx.Node, Tensor]()
+        self.forms: dict[fx.Node, Form] = {}
+        self._run(examples, module)
+        self._simplify()
+        self._share()
+        self._drop_dead()
+
+    def _run(self, examples: Sequence[Tensor], module: Any) -> None:
+        """Run the graph once, for the forms and the constants."""
+        values: dict[fx.Node, Any] = {}
+        inputs = iter(examples)
+        uses = {node: len(node.users) for node in self.graph.nodes}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                value: Any = next(inputs)
+            elif node.op == "get_attr":
+                value = getattr(module, node.target)
+                self.constants[node] = value
+            elif node.op == "output":
+                break
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                value = node.target(*args, **kwargs)
+                self._note_constant(node, value)
+            values[node] = value
+            if isinstance(value, Tensor):
+                self.forms[node] = Form.of(value)
+            for used in node.all_input_nodes:
+                uses[used] -= 1
+                if not uses[used]:
+                    values.pop(used, None)
+
+    def _note_constant(self, node: fx.Node, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.numel() > _CONSTANT:
+            return
+        known = all(used in self.constants for used in node.all_input_nodes)
+        one = node.target is aten.pow.Tensor_Scalar and node.args[1] == 0
+        if known or one or node.target in _OF_FORM:
+            self.constants[node] = value
+
+    def _simplify(self) -> None:
+        """Replace each node that returns one of its inputs."""
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or node in self.constants:
+                continue
+            other = self._other(node)
+            if other is not None and other is not node:
+                node.replace_all_uses_with(other)
+
+    def _other(self, node: fx.Node) -> fx.Node | None:
+        """Find the node that has the same value; None: there is none."""
+        target, args = node.target, node.args
+        if not args or not isinstance(args[0], fx.Node) or node not in self.forms:
+            return None
+        first = args[0]
+        if first not in self.forms:
+            return None
+        like = self.forms[node].same_as(self.forms[first])
+        if target in _SAME:
+            return first
+        if target in _VIEWS:
+            return self._viewed(node, first, like)
+        if target in (aten.expand.default, aten.permute.default, aten._to_copy.default):
+            moved = target is aten.permute.default and list(args[1]) != sorted(args[1])
+            return first if like and not moved else None
+        if target is aten.transpose.int and first.target is aten.transpose.int:
+            again = {first.args[1], first.args[2]} == {args[1], args[2]}
+            return first.args[0] if again else None
+        if target is aten.t.default and first.target is aten.t.default:
+            return first.args[0]
+        if not like:
+            return self._second(node)
+        if target in (aten.mul.Tensor, aten.div.Tensor) and self._is(args[1], 1):
+            return first
+        if target in (aten.add.Tensor, aten.sub.Tensor) and self._is(args[1], 0):
+            return first
+        if target in (aten.mul.Scalar, aten.pow.Tensor_Scalar, aten.div.Scalar) and args[1] == 1:
+            return first
+        return self._second(node)
+
+    def _second(self, node: fx.Node) -> fx.Node | None:
+        """Find out whether a node returns its second argument."""
+        args = node.args
+        if len(args) < 2 or not isinstance(args[1], fx.Node) or args[1] not in self.forms:
+            return None
+        if not self.forms[node].same_as(self.forms[args[1]]):
+            return None
+        if node.target is aten.mul.Tensor and self._is(args[0], 1):
+            return args[1]
+        if node.target is aten.add.Tensor and self._is(args[0], 0) and not node.kwargs:
+            return args[1]
+        return None
+
+    def _viewed(self, node: fx.Node, first: fx.Node, like: bool) -> fx.Node | None:
+        if like:
+            return first
+        if first.target in _VIEWS and isinstance(first.args[0], fx.Node):
+            below = first.args[0]
+            if self.forms[node].same_as(self.forms[below]):
+                return below
+            node.update_arg(0, below)
+        return None
+
+    def _is(self, value: Any, number: float) -> bool:
+        """Say whether an argument is a constant tensor, all of one number."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value == number
+        constant = self.constants.get(value) if isinstance(value, fx.Node) else None
+        return constant is not None and bool((constant == number).all())
+
+    def _share(self) -> None:
+        """Compute what is computed several times once."""
+        known: dict[Any, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node in self.constants:
+                key: Any = _of_constant(self.constants[node])
+            else:
+                key = node.target, _key(node.args), _key(node.kwargs)
+            if key is None:
+                continue
+            try:
+                earlier = known.setdefault(key, node)
+            except TypeError:  # an argument without a hash
+                continue
+            if earlier is not node:
+                node.replace_all_uses_with(earlier)
+
+    def _drop_dead(self) -> None:
+        """Erase what nothing needs, and what only a constant was made from."""
+        for node in self.constants:
+            if node.op == "call_function":
+                node.args, node.kwargs = (), {}
+        drop_dead(self.graph)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase what nothing needs."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("output", "placeholder") and not node.users:
+            graph.erase_node(node)
+
+
+def _of_constant(tensor: Tensor) -> Any:
+    """Make a key of a constant that is all of one number."""
+    if tensor.numel() == 0:
+        return None
+    number = tensor.flatten()[0]
+    if not bool((tensor == number).all()):
+        return None
+    return "constant", number.item(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((k, _key(v)) for k, v in sorted(value.items()))
+    if isinstance(value, bool | int | float):  # 1, 1.0 and True are not the same argument
+        return type(value), value
+    return value

@@ -1,0 +1,334 @@
+"""What lives from one call of a compiled function to the next: graphs, programs, why none was made.
+
+A program is one graph that does a whole call of the library, from the captured functions to the
+evidence. Where the host has looked at a value while it was traced, the program returns that flag;
+a replay holds where all flags are as they were, and another program is traced where they are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from .._autograd.torch_pytrees import pytree
+from .._autograd.transforms import is_batched
+from .._autograd.vmaps import Vmaps, outside
+from .._errors import CompileMismatch, NotCompiled
+from .._warnings import warn_of_compiling
+from .capture import Capture, Captured, NotCaptured, Stage, mark
+from .clean import Cleaned
+from .fold import Folded
+from .run import runner
+from .trace import traced
+
+Backend = Literal["aten", "inductor", "cudagraphs"]
+OnFallback = Literal["warn", "raise", "ignore"]
+
+#: So many sets of branches of one call are kept; where it takes more it is not compiled.
+_BRANCHES = 4
+_DATA = "It appears that you're trying to get value out of a tracing tensor"
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Body(NamedTuple):
+    """What a call computes, and what of it is no tensor."""
+
+    tensors: Any
+    static: Any = None
+
+
+@dataclasses.dataclass
+class Program:
+    """A traced call that can be replayed.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(*inputs) -> tensors``.
+    seen : list of bool
+        What the host has looked at while it was traced.
+    spec : TreeSpec
+        How the tensors are put together.
+    constants : list
+        What stands there that is no tensor, each in a tuple; None: a tensor.
+    static : object
+        What of the call's outcome is no tensor.
+    nodes : int
+        How many operations it has.
+    checked : bool
+        Whether it has been compared with the call as it is.
+    calls : int
+        How often it has been replayed.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    seen: list[bool]
+    spec: pytree.TreeSpec
+    constants: list[tuple[Any] | None]
+    static: Any
+    nodes: int
+    checked: bool = False
+    calls: int = 0
+
+
+class Replayed(NamedTuple):
+    """The outcome of a replay, and its program."""
+
+    tensors: Any
+    program: Program
+
+
+class Session:
+    """The state of a compiled function.
+
+    Parameters
+    ----------
+    backend : {"aten", "inductor", "cudagraphs"}
+        What runs the graphs.
+    on_fallback : {"warn", "raise", "ignore"}
+        What to do where a call cannot be compiled.
+    check : int
+        Each so many calls of a program it is compared with the call as it is; 0: the first alone.
+    """
+
+    def __init__(
+        self, backend: Backend = "aten", on_fallback: OnFallback = "warn", check: int = 0
+    ) -> None:
+        self.backend, self.on_fallback, self.check = backend, on_fallback, check
+        self._captures: dict[Hashable, Capture] = {}
+        #: Why calls were not compiled, by what was called.
+        self.causes: dict[Hashable, str] = {}
+        self._said: set[str] = set()
+
+    @property
+    def programs(self) -> list[Program]:
+        """All programs that were made."""
+        kept = [c.kept for capture in self._captures.values() for c in capture.graphs]
+        return [program for of_graph in kept for many in of_graph.values() for program in many]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Compile what the library is called for in the body."""
+        token = _session.set(self)
+        try:
+            yield
+        finally:
+            _session.reset(token)
+
+    def replay(
+        self,
+        name: str,
+        key: Hashable,
+        stages: Sequence[Stage],
+        arguments: Sequence[Any],
+        tensors: Sequence[Tensor],
+        body: Callable[[list[Any], list[Tensor]], Body],
+        vmaps: Vmaps | None,
+    ) -> Replayed | None:
+        """Replay a call of the library, or trace it first.
+
+        Parameters
+        ----------
+        name : str
+            What is called, for messages.
+        key : hashable
+            All that the call depends on beside tensors and the functions.
+        stages : sequence of Stage
+            The user's functions.
+        arguments : sequence of pytree
+            What they are called with, to be followed: tensors that nothing else holds.
+        tensors : sequence of Tensor
+            What the call is made of beside what the functions capture, as the caller sees it.
+        body : callable
+            ``body(functions, tensors)``: the call, outside of the caller's vmaps.
+        vmaps : Vmaps, optional
+            These.
+
+        Returns
+        -------
+        replayed : Replayed or None
+            None: the call is to be made as it is.
+        """
+        of = (name, *(_code(function) for function, _ in stages))
+        if of in self.causes:
+            return None
+        outcome: list[Replayed | None] = []
+
+        def then(captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
+            outcome.append(self._replayed(captured, real, key, tensors, body, vmaps))
+            return [real[0]] * _returned(captured)
+
+        try:
+            self._captures.setdefault(of, Capture())(stages, arguments, then)
+        except NotCaptured as cause:
+            self._fall_back(of, str(cause))
+            return None
+        return outcome[0]
+
+    def agree(
+        self, program: Program, replayed: Sequence[Tensor], present: Sequence[Tensor]
+    ) -> None:
+        """Compare a replay with the call as it is.
+
+        Raises
+        ------
+        CompileMismatch
+            If they differ by more than rounding makes.
+        """
+        for ours, theirs in zip(replayed, present, strict=True):
+            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+            a, b = ours.detach().double(), theirs.detach().double()
+            away = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
+            if bool(away > _ALLOWED * eps**0.5):
+                raise CompileMismatch(
+                    f"A compiled call is off by {float(away):.2g} from the same call as it is. "
+                    "Please report it; hypergrad.compile is not to be used for this function."
+                )
+        program.checked = True
+
+    def is_due(self, program: Program) -> bool:
+        """Say whether a program is to be compared in this call."""
+        return not program.checked or (self.check > 0 and program.calls % self.check == 0)
+
+    def _fall_back(self, of: Hashable, cause: str) -> None:
+        self.causes[of] = cause
+        if self.on_fallback == "ignore":
+            return
+        text = (
+            f"{of[0]} is not compiled: {cause}. It runs as it does without hypergrad.compile."
+        )
+        if self.on_fallback == "raise":
+            raise NotCompiled(text)
+        if cause not in self._said:
+            self._said.add(cause)
+            warn_of_compiling(text)
+
+    def _replayed(
+        self,
+        captured: Captured,
+        real: Sequence[Tensor],
+        key: Hashable,
+        tensors: Sequence[Tensor],
+        body: Callable[[list[Any], list[Tensor]], Body],
+        vmaps: Vmaps | None,
+    ) -> Replayed | None:
+        lifted = [real[place] for place in captured.lifted]
+        for tensor in real:
+            if not isinstance(tensor, _PLAIN) or tensor.layout != torch.strided:
+                raise NotCaptured(f"a {type(tensor).__name__} is captured")
+        batched = tuple(map(is_batched, lifted))
+        inputs = list(tensors) + lifted
+        if vmaps is not None:
+            all_batched = (True,) * len(tensors) + batched
+            inputs = [
+                vmaps.unwrapped(t) if b else t for t, b in zip(inputs, all_batched, strict=True)
+            ]
+        inputs = [t.detach() for t in inputs]
+        forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        kind = key, forms, batched, None if vmaps is None else vmaps.sizes
+        programs = captured.kept.setdefault(kind, [])
+        with outside(vmaps), torch.no_grad(), _without_autocast(inputs):
+            for program in programs:
+                replayed = _run(program, inputs)
+                if replayed is not None:
+                    return replayed
+            if len(programs) == _BRANCHES:
+                raise NotCaptured(
+                    "what the host sees changes from call to call, so that the steps of the call do"
+                )
+            program = _made(captured, inputs, len(tensors), batched, body, vmaps)
+            programs.append(program)
+            return _run(program, inputs)
+
+
+def compiling() -> Session | None:
+    """Say what compiles the library's calls; None: nothing does."""
+    return _session.get()
+
+
+_session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
+
+
+def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
+    """Replay a program; None: the host would have seen something else."""
+    outputs = list(program.run(*inputs))
+    if program.seen and outputs.pop().tolist() != program.seen:
+        return None
+    program.calls += 1
+    tensors = iter(outputs)
+    leaves = [next(tensors) if held is None else held[0] for held in program.constants]
+    return Replayed(pytree.tree_unflatten(leaves, program.spec), program)
+
+
+def _made(
+    captured: Captured,
+    inputs: list[Tensor],
+    own: int,
+    batched: Sequence[bool],
+    body: Callable[[list[Any], list[Tensor]], Body],
+    vmaps: Vmaps | None,
+) -> Program:
+    """Trace a call."""
+    outcome: dict[str, Any] = {}
+
+    def noted(*inputs: Tensor) -> list[Tensor]:
+        lifted = inputs[own:]
+
+        def lift(place: int) -> Tensor:
+            tensor = lifted[place]
+            return vmaps.wrapped(tensor) if vmaps is not None and batched[place] else tensor
+
+        made = body(captured.functions(lift), list(inputs[:own]))
+        leaves, spec = pytree.tree_flatten(made.tensors)
+        constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        outcome.update(spec=spec, static=made.static, constants=constants)
+        return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    try:
+        graph = traced(noted, inputs)
+    except RuntimeError as error:
+        if _DATA not in str(error):
+            raise
+        raise NotCaptured("a value is read on the host in the middle of the call") from error
+    module = fx.GraphModule(graph.module, graph.graph)
+    cleaned = Cleaned(module.graph, inputs, module)
+    Folded(cleaned.graph, cleaned.forms, cleaned.constants)
+    run = runner(cleaned.graph, cleaned.constants)
+    nodes = len(cleaned.graph.nodes)
+    return Program(run, list(graph.seen), nodes=nodes, **outcome)
+
+
+@contextmanager
+def _without_autocast(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Leave the caller's autocast: a graph holds its casts already."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    with torch.autocast(kind, enabled=False):
+        yield
+
+
+def _returned(captured: Captured) -> int:
+    """Count the outputs of a graph; refuse a tensor that leaves the functions in another way."""
+    output = next(node for node in captured.module.graph.nodes if node.op == "output")
+    returned = list(output.args[0])
+    if any(node.target is not mark for node in returned):
+        raise NotCaptured("a tensor leaves the function other than by its return")
+    return len(returned)
+
+
+def _code(function: Any) -> Hashable:
+    """Tell functions apart by their code."""
+    return getattr(function, "__code__", None) or type(function)
+
+
+#: The roots of a rounding by which a replay may be off: a graph is computed in another order, and
+#: iterations take that further. What a graph had kept of an old call was off by a part of all.
+_ALLOWED = 30.0
