@@ -15,6 +15,7 @@ from . import projections as projections
 from . import prox as prox
 from . import solvers as _solvers
 from ._check.report import Report, check_hypergrad
+from ._compiled.compile import compile
 from ._distributed.all_reduced import all_reduced
 from ._errors import (
     CompileMismatch,
@@ -23,8 +24,8 @@ from ._errors import (
     Diverged,
     HypergradError,
     IndefiniteHessian,
-    NotConnected,
     NotCompiled,
+    NotConnected,
     NotConverged,
     NotDifferentiable,
     NotFinite,
@@ -56,7 +57,6 @@ from .estimators import (
     unrolled_grad,
     value_function_grad,
 )
-from ._compiled.compile import compile
 from .inner_solvers._argmin import argmin
 from .solvers import (
     CG,

@@ -81,6 +81,11 @@ class Captured:
         lifted : callable
             ``lifted(i)``: the tensor for the i-th of the inputs in `lifted`, asked for where a
             function is called.
+
+        Returns
+        -------
+        functions : list of callable
+            In the order of the stages.
         """
         return [_Stage(self, number, lifted) for number in range(len(self.stages))]
 
@@ -111,7 +116,8 @@ class _Stage:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run its part of the graph."""
-        captured, values = self._captured, {}
+        captured = self._captured
+        values: dict[fx.Node, Any] = {}
         if captured.stages[self._number] is not None:
             first = [t for t in pytree.tree_leaves(arguments[0]) if isinstance(t, Tensor)]
             values.update(zip(self._first, first, strict=True))
@@ -190,6 +196,8 @@ class Capture:
         ------
         NotCaptured
             If the functions cannot be followed.
+        TorchDynamoException
+            If `then` raises one.
         """
         now = self._now
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
@@ -241,7 +249,7 @@ def _describe(captured: Captured, values: list[Any]) -> None:
         leaves, spec = pytree.tree_flatten(value)
         constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         captured.returned.append((constants, spec))
-    
+
 
 def _check_stance() -> None:
     """Refuse where the caller has switched off Dynamo's checks."""

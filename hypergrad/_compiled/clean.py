@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -117,7 +117,7 @@ class Cleaned:
 
     def _other(self, node: fx.Node) -> fx.Node | None:
         """Find the node that has the same value; None: there is none."""
-        target, args = node.target, node.args
+        target, args = node.target, cast("Any", node.args)
         if not args or not isinstance(args[0], fx.Node) or node not in self.forms:
             return None
         first = args[0]
@@ -133,9 +133,9 @@ class Cleaned:
             return first if like and not moved else None
         if target is aten.transpose.int and first.target is aten.transpose.int:
             again = {first.args[1], first.args[2]} == {args[1], args[2]}
-            return first.args[0] if again else None
+            return _first(first) if again else None
         if target is aten.t.default and first.target is aten.t.default:
-            return first.args[0]
+            return _first(first)
         if not like:
             return self._second(node)
         if target in (aten.mul.Tensor, aten.div.Tensor) and self._is(args[1], 1):
@@ -148,7 +148,7 @@ class Cleaned:
 
     def _second(self, node: fx.Node) -> fx.Node | None:
         """Find out whether a node returns its second argument."""
-        args = node.args
+        args: Any = node.args
         if len(args) < 2 or not isinstance(args[1], fx.Node) or args[1] not in self.forms:
             return None
         if not self.forms[node].same_as(self.forms[args[1]]):
@@ -201,6 +201,11 @@ class Cleaned:
             if node.op == "call_function":
                 node.args, node.kwargs = (), {}
         drop_dead(self.graph)
+
+
+def _first(node: fx.Node) -> fx.Node | None:
+    argument = node.args[0]
+    return argument if isinstance(argument, fx.Node) else None
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -27,6 +27,10 @@ class CompiledFunction:
         with self.session.entered():
             return self._function(*args, **kwargs)
 
+    def explain(self) -> str:
+        """Say what was compiled, and why something was not."""
+        return self.session.explain()
+
 
 def compile(
     fn: Callable[..., Any] | None = None,
@@ -35,7 +39,62 @@ def compile(
     on_fallback: OnFallback = "warn",
     check: int = 0,
 ) -> Any:
-    """Compile the calls of the library that a function makes."""
+    """Compile the calls of the library that a function makes.
+
+    The function runs as it is. Inside, each `implicit_grad` is traced once into one graph, from the
+    losses to the evidence, and replayed in later calls: with new closures, batches and numbers, as
+    Dynamo's guards find them. A loss with other shapes or another branch gets another graph. What
+    cannot be captured runs as it does without this function, with one warning that names the cause.
+
+    Parameters
+    ----------
+    fn : callable, optional
+        The function. None: a decorator is returned.
+    backend : {"aten"}
+        What runs the graphs. ``"aten"`` calls PyTorch's operations one by one, without autograd
+        and without Python between them; it needs no compiler.
+    on_fallback : {"warn", "raise", "ignore"}
+        What to do where a call cannot be compiled.
+    check : int
+        Each so many calls of a graph are compared with the call as it is, which takes as long as
+        that. 0: the first call of each graph alone.
+
+    Returns
+    -------
+    compiled : CompiledFunction
+        It takes and returns what `fn` does. ``compiled.explain()`` says what was compiled.
+
+    Raises
+    ------
+    NotCompiled
+        With ``on_fallback="raise"``, in the call.
+    CompileMismatch
+        In the call, if a graph does not compute what the call as it is does.
+    ValueError
+        If an argument is none of its values.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> @hypergrad.compile
+    ... def step(w, lam, x):
+    ...     inner = lambda w, lam: ((w - x) ** 2).sum() + lam * (w**2).sum()
+    ...     return hypergrad.implicit_grad(
+    ...         lambda w, lam: (w**2).sum(), inner, w, lam, solver=hypergrad.CG(maxiter=3)
+    ...     )
+    >>> x, lam = torch.tensor([1.0, 2.0]), torch.tensor(1.0)
+    >>> for _ in range(2):  # traced, and replayed
+    ...     print(step(x / 2, lam, x))  # -2 x^2 / (1 + lam)^3, added up
+    tensor(-1.2500)
+    tensor(-1.2500)
+    """
+    for name, value, known in (
+        ("backend", backend, ("aten",)),
+        ("on_fallback", on_fallback, ("warn", "raise", "ignore")),
+    ):
+        if value not in known:
+            words = ", ".join(map(repr, known))
+            raise ValueError(f"{name} must be one of {words}; got {value!r}.")
     if fn is None:
         return functools.partial(compile, backend=backend, on_fallback=on_fallback, check=check)
     return CompiledFunction(fn, Session(backend, on_fallback, check))

@@ -9,7 +9,7 @@ closed form, ``X^T (d * (X v))``, by this alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -67,28 +67,53 @@ class Folded:
             base, number = before.base, number * before.number
             factors = (*before.factors, *factors)
         self._scaled[node] = scaled = _Scaled(base, number, factors)
-        if len(scaled.factors) + (scaled.number != 1) > 1 or before is not None:
+        written = node.target in _BACKWARD
+        if len(scaled.factors) + (scaled.number != 1) > 1 or before is not None or written:
             self._write(node, scaled)
 
     def _step(self, node: fx.Node) -> _Scaled | None:
         """Read a node as one scaling of its later argument; None: it is none."""
-        target, args = node.target, node.args
+        target, args = node.target, _args(node)
         form = self._forms[node]
-        if not form.dtype.is_floating_point or node.kwargs:
-            return None
-        if target in (aten.mul.Scalar, aten.div.Scalar) and self._like(args[0], form):
-            number = args[1] if target is aten.mul.Scalar else 1 / args[1] if args[1] else None
-            return None if number is None else _Scaled(args[0], float(number), ())
-        if target is aten.neg.default and self._like(args[0], form):
+        if not form.dtype.is_floating_point or node.kwargs or not self._like(args[0], form):
+            return self._by_tensor(node, form)
+        if target is aten.neg.default:
             return _Scaled(args[0], -1.0, ())
-        if target is not aten.mul.Tensor:
+        if target in _BACKWARD and self._before(args[1], args[0]):
+            return _Scaled(args[0], 1.0, (_BACKWARD[target](self, node, args[1]),))
+        if len(args) == 2 and isinstance(args[1], int | float):
+            if target in (aten.mul.Scalar, aten.mul.Tensor):
+                return _Scaled(args[0], float(args[1]), ())
+            if target in (aten.div.Scalar, aten.div.Tensor) and args[1]:
+                return _Scaled(args[0], 1 / args[1], ())
+        return self._by_tensor(node, form)
+
+    def _by_tensor(self, node: fx.Node, form: Form) -> _Scaled | None:
+        """Read a product of two tensors as a scaling of the later one."""
+        if node.target is not aten.mul.Tensor or not form.dtype.is_floating_point:
             return None
-        pair = sorted((a for a in args if isinstance(a, fx.Node)), key=self._order.__getitem__)
-        if len(pair) < 2 or not self._like(pair[1], form) or pair[0] is pair[1]:
+        nodes = [a for a in node.args if isinstance(a, fx.Node) and a in self._forms]
+        if len(nodes) < 2 or nodes[0] is nodes[1]:
             return None
-        if self._forms[pair[0]].dtype != form.dtype:
+        earlier, later = sorted(nodes, key=self._order.__getitem__)
+        if not self._like(later, form) or self._forms[earlier].dtype != form.dtype:
             return None
-        return _Scaled(pair[1], 1.0, (pair[0],))
+        return _Scaled(later, 1.0, (earlier,))
+
+    def _before(self, factor: Any, base: Any) -> bool:
+        """Say whether a tensor is there before another, and as large."""
+        like = isinstance(factor, fx.Node) and self._like(factor, self._forms[base])
+        return like and self._order[factor] < self._order[base]
+
+    def of_sigmoid(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Write the derivative of a sigmoid of this value."""
+        rest = self._made(node, aten.rsub.Scalar, (value, 1))
+        return self._made(node, aten.mul.Tensor, (value, rest))
+
+    def of_tanh(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Write the derivative of a hyperbolic tangent of this value."""
+        square = self._made(node, aten.mul.Tensor, (value, value))
+        return self._made(node, aten.rsub.Scalar, (square, 1))
 
     def _like(self, node: Any, form: Form) -> bool:
         return isinstance(node, fx.Node) and node in self._forms and self._forms[node].same_as(form)
@@ -129,16 +154,18 @@ class Folded:
         """Write a sum with a scaled term as one operation."""
         if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
             return
-        first, second = node.args
+        first, second = _args(node)
         sign = 1.0 if node.target is aten.add.Tensor else -1.0
         if sign == 1 and self._alone(first) and not self._alone(second):
             first, second = second, first
         if not self._alone(second) or not isinstance(first, fx.Node):
             return
+        if sign == 1 and self._alone(first) and self._sum_of_one(node, first, second):
+            return
         form, term = self._forms[node], second
         if not (self._like(first, form) and self._like(term, form)):
             return
-        base, factor = term.args
+        base, factor = _args(term)
         if term.target is aten.mul.Scalar:
             node.target, node.args = aten.add.Tensor, (first, base)
             node.kwargs = {"alpha": sign * factor}
@@ -146,11 +173,52 @@ class Folded:
             node.target, node.args = aten.addcmul.default, (first, base, factor)
             node.kwargs = {} if sign == 1 else {"value": -1}
 
+    def _sum_of_one(self, node: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+        """Write a sum of scalings of one tensor as one scaling of it."""
+        shared = set(_args(first)) & set(_args(second))
+        if (
+            first.target is not aten.mul.Tensor
+            or second.target is not aten.mul.Tensor
+            or not shared
+        ):
+            return False
+        base = max(shared, key=self._order.__getitem__)
+        factors = [a if b is base else b for a, b in (_args(first), _args(second))]
+        if base in factors or not all(self._order[f] < self._order[base] for f in factors):
+            return False
+        if not self._like(base, self._forms[node]):
+            return False
+        node.target, node.args = (
+            aten.mul.Tensor,
+            (base, self._made(node, aten.add.Tensor, tuple(factors))),
+        )
+        return True
+
     def _alone(self, node: Any) -> bool:
         """Say whether a node scales by one factor, for one use."""
         scales = isinstance(node, fx.Node) and node.target in (aten.mul.Tensor, aten.mul.Scalar)
-        return scales and len(node.users) == 1 and node in self._forms and (
-            self._forms[node].dtype.is_floating_point and node not in self._constants
-            and all(isinstance(a, fx.Node) and a in self._forms or node.target is aten.mul.Scalar
-                    for a in node.args)
+        return (
+            scales
+            and len(node.users) == 1
+            and node in self._forms
+            and (
+                self._forms[node].dtype.is_floating_point
+                and node not in self._constants
+                and all(
+                    (isinstance(a, fx.Node) and a in self._forms) or node.target is aten.mul.Scalar
+                    for a in node.args
+                )
+            )
         )
+
+
+def _args(node: fx.Node) -> Any:
+    """List the arguments of a node."""
+    return node.args
+
+
+#: Derivatives of functions that scale what comes in by a coefficient of their value.
+_BACKWARD: dict[Any, Callable[[Folded, fx.Node, fx.Node], fx.Node]] = {
+    aten.sigmoid_backward.default: Folded.of_sigmoid,
+    aten.tanh_backward.default: Folded.of_tanh,
+}

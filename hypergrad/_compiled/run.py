@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 # The operations whose function in the namespace of torch takes the same arguments: half the time.
-_NAMES = frozenset("""
-    abs add addcmul all amax amin any bitwise_and bitwise_not bitwise_or bmm cat cos diag_embed div
-    dot eq exp ge gt isfinite le log lt maximum minimum mm mul mv nan_to_num ne neg outer permute
-    reciprocal relu rsqrt select sigmoid sign sin sqrt squeeze stack sub sum t tanh transpose
-    unsqueeze where
-""".split())
+_NAMES = frozenset({
+    "abs", "add", "addcmul", "all", "amax", "amin", "any", "bitwise_and", "bitwise_not",
+    "bitwise_or", "bmm", "cat", "cos", "diag_embed", "div", "dot", "eq", "exp", "ge", "gt",
+    "isfinite", "le", "log", "lt", "maximum", "minimum", "mm", "mul", "mv", "nan_to_num", "ne",
+    "neg", "outer", "permute", "reciprocal", "relu", "rsqrt", "select", "sigmoid", "sign", "sin",
+    "sqrt", "squeeze", "stack", "sub", "sum", "t", "tanh", "transpose", "unsqueeze", "where",
+})  # fmt: skip
 
 
 def runner(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> Callable[..., list[Tensor]]:
@@ -81,9 +82,7 @@ def runner(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> Callable[...
     return run
 
 
-def _call(
-    name: str, node: fx.Node, held: Callable[[Any], str], given: list[str], text: Any
-) -> str:
+def _call(name: str, node: fx.Node, held: Callable[[Any], str], given: list[str], text: Any) -> str:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return f"{name} = {held(target)}({', '.join(given)})"

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .._autograd.torch_pytrees import pytree
 from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside
 from .._errors import CompileMismatch, NotCompiled
@@ -39,7 +38,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 class Body(NamedTuple):
     """What a call computes, and what of it is no tensor."""
 
-    tensors: Any
+    tensors: Sequence[Tensor]
     static: Any = None
 
 
@@ -53,10 +52,6 @@ class Program:
         ``run(*inputs) -> tensors``.
     seen : list of bool
         What the host has looked at while it was traced.
-    spec : TreeSpec
-        How the tensors are put together.
-    constants : list
-        What stands there that is no tensor, each in a tuple; None: a tensor.
     static : object
         What of the call's outcome is no tensor.
     nodes : int
@@ -69,8 +64,6 @@ class Program:
 
     run: Callable[..., Sequence[Tensor]]
     seen: list[bool]
-    spec: pytree.TreeSpec
-    constants: list[tuple[Any] | None]
     static: Any
     nodes: int
     checked: bool = False
@@ -80,7 +73,7 @@ class Program:
 class Replayed(NamedTuple):
     """The outcome of a replay, and its program."""
 
-    tensors: Any
+    tensors: list[Tensor]
     program: Program
 
 
@@ -103,7 +96,7 @@ class Session:
         self.backend, self.on_fallback, self.check = backend, on_fallback, check
         self._captures: dict[Hashable, Capture] = {}
         #: Why calls were not compiled, by what was called.
-        self.causes: dict[Hashable, str] = {}
+        self.causes: dict[tuple[Hashable, ...], str] = {}
         self._said: set[str] = set()
 
     @property
@@ -165,11 +158,27 @@ class Session:
             return [real[0]] * _returned(captured)
 
         try:
-            self._captures.setdefault(of, Capture())(stages, arguments, then)
+            capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
+            capture(stages, arguments, then)
         except NotCaptured as cause:
             self._fall_back(of, str(cause))
             return None
         return outcome[0]
+
+    def explain(self) -> str:
+        """Say what was compiled, and why something was not.
+
+        Returns
+        -------
+        text : str
+            A line for each program, and for each function that runs as without a compiler.
+        """
+        lines = [
+            f"{program.nodes} operations in one graph, replayed {program.calls} times"
+            for program in self.programs
+        ]
+        lines += [f"{of[0]} is not compiled: {cause}" for of, cause in self.causes.items()]
+        return "\n".join(lines) or "nothing was compiled yet"
 
     def agree(
         self, program: Program, replayed: Sequence[Tensor], present: Sequence[Tensor]
@@ -196,13 +205,11 @@ class Session:
         """Say whether a program is to be compared in this call."""
         return not program.checked or (self.check > 0 and program.calls % self.check == 0)
 
-    def _fall_back(self, of: Hashable, cause: str) -> None:
+    def _fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
         self.causes[of] = cause
         if self.on_fallback == "ignore":
             return
-        text = (
-            f"{of[0]} is not compiled: {cause}. It runs as it does without hypergrad.compile."
-        )
+        text = f"{of[0]} is not compiled: {cause}. It runs as it does without hypergrad.compile."
         if self.on_fallback == "raise":
             raise NotCompiled(text)
         if cause not in self._said:
@@ -252,6 +259,8 @@ def compiling() -> Session | None:
     return _session.get()
 
 
+#: The session of calls that ask for it one by one.
+EVERYWHERE = Session()
 _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
 
 
@@ -261,9 +270,7 @@ def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
     if program.seen and outputs.pop().tolist() != program.seen:
         return None
     program.calls += 1
-    tensors = iter(outputs)
-    leaves = [next(tensors) if held is None else held[0] for held in program.constants]
-    return Replayed(pytree.tree_unflatten(leaves, program.spec), program)
+    return Replayed(outputs, program)
 
 
 def _made(
@@ -275,7 +282,7 @@ def _made(
     vmaps: Vmaps | None,
 ) -> Program:
     """Trace a call."""
-    outcome: dict[str, Any] = {}
+    static: list[Any] = []
 
     def noted(*inputs: Tensor) -> list[Tensor]:
         lifted = inputs[own:]
@@ -285,10 +292,8 @@ def _made(
             return vmaps.wrapped(tensor) if vmaps is not None and batched[place] else tensor
 
         made = body(captured.functions(lift), list(inputs[:own]))
-        leaves, spec = pytree.tree_flatten(made.tensors)
-        constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        outcome.update(spec=spec, static=made.static, constants=constants)
-        return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        static.append(made.static)
+        return [tensor.detach() for tensor in made.tensors]
 
     try:
         graph = traced(noted, inputs)
@@ -301,7 +306,7 @@ def _made(
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     run = runner(cleaned.graph, cleaned.constants)
     nodes = len(cleaned.graph.nodes)
-    return Program(run, list(graph.seen), nodes=nodes, **outcome)
+    return Program(run, list(graph.seen), static[-1], nodes)
 
 
 @contextmanager
@@ -326,7 +331,8 @@ def _returned(captured: Captured) -> int:
 
 def _code(function: Any) -> Hashable:
     """Tell functions apart by their code."""
-    return getattr(function, "__code__", None) or type(function)
+    code: Any = getattr(function, "__code__", None) or type(function)
+    return code
 
 
 #: The roots of a rounding by which a replay may be off: a graph is computed in another order, and

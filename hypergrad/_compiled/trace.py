@@ -20,8 +20,8 @@ class Traced:
     Attributes
     ----------
     module : GraphModule
-        Its graph. The inputs are the function's, and the outputs are the function's and, where the host has looked at
-        flags, a vector of those.
+        Its graph. The inputs are the function's, and the outputs are the function's and, where the
+        host has looked at flags, a vector of those.
     seen : tuple of bool
         The values of the flags.
     """

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
 from .._compiled.session import Body, Session
+from .._info import SolveInfo
 from .causes import Place
+from .hypergradient import Call, Hypergradient, Measured
 from .verdict import Case
 
-if TYPE_CHECKING:
-    from .hypergradient import Call, Hypergradient
+#: The figures of a `SolveInfo` that a program computes.
+_FIGURES = [
+    field.name
+    for field in dataclasses.fields(SolveInfo)
+    if field.name not in ("solution", "aux", "method")
+]
 
 
-def compiled(call: Call, session: Session) -> Hypergradient | None:
+def replayed(call: Call, session: Session) -> Hypergradient | None:
     """Compute a hypergradient by a program.
 
     Parameters
@@ -34,58 +41,89 @@ def compiled(call: Call, session: Session) -> Hypergradient | None:
     hypergradient : Hypergradient or None
         None: it is to be computed as without a compiler.
     """
-    vmaps, condition = Vmaps.around(), call.problem.condition
+    vmaps, problem = Vmaps.around(), call.problem
+    condition = problem.condition
     chain = condition.chain()
     if chain is None or being_traced() or (vmaps is None and transforms_active()):
         return None
-    problem, n = call.problem, len(call.problem.tensors)
     followed = [None if first is None else first + 1 for first in chain]
     stages = [(call.outer, None), *zip(condition.functions(), followed, strict=True)]
-    tensors = [*problem.tensors, *(call.x0 or ())]
 
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outer, *inner = functions
         own = dataclasses.replace(problem, condition=condition.with_functions(inner))
         same = dataclasses.replace(call, outer=outer, problem=own)
-        start = None if call.x0 is None else tensors[n:]
-        measured, _ = same.measured(vmaps, tensors[:n], start)
-        case = measured.case
-        figures = case.cause, case.eigenvalues(), case.condition(), case.params()
-        known = [[True if term is None else None for term in terms] for terms in measured.terms]
-        tensor_parts = dataclasses.replace(measured, case=None, terms=None)
-        parts = {f.name: getattr(measured, f.name) for f in dataclasses.fields(measured)}
-        del parts["case"], parts["terms"], tensor_parts
-        return Body((parts, figures), (case.kink, case.noisy, known))
+        n = len(problem.tensors)
+        return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
-    arguments = problem.arguments([detached(t) for t in problem.tensors])
-    key = call.choices, call.has_aux, call.x0 is None, type(condition)
-    replayed = session.replay("implicit_grad", key, stages, arguments, tensors, body, vmaps)
-    if replayed is None:
-        return None
-    parts, (cause, eigenvalues, F, params) = replayed.tensors
-    kink, noisy, known = replayed.program.static
-
-    def places() -> Iterator[Place]:
-        outside_of_vmaps(call.answer)  # which raises, and names the place
-        return iter(())
-
-    case = Case(
-        call.choices, kink, noisy, cause, lambda: eigenvalues, lambda: F, lambda: params, places
+    replay = session.replay(
+        "implicit_grad",
+        (call.choices, call.has_aux, type(condition)),
+        stages,
+        problem.arguments([detached(t) for t in problem.tensors]),
+        [*problem.tensors, *(call.x0 or ())],
+        body,
+        vmaps,
     )
-    terms = [[None if none else parts["sound"] for none in part] for part in known]
-    measured = _measured(parts, case, terms)
-    if session.is_due(replayed.program):
+    if replay is None:
+        return None
+    measured = _measured(call, *replay)
+    if session.is_due(replay.program):
         present = outside_of_vmaps(call.answer)
-        whole = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
+        plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):
-            session.agree(replayed.program, measured.leaves, whole)
+            session.agree(replay.program, measured.leaves, plain)
         return present
     with outside(vmaps):
         call.judge(measured)
         return call.handed_back(measured, vmaps, ())
 
 
-def _measured(parts: dict[str, Any], case: Case, terms: Any) -> Any:
-    from .hypergradient import Measured
+def _flat(measured: Measured) -> Body:
+    """List the tensors of a hypergradient and its evidence, and what is none."""
+    case, info = measured.case, measured.info
+    aux, spec = pytree.tree_flatten(measured.aux)
+    constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in aux]
+    connected = [[part is not None for part in terms] for terms in measured.terms]
+    tensors = [
+        *(getattr(info, name) for name in _FIGURES),
+        measured.u, measured.sound, case.cause, case.eigenvalues(), case.condition(),
+        case.params(), *measured.leaves,
+        *(leaf for leaf in aux if isinstance(leaf, Tensor)),
+    ]  # fmt: skip
+    leaves = len(measured.leaves)
+    return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected, constants, spec))
 
-    return Measured(**parts, case=case, terms=tuple(terms))
+
+def _measured(call: Call, tensors: list[Tensor], program: Any) -> Measured:
+    """Put a hypergradient and its evidence together again."""
+    method, kink, noisy, count, connected, constants, spec = program.static
+    figures = dict(zip(_FIGURES, tensors, strict=False))
+    u, sound, cause, eigenvalues, condition, params, *rest = tensors[len(_FIGURES) :]
+    leaves, of_aux = rest[:count], iter(rest[count:])
+    aux = [next(of_aux) if held is None else held[0] for held in constants]
+
+    direct, indirect = ([u if some else None for some in terms] for terms in connected)
+
+    def places() -> Iterator[Place]:
+        outside_of_vmaps(call.answer)  # which raises, and names the place
+        return iter(())
+
+    return Measured(
+        leaves=leaves,
+        u=u,
+        info=SolveInfo(**figures, solution=None, aux=None, method=method),
+        aux=pytree.tree_unflatten(aux, spec),
+        case=Case(
+            call.choices,
+            kink,
+            noisy,
+            cause,
+            lambda: eigenvalues,
+            lambda: condition,
+            lambda: params,
+            places,
+        ),
+        sound=sound,
+        terms=(direct, indirect),
+    )

@@ -8,16 +8,29 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from .._autograd.captured import refuse_one_level_reduced
+from .._autograd.in_place import group_of_replicas
+from .._autograd.ranks import together
 from .._autograd.refusals import never_compiled
+from .._autograd.shards import group_of, refuse_transforms
 from .._autograd.trace import being_traced
 from .._autograd.transforms import transforms_active
+from .._autograd.vmaps import outside_of_vmaps
+from .._compiled.session import EVERYWHERE, Session, compiling
 from .._errors import NotConnected, UnsupportedOperation
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
-from .._warnings import OnFailure
+from .._warnings import OnFailure, check_on_failure
+from ..conditions._base import as_condition
+from ..conditions._inner_problem import Problem
+from ..conditions._minimum import Minimum
 from ..solvers import Solver
-from .hypergradient import hypergradient
+from ..solvers._auto import choose
+from ..solvers._base import mapped_by_caller
+from .choices import Choices
+from .compiled import replayed
+from .hypergradient import Call, Hypergradient
 from .signatures import Hparams, Inner, Options, Outer, Params
 
 
@@ -79,6 +92,7 @@ def implicit_grad(
     inner_tol: float | None = 1e-3,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
+    compile: bool = False,
 ) -> Any:
     """Compute the hypergradient of an outer loss through the solution of an inner problem.
 
@@ -126,6 +140,9 @@ def implicit_grad(
         What to do when the answer may be wrong.
     return_info : bool
         Whether to return a `SolveInfo` too.
+    compile : bool
+        Whether to replay the call as a compiled program where it is made again with losses of the
+        same code, as inside of a function that `hypergrad.compile` has made.
 
     Returns
     -------
@@ -170,8 +187,18 @@ def implicit_grad(
     >>> hypergrad.implicit_grad(outer, inner, w, lam)
     tensor(-0.1634)
     """
-    answer = hypergradient(
-        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
+    answer = _hypergradient(
+        outer,
+        inner,
+        params,
+        hparams,
+        solver,
+        x0,
+        has_aux,
+        inner_tol,
+        on_failure,
+        return_info,
+        EVERYWHERE if compile else None,
     )
     if return_info:
         return answer.grads, answer.info
@@ -236,6 +263,7 @@ def implicit_backward(
     inner_tol: float | None = 1e-3,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
+    compile: bool = False,
 ) -> Any:
     """Accumulate the hypergradient into the ``.grad`` of the hyperparameters.
 
@@ -245,7 +273,7 @@ def implicit_backward(
 
     Parameters
     ----------
-    outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
+    outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info, compile
         As in `implicit_grad`.
 
     Returns
@@ -288,9 +316,10 @@ def implicit_backward(
             "Set requires_grad_() on the hyperparameters, or call implicit_grad.",
             argument="hparams",
         )
-    answer = hypergradient(
-        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info
-    )
+    answer = _hypergradient(
+        outer, inner, params, hparams, solver, x0, has_aux, inner_tol, on_failure, return_info,
+        EVERYWHERE if compile else None,
+    )  # fmt: skip
     pairs = [(h, g) for h, g in zip(variables, answer.leaves, strict=True) if h.requires_grad]
     torch.autograd.backward([h for h, _ in pairs], [g for _, g in pairs])
     if return_info:
@@ -298,3 +327,43 @@ def implicit_backward(
     if has_aux:
         return answer.info.outer_value, answer.info.aux
     return answer.info.outer_value
+
+
+def _hypergradient(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    solver: Solver | None,
+    x0: Any,
+    has_aux: bool,
+    inner_tol: float | None,
+    on_failure: OnFailure,
+    return_info: bool,
+    session: Session | None = None,
+) -> Hypergradient:
+    """Compute what `implicit_grad` returns; the arguments are its own."""
+    check_on_failure(on_failure)
+    condition = as_condition(inner, Minimum)
+    P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
+    H = Tree("hparams", hparams, of_autograd=True)
+    call = Call(
+        outer=outer,
+        problem=Problem.of(condition, P, [H]),
+        choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
+        x0=None if x0 is None else P.match("x0", x0),
+        has_aux=has_aux,
+    )
+    refuse_one_level_reduced(condition.functions(), outer)
+    group = group_of(P.variables)
+    if group is None and getattr(condition, "products", "exact") == "difference":
+        group = group_of_replicas(P.variables)
+    if group is not None:
+        refuse_transforms()
+        with together(group):
+            return call.answer(None)
+    if mapped_by_caller(call.choices.solver):
+        return call.answer(None)
+    session = compiling() or session
+    answer = None if session is None else replayed(call, session)
+    return outside_of_vmaps(call.answer) if answer is None else answer

@@ -23,10 +23,10 @@ from ..conditions._inner_problem import Problem, without_aux
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
-from .hypergradient import Terms
 from .linearisation import Linearisation, maps_wrongly
 from .outer_slopes import OuterSlopes
 from .second_look import SecondLook, shifted
+from .terms import Terms
 
 
 class Outputs:

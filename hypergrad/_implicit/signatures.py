@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     x0: Any
     inner_tol: float | None
     on_failure: OnFailure
+    compile: bool
 
 
 class RuleOptions(TypedDict, total=False):

@@ -149,14 +149,28 @@ class Condition(Fields, ABC):
         return [value for value in values if callable(value)]
 
     def chain(self) -> tuple[int | None, ...] | None:
-        """Say which function of `functions` takes the value of which before it; None: not known.
+        """Say which functions take the value of another as their first argument.
 
-        None in the place of a number: it takes ``(params, *args)`` as it is.
+        Returns
+        -------
+        chain : tuple of (int or None), optional
+            For each function the place of the other; None: it takes ``(params, *args)`` as it is.
         """
         return None
 
     def with_functions(self, functions: Sequence[Callable[..., Any]]) -> Self:
-        """Put other functions in the places of the user's, as `functions` lists them."""
+        """Put other functions in the places of the user's, as `functions` lists them.
+
+        Parameters
+        ----------
+        functions : sequence of callable
+            The others.
+
+        Returns
+        -------
+        condition : Condition
+            Of the same kind.
+        """
         itself: Any = self
         own = self.functions()
         names = [f.name for f in dataclasses.fields(itself) if getattr(self, f.name) in own]
