@@ -161,7 +161,7 @@ class Session:
             capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
             capture(stages, arguments, then)
         except NotCaptured as cause:
-            self._fall_back(of, str(cause))
+            self.fall_back(of, str(cause))
             return None
         return outcome[0]
 
@@ -205,7 +205,8 @@ class Session:
         """Say whether a program is to be compared in this call."""
         return not program.checked or (self.check > 0 and program.calls % self.check == 0)
 
-    def _fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
+    def fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
+        """Say, once for each cause, that a call is not compiled."""
         self.causes[of] = cause
         if self.on_fallback == "ignore":
             return

@@ -14,6 +14,7 @@ from .._autograd.transforms import transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
 from .._compiled.session import Body, Session
 from .._info import SolveInfo
+from ..conditions._base import Condition
 from .causes import Place
 from .hypergradient import Call, Hypergradient, Measured
 from .verdict import Case
@@ -44,7 +45,10 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     vmaps, problem = Vmaps.around(), call.problem
     condition = problem.condition
     chain = condition.chain()
-    if chain is None or being_traced() or (vmaps is None and transforms_active()):
+    if chain is None:
+        session.fall_back(("implicit_grad", type(condition)), f"{_named(condition)} is not followed")
+        return None
+    if being_traced() or (vmaps is None and transforms_active()):
         return None
     followed = [None if first is None else first + 1 for first in chain]
     stages = [(call.outer, None), *zip(condition.functions(), followed, strict=True)]
@@ -58,7 +62,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     replay = session.replay(
         "implicit_grad",
-        (call.choices, call.has_aux, type(condition)),
+        (call.choices, call.has_aux, type(condition), condition.symmetric),
         stages,
         problem.arguments([detached(t) for t in problem.tensors]),
         [*problem.tensors, *(call.x0 or ())],
@@ -77,6 +81,14 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     with outside(vmaps):
         call.judge(measured)
         return call.handed_back(measured, vmaps, ())
+
+
+def _named(condition: Condition) -> str:
+    """Name a condition that has functions of which nothing is known."""
+    kind = type(condition).__name__
+    if getattr(condition, "products", "exact") != "exact":
+        return f'{kind}(products="difference")'
+    return f"{kind} with batches" if getattr(condition, "batches", None) is not None else kind
 
 
 def _flat(measured: Measured) -> Body:

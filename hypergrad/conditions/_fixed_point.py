@@ -37,6 +37,10 @@ class FixedPoint(Condition):
     symmetric: bool = False
     contraction: ClassVar[bool] = True
 
+    def chain(self) -> tuple[int | None, ...] | None:
+        """Say that the function stands alone."""
+        return (None,)
+
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the map."""
         return problem.equation("T(params, ...)", self.T, tensors)

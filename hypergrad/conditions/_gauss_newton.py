@@ -81,6 +81,10 @@ class GaussNewton(Objective):
         of_penalty = [] if self.regulariser is None else [self.regulariser]
         return [self.outputs, self.loss, *of_penalty]
 
+    def chain(self) -> tuple[int | None, ...] | None:
+        """Say that the loss takes the outputs."""
+        return (None, 0, None)[: len(self.functions())] if self.replays else None
+
     def of_batch(self, batch: Any) -> GaussNewton:
         """Make the condition of one batch, which the regulariser does not get."""
         if self.batches is None:

@@ -41,6 +41,10 @@ class Root(Condition):
     F: Callable[..., Any]
     symmetric: bool = False
 
+    def chain(self) -> tuple[int | None, ...] | None:
+        """Say that the function stands alone."""
+        return (None,)
+
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the equation."""
         return problem.equation("F(params, ...)", self.F, tensors, _LEAST_SQUARES)
