@@ -18,6 +18,7 @@ from .._info import Status
 from ._base import Solver
 from ._factorisation import Factorisation, signs, times, without_noise
 from ._fields import finite, tolerance
+from ._ritz import outermost
 from ._system import LinearSystem, NewtonStep, Solution, Units, graded
 from ._vectors import norm
 
@@ -145,7 +146,7 @@ def _extreme_eigenvalues(A: Tensor, sound: Tensor, *, known: bool) -> Tensor:
         return nan
     finite = torch.isfinite(A).flatten(-2).all(dim=-1)[..., None, None]
     values = torch.linalg.eigvalsh(torch.where(finite, A, 0.0))
-    return torch.where(sound[..., None], values[..., [0, -1]], nan)
+    return torch.where(sound[..., None], outermost(values), nan)
 
 
 def _batched_like(A: Tensor, *vectors: Tensor | None) -> Tensor:

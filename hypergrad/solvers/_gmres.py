@@ -13,7 +13,7 @@ from .._autograd.host import any_task
 from .._info import Status
 from ._fields import at_least
 from ._krylov import Correction, Iterative, Pass, Recurrence, curves_down
-from ._ritz import condition_of_factors
+from ._ritz import condition_of_factors, outermost
 from ._system import graded
 from ._vectors import along, combined
 
@@ -103,7 +103,7 @@ def _extremes(cycle: _Cycle) -> Tensor:
     core = cycle.curvature()
     sound = torch.isfinite(core).flatten(-2).all(dim=-1)[..., None]
     values = torch.linalg.eigvalsh(torch.where(sound[..., None], core, 0.0))
-    return torch.where(sound, values[..., [0, -1]], math.nan)
+    return torch.where(sound, outermost(values), math.nan)
 
 
 class _Cycle:

@@ -54,6 +54,12 @@ def extreme_ritz_values(diagonal: Tensor, beside: Tensor, known: Tensor) -> Tens
     return torch.where(some, torch.stack([low, high], dim=-1), math.nan)
 
 
+def outermost(values: Tensor) -> Tensor:
+    """Take the first and the last of sorted values."""
+    # An index of a list would be a tensor of its own, which no graph holds.
+    return torch.stack((values[..., 0], values[..., -1]), dim=-1)
+
+
 def widest(
     one: Callable[[], Tensor] | None, other: Callable[[], Tensor] | None
 ) -> Callable[[], Tensor] | None:
