@@ -8,7 +8,7 @@ batched, and enters them again for the user's functions, which close over batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -101,7 +101,13 @@ class Vmaps:
         """Run the body inside of them again."""
         return pyfunctorch.temporarily_restore_interpreter_stack(self._stack)
 
-    def inside(self, fun: Callable[..., T], *given: Any, differentiated: bool = True) -> T:
+    def inside(
+        self,
+        fun: Callable[..., T],
+        *given: Any,
+        differentiated: bool = True,
+        watched: bool = True,
+    ) -> T:
         """Call a user's function inside of them: plain pytrees go in, and come out.
 
         Parameters
@@ -112,6 +118,8 @@ class Vmaps:
             Its arguments.
         differentiated : bool
             Whether a derivative of what it returns is going to be taken.
+        watched : bool
+            Whether it is watched for derivatives that it takes itself: once is enough.
 
         Returns
         -------
@@ -128,7 +136,7 @@ class Vmaps:
         try:
             with self.entered():
                 wrapped = self.wrapped_tree(given)
-                with watch:
+                with watch if watched else nullcontext():
                     result = fun(*wrapped)
                 answer: T = self.unwrapped_tree(result)
         except Exception as error:

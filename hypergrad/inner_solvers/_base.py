@@ -24,6 +24,7 @@ from .._mistakes import Fields, refuse_signatures
 from .._pytrees import Layout, Tree, refuse_meta
 from ..solvers._fields import at_least, positive
 from ._evaluator import Evaluator
+from ._fixed_steps import FixedSteps
 from ._info import InnerInfo
 from ._progress import Progress
 
@@ -34,7 +35,8 @@ class InnerSolver(Fields, ABC):
     Every one has the fields `maxiter`, most iterations, and `tol`, the relative residual at which
     a task stops: the residual divided by the curvature that the last ten iterations have seen and
     by the norm of the parameters, an estimate of their relative distance to the solution. None is
-    what the dtype can reach (1e-8 in float64, 1e-5 in float32).
+    what the dtype can reach (1e-8 in float64, 1e-5 in float32). Where there is a `step_size`, 0
+    means not to look: exactly `maxiter` steps.
 
     Examples
     --------
@@ -122,7 +124,7 @@ class InnerSolver(Fields, ABC):
         return outside_of_vmaps(solved)
 
     @abstractmethod
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
         """Solve a flat problem."""
 
 
