@@ -36,6 +36,8 @@ class Row:
         Products with the matrix, those for the true residual included.
     note
         What else a reader must know.
+    judged
+        What the error was measured on, where that is not what was timed.
     """
 
     benchmark: str
@@ -47,6 +49,7 @@ class Row:
     error: float | None = None
     products: int | None = None
     note: str = ""
+    judged: str = ""
 
     @classmethod
     def from_json(cls, fields: dict) -> "Row":
@@ -102,11 +105,16 @@ def markdown(rows: Sequence[Row]) -> str:
             row.side + (f" ({row.note})" if row.note else ""),
             f"{row.figure} {row.unit}",
             "" if own is None or row.unit in ("MB", "ms") else f"{row.figure.median / own:.2f}",
-            "" if row.error is None else f"{row.error:.1e}",
+            _error(row),
             "" if row.products is None else str(row.products),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _error(row: Row) -> str:
+    judged = f" ({row.judged})" if row.judged else ""
+    return "" if row.error is None else f"{row.error:.1e}{judged}"
 
 
 def _processor() -> str:
