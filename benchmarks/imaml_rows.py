@@ -1,6 +1,7 @@
 """Meta-steps of implicit MAML, in gradients a task."""
 
 import functools
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -53,18 +54,20 @@ def measure(
     sides = {side: functools.partial(run, step) for side, run in imaml_sides.BATCHED.items()}
     sides |= {side: functools.partial(run, few) for side, run in imaml_sides.LOOPS.items()}
     parts = {side: len(step) if side in imaml_sides.BATCHED else len(few) for side in sides}
-    found = in_units(
-        seconds(
-            {"gradient": gradient, **sides},
-            rounds=settings.rounds,
-            warm_up=1 if settings.quick else 2,
-            threads=settings.threads,
-        ),
-        "gradient",
-        parts,
+    taken = seconds(
+        {"gradient": gradient, **sides},
+        rounds=settings.rounds,
+        warm_up=1 if settings.quick else 2,
+        threads=settings.threads,
     )
+    found = in_units(taken, "gradient", parts)
     row = functools.partial(
-        Row, name, unit="gradients a task", rounds=settings.rounds, threads=settings.threads
+        Row,
+        name,
+        unit="gradients a task",
+        rounds=settings.rounds,
+        threads=settings.threads,
+        unit_ms=1e3 * statistics.median(taken["gradient"]),
     )
     # Of all tasks, and in float64: a unit of a network that is at zero in float32 may be on the
     # other side there, by rounding alone, and then the task has another meta-gradient.
@@ -74,21 +77,35 @@ def measure(
     answer = []
     for side, run in {**imaml_sides.BATCHED, **imaml_sides.LOOPS}.items():
         error = ((run(judged) - exact).norm() / exact.norm()).item()
-        by_us = side.startswith(OURS) and side in imaml_sides.BATCHED
+        by_us = side.startswith(OURS)
         products = None if side == "higher, unrolled" else made if by_us else imaml_sides.CG_STEPS
         answer.append(row(side, figure=found[side], error=error, products=products, judged=judge))
     if settings.threads == 1 and name in WITH_JAX and own_process.has("jax"):
-        rounds = min(settings.rounds, FEWER) if make == MetaStep.omniglot else settings.rounds
-        figures, said = own_process.measured(
-            "benchmarks.imaml_jax", name.split("-")[0], len(step), step.steps, rounds
-        )
-        for side, figure in figures.items():
-            fields = {"error": said["error"], "judged": judge}
-            if side.startswith("by hand"):
-                fields = {}
-            else:
-                fields["note"] = f"compiled in {said['compilation']:.0f} s"
-            answer.append(
-                row(side, figure=figure, products=imaml_sides.CG_STEPS, **fields, rounds=rounds)
-            )
+        answer += by_jax(name, step, settings.rounds, judge)
     return answer
+
+
+def by_jax(name: str, step: MetaStep, rounds: int, judge: str) -> list[Row]:
+    """The same by jax, and the batched step by hand beside it, which links the two processes."""
+    kind = name.split("-")[0]
+    rounds = min(rounds, FEWER) if kind == "omniglot" else rounds
+    figures, said = own_process.measured(
+        "benchmarks.imaml_jax", kind, len(step), step.steps, rounds
+    )
+    compiled = {
+        "error": said["error"],
+        "judged": judge,
+        "note": f"compiled in {said['compilation']:.0f} s",
+    }
+    return [
+        Row(
+            name,
+            side,
+            "gradients a task",
+            figure,
+            rounds,
+            products=imaml_sides.CG_STEPS,
+            **(compiled if side.startswith("jax") else {}),
+        )
+        for side, figure in figures.items()
+    ]
