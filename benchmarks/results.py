@@ -122,6 +122,24 @@ def markdown(rows: Sequence[Row], *, folded: bool = False) -> str:
     return "\n".join(parts)
 
 
+def overview(rows: Sequence[Row]) -> str:
+    """One table: the quickest of each kind, in each benchmark that is in gradients, one thread."""
+    kinds = {OURS: OURS, "by hand": "by hand", "torchopt": "torchopt, CG", "higher": "higher"}
+    kinds["jax under jit"] = "jax"
+    lines = ["| | " + " | ".join(kinds) + " |", "| --- " * (len(kinds) + 1) + "|"]
+    for benchmark in dict.fromkeys(row.benchmark for row in rows):
+        of_it = [row for row in rows if row.benchmark == benchmark and row.threads == 1]
+        of_it = [row for row in of_it if row.error is not None and "of jax" not in row.side]
+        if not of_it:
+            continue
+        cells = []
+        for start in kinds.values():
+            medians = [row.figure.median for row in of_it if row.side.startswith(start)]
+            cells.append(f"{min(medians):.3g}" if medians else "")
+        lines.append(f"| {title(benchmark)}, in {of_it[0].unit} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _table(rows: Sequence[Row]) -> list[str]:
     """The lines of the table of one benchmark."""
     own = next((row.figure.median for row in rows if row.side == OURS), None)
