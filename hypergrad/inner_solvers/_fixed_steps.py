@@ -51,7 +51,9 @@ class FixedSteps:
     def info(self, method: str) -> InnerInfo:
         """Form the verdict from the last two evaluations."""
         (_, first), (x_before, before), (x, residual) = self._residuals
-        size = torch.where(self.alive, norm_unseen(residual), self._size)
+        # Of one that is not alive the last residual is not known, but for what it led to.
+        unknown = torch.where(torch.isfinite(self._size), math.nan, self._size)
+        size = torch.where(self.alive, norm_unseen(residual), unknown)
         step, change = x - x_before, residual - before
         length = norm_unseen(x).clamp(min=least_length(x))
         distance, along = norm_unseen(step), dot(step, change)
@@ -63,7 +65,7 @@ class FixedSteps:
         grown = size > GROWTH * norm_unseen(first)
         grown = grown | torch.isinf(size) | torch.isinf(self._value)
         status = torch.where(grown, int(Status.DIVERGED), status)
-        missing = torch.isnan(size) | torch.isnan(self._value)
+        missing = torch.isnan(self._size) | torch.isnan(self._value)
         missing = missing | (~self.alive & (self._steps == 0))
         status = torch.where(missing, int(Status.NOT_FINITE), status)[..., 0]
         return InnerInfo(
@@ -97,7 +99,7 @@ def accelerate(
 ) -> tuple[Tensor, FixedSteps]:
     """Go down with momentum, as `Nesterov` and `FISTA` do."""
     steps, y, z = FixedSteps(x), x, x
-    momentum = torch.ones_like(x[..., :1])
+    momentum = torch.ones_like(steps.alive, dtype=x.dtype)
     for _ in range(maxiter):
         value, g = evaluator.objective(y)
         end = torch.addcmul(y, length, g, value=-1)

@@ -25,6 +25,8 @@ def largest(v: Tensor) -> Tensor:
 
 def norm_unseen(v: Tensor) -> Tensor:
     """Take the Euclidean norm of each task's vector without a look at any, safe as `norm` is."""
+    if v.dtype != torch.float64:  # squares fit into the wider dtype
+        return torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=torch.float64).to(v.dtype)
     size = largest(v)
     unit = torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
     return unit * torch.linalg.vector_norm(v / unit, dim=-1, keepdim=True)

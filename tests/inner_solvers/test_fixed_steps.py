@@ -173,6 +173,46 @@ def test_values_of_infinity_beside_finite_gradients_are_seen(solver):
     x, info = solve(solver, f, torch.full((2,), 2.0, dtype=F64))
     assert info.status == Status.DIVERGED
     assert torch.isfinite(x).all()
+    assert not torch.isfinite(info.residual_norm)  # that of a point with such a value is unknown
+
+
+@OF_EVERY
+def test_an_objective_that_takes_derivatives_itself_is_the_same_in_a_batch_of_fixed_steps(solver):
+    def one(c):
+        f = lambda x: (grad(lambda x: rough(x, c))(x) ** 2).sum() / 20
+        return solve(solver, f, torch.ones(3, dtype=F64))
+
+    centres = data(196, 3, 3, dtype=F64)
+    x, info = vmap(one)(centres)
+    for k, centre in enumerate(centres):
+        alone, figures = one(centre)
+        torch.testing.assert_close(x[k], alone)
+        torch.testing.assert_close(info.inner_residual[k], figures.inner_residual)
+        assert info.status[k] == figures.status
+        assert info.evaluations[k] == figures.evaluations
+
+
+def test_fixed_steps_in_nested_vmaps_have_a_length_for_each_task():
+    c, d, lengths = data(197, 2, 3, dtype=F64), data(198, 4, dtype=F64), torch.tensor([0.05, 0.1])
+
+    def one(c, d, length):
+        solver = GradientDescent(length, maxiter=5, tol=0)
+        return solver(lambda x: rough(x, c * d), torch.zeros(3, dtype=F64))
+
+    x, info = vmap(lambda c, s: vmap(lambda d: one(c, d, s))(d))(c, lengths.double())
+    assert info.status.shape == (2, 4)
+    for i in range(2):
+        for j in range(4):
+            alone, figures = one(c[i], d[j], lengths.double()[i])
+            torch.testing.assert_close(x[i, j], alone)
+            torch.testing.assert_close(info.residual_norm[i, j], figures.residual_norm)
+
+
+@OF_EVERY
+def test_fixed_steps_of_nothing_are_nothing(solver):
+    x, info = solve(solver, lambda x: x.sum(), torch.zeros(0, dtype=F64))
+    assert x.shape == (0,)
+    assert info.status == Status.CONVERGED
 
 
 @OF_EVERY
