@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(results.markdown(found), flush=True)
         rows = results.merged(rows, found, list(ALL))
         results.write(kept, rows)
-        (chosen.out / "results.md").write_text(results.markdown(rows))
+        page = results.overview(rows) + "\n" + results.markdown(rows, folded=True)
+        (chosen.out / "results.md").write_text(page)
     draw(rows, chosen.out / "results.png")
     print(f"Table, figures and picture: {chosen.out}/results.md, .json, .png")
 

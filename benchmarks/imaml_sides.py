@@ -47,6 +47,29 @@ def _mapped(step: MetaStep, *, return_info: bool) -> Any:
     return vmap(one)(params, step.tasks)
 
 
+def by_hypergrad_alone(step: MetaStep) -> Tensor:
+    """The whole step as anybody writes it: inner solver and hypergradient, one task mapped."""
+
+    def one(task: Episodes) -> Params:
+        def inner(params: Params, meta: Params) -> Tensor:
+            return step.inner(params, meta, task.support_x, task.support_y)
+
+        down = hypergrad.inner_solvers.GradientDescent(step.lr, maxiter=step.steps, tol=0)
+        params, _ = down(inner, step.meta, step.meta)
+        found: Params = hypergrad.implicit_grad(
+            lambda params, meta: step.outer(params, task),
+            inner,
+            params,
+            step.meta,
+            solver=hypergrad.CG(maxiter=CG_STEPS),
+            inner_tol=None,
+        )
+        return found
+
+    gradient = vmap(one)(step.tasks)
+    return flat_gradient({name: leaf.mean(0) for name, leaf in gradient.items()})
+
+
 def by_examples(step: MetaStep) -> Tensor:
     """As examples/imaml does it: the inner loop is mapped over the tasks too."""
     gradient, _ = _learner(step).meta_gradient(step.meta, step.tasks)
@@ -148,6 +171,7 @@ def by_higher(step: MetaStep) -> Tensor:
 
 BATCHED: dict[str, MetaGradient] = {
     "hypergrad": by_hypergrad,
+    "hypergrad, whole step": by_hypergrad_alone,
     "hypergrad, by examples/imaml": by_examples,
     "by hand, batched": by_hand_batched,
 }

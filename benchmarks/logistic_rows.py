@@ -1,18 +1,15 @@
 """Hypergradients of logistic regression, in gradients of its training loss."""
 
 import functools
-import json
-import subprocess
-import sys
+import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 
-from benchmarks import logistic_sides
+from benchmarks import logistic_sides, own_process
 from benchmarks.logistic import LogisticRegression
 from benchmarks.results import OURS, Row, Settings
-from benchmarks.timing import Quartiles, in_units, seconds
+from benchmarks.timing import in_units, seconds
 
 ROWS = 2000
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -48,9 +45,15 @@ def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
         torch.autograd.grad(slope, leaf, (problem.w,), retain_graph=True)
 
     timed = {"gradient": gradient, "one product": product, **sides}
-    found = in_units(seconds(timed, rounds=settings.rounds, threads=settings.threads), "gradient")
+    taken = seconds(timed, rounds=settings.rounds, threads=settings.threads)
+    found = in_units(taken, "gradient")
     row = functools.partial(
-        Row, name, unit="gradients", rounds=settings.rounds, threads=settings.threads
+        Row,
+        name,
+        unit="gradients",
+        rounds=settings.rounds,
+        threads=settings.threads,
+        unit_ms=1e3 * statistics.median(taken["gradient"]),
     )
     made = int(logistic_sides.with_info(problem)[1].matvecs)
     steps = logistic_sides.STEPS
@@ -66,19 +69,10 @@ def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
     for side, hypergradient in sides.items():
         error = ((hypergradient().double() - exact).norm() / exact.norm()).item()
         answer.append(row(side, figure=found[side], error=error, products=products.get(side)))
-    if find_spec("jaxopt") is not None and settings.threads == 1:
-        fields = _in_a_process_of_its_own(rows, features, dtype, settings.rounds)
-        for side, figure in fields["figures"].items():
-            answer.append(
-                row(side, figure=Quartiles(**figure), error=fields["error"], products=steps)
-            )
+    if settings.threads == 1 and own_process.has("jaxopt"):
+        figures, said = own_process.measured(
+            "benchmarks.logistic_jaxopt", rows, features, dtype, settings.rounds
+        )
+        for side, figure in figures.items():
+            answer.append(row(side, figure=figure, error=said["error"], products=steps))
     return answer
-
-
-def _in_a_process_of_its_own(rows: int, features: int, dtype: str, rounds: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.logistic_jaxopt"]
-    command += [str(rows), str(features), dtype, str(rounds)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])

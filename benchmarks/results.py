@@ -36,6 +36,10 @@ class Row:
         Products with the matrix, those for the true residual included.
     note
         What else a reader must know.
+    judged
+        What the error was measured on, where that is not what was timed.
+    unit_ms
+        Milliseconds that one unit took, where the unit is no time itself.
     """
 
     benchmark: str
@@ -47,6 +51,8 @@ class Row:
     error: float | None = None
     products: int | None = None
     note: str = ""
+    judged: str = ""
+    unit_ms: float | None = None
 
     @classmethod
     def from_json(cls, fields: dict) -> "Row":
@@ -87,26 +93,72 @@ def merged(before: Sequence[Row], now: Sequence[Row], order: Sequence[str]) -> l
     return sorted([*kept, *now], key=lambda row: (order.index(row.benchmark), row.threads))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table, the rows of a benchmark together; threads are named where there are several."""
-    ours = {(row.benchmark, row.threads): row.figure.median for row in rows if row.side == OURS}
-    lines = [
-        "| benchmark | side | median (quartiles) | against hypergrad | error | products |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def title(benchmark: str) -> str:
+    """What a benchmark measures, in words."""
+    kind, *size = benchmark.split("-")
+    if kind == "logistic":
+        return f"Logistic regression, {size[0]} weights, {size[1]}"
+    tasks = {"sinusoid": "sinusoid tasks", "omniglot": "Omniglot tasks"}.get(kind)
+    if tasks:
+        return f"Meta-step of iMAML, {size[0]} {tasks}"
+    return {"memory": "Memory of a meta-step on Omniglot", "import": "Import"}[kind]
+
+
+def markdown(rows: Sequence[Row], *, folded: bool = False) -> str:
+    """A table for each benchmark and number of threads; `folded`: for a page, to be opened."""
+    tables: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        own = ours.get((row.benchmark, row.threads))
-        threads = "" if row.threads == 1 else f", {row.threads} threads"
-        cells = (
-            row.benchmark + threads,
-            row.side + (f" ({row.note})" if row.note else ""),
-            f"{row.figure} {row.unit}",
-            "" if own is None or row.unit in ("MB", "ms") else f"{row.figure.median / own:.2f}",
-            "" if row.error is None else f"{row.error:.1e}",
-            "" if row.products is None else str(row.products),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+        tables.setdefault((row.benchmark, row.threads), []).append(row)
+    parts = []
+    for (benchmark, threads), of_it in tables.items():
+        heading = title(benchmark) + ("" if threads == 1 else f", {threads} threads")
+        if of_it[0].unit_ms is not None:
+            heading += f" (a gradient took {of_it[0].unit_ms:.2g} ms)"
+        table = "\n".join(_table(of_it))
+        if folded:
+            parts.append(f":::{{dropdown}} {heading}\n\n{table}\n:::\n")
+        else:
+            parts.append(f"{benchmark}: {heading}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """One table: the quickest of each kind, in each benchmark that is in gradients, one thread."""
+    kinds = {OURS: OURS, "by hand": "by hand", "torchopt": "torchopt, CG", "higher": "higher"}
+    kinds["jax under jit"] = "jax"
+    lines = ["| | " + " | ".join(kinds) + " |", "| --- " * (len(kinds) + 1) + "|"]
+    for benchmark in dict.fromkeys(row.benchmark for row in rows):
+        of_it = [row for row in rows if row.benchmark == benchmark and row.threads == 1]
+        of_it = [row for row in of_it if row.error is not None and "of jax" not in row.side]
+        if not of_it:
+            continue
+        cells = []
+        for start in kinds.values():
+            medians = [row.figure.median for row in of_it if row.side.startswith(start)]
+            cells.append(f"{min(medians):.3g}" if medians else "")
+        lines.append(f"| {title(benchmark)}, in {of_it[0].unit} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """The lines of the table of one benchmark."""
+    own = next((row.figure.median for row in rows if row.side == OURS), None)
+    compared = own is not None and rows[0].unit not in ("MB", "ms")
+    columns = ["who", f"{rows[0].unit}: median (quartiles)"]
+    columns += ["against hypergrad", "error", "products"] if compared else []
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for row in rows:
+        cells = [row.side + (f" ({row.note})" if row.note else ""), str(row.figure)]
+        if compared:
+            products = "" if row.products is None else str(row.products)
+            cells += [f"{row.figure.median / own:.2f}", _error(row), products]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _error(row: Row) -> str:
+    judged = f" ({row.judged})" if row.judged else ""
+    return "" if row.error is None else f"{row.error:.1e}{judged}"
 
 
 def _processor() -> str:

@@ -70,20 +70,24 @@ class Guard(TorchFunctionMode):
     layers that would update running statistics, embeddings that would renormalise their weight,
     parameters that are overwritten, modules that are split over processes. One thread at a time
     is inside.
+
+    It may be entered once more when it has been left, for another evaluation: what it knows of
+    modules without state then serves again.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._new: set[int] = set()
-        self._counters: list[Tensor] = []
         self._kinds: set[type] = set()
-        self._regions: list[Region] = []
         self._level = level_of()
+        self._known: ModuleState | None = None
 
     def __enter__(self) -> Guard:
         """Begin the evaluation."""
         self._turn = take_turn()
-        self._state = ModuleState(self._is_new)
+        self._new: set[int] = set()
+        self._counters: list[Tensor] = []
+        self._regions: list[Region] = []
+        self._state = ModuleState(self._is_new) if self._known is None else self._known
         self._token: Token[Watcher | None] = watch(self)
         super().__enter__()
         return self
@@ -95,6 +99,8 @@ class Guard(TorchFunctionMode):
         finally:
             unwatch(self._token)
             self._state.put_back()
+            again = self._state.is_stateless and not self._regions
+            self._known = self._state if again else None
             if self._turn:
                 end_turn()
 

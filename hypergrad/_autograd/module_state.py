@@ -130,6 +130,13 @@ class ModuleState:
                 if now is not value and (name not in held.slots or held.before(name, now) is value):
                     attributes[name] = value
 
+    @property
+    def is_stateless(self) -> bool:
+        """Whether no module that has run holds anything but parameters and plain values."""
+        return not any(
+            held.slots or held.tensors or held.module._buffers for held in self._held.values()
+        )
+
     def is_copy(self, tensor: Tensor) -> bool:
         """Say whether a tensor stands in for one of the caller's."""
         return id(tensor) in self._originals

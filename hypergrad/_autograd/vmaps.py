@@ -106,7 +106,13 @@ class Vmaps:
         """Run the body inside of them again."""
         return pyfunctorch.temporarily_restore_interpreter_stack(self._stack)
 
-    def inside(self, fun: Callable[..., T], *given: Any, differentiated: bool = True) -> T:
+    def inside(
+        self,
+        fun: Callable[..., T],
+        *given: Any,
+        differentiated: bool = True,
+        watched: bool = True,
+    ) -> T:
         """Call a user's function inside of them: plain pytrees go in, and come out.
 
         Parameters
@@ -117,6 +123,8 @@ class Vmaps:
             Its arguments.
         differentiated : bool
             Whether a derivative of what it returns is going to be taken.
+        watched : bool
+            Whether it is watched for derivatives that it takes itself: once is enough.
 
         Returns
         -------
@@ -133,7 +141,7 @@ class Vmaps:
         try:
             with self.entered():
                 wrapped = self.wrapped_tree(given)
-                with watch:
+                with watch if watched else nullcontext():
                     result = fun(*wrapped)
                 answer: T = self.unwrapped_tree(result)
         except Exception as error:

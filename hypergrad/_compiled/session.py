@@ -71,10 +71,21 @@ class Program:
 
 
 class Replayed(NamedTuple):
-    """The outcome of a replay, and its program."""
+    """The outcome of a replay.
+
+    Attributes
+    ----------
+    tensors : list of Tensor
+        What the call has computed.
+    program : Program
+        By which.
+    lifted : sequence of Tensor
+        What the functions have captured.
+    """
 
     tensors: list[Tensor]
     program: Program
+    lifted: Sequence[Tensor] = ()
 
 
 class Session:
@@ -245,14 +256,15 @@ class Session:
             for program in programs:
                 replayed = _run(program, inputs)
                 if replayed is not None:
-                    return replayed
+                    return replayed._replace(lifted=lifted)
             if len(programs) == _BRANCHES:
                 raise NotCaptured(
                     "what the host sees changes from call to call, so that the steps of the call do"
                 )
             program = _made(captured, inputs, len(tensors), batched, body, vmaps)
             programs.append(program)
-            return _run(program, inputs)
+            made = _run(program, inputs)
+            return None if made is None else made._replace(lifted=lifted)
 
 
 def compiling() -> Session | None:

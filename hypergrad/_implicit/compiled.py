@@ -12,7 +12,7 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
-from .._compiled.session import Body, Session
+from .._compiled.session import Body, Replayed, Session
 from .._info import SolveInfo
 from ..conditions._base import Condition
 from .causes import Place
@@ -46,7 +46,8 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     condition = problem.condition
     chain = condition.chain()
     if chain is None:
-        session.fall_back(("implicit_grad", type(condition)), f"{_named(condition)} is not followed")
+        cause = f"the functions of {_named(condition)} are not followed"
+        session.fall_back(("implicit_grad", type(condition)), cause)
         return None
     if being_traced() or (vmaps is None and transforms_active()):
         return None
@@ -71,7 +72,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     )
     if replay is None:
         return None
-    measured = _measured(call, *replay)
+    measured = _measured(call, replay)
     if session.is_due(replay.program):
         present = outside_of_vmaps(call.answer)
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
@@ -80,7 +81,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         return present
     with outside(vmaps):
         call.judge(measured)
-        return call.handed_back(measured, vmaps, ())
+        return call.handed_back(measured, vmaps, replay.lifted)
 
 
 def _named(condition: Condition) -> str:
@@ -107,9 +108,10 @@ def _flat(measured: Measured) -> Body:
     return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected, constants, spec))
 
 
-def _measured(call: Call, tensors: list[Tensor], program: Any) -> Measured:
+def _measured(call: Call, replay: Replayed) -> Measured:
     """Put a hypergradient and its evidence together again."""
-    method, kink, noisy, count, connected, constants, spec = program.static
+    tensors = replay.tensors
+    method, kink, noisy, count, connected, constants, spec = replay.program.static
     figures = dict(zip(_FIGURES, tensors, strict=False))
     u, sound, cause, eigenvalues, condition, params, *rest = tensors[len(_FIGURES) :]
     leaves, of_aux = rest[:count], iter(rest[count:])

@@ -14,6 +14,8 @@ from .._autograd.host import any_task
 from .._autograd.maps import most_positional, selected
 from ._base import InnerSolver
 from ._evaluator import Evaluator
+from ._fixed_steps import FixedSteps, accelerate
+from ._momentum import pushed
 from ._numbers import dot, norm
 from ._progress import Progress
 
@@ -35,7 +37,8 @@ class Nesterov(InnerSolver):
     maxiter : int
         Most iterations.
     tol : float, optional
-        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32.
+        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32. 0,
+        with a `step_size`: exactly `maxiter` steps, as in `GradientDescent`.
 
     References
     ----------
@@ -58,7 +61,7 @@ class Nesterov(InnerSolver):
     maxiter: int = 10_000
     tol: float | None = None
 
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
         return _accelerated(self, evaluator, x, None)
 
 
@@ -106,7 +109,7 @@ class FISTA(InnerSolver):
     def _most(self) -> int | None:
         return None if self.prox is None else most_positional(self.prox, 2)
 
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
         prox = self.prox
         if prox is None:
             raise TypeError(
@@ -131,8 +134,11 @@ class FISTA(InnerSolver):
 
 def _accelerated(
     solver: Nesterov | FISTA, evaluator: Evaluator, x: Tensor, backward: Backward | None
-) -> tuple[Tensor, Progress]:
+) -> tuple[Tensor, Progress | FixedSteps]:
     fixed = solver.step_size is not None
+    if solver.step_size is not None and solver.tol == 0:
+        length = evaluator.step_size(solver.step_size)
+        return accelerate(evaluator, backward, x, length, solver.maxiter)
     y = x
     value, g = evaluator.objective(y)
     momentum = torch.ones_like(value)
@@ -150,13 +156,8 @@ def _accelerated(
     # The best point so far is the end of a step, also where that step has led nowhere.
     best = torch.where(torch.isfinite(norm(z)), z, x)
     for active in progress.rounds(solver.maxiter):
-        # Momentum that points uphill is lost.
-        uphill = dot(y - z, z - x) > 0
-        # Beck and Teboulle (2009), equations 4.2 and 4.3.
-        following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-        pushed = z + ((momentum - 1) / following) * (z - x)
-        y_new = torch.where(active, torch.where(uphill, z, pushed), y)
-        momentum = torch.where(uphill, torch.ones_like(momentum), following)
+        begin, momentum = pushed(x, y, z, momentum)
+        y_new = torch.where(active, begin, y)
         x = torch.where(active, z, x)
         value, g = evaluator.objective(y_new)
         progress.evaluated(active)

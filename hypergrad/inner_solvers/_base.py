@@ -18,14 +18,17 @@ from torch import Tensor
 from .._autograd.refusals import never_compiled, refuse_derivatives
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
-from .._autograd.vmaps import Vmaps, outside_of_vmaps
+from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
+from .._compiled.session import compiling
 from .._errors import UnsupportedOperation
 from .._mistakes import Fields, refuse_signatures
 from .._pytrees import Layout, Tree, refuse_meta
 from ..solvers._fields import at_least, positive
 from ._evaluator import Evaluator
+from ._fixed_steps import FixedSteps
 from ._info import InnerInfo
 from ._progress import Progress
+from ._replay import replayed
 
 
 class InnerSolver(Fields, ABC):
@@ -34,7 +37,8 @@ class InnerSolver(Fields, ABC):
     Every one has the fields `maxiter`, most iterations, and `tol`, the relative residual at which
     a task stops: the residual divided by the curvature that the last ten iterations have seen and
     by the norm of the parameters, an estimate of their relative distance to the solution. None is
-    what the dtype can reach (1e-8 in float64, 1e-5 in float32).
+    what the dtype can reach (1e-8 in float64, 1e-5 in float32). Where there is a `step_size`, 0
+    means not to look: exactly `maxiter` steps.
 
     Examples
     --------
@@ -106,24 +110,50 @@ class InnerSolver(Fields, ABC):
 
         def solved(vmaps: Vmaps | None) -> tuple[Any, InnerInfo]:
             evaluator = Evaluator(fun, tree, layout, args, vmaps)
-            with torch.no_grad():
-                x, progress = self._run(evaluator, evaluator.start())
-            info = progress.info(type(self).__name__)
-            leaves = [leaf.contiguous() for leaf in layout.split(x)]
-            with nullcontext() if vmaps is None else vmaps.entered():
-                if vmaps is not None:
-                    leaves, info = vmaps.wrapped_tree((leaves, info))
-                known = [*sources, *evaluator.captured]
-                leaves = refuse_derivatives(
-                    leaves, known, _not_differentiable, plain=being_traced()
-                )
-            return tree.rebuild(leaves), info
+            leaves, info = self._ended(evaluator)
+            return handed_back(tree, leaves, info, vmaps, [*sources, *evaluator.captured])
 
-        return outside_of_vmaps(solved)
+        session = compiling()
+        steps = None if session is None else replayed(self, session, fun, init, args)
+        if session is None or steps is None:
+            return outside_of_vmaps(solved)
+        vmaps = Vmaps.around()
+        if session.is_due(steps.program):
+            as_it_is: tuple[Any, InnerInfo] = outside_of_vmaps(solved)
+            plain = tree.match("params", as_it_is[0])
+            if vmaps is not None:
+                plain = [vmaps.unwrapped(t) for t in plain]
+            with outside(vmaps):
+                session.agree(steps.program, steps.leaves, plain)
+            return as_it_is
+        with outside(vmaps):
+            return handed_back(tree, steps.leaves, steps.info, vmaps, [*sources, *steps.lifted])
+
+    def _ended(self, evaluator: Evaluator) -> tuple[list[Tensor], InnerInfo]:
+        """Solve a problem: the solution, with task dimensions in front, and how it ended."""
+        with torch.no_grad():
+            x, progress = self._run(evaluator, evaluator.start())
+        leaves = [leaf.contiguous() for leaf in evaluator.layout.split(x)]
+        return leaves, progress.info(type(self).__name__)
 
     @abstractmethod
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
         """Solve a flat problem."""
+
+
+def handed_back(
+    tree: Tree,
+    leaves: list[Tensor],
+    info: InnerInfo,
+    vmaps: Vmaps | None,
+    sources: list[Tensor],
+) -> tuple[Any, InnerInfo]:
+    """Shape a solution like the caller's argument, inside of the caller's vmaps again."""
+    with nullcontext() if vmaps is None else vmaps.entered():
+        if vmaps is not None:
+            leaves, info = vmaps.wrapped_tree((leaves, info))
+        leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
+    return tree.rebuild(leaves), info
 
 
 def _not_differentiable() -> Exception:

@@ -13,7 +13,7 @@ from .._autograd.attention import has_fused
 from .._autograd.double_backward import changed_in_place
 from .._autograd.guard import Guard
 from .._autograd.host import any_task
-from .._autograd.products import ForwardReplay, Replay, gradient_of
+from .._autograd.products import ForwardReplay, Replay, filled, gradient_of
 from .._autograd.recording import Recording, record
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached, graph, versions
@@ -50,7 +50,7 @@ class Evaluator:
         self.fun, self.tree, self.layout, self.args, self.vmaps = fun, tree, layout, args, vmaps
         self.captured: list[Tensor] = []
         self._held = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        self._known: set[str] = set()
+        self._guards: dict[str, Guard] = {}  # of each function that has been called
 
     def start(self) -> Tensor:
         """Detach the point where the iteration starts."""
@@ -60,7 +60,9 @@ class Evaluator:
     def step_size(self, length: float | Tensor) -> Tensor:
         """Take the caller's step, for each task where it is batched: one number, or n of them."""
         n = self.layout.n
-        number = torch.as_tensor(length, device=self.layout.device)
+        # A plain number would be rounded to torch's default dtype.
+        dtype = None if isinstance(length, Tensor) else self.layout.dtype
+        number = torch.as_tensor(length, dtype=dtype, device=self.layout.device)
         if number.shape not in ((), (1,), (n,)):
             raise ValueError(
                 f"step_size must be a number, or a tensor of shape () or ({n},), a step for every "
@@ -141,7 +143,7 @@ class Evaluator:
 
         def evaluate(recording: Recording) -> tuple[Tensor, Tensor]:
             aliases = recording.aliases
-            first = _RESIDUALS not in self._known
+            first = _RESIDUALS not in self._guards
             leaves: list[Tensor] = self._called(
                 _RESIDUALS, self._residual_leaves, aliases, differentiated=True
             )
@@ -193,7 +195,7 @@ class Evaluator:
 
     def plain(self, what: str, fun: Callable[..., Any], x: Tensor, *others: Tensor) -> Tensor:
         """Evaluate a function of ``(params, *others)`` that is not differentiated, flat."""
-        first = what not in self._known
+        first = what not in self._guards
 
         def evaluate(leaves: list[Tensor], *others: Tensor) -> list[Tensor]:
             value = fun(self.tree.rebuild(leaves), *others)
@@ -218,20 +220,28 @@ class Evaluator:
         differentiated: bool = False,
     ) -> Any:
         """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
-        held = [] if what in self._known else [*self._held, *leaves]
+        guard, first = self._guards.get(what), what not in self._guards
+        held = [*self._held, *leaves] if first else []
         before = versions(held)
 
         def guarded(*others: Any) -> Any:
-            with Guard():
+            nonlocal guard
+            if guard is None:
+                guard = Guard()
+            with guard:
                 return fun(*others)
 
         if self.vmaps is None:
             returned = guarded(leaves, *others)
         else:
-            returned = self.vmaps.inside(guarded, leaves, *others, differentiated=differentiated)
-        if before != versions(held):
-            raise changed_in_place(what)
-        self._known.add(what)
+            returned = self.vmaps.inside(
+                guarded, leaves, *others, differentiated=differentiated, watched=first
+            )
+        if first:
+            if before != versions(held):
+                raise changed_in_place(what)
+            assert guard is not None
+            self._guards[what] = guard
         return returned
 
     def _plain(self, tensor: Tensor) -> Tensor:
@@ -243,7 +253,7 @@ class Evaluator:
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
         def evaluate(recording: Recording) -> tuple[Tensor, Any, Replay | None]:
             aliases = recording.aliases
-            first = _OBJECTIVE not in self._known
+            first = _OBJECTIVE not in self._guards
             value = self._called(_OBJECTIVE, self._scalar, aliases, differentiated=True)
             recording.returned([value])
             if first:  # find what is differentiated around the call
@@ -268,7 +278,6 @@ class Evaluator:
         return value, self._flat_gradient(gradient, x), hessian
 
     def _flat_gradient(self, leaves: Any, x: Tensor) -> Tensor:
-        return self._flat([
-            torch.zeros_like(like) if leaf is None else alive(leaf.detach())
-            for leaf, like in zip(leaves, self.layout.split(x), strict=True)
-        ])
+        if any(leaf is None for leaf in leaves):
+            leaves = filled(leaves, self.layout.split(x))
+        return self._flat([alive(leaf.detach()) for leaf in leaves])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._base import InnerSolver
 from ._evaluator import Evaluator
+from ._fixed_steps import FixedSteps, descend
 from ._line_search import backtrack
 from ._numbers import dot, norm
 from ._progress import Progress
@@ -28,7 +29,10 @@ class GradientDescent(InnerSolver):
     maxiter : int
         Most iterations.
     tol : float, optional
-        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32.
+        The relative residual at which a task stops; None: 1e-8 in float64, 1e-5 in float32. 0,
+        with a `step_size`: exactly `maxiter` steps and as many gradients, and no number is read
+        by the host. A task whose numbers are not finite stays where they were finite last. The
+        figures of the info are those of the last gradient, before the last step.
 
     References
     ----------
@@ -50,7 +54,9 @@ class GradientDescent(InnerSolver):
     maxiter: int = 10_000
     tol: float | None = None
 
-    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress]:
+    def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
+        if self.step_size is not None and self.tol == 0:
+            return descend(evaluator, x, evaluator.step_size(self.step_size), self.maxiter)
         value, g = evaluator.objective(x)
         progress = Progress(self.tol, evaluator.layout.precision, norm(g) + 0 * value, value)
         length, values = progress.begin(evaluator, x, g), [value]

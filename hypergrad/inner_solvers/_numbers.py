@@ -16,3 +16,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def norm(v: Tensor) -> Tensor:
     """Take the Euclidean norm of each task's vector."""
     return _vectors.norm(v).unsqueeze(-1)
+
+
+def largest(v: Tensor) -> Tensor:
+    """Find the largest entry of each task's vector in size: NaN where one is."""
+    return v.abs().amax(dim=-1, keepdim=True) if v.shape[-1] else v.new_zeros((*v.shape[:-1], 1))
+
+
+def norm_unseen(v: Tensor) -> Tensor:
+    """Take the Euclidean norm of each task's vector without a look at any, safe as `norm` is."""
+    if v.dtype != torch.float64:  # squares fit into the wider dtype
+        return torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=torch.float64).to(v.dtype)
+    size = largest(v)
+    unit = torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
+    return unit * torch.linalg.vector_norm(v / unit, dim=-1, keepdim=True)

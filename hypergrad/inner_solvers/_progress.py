@@ -20,7 +20,13 @@ _REACHABLE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-3, tor
 _ENOUGH = 1e-3  # the relative residual that `implicit_grad` lets pass without a word
 _WINDOW = 10  # iterations whose lowest curvature counts
 _PATIENCE = 200  # iterations without any progress, before a task counts as stagnated
-_GROWTH = 1e10  # of the residual, beyond which a task counts as diverged
+#: The growth of the residual beyond which a task counts as diverged.
+GROWTH = 1e10
+
+
+def least_length(x: Tensor) -> float:
+    """Say below which norm parameters count as this long, where a residual is related to them."""
+    return float((torch.finfo(x.dtype).eps * max(x.shape[-1], 1)) ** 0.5)
 
 
 @dataclasses.dataclass
@@ -110,7 +116,7 @@ class Progress:
         no = torch.zeros_like(self.active)
         stuck, floored = no if stuck is None else stuck, no if floored is None else floored
         eps = torch.finfo(self.precision).eps
-        length = norm(x).clamp(min=(torch.finfo(x.dtype).eps * max(x.shape[-1], 1)) ** 0.5)
+        length = norm(x).clamp(min=least_length(x))
         distance = norm(step)
         along = dot(step, change)
         seen = torch.where(along > 0, along / distance**2, norm(change) / distance)
@@ -132,7 +138,7 @@ class Progress:
         stagnated = stuck | floored | (idle >= _PATIENCE)
         ended = torch.where(stagnated, int(Status.STAGNATED), ended)
         ended = torch.where(met & ((size == 0) | ~stuck), int(Status.CONVERGED), ended)
-        diverged = (size > _GROWTH * self.first) | torch.isinf(size) | torch.isinf(value)
+        diverged = (size > GROWTH * self.first) | torch.isinf(size) | torch.isinf(value)
         ended = torch.where(diverged, int(Status.DIVERGED), ended)
         ended = torch.where(torch.isnan(size), int(Status.NOT_FINITE), ended)
         active = self.active

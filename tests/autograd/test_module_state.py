@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad
 from hypergrad import UnsupportedOperation, implicit_grad
+from hypergrad._autograd.guard import Guard
 from tests.stateful_modules import (
     X_VAL,
     Counts,
@@ -91,6 +92,39 @@ def test_row_50_what_modules_hold_is_as_before_and_answers_do_not_drift(kind):
     before.assert_same()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, by_hand_from_the_start(net), rtol=1e-8, atol=1e-12)
+
+
+class LazyLater(Lazy):
+    """A linear layer, which makes a buffer and an attribute once it is told to."""
+
+    told = False
+
+    def forward(self, x):
+        return super().forward(x) if self.told else self.linear(x)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_a_guard_that_is_entered_again_finds_every_module_as_it_was(kind):
+    net, guard = NETS[kind](), Guard()
+    before = State(net)
+    for x in (X, X_VAL, X):
+        expected = copy.deepcopy(net)(x)
+        with guard:
+            found = net(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        before.assert_same()
+
+
+def test_a_guard_that_is_entered_again_sees_a_module_that_has_a_state_by_then(monkeypatch):
+    net, guard = nn.Sequential(LazyLater(), nn.Tanh()), Guard()
+    before = State(net)
+    for told in (False, True, True, False):
+        monkeypatch.setattr(LazyLater, "told", told)
+        expected = copy.deepcopy(net)(X)
+        with guard:
+            found = net(X)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        before.assert_same()
 
 
 def by_hand_from_the_start(net):
@@ -334,6 +368,9 @@ def everywhere(net):
         ),
         "bilevel": bilevel,
         "inner solver": lambda: hypergrad.inner_solvers.LBFGS(maxiter=3)(inner, params, h),
+        "fixed steps": lambda: hypergrad.inner_solvers.GradientDescent(0.01, maxiter=3, tol=0)(
+            inner, params, h
+        ),
         "newton": lambda: hypergrad.inner_solvers.NewtonCG(maxiter=2)(inner, params, h),
         "check": lambda: hypergrad.check_hypergrad(outer, inner, lambda h: params, h),
     }
