@@ -23,6 +23,7 @@ from .._warnings import warn_of_compiling
 from .capture import Capture, Captured, NotCaptured, Stage, mark
 from .clean import Cleaned
 from .fold import Folded
+from .fuse import fuse
 from .run import runner
 from .trace import traced
 
@@ -279,7 +280,7 @@ _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=N
 
 def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
     """Replay a program; None: the host would have seen something else."""
-    outputs = list(program.run(*inputs))
+    outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
     if program.seen and outputs.pop().tolist() != program.seen:
         return None
     program.calls += 1
@@ -317,6 +318,7 @@ def _made(
     module = fx.GraphModule(graph.module, graph.graph)
     cleaned = Cleaned(module.graph, inputs, module)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
+    fuse(cleaned.graph, cleaned.forms, cleaned.constants)
     run = runner(cleaned.graph, cleaned.constants)
     nodes = len(cleaned.graph.nodes)
     return Program(run, list(graph.seen), static[-1], nodes)
