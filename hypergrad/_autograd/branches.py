@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 
 class Branches:
@@ -21,14 +20,14 @@ class Branches:
         Their values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Callable[[], bool]], bool]) -> None:
+        self._read = read
         self.flags: list[Tensor] = []
         self.seen: list[bool] = []
 
     def look(self, flag: Tensor) -> bool:
         """Read a flag, and note it."""
-        with disable_proxy_modes_tracing():
-            value = bool(flag)
+        value = self._read(lambda: bool(flag))
         self.flags.append(flag)
         self.seen.append(value)
         return value
@@ -38,9 +37,9 @@ _branches: ContextVar[Branches | None] = ContextVar("hypergrad_branches", defaul
 
 
 @contextmanager
-def following() -> Iterator[Branches]:
-    """Note what the host looks at in the body, which is being traced."""
-    branches = Branches()
+def following(read: Callable[[Callable[[], bool]], bool]) -> Iterator[Branches]:
+    """Note what the host looks at in the body, which is being traced; `read` reads a value."""
+    branches = Branches(read)
     token = _branches.set(branches)
     try:
         yield branches

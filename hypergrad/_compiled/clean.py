@@ -54,8 +54,8 @@ class Cleaned:
         Of ATen operations, without mutations.
     examples : sequence of Tensor
         Inputs, from which the forms of all tensors are found.
-    module : GraphModule
-        What holds the graph's attributes.
+    constants : dict
+        The tensors that stand for nodes.
 
     Attributes
     ----------
@@ -65,15 +65,17 @@ class Cleaned:
         The tensors that stand for nodes.
     """
 
-    def __init__(self, graph: fx.Graph, examples: Sequence[Tensor], module: Any) -> None:
-        self.graph, self.constants = graph, dict[fx.Node, Tensor]()
+    def __init__(
+        self, graph: fx.Graph, examples: Sequence[Tensor], constants: dict[fx.Node, Tensor]
+    ) -> None:
+        self.graph, self.constants = graph, constants
         self.forms: dict[fx.Node, Form] = {}
-        self._run(examples, module)
+        self._run(examples)
         self._simplify()
         self._share()
         self._drop_dead()
 
-    def _run(self, examples: Sequence[Tensor], module: Any) -> None:
+    def _run(self, examples: Sequence[Tensor]) -> None:
         """Run the graph once, for the forms and the constants."""
         values: dict[fx.Node, Any] = {}
         inputs = iter(examples)
@@ -82,8 +84,7 @@ class Cleaned:
             if node.op == "placeholder":
                 value: Any = next(inputs)
             elif node.op == "get_attr":
-                value = getattr(module, node.target)
-                self.constants[node] = value
+                value = self.constants[node]
             elif node.op == "output":
                 break
             else:

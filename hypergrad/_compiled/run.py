@@ -10,11 +10,12 @@ from torch import Tensor, fx
 
 # The operations whose function in the namespace of torch takes the same arguments: half the time.
 _NAMES = frozenset({
-    "abs", "add", "addcmul", "addmm", "addmv", "baddbmm", "all", "amax", "amin", "any", "bitwise_and", "bitwise_not",
-    "bitwise_or", "bmm", "cat", "cos", "diag_embed", "div", "dot", "eq", "exp", "ge", "gt",
-    "isfinite", "le", "log", "lt", "maximum", "minimum", "mm", "mul", "mv", "nan_to_num", "ne",
-    "neg", "outer", "permute", "reciprocal", "relu", "rsqrt", "select", "sigmoid", "sign", "sin",
-    "sqrt", "squeeze", "stack", "sub", "sum", "t", "tanh", "transpose", "unsqueeze", "where",
+    "abs", "add", "addcmul", "addmm", "addmv", "all", "amax", "amin", "any", "baddbmm",
+    "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "cat", "cos", "diag_embed", "div", "dot",
+    "eq", "exp", "ge", "gt", "isfinite", "le", "log", "lt", "maximum", "minimum", "mm", "mul",
+    "mv", "nan_to_num", "ne", "neg", "outer", "permute", "reciprocal", "relu", "rsqrt", "select",
+    "sigmoid", "sign", "sin", "sqrt", "squeeze", "stack", "sub", "sum", "t", "tanh", "transpose",
+    "unsqueeze", "where",
 })  # fmt: skip
 
 

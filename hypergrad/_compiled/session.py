@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside
@@ -32,7 +32,6 @@ OnFallback = Literal["warn", "raise", "ignore"]
 
 #: So many sets of branches of one call are kept; where it takes more it is not compiled.
 _BRANCHES = 4
-_DATA = "It appears that you're trying to get value out of a tracing tensor"
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -309,14 +308,8 @@ def _made(
         static.append(made.static)
         return [tensor.detach() for tensor in made.tensors]
 
-    try:
-        graph = traced(noted, inputs)
-    except RuntimeError as error:
-        if _DATA not in str(error):
-            raise
-        raise NotCaptured("a value is read on the host in the middle of the call") from error
-    module = fx.GraphModule(graph.module, graph.graph)
-    cleaned = Cleaned(module.graph, inputs, module)
+    graph = traced(noted, inputs)
+    cleaned = Cleaned(graph.graph, inputs, graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     fuse(cleaned.graph, cleaned.forms, cleaned.constants)
     run = runner(cleaned.graph, cleaned.constants)

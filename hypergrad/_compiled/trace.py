@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._autograd.branches import following
+from .._autograd.torch_pytrees import pytree
 from .capture import NotCaptured
+
+aten = torch.ops.aten
+
+_LIFTS = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
+#: Whole numbers in a tensor of a loss's own, such as an index, up to this size.
+_INDEX = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +29,18 @@ class Traced:
 
     Attributes
     ----------
-    module : GraphModule
-        Its graph. The inputs are the function's, and the outputs are the function's and, where the
-        host has looked at flags, a vector of those.
+    graph : Graph
+        The inputs are the function's. The outputs are the function's and, where the host has looked
+        at flags, a vector of those.
+    constants : dict
+        The tensors that stand for some of its nodes.
     seen : tuple of bool
         The values of the flags.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
+    constants: dict[fx.Node, Tensor]
     seen: tuple[bool, ...]
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph."""
-        return self.module.graph
 
 
 def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Traced:
@@ -43,7 +51,7 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     function : callable
         Of tensors, to a list of tensors. Values of theirs may be read by `host` alone.
     examples : sequence of Tensor
-        Its arguments. No two of them may be one tensor, which a trace could not tell apart.
+        Its arguments.
 
     Returns
     -------
@@ -55,32 +63,146 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     NotCaptured
         If the graph would not compute the same at the next call.
     """
+    # No two of them are one tensor, which a trace could not tell apart.
     own = [t.detach().view_as(t) for t in examples]
-    seen: tuple[bool, ...] = ()
+    recorder = _Recorder(own)
+    try:
+        with following(recorder.paused) as branches, recorder:
+            outputs = list(function(*own))
+            if branches.flags:
+                outputs.append(torch.stack(branches.flags))
+    except Exception as error:
+        if not recorder.failure:
+            raise
+        raise NotCaptured(recorder.failure) from error
+    if recorder.failure:
+        raise NotCaptured(recorder.failure)
+    recorder.graph.output([recorder.node_of(output) for output in outputs])
+    return Traced(recorder.graph, recorder.constants, tuple(branches.seen))
 
-    def noted(*inputs: Tensor) -> list[Tensor]:
-        nonlocal seen
-        with following() as branches:
-            outputs = list(function(*inputs))
-        seen = tuple(branches.seen)
-        return [*outputs, torch.stack(branches.flags)] if seen else outputs
 
-    raw = make_fx(noted)(*own)
-    pure = make_fx(torch.func.functionalize(raw, remove="mutations"))(*own)
-    _refuse_impure(pure)
-    return Traced(pure, seen)
+class _Recorder(TorchDispatchMode):
+    """Writes each operation that runs into a graph."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: dict[fx.Node, Tensor] = {}
+        #: Why a replay would not repeat the call, which an `except` in it must not hide.
+        self.failure = ""
+        self._nodes: Any = WeakIdKeyDictionary()
+        self._resting = False
+        for place, tensor in enumerate(inputs):
+            self._nodes[tensor] = self.graph.placeholder(f"input_{place}")
+
+    def paused(self, read: Callable[[], bool]) -> bool:
+        """Read a value that the trace takes note of otherwise."""
+        self._resting = True
+        try:
+            return read()
+        finally:
+            self._resting = False
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """Find the node of a tensor, which is a constant where the trace has not made it."""
+        node: fx.Node | None = self._nodes.get(tensor)
+        if node is None:
+            if tensor.numel() > 1 and (tensor.is_floating_point() or tensor.numel() > _INDEX):
+                self.fail("a tensor comes from outside of the functions and their arguments")
+            node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
+            self.constants[node] = tensor.detach().clone()
+            self._nodes[tensor] = node
+        return node
+
+    def fail(self, cause: str) -> None:
+        """Note why the call cannot be replayed."""
+        self.failure = self.failure or cause
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and write it down."""
+        kwargs = kwargs or {}
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        own = [t for t in tensors if t in self._nodes or t.numel() <= 1]
+        if self._resting or (tensors and not own):
+            return func(*args, **kwargs)  # nothing of the call's, but a generator's state, say
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.fail(f"random numbers are drawn ({func})")
+        if func is aten._local_scalar_dense.default:
+            if args[0] in self._nodes and self._nodes[args[0]] not in self.constants:
+                self.fail("a value is read on the host in the middle of the call")
+            return func(*args, **kwargs)
+        if func in _LIFTS:  # a tensor that Python has just made
+            return self._lifted(func(*args, **kwargs))
+        mutable = func._schema.is_mutable
+        written, pure = self._pure(func, args, kwargs) if mutable else (None, (func, args, kwargs))
+        mapped = pytree.tree_map_only(Tensor, self.node_of, pure[1:])
+        result = func(*args, **kwargs)
+        node = self.graph.call_function(pure[0], *mapped)
+        if written is not None:
+            self._nodes[written] = node
+            return result
+        if isinstance(result, Tensor):
+            if result not in self._nodes:  # it may be an argument, as that of view(x, x.shape) is
+                self._nodes[result] = node
+        elif isinstance(result, tuple | list):
+            for place, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    self._nodes[part] = self.graph.call_function(operator.getitem, (node, place))
+        elif isinstance(result, bool | int | float) and node.all_input_nodes:
+            self.fail(f"a value is read on the host in the middle of the call ({func})")
+        return result
+
+    def _lifted(self, tensor: Tensor) -> Tensor:
+        node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
+        self.constants[node] = tensor.detach().clone()
+        self._nodes[tensor] = node
+        return tensor
+
+    def _pure(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, tuple[Any, Any, Any]]:
+        """Find the operation that computes what another one writes in place.
+
+        Returns
+        -------
+        written : Tensor
+            What is written to.
+        pure : tuple
+            The operation, its arguments and its keywords.
+        """
+        names = [
+            argument.name
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if names == ["self"]:
+            written, rest = args[0], kwargs
+            target = aten.copy.default if func is aten.copy_.default else _functional(func, names)
+        elif names == ["out"]:
+            written, rest = kwargs["out"], {k: v for k, v in kwargs.items() if k != "out"}
+            target = _functional(func, names)
+        else:
+            target, written, rest = None, args[0], kwargs
+        if target is None or self._is_shared(written):
+            self.fail(f"a tensor is changed in place while views of it are in use ({func})")
+        return written, (target or func, args, rest)
+
+    def _is_shared(self, tensor: Tensor) -> bool:
+        """Say whether another tensor that is alive has the same memory."""
+        memory = tensor.untyped_storage()._cdata
+        return any(
+            other is not tensor and other.untyped_storage()._cdata == memory
+            for other in self._nodes
+        )
 
 
-def _refuse_impure(module: fx.GraphModule) -> None:
-    """Raise where a replay would not repeat what a call does."""
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            held = getattr(module, str(node.target))
-            if isinstance(held, Tensor) and held.numel() > 1:
-                raise NotCaptured("a tensor is made outside of PyTorch's functions")
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise NotCaptured(f"random numbers are drawn ({node.target})")
-        if node.target._schema.is_mutable:
-            raise NotCaptured(f"a tensor is changed in place ({node.target})")
+def _functional(func: Any, written: Sequence[str]) -> Any:
+    """Find the operation that returns what another one writes; None: there is none."""
+    packet = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if a.name != "out"]
+    for overload in packet.overloads() if packet is not None else ():
+        pure = getattr(packet, overload)
+        own = [(a.name, str(a.type)) for a in pure._schema.arguments]
+        if own == wanted and not pure._schema.is_mutable:
+            return pure
+    return None
