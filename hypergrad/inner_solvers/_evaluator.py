@@ -50,7 +50,8 @@ class Evaluator:
         self.fun, self.tree, self.layout, self.args, self.vmaps = fun, tree, layout, args, vmaps
         self.captured: list[Tensor] = []
         self._held = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        self._guards: dict[str, Guard] = {}  # of each function that has been called
+        # Of each function that has been called, by whether it was for its derivative.
+        self._guards: dict[tuple[str, bool], Guard] = {}
 
     def start(self) -> Tensor:
         """Detach the point where the iteration starts."""
@@ -143,7 +144,7 @@ class Evaluator:
 
         def evaluate(recording: Recording) -> tuple[Tensor, Tensor]:
             aliases = recording.aliases
-            first = _RESIDUALS not in self._guards
+            first = (_RESIDUALS, True) not in self._guards
             leaves: list[Tensor] = self._called(
                 _RESIDUALS, self._residual_leaves, aliases, differentiated=True
             )
@@ -195,7 +196,7 @@ class Evaluator:
 
     def plain(self, what: str, fun: Callable[..., Any], x: Tensor, *others: Tensor) -> Tensor:
         """Evaluate a function of ``(params, *others)`` that is not differentiated, flat."""
-        first = what not in self._guards
+        first = (what, False) not in self._guards
 
         def evaluate(leaves: list[Tensor], *others: Tensor) -> list[Tensor]:
             value = fun(self.tree.rebuild(leaves), *others)
@@ -220,7 +221,8 @@ class Evaluator:
         differentiated: bool = False,
     ) -> Any:
         """Call a function inside of the caller's vmaps; see that it changes nothing in place."""
-        guard, first = self._guards.get(what), what not in self._guards
+        guard = self._guards.get((what, differentiated))
+        first = guard is None
         held = [*self._held, *leaves] if first else []
         before = versions(held)
 
@@ -241,7 +243,7 @@ class Evaluator:
             if before != versions(held):
                 raise changed_in_place(what)
             assert guard is not None
-            self._guards[what] = guard
+            self._guards[what, differentiated] = guard
         return returned
 
     def _plain(self, tensor: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class Evaluator:
     def _differentiated(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Replay | None]:
         def evaluate(recording: Recording) -> tuple[Tensor, Any, Replay | None]:
             aliases = recording.aliases
-            first = _OBJECTIVE not in self._guards
+            first = (_OBJECTIVE, True) not in self._guards
             value = self._called(_OBJECTIVE, self._scalar, aliases, differentiated=True)
             recording.returned([value])
             if first:  # find what is differentiated around the call
