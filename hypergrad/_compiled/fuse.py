@@ -38,7 +38,8 @@ def fuse(graph: fx.Graph, forms: Mapping[fx.Node, Form], constants: Mapping[fx.N
         Nodes that are constant.
     """
     for node in list(graph.nodes):
-        if node.target is aten.add.Tensor and not node.kwargs and node in forms:
+        known = node in constants or node not in forms
+        if node.target is aten.add.Tensor and not node.kwargs and not known:
             _add_product(node, forms)
     drop_dead(graph)
     for node in list(graph.nodes):

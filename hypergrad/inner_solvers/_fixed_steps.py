@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._autograd.branches import traced
+from .._autograd.host import every_task
 from .._info import Status
 from ._evaluator import Evaluator
 from ._info import InnerInfo
@@ -24,14 +26,13 @@ class FixedSteps:
     Attributes
     ----------
     alive : Tensor
-        bool: the tasks that have met finite numbers alone. The others stay where they were finite.
+        bool: the tasks whose points are all finite. The others stay where they were finite.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._zero = x.new_zeros((*x.shape[:-1], 1))  # as long as all numbers are finite
-        self.alive = torch.ones_like(self._zero, dtype=torch.bool)
-        self._steps = torch.zeros_like(self._zero, dtype=torch.int64)
-        self._size = self._value = self._zero
+        self._size = self._value = x.new_zeros((*x.shape[:-1], 1))
+        self.alive = torch.ones_like(self._size, dtype=torch.bool)
+        self._steps = torch.zeros_like(self._size, dtype=torch.int64)
         self._residuals: list[tuple[Tensor, Tensor]] = []  # the first and the last two, with x
         self._count = 0
 
@@ -40,17 +41,26 @@ class FixedSteps:
         size = largest(end)  # NaN or infinite where anything on the way there is
         self._size = torch.where(self.alive, size, self._size)
         self._value = torch.where(self.alive, value, self._value)
-        self._zero = self._zero + 0 * size + 0 * value
-        self.alive = self._zero == 0
+        self.alive = self.alive & torch.isfinite(size)
         self._steps = self._steps + self.alive
+        self._note(x, residual)
+        return self.alive
+
+    def passed(self, x: Tensor, residual: Tensor, value: Tensor) -> None:
+        """Note an evaluation at `x` where all numbers are finite."""
+        self._value, self._steps = value, self._steps + 1
+        self._note(x, residual)
+
+    def _note(self, x: Tensor, residual: Tensor) -> None:
         self._count += 1
         known = self._residuals or [(x, residual)]
         self._residuals = [known[0], known[-1], (x, residual)]
-        return self.alive
 
     def info(self, method: str) -> InnerInfo:
         """Form the verdict from the last two evaluations."""
         (_, first), (x_before, before), (x, residual) = self._residuals
+        # The value is that of the last evaluation; those before are not looked at.
+        self.alive = self.alive & torch.isfinite(self._value)
         # Of one that is not alive the last residual is not known, but for what it led to.
         unknown = torch.where(torch.isfinite(self._size), math.nan, self._size)
         size = torch.where(self.alive, norm_unseen(residual), unknown)
@@ -84,6 +94,14 @@ def descend(
     evaluator: Evaluator, x: Tensor, length: Tensor, maxiter: int
 ) -> tuple[Tensor, FixedSteps]:
     """Go down the gradient."""
+    if traced():  # a point that is not finite stays so: one look at the last one will do
+        steps, end = FixedSteps(x), x
+        for _ in range(maxiter):
+            value, g = evaluator.objective(end)
+            steps.passed(end, g, value)
+            end = torch.addcmul(end, length, g, value=-1)
+        if every_task(torch.isfinite(end)):
+            return end, steps
     steps, last = FixedSteps(x), x
     for _ in range(maxiter):
         value, g = evaluator.objective(x)
