@@ -47,6 +47,16 @@ def following(read: Callable[[Callable[[], bool]], bool]) -> Iterator[Branches]:
         _branches.reset(token)
 
 
+@contextmanager
+def not_following() -> Iterator[None]:
+    """Note nothing in the body, which is no part of the trace."""
+    token = _branches.set(None)
+    try:
+        yield
+    finally:
+        _branches.reset(token)
+
+
 def traced() -> bool:
     """Say whether the call is being traced for a replay, where numbers may not be read."""
     return _branches.get() is not None

@@ -100,7 +100,8 @@ class Cleaned:
                     values.pop(used, None)
 
     def _note_constant(self, node: fx.Node, value: Any) -> None:
-        if not isinstance(value, Tensor) or value.numel() > _CONSTANT:
+        operation = isinstance(node.target, torch._ops.OpOverload)
+        if not operation or not isinstance(value, Tensor) or value.numel() > _CONSTANT:
             return
         known = all(used in self.constants for used in node.all_input_nodes)
         one = node.target is aten.pow.Tensor_Scalar and node.args[1] == 0

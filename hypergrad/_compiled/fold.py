@@ -75,7 +75,9 @@ class Folded:
         """Read a node as one scaling of its later argument; None: it is none."""
         target, args = node.target, _args(node)
         form = self._forms[node]
-        if not form.dtype.is_floating_point or node.kwargs or not self._like(args[0], form):
+        if not args or not form.dtype.is_floating_point or node.kwargs:
+            return None
+        if not self._like(args[0], form):
             return self._by_tensor(node, form)
         if target is aten.neg.default:
             return _Scaled(args[0], -1.0, ())

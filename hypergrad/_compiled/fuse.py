@@ -71,8 +71,10 @@ def _leave_out(node: fx.Node, forms: Mapping[fx.Node, Form]) -> None:
         others = [a for a in user.all_input_nodes if a is not node and a in forms]
         if not others or node in user.kwargs.values():
             continue
-        if user.target is aten.baddbmm.default and user.args[0] is not node:
-            continue
         shapes = [forms[other].shape for other in others]
+        if user.target is aten.baddbmm.default:
+            if user.args[0] is not node or node in user.args[1:]:
+                continue
+            shapes = [forms[user].shape]
         if torch.broadcast_shapes(*shapes, forms[source].shape) == forms[user].shape:
             user.replace_input_with(node, source)

@@ -24,6 +24,7 @@ from .capture import Capture, Captured, NotCaptured, Stage, mark
 from .clean import Cleaned
 from .fold import Folded
 from .fuse import fuse
+from .part import Changed, cut_out_parts
 from .run import runner
 from .trace import traced
 
@@ -279,7 +280,10 @@ _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=N
 
 def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
     """Replay a program; None: the host would have seen something else."""
-    outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
+    try:
+        outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
+    except Changed:
+        return None
     if program.seen and outputs.pop().tolist() != program.seen:
         return None
     program.calls += 1
@@ -312,6 +316,7 @@ def _made(
     cleaned = Cleaned(graph.graph, inputs, graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     fuse(cleaned.graph, cleaned.forms, cleaned.constants)
+    cut_out_parts(cleaned.graph)
     run = runner(cleaned.graph, cleaned.constants)
     nodes = len(cleaned.graph.nodes)
     return Program(run, list(graph.seen), static[-1], nodes)

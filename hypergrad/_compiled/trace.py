@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._autograd.branches import following
+from .._autograd.branches import following, not_following
 from .._autograd.torch_pytrees import pytree
 from .capture import NotCaptured
+from .part import Part, recording
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 _LIFTS = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
 #: Whole numbers in a tensor of a loss's own, such as an index, up to this size.
@@ -65,9 +68,9 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     """
     # No two of them are one tensor, which a trace could not tell apart.
     own = [t.detach().view_as(t) for t in examples]
-    recorder = _Recorder(own)
+    recorder = Recorder(own)
     try:
-        with following(recorder.paused) as branches, recorder:
+        with following(recorder.paused) as branches, recorder.entered():
             outputs = list(function(*own))
             if branches.flags:
                 outputs.append(torch.stack(branches.flags))
@@ -81,7 +84,7 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     return Traced(recorder.graph, recorder.constants, tuple(branches.seen))
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Writes each operation that runs into a graph."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -95,13 +98,44 @@ class _Recorder(TorchDispatchMode):
         for place, tensor in enumerate(inputs):
             self._nodes[tensor] = self.graph.placeholder(f"input_{place}")
 
-    def paused(self, read: Callable[[], bool]) -> bool:
-        """Read a value that the trace takes note of otherwise."""
+    def paused(self, call: Callable[[], T]) -> T:
+        """Make a call that is not recorded."""
         self._resting = True
         try:
-            return read()
+            return call()
         finally:
             self._resting = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Record what the body does."""
+        token = recording.set(self)
+        try:
+            with self:
+                yield
+        finally:
+            recording.reset(token)
+
+    def as_it_is(
+        self,
+        part: Part,
+        product: Callable[[Tensor], Tensor],
+        vector: Tensor,
+        tensors: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Leave a part of the call as it is, around a product that is recorded."""
+        v = self.paused(vector.clone)
+        begin = self._nodes[v] = self.graph.call_function(part.vector)
+        image = self.node_of(product(v))
+        given = [self.node_of(t) for t in tensors]
+        with not_following():
+            outcome = self.paused(lambda: list(part.run(product, tensors)))
+        part.traced(v, outcome)
+        args = [begin, image], given
+        node = self.graph.create_node("call_function", part, args, {}, name="part")
+        for place, tensor in enumerate(outcome):
+            self._nodes[tensor] = self.graph.call_function(operator.getitem, (node, place))
+        return outcome
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Find the node of a tensor, which is a constant where the trace has not made it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,10 +98,13 @@ def _flat(measured: Measured) -> Body:
     case, info = measured.case, measured.info
     aux, spec = pytree.tree_flatten(measured.aux)
     constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in aux]
+    # Of a warning, whose text has no figures, they are not asked for.
+    wanted = case.choices.figures or case.choices.on_failure == "raise"
+    eigenvalues = case.eigenvalues() if wanted else info.residual_norm.new_full((2,), math.nan)
     connected = [[part is not None for part in terms] for terms in measured.terms]
     tensors = [
         *(getattr(info, name) for name in _FIGURES),
-        measured.u, measured.sound, case.cause, case.eigenvalues(), case.condition(),
+        measured.u, measured.sound, case.cause, eigenvalues, case.condition(),
         case.params(), *measured.leaves,
         *(leaf for leaf in aux if isinstance(leaf, Tensor)),
     ]  # fmt: skip
@@ -133,7 +137,7 @@ def _measured(call: Call, replay: Replayed) -> Measured:
             kink,
             noisy,
             cause,
-            lambda: eigenvalues,
+            lambda: eigenvalues.expand(*cause.shape, 2),
             lambda: condition,
             lambda: params,
             places,

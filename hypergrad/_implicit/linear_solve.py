@@ -12,6 +12,7 @@ from ..solvers._system import LinearSystem
 from .causes import sound_in_value
 from .choices import Choices
 from .evidence import Evidence
+from .solve_in_trace import solve
 from .task_norms import finite
 from .unknown_nodes import check_nodes
 from .uses import Use
@@ -109,7 +110,7 @@ def measured(
         check_nodes(lin)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
-        solution = choices.solver.solve_flat(system)
+        solution = solve(choices.solver, system, figures=choices.figures)
         solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
         if choices.judged:

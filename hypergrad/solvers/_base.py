@@ -329,13 +329,19 @@ def info_of(solved: Solution, *, solution: Any, **evidence: Any) -> SolveInfo:
     return SolveInfo(
         status=solved.status,
         iterations=solved.iterations,
-        matvecs=torch.full_like(solved.iterations, solved.matvecs),
+        matvecs=_counted(solved),
         residual_norm=solved.residual_norm,
         negative_curvature=solved.negative_curvature,
         solution=solution,
         method=solved.method,
         **{**figures, **evidence},
     )
+
+
+def _counted(solved: Solution) -> Tensor:
+    """Give the products of a solution, as a tensor like its other figures."""
+    made = solved.matvecs  # of a solve that a compiled program leaves as it is, a tensor
+    return made if isinstance(made, Tensor) else torch.full_like(solved.iterations, made)
 
 
 def mapped_by_caller(solver: Solver) -> bool:

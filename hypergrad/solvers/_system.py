@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,7 +251,7 @@ class Solution:
     status: Tensor = _UNSAID
     success: Tensor = _UNSAID
     iterations: Tensor = _UNSAID
-    matvecs: int = 0
+    matvecs: Any = 0
     residual_norm: Tensor = _UNSAID
     negative_curvature: Tensor = _UNSAID
     method: str = ""

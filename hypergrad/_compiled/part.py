@@ -1,0 +1,122 @@
+"""A part of a traced call that runs as it is at each replay, around a product that is traced.
+
+An iteration that ends by what it sees takes another number of steps in each call, and for one
+system its numbers are quicker than tensors. So the iteration stays Python; the product that it
+forms is cut out of the graph as a function of the vector, with all that does not depend on the
+vector computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from .clean import drop_dead
+from .run import runner
+
+if TYPE_CHECKING:
+    from .trace import Recorder
+
+Product = Callable[[Tensor], Tensor]
+#: ``run(product, tensors) -> tensors``
+Run = Callable[[Product, Sequence[Tensor]], Sequence[Tensor]]
+
+recording: ContextVar[Recorder | None] = ContextVar("hypergrad_recorder", default=None)
+
+
+class Changed(Exception):
+    """A part has another outcome than the trace has seen, so that the rest does not go on it."""
+
+
+class Part:
+    """The part, in the place of an operation of the graph.
+
+    Parameters
+    ----------
+    run : callable
+        ``run(product, tensors) -> tensors``. It holds no tensor of one call.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._vector: Tensor | None = None
+        self._outcome: Sequence[Tensor] = ()
+        self._product: Callable[..., Sequence[Tensor]] | None = None
+
+    def traced(self, vector: Tensor, outcome: Sequence[Tensor]) -> None:
+        """Keep, until the product has been cut out, what the trace has seen."""
+        self._vector, self._outcome = vector, outcome
+
+    def vector(self) -> Tensor:
+        """Give the vector of the product."""
+        assert self._vector is not None
+        return self._vector
+
+    def __call__(self, held: Sequence[Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run it; `held` is what the product reads beside its vector."""
+        product = self._product
+        if product is None:
+            return self._outcome
+        return self.run(lambda v: product(v, *held)[0], tensors)
+
+    def cut_out(self, node: fx.Node) -> None:
+        """Cut the product out of the graph."""
+        given: Any = node.args
+        (vector, image), tensors = given
+        live, order = {vector}, list(node.graph.nodes)
+        for one in order:
+            if any(used in live for used in one.all_input_nodes):
+                live.add(one)
+        wanted, inside = {image}, []
+        for one in reversed(order[: order.index(node)]):
+            if one in wanted and one in live and one is not vector:
+                inside.append(one)
+                wanted.update(one.all_input_nodes)
+        inside.reverse()
+        read = {used for one in inside for used in one.all_input_nodes}
+        held = [n for n in order if n in read and n not in live]
+        if image not in live:
+            held.append(image)
+        graph = fx.Graph()
+        places = {n: graph.placeholder(f"input_{i}") for i, n in enumerate((vector, *held))}
+        for one in inside:
+            places[one] = graph.node_copy(one, places.__getitem__)
+        graph.output([places[image]])
+        self._product = runner(graph, {})
+        self._vector, self._outcome = None, ()
+        node.args = held, tensors
+
+
+def as_it_is(run: Run, product: Product, vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Run a part of a call that is being traced, and have it run at each replay.
+
+    Parameters
+    ----------
+    run : callable
+        ``run(product, tensors) -> tensors``. It holds no tensor of this call.
+    product : callable
+        What it forms, of vectors like `vector` alone.
+    vector : Tensor
+        Any.
+    tensors : sequence of Tensor
+        What else it reads.
+
+    Returns
+    -------
+    outcome : list of Tensor
+        What it returned.
+    """
+    recorder = recording.get()
+    assert recorder is not None
+    return recorder.as_it_is(Part(run), product, vector, tensors)
+
+
+def cut_out_parts(graph: fx.Graph) -> None:
+    """Cut the products of all parts out of a graph."""
+    for node in list(graph.nodes):
+        if isinstance(node.target, Part):
+            node.target.cut_out(node)
+    drop_dead(graph)

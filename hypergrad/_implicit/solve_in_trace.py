@@ -1,0 +1,142 @@
+"""The linear solve of a call that is being traced: in the graph, or as it is at each replay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .._autograd.branches import traced
+from .._compiled.capture import NotCaptured
+from .._compiled.part import Changed, Product, as_it_is
+from ..solvers import CG, GMRES, MINRES, Auto, BiCGSTAB
+from ..solvers._base import Solver
+from ..solvers._system import LinearSystem, NewtonStep, Probe, Solution
+from ..solvers._vectors import dense_by_products
+
+#: A batch with a budget of so many steps is unrolled: in a graph its small operations are quicker.
+_FEW = 32
+_TENSORS = (
+    "x", "status", "success", "iterations", "residual_norm", "negative_curvature", "residual",
+    "linear_error", "metric",
+)  # fmt: skip
+_STEP = ("step", "left", "beyond")
+_OF_PROBE = ("rows", "hides")
+
+
+def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
+    """Solve a system by `Solver.solve_flat`.
+
+    Where the call is being traced, an iteration that ends by what it sees stays Python.
+
+    Parameters
+    ----------
+    solver : Solver
+        The method.
+    system : LinearSystem
+        What is solved.
+    figures : bool
+        Whether the extreme eigenvalues are asked for.
+
+    Returns
+    -------
+    solution : Solution
+        The solution.
+    """
+    if not traced() or not _stays_python(solver, system):
+        return solver.solve_flat(system)
+    given = [system.b]
+    given += [t for t in (system.x0, system.condition) if t is not None]
+    has_x0, has_condition = system.x0 is not None, system.condition is not None
+    symmetric, layout, looks = system.symmetric, system.layout, system.looks
+    contraction, explores = system.contraction, system.explores
+    transposed = system.transposed
+    seen: list[_Form] = []
+
+    def run(product: Product, tensors: Sequence[Tensor]) -> list[Tensor]:
+        b, *rest = tensors
+        own = LinearSystem(
+            matvec=product,
+            b=b,
+            layout=layout,
+            tree=cast("Any", None),
+            x0=rest[0] if has_x0 else None,
+            rmatvec=product if symmetric else None,
+            symmetric=symmetric,
+            looks=looks,
+            contraction=contraction,
+            condition=rest[-1] if has_condition else None,
+            explores=explores,
+            transposed=transposed,
+            dense=lambda: dense_by_products(product, b),
+        )
+        flat, form = _taken_apart(solver.solve_flat(own), figures)
+        if seen and form != seen[0]:
+            raise Changed
+        seen[:] = [form]
+        return flat
+
+    flat = as_it_is(run, system.matvec, system.b, given)
+    return _put_together(flat, seen[0])
+
+
+def _stays_python(solver: Solver, system: LinearSystem) -> bool:
+    """Say whether an iteration is left as it is."""
+    if not isinstance(solver, CG | MINRES | GMRES | BiCGSTAB | Auto) or system.noisy:
+        return False
+    if isinstance(solver, Auto):
+        if system.b.ndim > 1 or system.b.shape[-1] <= solver.dense_below or not system.symmetric:
+            return False
+    elif solver.preconditioner is not None:
+        return False
+    budget = solver.maxiter is not None and solver.rtol is None and solver.maxiter <= _FEW
+    single = system.b.ndim == 1
+    return system.shared == 1 and system.looks and not (budget and not single)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Which figures a solution has."""
+
+    method: str
+    tensors: tuple[str, ...]
+    newton: bool
+    probe: bool
+    figures: bool
+
+
+def _taken_apart(solution: Solution, figures: bool) -> tuple[list[Tensor], _Form]:
+    """List the tensors of a solution."""
+    if solution.further is not None:
+        raise NotCaptured(f"the solve ends with a factorisation ({solution.method})")
+    names = tuple(name for name in _TENSORS if getattr(solution, name) is not None)
+    newton, probe = solution.newton, solution.probe
+    flat = [getattr(solution, name) for name in names]
+    flat.append(torch.full_like(solution.iterations, solution.matvecs))
+    if newton is not None:
+        flat += [getattr(newton, name) for name in _STEP]
+    if probe is not None:
+        flat += [getattr(probe, name) for name in _OF_PROBE]
+    if figures:
+        flat.append(solution.eigenvalues)
+    form = _Form(solution.method, names, newton is not None, probe is not None, figures)
+    return flat, form
+
+
+def _put_together(flat: list[Tensor], form: _Form) -> Solution:
+    """Make a solution of them."""
+    tensors = iter(flat)
+    fields: dict[str, Any] = {name: next(tensors) for name in form.tensors}
+    fields["matvecs"] = next(tensors)
+    if form.newton:
+        step, left, beyond = (next(tensors) for _ in _STEP)
+        fields["newton"] = NewtonStep(step, left, beyond)
+    if form.probe:
+        fields["probe"] = Probe(**{name: next(tensors) for name in _OF_PROBE})
+    if form.figures:
+        eigenvalues = next(tensors)
+        fields["spectrum"] = lambda: eigenvalues
+    return Solution(**fields, method=form.method)
