@@ -104,6 +104,7 @@ def measured(
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
         noise=noise,
+        steady=condition.replays and lin.record.differences is None,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,23 +77,27 @@ class CG(Iterative):
         if tol >= 1:
             return super().run(system)
         part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch, system.noise)
-        if long:  # it has become the residual
+        residual = part.known(precision) if system.steady else None
+        known = residual is not None
+        if long and not known:  # it has become the residual
             torch.div(system.b, scale, out=b)
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             most = max(limit - part.steps, AROUND)
-            self._look_around(matvec, b, part, tol, most, system.noise)
-        image = matvec(part.x)
-        residual = torch.sub(b, image, out=b if long else None)
-        del image
+            unit = system.b / scale if long and known else b
+            self._look_around(matvec, unit, part, tol, most, system.noise)
+        if residual is None:
+            image = matvec(part.x)
+            residual = torch.sub(b, image, out=b if long else None)
+            del image
         size = norm(residual)
         status = Status(int(part.status))
-        solved = status == Status.CONVERGED and size.item() <= tol
+        met = size.item() <= tol or (known and status == Status.CONVERGED)
+        solved = status == Status.CONVERGED and met
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
             del b, residual
             return super().run(system, part)
-        met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
         linear_error = self._linear_error(part.x, size, part, precision)
         newton = None if part.observer is None else part.observer.newton(part.x)
@@ -166,7 +170,7 @@ class _Recurrence(Recurrence):
         self.rr = self.rz if start.precondition is None else dot(r, r)
         self.pp = dot(z, z)
         self.x = self.best = torch.zeros_like(r)
-        self.best_rr = self.rr
+        self.best_rr, self.first = self.rr, self.rr.sqrt()
         # In place, where no transform is in the way; x stays, since others keep it.
         self.scratch: Tensor | None = None
         if r.device.type == "cpu" and not transforms_active():
@@ -209,7 +213,7 @@ class _Recurrence(Recurrence):
         self.rr = torch.linalg.vector_norm(self.r, dim=-1).square()
         rz = self.rr if start.precondition is None else dot(self.r, z)
         beta = torch.where(moving, rz / self.rz, zero)  # 3:1e
-        self.log.append((pAp, self.rz, beta, self.active, moving))
+        self.log.append((pAp, self.rz, beta, self.active, moving, self.pp, self.rr))
         going = moving & (self.rr > self.target)
         self._keep_best(going)
         if not start.looks or not (self.smooth or every_task(usable | ~self.active)):
@@ -246,15 +250,30 @@ class _Recurrence(Recurrence):
         self.unknown = failed & ~torch.isfinite(self.stopped)
         bent = self.bent | (self.stopped < -self.flat * self.largest)
         self.negative = failed & ~self.unknown & bent
-        if not self.start.looks or any_task(failed):
+        stopped = not self.start.looks or any_task(failed)
+        if stopped:
             x = torch.where(failed[..., None], self.best, x)
-        *of_steps, moves = zip(*self.log, strict=True) if self.log else ((),)
-        if moves:
+        known: dict[str, Any] = {"observer": self.observer}
+        if self.log:
+            *of_steps, moves, _, _ = zip(*self.log, strict=True)
             self.iterations = torch.stack(moves).sum(dim=0)
-        ritz = partial(_ritz, *of_steps) if self.log else None
-        part = self.correction(x, ritz=ritz, observer=self.observer)
+            known["ritz"] = partial(_ritz, *of_steps)
+        if self.start.steady and self.log and not stopped:
+            known |= {"residual": self.r, "drift": self._drift()}
+        part = self.correction(x, **known)
         part.status = graded({Status.NEGATIVE_CURVATURE: self.negative}, part.status)
         return part
+
+    def _drift(self) -> Tensor:
+        """Bound how far the true residual may be from that by recursion, in roundings."""
+        pAp, rz, _, _, moving, pp, rr = (
+            torch.stack(kept, dim=-1) for kept in zip(*self.log, strict=True)
+        )
+        step = torch.where(moving, (rz / pAp).abs() * pp.sqrt(), 0.0)
+        sizes = torch.where(moving, rr.sqrt(), 0.0)
+        before = torch.cat([self.first[..., None], rr.sqrt()[..., :-1]], dim=-1)
+        stiff = torch.where(step > 0, (before + sizes) / step, 0.0).amax(dim=-1)
+        return (1 + len(self.log)) * stiff * step.sum(dim=-1) + sizes.sum(dim=-1)
 
 
 def _ritz(*of_steps: tuple[Tensor, ...]) -> Tensor:

@@ -56,6 +56,7 @@ def in_numbers(
     least = _FLAT * torch.finfo(r.dtype).eps
     flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
+    way, stiffest, sizes = 0.0, 0.0, 0.0
     observer = _observer(condition, r, None if precondition is not None else math.sqrt(rr))
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     for _ in range(limit):
@@ -76,24 +77,31 @@ def in_numbers(
         del Ap  # the next one takes its place
         z = r if precondition is None else precondition(r)
         rz_new = _number(r, z)
-        rr = rz_new if precondition is None else _number(r, r)
+        before, rr = math.sqrt(max(rr, 0.0)), rz_new if precondition is None else _number(r, r)
+        step, size = abs(alpha) * math.sqrt(pp), math.sqrt(max(rr, 0.0))
+        way, sizes = way + step, sizes + size
+        stiffest = max(stiffest, (before + size) / step if step else 0.0)  # the step times A
         x.add(alpha, p, better=rr < best_rr)
         best_rr = min(best_rr, rr)
         beta = rz_new / rz if rz else math.nan
         log.append((pAp, rz, beta))
         if observer is not None and observer.is_due():
-            observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
+            observer.keep(x.value(), size, _TRUE)
         if observer is not None:
             observer.turn(beta)
         if watch is not None:
-            watch.tell(math.sqrt(max(rr, 0.0)))
+            watch.tell(size)
         if rr <= tol * tol:
             status = Status.CONVERGED
             break
         p = torch.add(z, p, alpha=beta, out=p if long else None)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
-    return _outcome(x, status, log, steepest, observer)
+    part = _outcome(x, status, log, steepest, observer)
+    if status in (Status.CONVERGED, Status.MAX_ITERATIONS):
+        sums = len(log) if long else 1 + len(log) // _TOGETHER  # each of which is rounded
+        part.residual, part.drift = r, r.new_tensor((1 + sums) * stiffest * way + sizes)
+    return part
 
 
 def _observer(condition: Tensor | None, r: Tensor, size: float | None) -> Observer | None:

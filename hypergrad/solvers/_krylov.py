@@ -35,6 +35,7 @@ PRICE = 1e-4
 #: An answer that came in so few steps may have left much of the spectrum unseen.
 FEW = 4
 AROUND = 12  # ... and in so many more it is seen
+_SURE = 100  # so many times its bound, a number is no rounding
 _OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
@@ -68,6 +69,8 @@ class Pass:
         What is told of each iteration.
     shared : int
         How many tasks, along the first axis, have one matrix in common.
+    steady : bool
+        That of the system.
     """
 
     matvec: Counted
@@ -82,6 +85,7 @@ class Pass:
     watch: Watch | None = None
     noise: Tensor | float = 0.0
     shared: int = 1
+    steady: bool = False
 
     @property
     def least(self) -> float:
@@ -126,6 +130,36 @@ class Correction:
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
     spanned: bool = False  # whether the directions met span the whole space
+    residual: Tensor | None = None  # by recursion, that of `x`
+    drift: Tensor | None = None  # in roundings: how far the true one may be from it
+
+    def known(self, precision: torch.dtype, start: Tensor | None = None) -> Tensor | None:
+        """Give the residual by recursion, if rounding cannot have changed it by a hundredth.
+
+        It and the true one differ by what rounding did to each product, and to the sums.
+
+        Parameters
+        ----------
+        precision : torch.dtype
+            To which products are rounded.
+        start : Tensor, optional
+            What was corrected, for a right-hand side of norm one; None: zero.
+
+        Returns
+        -------
+        residual : Tensor or None
+            None where one task's may be off by more.
+
+        References
+        ----------
+        Greenbaum, Estimating the attainable accuracy of recursively computed residual methods,
+        1997, theorem 2.
+        """
+        if self.residual is None or self.drift is None:
+            return None
+        drift = self.drift if start is None else self.drift + 1 + self.largest * norm(start)
+        least = _SURE * torch.finfo(precision).eps * drift
+        return self.residual if every_task(norm(self.residual) >= least) else None
 
 
 class Recurrence:
@@ -283,6 +317,7 @@ class Iterative(Limited):
         start = Pass(
             matvec, precondition, r, tol, units.present, limit, looks, system.condition,
             watch=system.watch, noise=system.noise, shared=system.shared,
+            steady=system.steady,
         )  # fmt: skip
         return x, start
 
@@ -364,7 +399,9 @@ class _Passes:
             part = begun or self.solver._iterate(self.next)
             begun = None
             candidate = self.x + part.x
-            r = self.units.b - self.next.matvec(candidate)
+            r = self._known(part) if looks and self.system.steady else None
+            if r is None:
+                r = self.units.b - self.next.matvec(candidate)
             size = norm(r)
             first, self.first = self.first is None, self.first or part
             self.next = dataclasses.replace(
@@ -383,6 +420,11 @@ class _Passes:
         known = self.system.symmetric or self.solver.needs_symmetry
         if self.first is not None and looks and known and self.next.precondition is None:
             self.ritz = self.first.ritz
+
+    def _known(self, part: Correction) -> Tensor | None:
+        """Give the residual of the corrected answer, if rounding did not change it by much."""
+        begun_at_zero = self.first is None and self.system.x0 is None
+        return part.known(self.system.layout.precision, None if begun_at_zero else self.x)
 
     def _as_expected(self, part: Correction, size: Tensor) -> bool:
         """Say whether every system was solved at once, or cut short where that was the plan."""

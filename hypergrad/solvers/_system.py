@@ -68,6 +68,9 @@ class LinearSystem:
         The relative error of a product beside its rounding, for each task, as products by
         differences have one; zero: there is none. No curvature below it is a verdict, and no
         residual below it is asked for unless by an `rtol`.
+    steady : bool
+        Whether a product is the same each time but for rounding, as those of one recorded graph
+        are. Then a residual by recursion counts as the true one where rounding is far below it.
     watch : Watch, optional
         ``watch.tell(size)`` after an iteration, with the relative residual norms, tells the
         `callback` of a solver that has one.
@@ -102,6 +105,7 @@ class LinearSystem:
     shared: int = 1
     watch: Watch | None = None
     noise: Tensor | float = 0.0
+    steady: bool = False
 
     @property
     def noisy(self) -> bool:
