@@ -37,6 +37,7 @@ from ..solvers._auto import choose
 from ..solvers._base import mapped_by_caller
 from ..solvers._factorisation import signs
 from ..solvers._long import is_vast
+from ..solvers._recycle import Memory, claimed
 from ..solvers._system import NewtonStep, Solution
 from ..solvers._vectors import norm
 from .causes import Place, data, derivative, inner_places, of_leaves, of_value, solve
@@ -84,6 +85,24 @@ def hypergradient(
     return_info: bool,
 ) -> Hypergradient:
     """Compute what `implicit_grad` returns; the arguments are its own."""
+    with claimed() as memory:
+        options = x0, has_aux, inner_tol, on_failure, return_info
+        return _answered(outer, inner, params, hparams, solver, *options, memory)
+
+
+def _answered(
+    outer: Callable[[Any, Any], Any],
+    inner: Any,
+    params: Any,
+    hparams: Any,
+    solver: Solver | None,
+    x0: Any,
+    has_aux: bool,
+    inner_tol: float | None,
+    on_failure: OnFailure,
+    return_info: bool,
+    memory: Memory | None,
+) -> Hypergradient:
     check_on_failure(on_failure)
     condition = as_condition(inner, Minimum)
     P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
@@ -91,7 +110,9 @@ def hypergradient(
     call = _Call(
         outer=outer,
         problem=Problem.of(condition, P, [H]),
-        choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
+        choices=Choices(
+            choose(solver, condition.symmetric, memory), inner_tol, on_failure, return_info, memory
+        ),
         x0=None if x0 is None else P.match("x0", x0),
         has_aux=has_aux,
     )

@@ -105,6 +105,7 @@ def measured(
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
         noise=noise,
         steady=condition.replays and lin.record.differences is None,
+        memory=choices.memory,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)
@@ -113,10 +114,14 @@ def measured(
         solution = choices.solver.solve_flat(system)
         solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
+        given = solution.probe
         if choices.judged:
             evidence.forgive_rounding()
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
+        if choices.memory is not None:
+            fresh = None if solution.probe is given else solution.probe
+            choices.memory.note(info.inner_residual, None if fresh is None else fresh.rows)
     if choices.on_failure == "ignore":  # nobody asks
         return Answer(solution.x, leaves, info), evidence, torch.ones_like(info.success)
     sound = finite(info.status.shape, solution.x, *leaves)

@@ -96,7 +96,7 @@ class HOAG(Method):
         """Make one outer step."""
         lowest = _reachable(levels.layout.precision) if self.min_tol is None else self.min_tol
         tol = max(self.tolerance(levels.steps), lowest)
-        solver: Any = self.solver or (CG() if levels.condition.symmetric else GMRES())
+        solver: Any = self.solver or (CG(recycle=True) if levels.condition.symmetric else GMRES())
         if hasattr(solver, "rtol"):
             solver = dataclasses.replace(solver, rtol=tol)
         inner, outer = levels.inner_batch(), levels.outer_batch()

@@ -19,6 +19,7 @@ from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._long import is_long
 from ._observer import Observer
+from ._recycled import recycled
 from ._ritz import ritz_values_of_cg, widest
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
@@ -36,6 +37,14 @@ class CG(Iterative):
     ----------
     maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
+    recycle : bool
+        In a `Bilevel`, or a step of `hypergrad.compile`: start from the last solution, and keep
+        what it showed of the matrix. A diagonal that some random products estimate scales the
+        system, where that is measured to save steps; it is dropped where it does not, and not
+        tried again for a while. With ``rtol=None`` a system is solved about as well as the inner
+        problem was at the last step: to a relative residual between the one that the dtype can
+        reach and 1e-2. Now and then a solve that ends within four steps looks around for negative
+        curvature, with what is left of `maxiter`. Elsewhere it is an error.
 
     References
     ----------
@@ -53,11 +62,21 @@ class CG(Iterative):
     (True, 'CONVERGED')
     """
 
+    recycle: bool = dataclasses.field(default=False, kw_only=True)
+
     needs_symmetry: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if not isinstance(self.recycle, bool):
+            raise TypeError(f"recycle must be True or False; got {self.recycle!r}.")
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
         looks = system.looks or self.rtol != 0
+        if self.recycle:
+            return recycled(self, system)
         if begun is None and suits(system.b, looks) and self.preconditioner is None:
             return self._run_in_numbers(system)
         return super().run(system, begun)
@@ -73,6 +92,8 @@ class CG(Iterative):
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
         if system.noisy:
             tol = float(Units(system.b).tolerance(self.rtol, self.atol, precision, system.noise))
+        if system.goal is not None:
+            tol = system.goal.item() / scale
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
@@ -114,6 +135,7 @@ class CG(Iterative):
             residual=torch.mul(residual, scale, out=residual if long else None),
             linear_error=linear_error,
             newton=newton,
+            inverse=None if part.observer is None else part.observer.inverse(part.x),
         )
 
     def _look_around(
@@ -255,9 +277,10 @@ class _Recurrence(Recurrence):
             x = torch.where(failed[..., None], self.best, x)
         known: dict[str, Any] = {"observer": self.observer}
         if self.log:
-            *of_steps, moves, _, _ = zip(*self.log, strict=True)
+            *of_steps, moves, pp, _ = zip(*self.log, strict=True)
             self.iterations = torch.stack(moves).sum(dim=0)
             known["ritz"] = partial(_ritz, *of_steps)
+            known["quotients"] = partial(_quotients, of_steps[0], pp, moves)
         if self.start.steady and self.log and not stopped:
             known |= {"residual": self.r, "drift": self._drift()}
         part = self.correction(x, **known)
@@ -274,6 +297,13 @@ class _Recurrence(Recurrence):
         before = torch.cat([self.first[..., None], rr.sqrt()[..., :-1]], dim=-1)
         stiff = torch.where(step > 0, (before + sizes) / step, 0.0).amax(dim=-1)
         return (1 + len(self.log)) * stiff * step.sum(dim=-1) + sizes.sum(dim=-1)
+
+
+def _quotients(*of_steps: tuple[Tensor, ...]) -> Tensor:
+    pAp, pp, moves = (torch.stack(kept, dim=-1) for kept in of_steps)
+    low, high = (torch.where(moves, pAp / pp, end) for end in (math.inf, -math.inf))
+    ends = torch.stack([low.amin(dim=-1), high.amax(dim=-1)], dim=-1)
+    return torch.where(torch.isfinite(ends), ends, math.nan)
 
 
 def _ritz(*of_steps: tuple[Tensor, ...]) -> Tensor:

@@ -52,7 +52,7 @@ def in_numbers(
     rz = _number(r, p)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
-    best_rr, steepest = rr, 0.0
+    best_rr, steepest, flattest = rr, 0.0, math.inf
     least = _FLAT * torch.finfo(r.dtype).eps
     flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
@@ -63,7 +63,7 @@ def in_numbers(
         Ap = matvec(p)
         pAp = _number(p, Ap)
         quotient = pAp / pp if pp else math.nan
-        steepest = max(steepest, abs(quotient))
+        steepest, flattest = max(steepest, abs(quotient)), min(flattest, quotient)
         if not quotient > least * steepest:  # true for NaN too
             log.append((pAp, rz, 0.0))
             # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
@@ -98,6 +98,7 @@ def in_numbers(
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
     part = _outcome(x, status, log, steepest, observer)
+    part.quotients = partial(r.new_tensor, [flattest, steepest])
     if status in (Status.CONVERGED, Status.MAX_ITERATIONS):
         sums = len(log) if long else 1 + len(log) // _TOGETHER  # each of which is rounded
         part.residual, part.drift = r, r.new_tensor((1 + sums) * stiffest * way + sizes)

@@ -35,7 +35,8 @@ PRICE = 1e-4
 #: An answer that came in so few steps may have left much of the spectrum unseen.
 FEW = 4
 AROUND = 12  # ... and in so many more it is seen
-_SURE = 100  # so many times its bound, a number is no rounding
+#: What is so many times as large as rounding may be is none.
+SURE = 100
 _OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
@@ -130,6 +131,7 @@ class Correction:
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
     spanned: bool = False  # whether the directions met span the whole space
+    quotients: Callable[[], Tensor] | None = None  # the extremes of p.Ap / p.p, when asked
     residual: Tensor | None = None  # by recursion, that of `x`
     drift: Tensor | None = None  # in roundings: how far the true one may be from it
 
@@ -158,7 +160,7 @@ class Correction:
         if self.residual is None or self.drift is None:
             return None
         drift = self.drift if start is None else self.drift + 1 + self.largest * norm(start)
-        least = _SURE * torch.finfo(precision).eps * drift
+        least = SURE * torch.finfo(precision).eps * drift
         return self.residual if every_task(norm(self.residual) >= least) else None
 
 
@@ -306,6 +308,7 @@ class Iterative(Limited):
         matvec = Counted(system.matvec, self.damping, transpose)
         precondition = batched_preconditioner(self.preconditioner, system, matvec)
         tol = units.tolerance(self.rtol, self.atol, system.layout.precision, system.noise)
+        tol = tol if system.goal is None else system.goal / units.unit[..., 0]
         looks = system.looks or self.rtol != 0
         b, n = units.b, system.layout.n
         x, r = torch.zeros_like(b) if n == b.shape[-1] else b.new_zeros((*b.shape[:-1], n)), b
@@ -418,8 +421,11 @@ class _Passes:
             if self.expected or not looks:
                 break
         known = self.system.symmetric or self.solver.needs_symmetry
-        if self.first is not None and looks and known and self.next.precondition is None:
-            self.ritz = self.first.ritz
+        if self.first is not None and looks and known:
+            if self.next.precondition is None:
+                self.ritz = self.first.ritz
+            elif self.system.goal is not None:  # the library's own preconditioner
+                self.ritz = self.first.quotients
 
     def _known(self, part: Correction) -> Tensor | None:
         """Give the residual of the corrected answer, if rounding did not change it by much."""
@@ -505,6 +511,7 @@ class _Passes:
             residual=self.next.r * unit,
             linear_error=solver._linear_error(x / unit, size, first, precision),
             newton=seen.newton(first.x) if first and seen else None,
+            inverse=seen.inverse(first.x) if first and seen else None,
         )
 
 
