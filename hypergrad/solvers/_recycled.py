@@ -26,6 +26,7 @@ from ._vectors import Product, dot, norm
 if TYPE_CHECKING:
     from ._cg import CG
 
+_FAR = 100.0  # a start whose residual is so many times the right-hand side is none
 #: The least exact linear system that an inner solution is thought to support.
 CEILING = 1e-2
 # A solve of so many steps is worth a better preconditioner ...
@@ -122,7 +123,9 @@ class _Recycled:
         self.quotient = lambda: (along / dot(start, start))[..., None].expand(*along.shape, 2)
         factor = dot(start, b) / along
         left = b - factor[..., None] * image
-        closer = ~self.bent & torch.isfinite(factor) & (norm(left) <= norm(b))
+        # A residual may be longer than b, as on the way of conjugate gradients; of a very long one
+        # the rounding counts.
+        closer = ~self.bent & torch.isfinite(factor) & (norm(left) <= _FAR * norm(b))
         closer = (closer & self.units.present)[..., None]
         self.start = torch.where(closer, factor[..., None] * start, 0.0)
         self.left = torch.where(closer, left, b)
@@ -297,7 +300,7 @@ class _Recycled:
         seen = around.run(
             dataclasses.replace(
                 self.system, b=torch.where(few[..., None], image, 0.0), x0=None, condition=None,
-                explores=False, memory=None, goal=None,
+                explores=False, memory=None, watch=None,
             )
         )  # fmt: skip
         self.matvec.count += seen.matvecs
@@ -325,7 +328,8 @@ class _Recycled:
         image = self.matvec(z)
         entry = image / z
         memory.rows, memory.age = entry.abs(), 0
-        if memory.scaling > 0 or memory.probes > 0 or memory.wait == 0:
+        wanted = memory.scaling > 0 or memory.probes > 0 or memory.wait == 0
+        if wanted and self._may_scale:
             part = 1 / min(memory.probes + 1, _WINDOW)
             before = memory.diagonal, memory.square
             memory.diagonal = entry if before[0] is None else torch.lerp(before[0], entry, part)
