@@ -7,6 +7,7 @@ hypergradient took (probes and evidence among them), its true error, and its cos
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -101,10 +102,10 @@ def main() -> None:
             print(f"relative residual asked for: {rtol:.1e}")
         for _ in range(5):
             gradient(problem)
-        unit = statistics.median(timed(lambda p=problem: gradient(p))[0] for _ in range(15))
+        unit = statistics.median(timed(functools.partial(gradient, problem))[0] for _ in range(15))
         line = [f"{k:3d}"]
         for name in ("cold", "warm", "recycled"):
-            cost, (grads, info) = timed(lambda p=problem, n=name: getattr(sides, n)(p))
+            cost, (grads, info) = timed(functools.partial(getattr(sides, name), problem))
             error = float((grads.double() - exact).norm() / exact.norm())
             table.setdefault(name, []).append((int(info.matvecs), error, cost / unit))
             line.append(f"{name}: {int(info.matvecs):2d} products, error {error:.1e}, "

@@ -19,7 +19,7 @@ from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._long import is_long
 from ._observer import Observer
-from ._recycled import recycled
+from ._recycled import Scaled, recycled
 from ._ritz import ritz_values_of_cg, widest
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
@@ -77,7 +77,8 @@ class CG(Iterative):
         looks = system.looks or self.rtol != 0
         if self.recycle:
             return recycled(self, system)
-        if begun is None and suits(system.b, looks) and self.preconditioner is None:
+        simple = self.preconditioner is None or isinstance(self.preconditioner, Scaled)
+        if begun is None and simple and suits(system.b, looks):
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
@@ -97,7 +98,11 @@ class CG(Iterative):
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch, system.noise)
+        scaled = self.preconditioner
+        by_diagonal = scaled.as_preconditioner(matvec, b) if isinstance(scaled, Scaled) else None
+        part = in_numbers(
+            matvec, by_diagonal, b, tol, limit, system.condition, system.watch, system.noise
+        )
         residual = part.known(precision) if system.steady else None
         known = residual is not None
         if long and not known:  # it has become the residual
@@ -131,7 +136,7 @@ class CG(Iterative):
             residual_norm=size,
             negative_curvature=part.negative,
             method="CG",
-            spectrum=part.ritz,
+            spectrum=part.ritz if by_diagonal is None else part.quotients,
             residual=torch.mul(residual, scale, out=residual if long else None),
             linear_error=linear_error,
             newton=newton,

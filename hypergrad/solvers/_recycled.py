@@ -20,7 +20,7 @@ from ._long import is_vast
 from ._probe import hides
 from ._recycle import Memory, dropped, moved_on, refuse_recycling
 from ._ritz import widest
-from ._system import Counted, LinearSystem, NewtonStep, Probe, Solution, Units, graded
+from ._system import Counted, LinearSystem, Probe, Solution, Units, graded
 from ._vectors import Product, dot, norm
 
 if TYPE_CHECKING:
@@ -219,7 +219,6 @@ class _Recycled:
             negative_curvature=first.negative_curvature | self.bent,
             spectrum=widest(first.spectrum, self.quotient),
             linear_error=self._linear_error(x, size),
-            newton=self._newton(first),
         )
 
     def _blurred(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -267,17 +266,6 @@ class _Recycled:
         rounding = torch.finfo(self.system.layout.precision).eps * self._largest()
         rounding = rounding * torch.maximum(inverse, length)
         return size * inverse / length + abs(damping) * inverse + rounding
-
-    def _newton(self, part: Solution) -> NewtonStep | None:
-        """Give the inner Newton step, no shorter beyond the search than the inverse once was."""
-        newton, inverse, F = part.newton, self.memory.inverse, self.system.condition
-        if F is None or inverse is None:
-            return newton
-        if newton is None:
-            left = F.expand_as(part.x)
-            newton = NewtonStep(torch.zeros_like(left), left, torch.zeros_like(inverse))
-        beyond = torch.maximum(newton.beyond, inverse * norm(newton.left))
-        return dataclasses.replace(newton, beyond=beyond)
 
     def _look_around(self, whole: Solution) -> None:
         """Look now and then for negative curvature that short solves from an answer pass by."""

@@ -20,24 +20,25 @@ def _inner(w, t):
 
 CALLS = {
     "solve": lambda one: RECYCLING.solve(lambda v: v, one),
-    "implicit_grad": lambda one: hypergrad.implicit_grad(_inner, _inner, one, one, solver=RECYCLING),
+    "implicit_grad": lambda one: hypergrad.implicit_grad(
+        _inner, _inner, one, one, solver=RECYCLING
+    ),
     "root_vjp": lambda one: hypergrad.root_vjp(
         hypergrad.Minimum(_inner), one, (one,), one, solver=RECYCLING
     ),
     "custom_argmin": lambda one: hypergrad.custom_argmin(_inner, solver=RECYCLING)(
         lambda init, t: t.detach()
     )(one, one.clone().requires_grad_()),
-    "jacobian": lambda one: hypergrad.jacobian(
-        lambda w, t: w, _inner, one, one, solver=RECYCLING
-    ),
+    "jacobian": lambda one: hypergrad.jacobian(lambda w, t: w, _inner, one, one, solver=RECYCLING),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_recycling_without_a_next_step_is_an_error_that_names_what_has_one(name):
-    with pytest.raises(hypergrad.UnsupportedOperation, match=r"(?s)Bilevel.*hypergrad\.compile") as e:
+    text = r"(?s)Bilevel.*hypergrad\.compile"
+    with pytest.raises(hypergrad.UnsupportedOperation, match=text) as refused:
         CALLS[name](torch.ones(3, dtype=F64))
-    assert e.value.argument == "solver"
+    assert refused.value.argument == "solver"
 
 
 def test_recycle_is_a_field_like_the_others():
