@@ -61,8 +61,8 @@ class HOAG(Method):
         Most steps of the inner optimiser in one outer step. Running out of them is said, and so
         is a residual that has stopped to fall.
     solver : Solver, optional
-        The linear solver, whose `rtol` follows the tolerance. None: `CG`, or `GMRES` where A is not
-        symmetric.
+        The linear solver, whose `rtol` follows the tolerance. None: `CG(recycle=True)`, or `GMRES`
+        where A is not symmetric.
 
     References
     ----------
