@@ -89,7 +89,7 @@ class Memory:
 
     def note(self, inner_residual: Tensor, rows: Tensor | None) -> None:
         """Keep what the evidence has measured: of the inner problem, and of the rows of A."""
-        self.inner_residual = inner_residual
+        self.inner_residual = inner_residual.clone()
         if rows is not None:
             self.rows, self.age = rows, 0
 

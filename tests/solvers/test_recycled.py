@@ -195,13 +195,17 @@ def test_a_start_is_never_worse_than_zero_and_what_failed_is_no_start():
     torch.testing.assert_close(again.solution, torch.linalg.solve(A, b), rtol=1e-4, atol=1e-6)
 
 
-def test_where_nothing_may_be_looked_at_it_starts_from_the_last_answer():
-    memory, b = Memory(), data(0, 40, dtype=F64)
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_where_nothing_may_be_looked_at_it_starts_from_the_last_answer(dtype):
+    memory, b = Memory(), data(0, 40, dtype=dtype)
     options = {"on_failure": "ignore", "return_info": True}
     errors = []
     for k in range(12):
-        A = definite(40, condition=50.0) * (1 + 0.01 * k)
-        info = _along(memory, A, b, CG(maxiter=3, rtol=0.0, recycle=True), **options)
+        A = definite(40, condition=50.0, dtype=dtype) * (1 + 0.01 * k)
+        info = _along(memory, A, b, CG(maxiter=8, rtol=0.0, recycle=True), **options)
+        torch.testing.assert_close(
+            info.residual_norm.double(), _true_residual(A, info, b), rtol=0.5, atol=0
+        )
         errors.append(relative_error(info.solution, torch.linalg.solve(A, b)))
     assert errors[-1] < 0.01 * errors[0]
 
