@@ -193,18 +193,19 @@ class _Recycled:
         x, part, residual = self.start + first.x, first, first.residual
         assert residual is not None
         self._see(first)
+        claimed, most = first.status == Status.CONVERGED, (1 + 1 / SURE) * goal
         if not self.looks and system.condition is not None:  # somebody asks for the figure
             residual = self.system.b - self.matvec(x)
         elif self.looks and any_task(self._blurred(x, residual)):
             residual = self.system.b - self.matvec(x)
-            short = (first.status == Status.CONVERGED) & (norm(residual) > goal)
+            short = claimed & (norm(residual) > most)
             if any_task(short):  # rounding was in the way
                 again = torch.where(short[..., None], residual, 0.0)
                 part = solver.run(dataclasses.replace(system, b=again, condition=None))
                 x = x + part.x
                 residual = self.system.b - self.matvec(x)
         units, size = self.units, norm(residual) / self.units.unit[..., 0]
-        short = (first.status == Status.CONVERGED) & (norm(residual) > goal)
+        short = claimed & (norm(residual) > most)
         ends = {Status.STAGNATED: short, Status.NEGATIVE_CURVATURE: self.bent}
         x, status, size = units.settled(x, graded(ends, first.status), size)
         reached = self._largest() * norm(x) / units.unit[..., 0]
