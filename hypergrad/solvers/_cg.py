@@ -107,6 +107,7 @@ class CG(Iterative):
         known = residual is not None
         if long and not known:  # it has become the residual
             torch.div(system.b, scale, out=b)
+            part.residual = None
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             most = max(limit - part.steps, AROUND)

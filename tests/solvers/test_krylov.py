@@ -195,3 +195,22 @@ def test_products_that_differ_from_call_to_call_have_their_residual_measured():
     expected = asked - A @ info.solution
     assert info.matvecs == 4
     torch.testing.assert_close(info.residual_norm, expected.norm() / asked.norm())
+
+
+def test_the_residual_of_a_long_system_is_the_true_one_whoever_made_it():
+    """Long vectors are changed in place; one system is cut short, one solved at the floor."""
+    n = 20_000
+    d = torch.logspace(0, 5, n, dtype=F64).float()
+    b = data(0, n, dtype=torch.float32)
+    tree = Tree("b", b)
+    for maxiter, rtol in ((3, None), (400, 1e-6), (400, 1e-8)):
+        system = LinearSystem(
+            lambda v: d * v, b, Layout(tree, [b]), tree, steady=True, symmetric=True
+        )
+        solution = CG(maxiter=maxiter, rtol=rtol).run(system)
+        true = b.double() - d.double() * solution.x.double()
+        size = true.norm() / b.double().norm()
+        torch.testing.assert_close(solution.residual_norm.double(), size, rtol=0.2, atol=1e-8)
+        torch.testing.assert_close(
+            solution.residual.double().norm(), true.norm(), rtol=0.2, atol=1e-6
+        )
