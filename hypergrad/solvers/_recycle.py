@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.shards import is_shards
+from .._autograd.transforms import is_wrapped
 from .._errors import UnsupportedOperation
 
 
@@ -89,8 +91,10 @@ class Memory:
 
     def note(self, inner_residual: Tensor, rows: Tensor | None) -> None:
         """Keep what the evidence has measured: of the inner problem, and of the rows of A."""
+        if is_wrapped(inner_residual):  # that of one task, whose transform will end
+            return
         self.inner_residual = inner_residual.clone()
-        if rows is not None:
+        if rows is not None and not is_shards(rows):
             self.rows, self.age = rows, 0
 
     def fit(self, b: Tensor) -> None:

@@ -101,3 +101,21 @@ def test_of_a_system_of_another_shape_nothing_is_kept(change):
             found.append(torch.func.vmap(solution)(b) if change == "tasks" else solution(b[0]))
     assert found[0].solution.equal(found[1].solution)
     assert found[0].matvecs.equal(found[1].matvecs)
+
+
+def test_a_preconditioner_of_the_callers_is_mapped_without_a_memory():
+    """It may hold tensors of one task, so that the tasks are solved inside of the vmap."""
+    A, b, memory = definite(6), data(0, 2, 6, dtype=F64), Memory()
+    solver = CG(rtol=1e-8, recycle=True, preconditioner=lambda v: v / A.diagonal())
+
+    def solution(b):
+        return hypergradient_with(A, b, solver, return_info=True)[1].solution
+
+    for _ in range(2):
+        with recycling(memory):
+            found = torch.func.vmap(solution)(b)
+        torch.testing.assert_close(found, torch.linalg.solve(A, b.T).T)
+    assert memory.export() == Memory().export()
+    with recycling(memory):  # and with one where it is called by itself
+        solution(b[0])
+    assert memory.solution is not None
