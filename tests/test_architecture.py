@@ -13,7 +13,8 @@ MAP = HOME.parent / "docs" / "architecture.md"
 #: From the ground up: a room imports from those below it, and from itself.
 FLOORS = [
     {"_autograd", "_errors", "_info", "_mistakes", "_public", "_pytrees", "_warnings"},
-    {"prox", "projections", "solvers", "_compiled"},
+    {"prox", "projections", "solvers"},
+    {"_compiled"},
     {"conditions"},
     {"_implicit"},
     {"inner_solvers", "estimators", "_distributed"},

@@ -41,7 +41,7 @@ def loop(**changes):
         (lambda: CG(precond=None), "'preconditioner'"),
         (
             lambda: CG(lr=0.1),
-            "There are maxiter, rtol, atol, damping, callback, progress, preconditioner.",
+            "There are maxiter, rtol, atol, damping, callback, progress, preconditioner, recycle.",
         ),
         (lambda: hypergrad.Neumann(maxiter=3), "'terms'"),
         (lambda: hypergrad.inner_solvers.LBFGS(max_iter=3), "'maxiter'"),

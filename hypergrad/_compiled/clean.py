@@ -138,6 +138,12 @@ class Cleaned:
             return _first(first) if again else None
         if target is aten.t.default and first.target is aten.t.default:
             return _first(first)
+        if target is aten.where.self:
+            return self._chosen(node)
+        if target is aten.bitwise_or.Tensor and like and self._is(args[1], 0):
+            return first
+        if target is aten.bitwise_and.Tensor and like and self._is(args[1], 1):
+            return first
         if not like:
             return self._second(node)
         if target in (aten.mul.Tensor, aten.div.Tensor) and self._is(args[1], 1):
@@ -157,8 +163,21 @@ class Cleaned:
             return None
         if node.target is aten.mul.Tensor and self._is(args[0], 1):
             return args[1]
+        if node.target is aten.bitwise_or.Tensor and self._is(args[0], 0):
+            return args[1]
+        if node.target is aten.bitwise_and.Tensor and self._is(args[0], 1):
+            return args[1]
         if node.target is aten.add.Tensor and self._is(args[0], 0) and not node.kwargs:
             return args[1]
+        return None
+
+    def _chosen(self, node: fx.Node) -> fx.Node | None:
+        """Find what a choice chooses, where that is known."""
+        args: Any = node.args
+        for place, value in ((1, 1), (2, 0)):
+            other = args[place]
+            if isinstance(other, fx.Node) and other in self.forms and self._is(args[0], value):
+                return other if self.forms[other].same_as(self.forms[node]) else None
         return None
 
     def _viewed(self, node: fx.Node, first: fx.Node, like: bool) -> fx.Node | None:

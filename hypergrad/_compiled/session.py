@@ -20,6 +20,7 @@ from .._autograd.transforms import is_batched
 from .._autograd.vmaps import Vmaps, outside
 from .._errors import CompileMismatch, NotCompiled
 from .._warnings import warn_of_compiling
+from ..solvers._recycle import Memory
 from .capture import Capture, Captured, NotCaptured, Stage, mark
 from .clean import Cleaned
 from .fold import Folded
@@ -110,6 +111,7 @@ class Session:
         #: Why calls were not compiled, by what was called.
         self.causes: dict[tuple[Hashable, ...], str] = {}
         self._said: set[str] = set()
+        self._memories: dict[Hashable, Memory] = {}
 
     @property
     def programs(self) -> list[Program]:
@@ -191,6 +193,10 @@ class Session:
         ]
         lines += [f"{of[0]} is not compiled: {cause}" for of, cause in self.causes.items()]
         return "\n".join(lines) or "nothing was compiled yet"
+
+    def memory(self, *functions: Any) -> Memory:
+        """Give the memory of the linear system that these functions pose."""
+        return self._memories.setdefault(tuple(map(_code, functions)), Memory())
 
     def agree(
         self, program: Program, replayed: Sequence[Tensor], present: Sequence[Tensor]

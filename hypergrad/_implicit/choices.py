@@ -8,6 +8,7 @@ import functools
 from .._warnings import OnFailure
 from ..conditions._base import Condition
 from ..solvers._base import Solver
+from ..solvers._recycle import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Choices:
         What to do about a failure.
     figures : bool
         Whether all figures are wanted, those that nothing is judged by too.
+    memory : Memory or None
+        What the loop around keeps of the system.
     """
 
     solver: Solver
     inner_tol: float | None
     on_failure: OnFailure
     figures: bool
+    memory: Memory | None = None
 
     @functools.cached_property
     def judged(self) -> bool:

@@ -64,7 +64,13 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     replay = session.replay(
         "implicit_grad",
-        (call.choices, call.has_aux, type(condition), condition.symmetric),
+        (
+            dataclasses.replace(call.choices, memory=None),
+            id(call.choices.memory),
+            call.has_aux,
+            type(condition),
+            condition.symmetric,
+        ),
         stages,
         problem.arguments([detached(t) for t in problem.tensors]),
         [*problem.tensors, *(call.x0 or ())],
@@ -81,6 +87,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
             session.agree(replay.program, measured.leaves, plain)
         return present
     with outside(vmaps):
+        call.remember(measured)
         call.judge(measured)
         return call.handed_back(measured, vmaps, replay.lifted)
 
@@ -107,6 +114,7 @@ def _flat(measured: Measured) -> Body:
         measured.u, measured.sound, case.cause, eigenvalues, case.condition(),
         case.params(), *measured.leaves,
         *(leaf for leaf in aux if isinstance(leaf, Tensor)),
+        *(() if measured.rows is None else (measured.rows,)),
     ]  # fmt: skip
     leaves = len(measured.leaves)
     return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected, constants, spec))
@@ -118,8 +126,8 @@ def _measured(call: Call, replay: Replayed) -> Measured:
     method, kink, noisy, count, connected, constants, spec = replay.program.static
     figures = dict(zip(_FIGURES, tensors, strict=False))
     u, sound, cause, eigenvalues, condition, params, *rest = tensors[len(_FIGURES) :]
-    leaves, of_aux = rest[:count], iter(rest[count:])
-    aux = [next(of_aux) if held is None else held[0] for held in constants]
+    leaves, others = rest[:count], iter(rest[count:])
+    aux = [next(others) if held is None else held[0] for held in constants]
 
     direct, indirect = ([u if some else None for some in terms] for terms in connected)
 
@@ -144,4 +152,5 @@ def _measured(call: Call, replay: Replayed) -> Measured:
         ),
         sound=sound,
         terms=(direct, indirect),
+        rows=next(others, None),
     )

@@ -28,6 +28,7 @@ from ..conditions._minimum import Minimum
 from ..solvers import Solver
 from ..solvers._auto import choose
 from ..solvers._base import mapped_by_caller
+from ..solvers._recycle import claimed
 from .choices import Choices
 from .compiled import replayed
 from .hypergradient import Call, Hypergradient
@@ -344,26 +345,30 @@ def _hypergradient(
 ) -> Hypergradient:
     """Compute what `implicit_grad` returns; the arguments are its own."""
     check_on_failure(on_failure)
+    session = compiling() or session
     condition = as_condition(inner, Minimum)
     P = Tree("params", params, skip_frozen=True, of_autograd=condition.of_objective)
     H = Tree("hparams", hparams, of_autograd=True)
-    call = Call(
-        outer=outer,
-        problem=Problem.of(condition, P, [H]),
-        choices=Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info),
-        x0=None if x0 is None else P.match("x0", x0),
-        has_aux=has_aux,
-    )
-    refuse_one_level_reduced(condition.functions(), outer)
-    group = group_of(P.variables)
-    if group is None and getattr(condition, "products", "exact") == "difference":
-        group = group_of_replicas(P.variables)
-    if group is not None:
-        refuse_transforms()
-        with together(group):
+    with claimed() as memory:
+        if memory is None and session is not None and getattr(solver, "recycle", False):
+            memory = session.memory(outer, *condition.functions())
+        chosen = choose(solver, condition.symmetric, memory)
+        call = Call(
+            outer=outer,
+            problem=Problem.of(condition, P, [H]),
+            choices=Choices(chosen, inner_tol, on_failure, return_info, memory),
+            x0=None if x0 is None else P.match("x0", x0),
+            has_aux=has_aux,
+        )
+        refuse_one_level_reduced(condition.functions(), outer)
+        group = group_of(P.variables)
+        if group is None and getattr(condition, "products", "exact") == "difference":
+            group = group_of_replicas(P.variables)
+        if group is not None:
+            refuse_transforms()
+            with together(group):
+                return call.answer(None)
+        if mapped_by_caller(chosen):
             return call.answer(None)
-    if mapped_by_caller(call.choices.solver):
-        return call.answer(None)
-    session = compiling() or session
-    answer = None if session is None else replayed(call, session)
-    return outside_of_vmaps(call.answer) if answer is None else answer
+        answer = None if session is None else replayed(call, session)
+        return outside_of_vmaps(call.answer) if answer is None else answer

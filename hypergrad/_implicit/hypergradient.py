@@ -72,6 +72,8 @@ class Measured:
         bool, for each task: all numbers are finite.
     terms : tuple
         The direct and the implicit terms, as far as judging goes: None: not connected.
+    rows : Tensor, optional
+        The sizes of the rows of A, where the evidence has measured them.
     """
 
     leaves: list[Tensor]
@@ -81,6 +83,7 @@ class Measured:
     case: Case
     sound: Tensor
     terms: tuple[Parts, Parts]
+    rows: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Call:
         measured, captured = self.measured(
             vmaps, tensors, None if self.x0 is None else [plain(t) for t in self.x0]
         )
+        self.remember(measured)
         self.judge(measured)
         return self.handed_back(measured, vmaps, captured)
 
@@ -167,8 +171,14 @@ class Call:
         answer, case, sound = measured(use, choices, use.slope, transpose=True, x0=start)
         info = dataclasses.replace(answer.info, outer_value=at.value)
         terms = at.direct, use.indirect
-        outcome = Measured(answer.leaves, answer.u, info, at.aux, case, sound, terms)
+        parts = answer.leaves, answer.u, info, at.aux, case, sound, terms
+        outcome = Measured(*parts, answer.rows)
         return outcome, [*at.captured, *lin.captured]
+
+    def remember(self, measured: Measured) -> None:
+        """Keep for the next solve of the same system what the evidence has measured."""
+        if self.choices.memory is not None:
+            self.choices.memory.note(measured.info.inner_residual, measured.rows)
 
     def judge(self, measured: Measured) -> None:
         """Warn or raise where that is due."""

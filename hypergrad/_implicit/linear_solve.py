@@ -31,11 +31,14 @@ class Answer:
         What its `Use` has made of it.
     info : SolveInfo
         The evidence, without `solution`, `outer_value` and `aux`.
+    rows : Tensor, optional
+        The sizes of the rows of A, where the evidence has measured them.
     """
 
     u: Tensor
     leaves: list[Tensor]
     info: SolveInfo
+    rows: Tensor | None = None
 
 
 def solved(
@@ -105,6 +108,8 @@ def measured(
         transposed=transpose,
         shared=b.shape[0] if b.ndim - 1 > len(lin.lead) else 1,
         noise=noise,
+        steady=condition.replays and lin.record.differences is None,
+        memory=choices.memory,
     )
     if choices.on_failure != "ignore":
         check_nodes(lin)
@@ -113,14 +118,17 @@ def measured(
         solution = solve(choices.solver, system, figures=choices.figures)
         solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
+        given = solution.probe
         if choices.judged:
             evidence.forgive_rounding()
         leaves = use.leaves(solution.x)
         info = evidence.gathered()
+        fresh = None if solution.probe is given else solution.probe
+    answer = Answer(solution.x, leaves, info, None if fresh is None else fresh.rows)
     if choices.on_failure == "ignore":  # nobody asks
-        return Answer(solution.x, leaves, info), evidence.case(), torch.ones_like(info.success)
+        return answer, evidence.case(), torch.ones_like(info.success)
     sound = finite(info.status.shape, solution.x, *leaves)
     sound = sound & finite(lin.lead, lin.residual, evidence.params)
     for value in use.values():
         sound = sound & torch.isfinite(value)
-    return Answer(solution.x, leaves, info), evidence.case(), sound_in_value(lin, sound)
+    return answer, evidence.case(), sound_in_value(lin, sound)

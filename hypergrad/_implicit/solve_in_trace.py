@@ -45,15 +45,24 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
     -------
     solution : Solution
         The solution.
+
+    Raises
+    ------
+    NotCaptured
+        If a solve that recycles cannot stay Python.
     """
-    if not traced() or not _stays_python(solver, system):
+    if not traced():
+        return solver.solve_flat(system)
+    if not _stays_python(solver, system):
+        if getattr(solver, "recycle", False):
+            raise NotCaptured("a solve that recycles is none of one system by exact products")
         return solver.solve_flat(system)
     given = [system.b]
     given += [t for t in (system.x0, system.condition) if t is not None]
     has_x0, has_condition = system.x0 is not None, system.condition is not None
     symmetric, layout, looks = system.symmetric, system.layout, system.looks
     contraction, explores = system.contraction, system.explores
-    transposed = system.transposed
+    transposed, steady, memory = system.transposed, system.steady, system.memory
     seen: list[_Form] = []
 
     def run(product: Product, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -72,6 +81,8 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
             explores=explores,
             transposed=transposed,
             dense=lambda: dense_by_products(product, b),
+            steady=steady,
+            memory=memory,
         )
         flat, form = _taken_apart(solver.solve_flat(own), figures)
         if seen and form != seen[0]:
@@ -93,7 +104,7 @@ def _stays_python(solver: Solver, system: LinearSystem) -> bool:
     elif solver.preconditioner is not None:
         return False
     budget = solver.maxiter is not None and solver.rtol is None and solver.maxiter <= _FEW
-    single = system.b.ndim == 1
+    single = system.b.ndim == 1 or getattr(solver, "recycle", False)
     return system.shared == 1 and system.looks and not (budget and not single)
 
 

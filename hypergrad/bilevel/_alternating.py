@@ -26,8 +26,8 @@ class Alternating(Method):
         solution; another word before ``_grad`` among the public estimators; or any callable
         ``(outer, inner, params, hparams) -> grads``.
     solver : Solver, optional
-        The linear solver of "implicit". None: ten iterations of `CG`, or of `GMRES` where A is not
-        symmetric. The inner solution supports no more, and the next step goes on from there.
+        The linear solver of "implicit". None: at most ten iterations of `CG(recycle=True)`, or of
+        `GMRES` where A is not symmetric. The next step goes on from there.
     inner_tol : float, optional
         Of "implicit": above this relative inner residual the inner problem counts as unsolved, and
         that is said. None: measured, not judged, as mini-batches and inner loops that are cut

@@ -267,6 +267,7 @@ class Bilevel:
             "inner_optimizer": copy.deepcopy(levels.inner_optimizer.state_dict()),
             "outer_optimizer": copy.deepcopy(levels.outer_optimizer.state_dict()),
             "state": copied(levels.state),
+            "memory": levels.memory.export(),
             "generator": levels.generator.get_state(),
             "batches": [levels.inner_batches.state(), levels.outer_batches.state()],
             "warned": dict(levels.warned),
@@ -321,6 +322,7 @@ class Bilevel:
         levels.inner_batches.load(state["batches"][0])
         levels.outer_batches.load(state["batches"][1])
         levels.steps = int(state["steps"])
+        levels.memory.load(state.get("memory", {}))
         levels.warned = dict(state.get("warned", {}))
 
 

@@ -15,6 +15,7 @@ from .._implicit.entrance import implicit_grad
 from .._info import SolveInfo
 from ..conditions._minimum import Minimum
 from ..solvers import CG, GMRES, Solver
+from ..solvers._recycle import recycling
 from ._batches import Batch
 from ._levels import Levels
 from ._method import Method
@@ -84,7 +85,9 @@ def estimate(
     """
     condition = levels.inner_on(inner)
     if solver is None:
-        solver = CG(maxiter=_BUDGET) if condition.symmetric else GMRES(maxiter=_BUDGET)
+        solver = (
+            CG(maxiter=_BUDGET, recycle=True) if condition.symmetric else GMRES(maxiter=_BUDGET)
+        )
     # A plain loss is handed on as it came in.
     loss: Any = condition
     if type(condition) is Minimum and (condition.replays or estimator != "implicit"):
@@ -108,8 +111,11 @@ def estimate(
         return_info=True,
     )
     started, last = levels.state["started"], levels.layout.split(levels.state["u"])
-    grads, info = solve(x0=levels.params.fill(last) if started else None)
-    if started and float(info.residual_norm) > 1:
+    recycles = getattr(solver, "recycle", False)
+    started = started and not (recycles and levels.memory.solution is not None)
+    with recycling(levels.memory if recycles else None):
+        grads, info = solve(x0=levels.params.fill(last) if started else None)
+    if started and not recycles and float(info.residual_norm) > 1:
         # Farther away than zero: the last step's solution is of no use to this one.
         grads, info = solve()
     leaves = levels.hparams.match("grads", grads)

@@ -61,8 +61,8 @@ class HOAG(Method):
         Most steps of the inner optimiser in one outer step. Running out of them is said, and so
         is a residual that has stopped to fall.
     solver : Solver, optional
-        The linear solver, whose `rtol` follows the tolerance. None: `CG`, or `GMRES` where A is not
-        symmetric.
+        The linear solver, whose `rtol` follows the tolerance. None: `CG(recycle=True)`, or `GMRES`
+        where A is not symmetric.
 
     References
     ----------
@@ -96,7 +96,7 @@ class HOAG(Method):
         """Make one outer step."""
         lowest = _reachable(levels.layout.precision) if self.min_tol is None else self.min_tol
         tol = max(self.tolerance(levels.steps), lowest)
-        solver: Any = self.solver or (CG() if levels.condition.symmetric else GMRES())
+        solver: Any = self.solver or (CG(recycle=True) if levels.condition.symmetric else GMRES())
         if hasattr(solver, "rtol"):
             solver = dataclasses.replace(solver, rtol=tol)
         inner, outer = levels.inner_batch(), levels.outer_batch()

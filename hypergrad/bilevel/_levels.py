@@ -27,6 +27,7 @@ from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
 from ..solvers._fields import at_least
+from ..solvers._recycle import Memory
 from ..solvers._vectors import norm
 from ._batches import Batch, Batches, Source
 from ._method import State
@@ -153,6 +154,7 @@ class Levels:
         self.hparams_projection = hparams_projection
         self.steps = 0
         self.state: State = {}
+        self.memory = Memory()  # of the linear system
         self.passed: tuple[Batch | None, Batch | None] = (None, None)
         self._checked = False
         self.warned: dict[str, int] = {}

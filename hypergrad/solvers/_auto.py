@@ -24,6 +24,7 @@ from ._krylov import Iterative, Limited
 from ._minres import MINRES
 from ._normal import LSMR
 from ._probe import probed
+from ._recycle import Memory, refuse_recycling
 from ._ritz import widest
 from ._system import LinearSystem, NewtonStep, Solution
 from ._vectors import norm
@@ -304,8 +305,8 @@ def _named(word: Any) -> str:
     return next((name for name in names if name not in bases and name.lower() == bare), "CG")
 
 
-def choose(solver: Solver | None, symmetric: bool) -> Solver:
-    """Take `solver`, or where it is None the default, if it suits the matrix."""
+def choose(solver: Solver | None, symmetric: bool, memory: Memory | None = None) -> Solver:
+    """Take `solver`, or where it is None the default, if it suits the matrix and the loop."""
     chosen = Auto() if solver is None else solver
     if not isinstance(chosen, Solver):
         name = chosen.__name__ if isinstance(chosen, type) else _named(chosen)
@@ -320,4 +321,6 @@ def choose(solver: Solver | None, symmetric: bool) -> Solver:
             f"{text}An inner solver has no place here: its solution is passed as params."
         )
     check_symmetry(chosen, symmetric)
+    if memory is None:
+        refuse_recycling(chosen)
     return chosen

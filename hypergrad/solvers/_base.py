@@ -17,6 +17,7 @@ from .._errors import UnsupportedOperation
 from .._info import SolveInfo, Status
 from .._mistakes import Fields
 from .._pytrees import Layout, Tree, refuse_meta
+from ._recycle import refuse_recycling
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import Product, dense_by_products, norm
 from ._watch import watching
@@ -108,6 +109,7 @@ class Solver(Fields, ABC):
         RuntimeError
             Whatever a product raises.
         """
+        refuse_recycling(self)
         of_b = Tree("b", b)
         if x0 is not None and self.takes_rectangles:
             return self._solved(matvec, of_b, Tree("x0", x0), x0, rmatvec)

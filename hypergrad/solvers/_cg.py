@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .._autograd.branches import traced
 from .._autograd.host import any_task, every_task
 from .._autograd.transforms import transforms_active
 from .._info import Status
 from ._block_cg import in_a_block, shares
 from ._cg_in_numbers import in_numbers, suits
+from ._cg_steps import drift_of, quotients_of, ritz_of
 from ._fields import tolerance
 from ._krylov import AROUND, FEW, Correction, Iterative, Pass, Recurrence, off_zero
 from ._long import is_long
 from ._observer import Observer
-from ._ritz import ritz_values_of_cg, widest
+from ._recycled import Scaled, recycled
+from ._ritz import widest
+from ._straight_cg import StraightCG
 from ._system import Counted, LinearSystem, Solution, Units, graded
 from ._vectors import dot, norm
 
@@ -36,6 +40,14 @@ class CG(Iterative):
     ----------
     maxiter, rtol, atol, damping, preconditioner, callback, progress
         As in every iterative solver: see the documentation of the linear solvers.
+    recycle : bool
+        In a `Bilevel`, or a step of `hypergrad.compile`: start from the last solution, and keep
+        what it showed of the matrix. A diagonal that some random products estimate scales the
+        system, where that is measured to save steps; it is dropped where it does not, and not
+        tried again for a while. With ``rtol=None`` a system is solved about as well as the inner
+        problem was at the last step: to a relative residual between the one that the dtype can
+        reach and 1e-2. Now and then a solve that ends within four steps looks around for negative
+        curvature, with what is left of `maxiter`. Elsewhere it is an error.
 
     References
     ----------
@@ -53,12 +65,23 @@ class CG(Iterative):
     (True, 'CONVERGED')
     """
 
+    recycle: bool = dataclasses.field(default=False, kw_only=True)
+
     needs_symmetry: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if not isinstance(self.recycle, bool):
+            raise TypeError(f"recycle must be True or False; got {self.recycle!r}.")
 
     def run(self, system: LinearSystem, begun: Correction | None = None) -> Solution:
         """Iterate as all Krylov methods do; one system on the CPU in numbers."""
         looks = system.looks or self.rtol != 0
-        if begun is None and suits(system.b, looks) and self.preconditioner is None:
+        if self.recycle:
+            return recycled(self, system)
+        simple = self.preconditioner is None or isinstance(self.preconditioner, Scaled)
+        if begun is None and simple and suits(system.b, looks):
             return self._run_in_numbers(system)
         return super().run(system, begun)
 
@@ -73,27 +96,38 @@ class CG(Iterative):
         tol = max(tolerance(self.rtol, precision), self.atol / scale)
         if system.noisy:
             tol = float(Units(system.b).tolerance(self.rtol, self.atol, precision, system.noise))
+        if system.goal is not None:
+            tol = system.goal.item() / scale
         limit = self.maxiter or min(10 * b.shape[-1], 5000)
         if tol >= 1:
             return super().run(system)
-        part = in_numbers(matvec, None, b, tol, limit, system.condition, system.watch, system.noise)
-        if long:  # it has become the residual
+        scaled = self.preconditioner
+        by_diagonal = scaled.as_preconditioner(matvec, b) if isinstance(scaled, Scaled) else None
+        part = in_numbers(
+            matvec, by_diagonal, b, tol, limit, system.condition, system.watch, system.noise
+        )
+        residual = part.known(precision) if system.steady else None
+        known = residual is not None
+        if long and not known:  # it has become the residual
             torch.div(system.b, scale, out=b)
+            part.residual = None
         few = part.steps <= FEW and part.steps < limit and part.status == Status.CONVERGED
         if few and self._explores(system):
             most = max(limit - part.steps, AROUND)
-            self._look_around(matvec, b, part, tol, most, system.noise)
-        image = matvec(part.x)
-        residual = torch.sub(b, image, out=b if long else None)
-        del image
+            unit = system.b / scale if long and known else b
+            self._look_around(matvec, unit, part, tol, most, system.noise)
+        if residual is None:
+            image = matvec(part.x)
+            residual = torch.sub(b, image, out=b if long else None)
+            del image
         size = norm(residual)
         status = Status(int(part.status))
-        solved = status == Status.CONVERGED and size.item() <= tol
+        met = size.item() <= tol or (known and status == Status.CONVERGED)
+        solved = status == Status.CONVERGED and met
         cut = status == Status.MAX_ITERATIONS and math.isfinite(size.item())
         if not solved and not cut:
             del b, residual
             return super().run(system, part)
-        met = size.item() <= tol
         allowed = self.rtol is None and self.maxiter is not None
         linear_error = self._linear_error(part.x, size, part, precision)
         newton = None if part.observer is None else part.observer.newton(part.x)
@@ -106,10 +140,11 @@ class CG(Iterative):
             residual_norm=size,
             negative_curvature=part.negative,
             method="CG",
-            spectrum=part.ritz,
+            spectrum=part.ritz if by_diagonal is None else part.quotients,
             residual=torch.mul(residual, scale, out=residual if long else None),
             linear_error=linear_error,
             newton=newton,
+            inverse=None if part.observer is None else part.observer.inverse(part.x),
         )
 
     def _look_around(
@@ -148,6 +183,11 @@ class CG(Iterative):
 
 
 def _one_by_one(start: Pass) -> Correction:
+    if traced() and start.precondition is None:
+        straight = StraightCG(start)
+        if straight.sound():
+            return straight.ended()
+        start = dataclasses.replace(start, looks=False)
     run = _Recurrence(start)
     while run.goes_on():
         run.step()
@@ -166,7 +206,7 @@ class _Recurrence(Recurrence):
         self.rr = self.rz if start.precondition is None else dot(r, r)
         self.pp = dot(z, z)
         self.x = self.best = torch.zeros_like(r)
-        self.best_rr = self.rr
+        self.best_rr, self.first = self.rr, self.rr.sqrt()
         # In place, where no transform is in the way; x stays, since others keep it.
         self.scratch: Tensor | None = None
         if r.device.type == "cpu" and not transforms_active():
@@ -209,7 +249,7 @@ class _Recurrence(Recurrence):
         self.rr = torch.linalg.vector_norm(self.r, dim=-1).square()
         rz = self.rr if start.precondition is None else dot(self.r, z)
         beta = torch.where(moving, rz / self.rz, zero)  # 3:1e
-        self.log.append((pAp, self.rz, beta, self.active, moving))
+        self.log.append((pAp, self.rz, beta, self.active, moving, self.pp, self.rr))
         going = moving & (self.rr > self.target)
         self._keep_best(going)
         if not start.looks or not (self.smooth or every_task(usable | ~self.active)):
@@ -246,16 +286,17 @@ class _Recurrence(Recurrence):
         self.unknown = failed & ~torch.isfinite(self.stopped)
         bent = self.bent | (self.stopped < -self.flat * self.largest)
         self.negative = failed & ~self.unknown & bent
-        if not self.start.looks or any_task(failed):
+        stopped = not self.start.looks or any_task(failed)
+        if stopped:
             x = torch.where(failed[..., None], self.best, x)
-        *of_steps, moves = zip(*self.log, strict=True) if self.log else ((),)
-        if moves:
+        known: dict[str, Any] = {"observer": self.observer}
+        if self.log:
+            *of_steps, moves, pp, _ = zip(*self.log, strict=True)
             self.iterations = torch.stack(moves).sum(dim=0)
-        ritz = partial(_ritz, *of_steps) if self.log else None
-        part = self.correction(x, ritz=ritz, observer=self.observer)
+            known["ritz"] = partial(ritz_of, *of_steps)
+            known["quotients"] = partial(quotients_of, of_steps[0], pp, moves)
+        if self.start.steady and self.log and not stopped:
+            known |= {"residual": self.r, "drift": drift_of(self.log, self.first)}
+        part = self.correction(x, **known)
         part.status = graded({Status.NEGATIVE_CURVATURE: self.negative}, part.status)
         return part
-
-
-def _ritz(*of_steps: tuple[Tensor, ...]) -> Tensor:
-    return ritz_values_of_cg(*(torch.stack(kept, dim=-1) for kept in of_steps))

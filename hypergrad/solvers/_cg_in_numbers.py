@@ -46,29 +46,27 @@ def in_numbers(
     noise: Tensor | float = 0.0,
 ) -> Correction:
     """Make one pass: Hestenes and Stiefel (1952), equations 3:1; none with a `limit` of zero."""
-    # A long residual is the pass's own, and changed in place.
-    x, long = _Sum(r), is_long(r)
+    x, long = _Sum(r), is_long(r)  # a long residual is the pass's own, and changed in place
     p = r if precondition is None else precondition(r)
     p = p.clone() if long else p
     rz = _number(r, p)
     rr = rz if precondition is None else _number(r, r)
     pp = rr if precondition is None else _number(p, p)
-    best_rr, steepest = rr, 0.0
+    steepest, flattest = 0.0, math.inf
     least = _FLAT * torch.finfo(r.dtype).eps
     flat = float(noise_floor(least, noise))  # below it is no verdict; above zero it goes on
     log: list[tuple[float, float, float]] = []  # the coefficients of each step
+    drift = _Drift(rr)
     observer = _observer(condition, r, None if precondition is not None else math.sqrt(rr))
     status = Status.MAX_ITERATIONS if limit else Status.CONVERGED
     for _ in range(limit):
         Ap = matvec(p)
         pAp = _number(p, Ap)
         quotient = pAp / pp if pp else math.nan
-        steepest = max(steepest, abs(quotient))
+        steepest, flattest = max(steepest, abs(quotient)), min(flattest, quotient)
         if not quotient > least * steepest:  # true for NaN too
             log.append((pAp, rz, 0.0))
-            # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
-            bent = _number(Ap, Ap) > 100 * flat * steepest**2 * pp
-            status = _why(quotient, bent or quotient < -flat * steepest)
+            status = _why(quotient, _number(Ap, Ap) / pp if pp else 0.0, steepest, flat)
             break
         alpha = rz / pAp
         if observer is not None:
@@ -78,23 +76,57 @@ def in_numbers(
         z = r if precondition is None else precondition(r)
         rz_new = _number(r, z)
         rr = rz_new if precondition is None else _number(r, r)
-        x.add(alpha, p, better=rr < best_rr)
-        best_rr = min(best_rr, rr)
+        x.add(alpha, p, better=drift.go(alpha, pp, rr))
         beta = rz_new / rz if rz else math.nan
         log.append((pAp, rz, beta))
-        if observer is not None and observer.is_due():
-            observer.keep(x.value(), math.sqrt(max(rr, 0.0)), _TRUE)
         if observer is not None:
+            if observer.is_due():
+                observer.keep(x.value(), drift.size, _TRUE)
             observer.turn(beta)
         if watch is not None:
-            watch.tell(math.sqrt(max(rr, 0.0)))
+            watch.tell(drift.size)
         if rr <= tol * tol:
             status = Status.CONVERGED
             break
         p = torch.add(z, p, alpha=beta, out=p if long else None)
         pp = rr + beta * beta * pp if precondition is None else _number(p, p)
         rz = rz_new
-    return _outcome(x, status, log, steepest, observer)
+    part = _outcome(x, status, log, (flattest, steepest), observer)
+    if status in (Status.CONVERGED, Status.MAX_ITERATIONS):
+        part.residual, part.drift = r, drift.bound(r, len(log))
+    return part
+
+
+class _Drift:
+    """How far the true residual may be from that by recursion, in roundings.
+
+    Every product is rounded, and so is every sum.
+
+    Parameters
+    ----------
+    rr : float
+        The square of the residual's norm.
+    """
+
+    def __init__(self, rr: float) -> None:
+        self.size = math.sqrt(max(rr, 0.0))
+        self._least, self._way, self._stiffest, self._sizes = rr, 0.0, 0.0, 0.0
+
+    def go(self, alpha: float, pp: float, rr: float) -> bool:
+        """Take note of a step, and say whether it led to the smallest residual so far."""
+        before, step = self.size, abs(alpha) * math.sqrt(pp)
+        self.size = math.sqrt(max(rr, 0.0))
+        self._way += step
+        self._sizes += self.size
+        if step:  # whose product with A is the difference of the residuals
+            self._stiffest = max(self._stiffest, (before + self.size) / step)
+        better, self._least = rr < self._least, min(rr, self._least)
+        return better
+
+    def bound(self, like: Tensor, steps: int) -> Tensor:
+        """Bound it after so many steps."""
+        sums = steps if is_long(like) else 1 + steps // _TOGETHER
+        return like.new_tensor((1 + sums) * self._stiffest * self._way + self._sizes)
 
 
 def _observer(condition: Tensor | None, r: Tensor, size: float | None) -> Observer | None:
@@ -111,7 +143,7 @@ def _outcome(
     x: _Sum,
     status: Status,
     log: list[tuple[float, float, float]],
-    steepest: float,
+    quotients: tuple[float, float],
     observer: Observer | None,
 ) -> Correction:
     """Say how the iteration ended."""
@@ -123,16 +155,19 @@ def _outcome(
         iterations=torch.tensor(len(log) - stopped, device="cpu"),
         steps=len(log),
         negative=torch.tensor(status == Status.NEGATIVE_CURVATURE, device="cpu"),
-        largest=end.new_tensor(steepest),
+        largest=end.new_tensor(quotients[1]),
         ritz=partial(_ritz, end, log) if log else None,
         observer=observer,
+        quotients=partial(end.new_tensor, quotients),
     )
 
 
-def _why(quotient: float, negative: bool) -> Status:
-    """Say why the method had to stop, by the curvature of the direction."""
+def _why(quotient: float, square: float, steepest: float, flat: float) -> Status:
+    """Say why the method had to stop, by p.Ap and |Ap|^2 of a direction of length one."""
     if not math.isfinite(quotient):
         return Status.NOT_FINITE
+    # |Ap|^2 <= |A| p.Ap for a semidefinite A: more is negative curvature too.
+    negative = square > 100 * flat * steepest**2 or quotient < -flat * steepest
     return Status.NEGATIVE_CURVATURE if negative else Status.SINGULAR
 
 

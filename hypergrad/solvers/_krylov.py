@@ -35,6 +35,8 @@ PRICE = 1e-4
 #: An answer that came in so few steps may have left much of the spectrum unseen.
 FEW = 4
 AROUND = 12  # ... and in so many more it is seen
+#: What is so many times as large as rounding may be is none.
+SURE = 100
 _OFF = 1e-3  # the part of a right-hand side that a start off zero explains
 #: Curvature that is so many roundings of the largest below zero is negative.
 NEGATIVE = 100
@@ -68,6 +70,8 @@ class Pass:
         What is told of each iteration.
     shared : int
         How many tasks, along the first axis, have one matrix in common.
+    steady : bool
+        That of the system.
     """
 
     matvec: Counted
@@ -82,6 +86,7 @@ class Pass:
     watch: Watch | None = None
     noise: Tensor | float = 0.0
     shared: int = 1
+    steady: bool = False
 
     @property
     def least(self) -> float:
@@ -126,6 +131,37 @@ class Correction:
     observer: Observer | None = None
     condition_number: Callable[[], Tensor] | None = None  # condition number seen, when asked
     spanned: bool = False  # whether the directions met span the whole space
+    quotients: Callable[[], Tensor] | None = None  # the extremes of p.Ap / p.p, when asked
+    residual: Tensor | None = None  # by recursion, that of `x`
+    drift: Tensor | None = None  # in roundings: how far the true one may be from it
+
+    def known(self, precision: torch.dtype, start: Tensor | None = None) -> Tensor | None:
+        """Give the residual by recursion, if rounding cannot have changed it by a hundredth.
+
+        It and the true one differ by what rounding did to each product, and to the sums.
+
+        Parameters
+        ----------
+        precision : torch.dtype
+            To which products are rounded.
+        start : Tensor, optional
+            What was corrected, for a right-hand side of norm one; None: zero.
+
+        Returns
+        -------
+        residual : Tensor or None
+            None where one task's may be off by more.
+
+        References
+        ----------
+        Greenbaum, Estimating the attainable accuracy of recursively computed residual methods,
+        1997, theorem 2.
+        """
+        if self.residual is None or self.drift is None:
+            return None
+        drift = self.drift if start is None else self.drift + 1 + self.largest * norm(start)
+        least = SURE * torch.finfo(precision).eps * drift
+        return self.residual if every_task(norm(self.residual) >= least) else None
 
 
 class Recurrence:
@@ -272,6 +308,7 @@ class Iterative(Limited):
         matvec = Counted(system.matvec, self.damping, transpose)
         precondition = batched_preconditioner(self.preconditioner, system, matvec)
         tol = units.tolerance(self.rtol, self.atol, system.layout.precision, system.noise)
+        tol = tol if system.goal is None else system.goal / units.unit[..., 0]
         looks = system.looks or self.rtol != 0
         b, n = units.b, system.layout.n
         x, r = torch.zeros_like(b) if n == b.shape[-1] else b.new_zeros((*b.shape[:-1], n)), b
@@ -283,6 +320,7 @@ class Iterative(Limited):
         start = Pass(
             matvec, precondition, r, tol, units.present, limit, looks, system.condition,
             watch=system.watch, noise=system.noise, shared=system.shared,
+            steady=system.steady,
         )  # fmt: skip
         return x, start
 
@@ -364,7 +402,9 @@ class _Passes:
             part = begun or self.solver._iterate(self.next)
             begun = None
             candidate = self.x + part.x
-            r = self.units.b - self.next.matvec(candidate)
+            r = self._known(part) if looks and self.system.steady else None
+            if r is None:
+                r = self.units.b - self.next.matvec(candidate)
             size = norm(r)
             first, self.first = self.first is None, self.first or part
             self.next = dataclasses.replace(
@@ -381,8 +421,16 @@ class _Passes:
             if self.expected or not looks:
                 break
         known = self.system.symmetric or self.solver.needs_symmetry
-        if self.first is not None and looks and known and self.next.precondition is None:
-            self.ritz = self.first.ritz
+        if self.first is not None and looks and known:
+            if self.next.precondition is None:
+                self.ritz = self.first.ritz
+            elif self.system.goal is not None:  # the library's own preconditioner
+                self.ritz = self.first.quotients
+
+    def _known(self, part: Correction) -> Tensor | None:
+        """Give the residual of the corrected answer, if rounding did not change it by much."""
+        begun_at_zero = self.first is None and self.system.x0 is None
+        return part.known(self.system.layout.precision, None if begun_at_zero else self.x)
 
     def _as_expected(self, part: Correction, size: Tensor) -> bool:
         """Say whether every system was solved at once, or cut short where that was the plan."""
@@ -463,6 +511,7 @@ class _Passes:
             residual=self.next.r * unit,
             linear_error=solver._linear_error(x / unit, size, first, precision),
             newton=seen.newton(first.x) if first and seen else None,
+            inverse=seen.inverse(first.x) if first and seen else None,
         )
 
 

@@ -59,6 +59,12 @@ class Observer:
         self.step = torch.addcmul(self.step, part, direction)
         self.left = torch.addcmul(self.left, part, image, value=-1)
 
+    def along_by(self, direction: Tensor, image: Tensor, inverse: Tensor) -> None:
+        """Do so by ``1 / p.Ap``, of conjugate gradients; zero where a task stands still."""
+        part = (dot(direction, self.left) * inverse)[..., None]
+        self.step = torch.addcmul(self.step, part, direction)
+        self.left = torch.addcmul(self.left, part, image, value=-1)
+
     def along_alone(
         self, direction: Tensor, image: Tensor, length: float, *, alpha: float, pp: float
     ) -> None:

@@ -38,11 +38,11 @@ def probed(system: LinearSystem, solution: Solution, damping: float) -> Probe | 
     z = signs(system.b)
     z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
     rows = _rows(system, z, damping)
-    probe = Probe(rows, _hides(rows, system, solution))
+    probe = Probe(rows, hides(rows, system, solution))
     if any_task(probe.hides):  # of very many rows some come out small by chance, though not twice
         solution.matvecs += 1
         rows = torch.maximum(rows, _rows(system, z.reciprocal(), damping))
-        probe = Probe(rows, _hides(rows, system, solution))
+        probe = Probe(rows, hides(rows, system, solution))
     return probe
 
 
@@ -56,8 +56,21 @@ def _rows(system: LinearSystem, z: Tensor, damping: float) -> Tensor:
     return rows.clamp(min=torch.finfo(rows.dtype).tiny ** 0.5) if rows.numel() else rows
 
 
-def _hides(rows: Tensor, system: LinearSystem, solution: Solution) -> Tensor:
-    """Say whether the residual is small in units that hide an error, by the sizes of the rows."""
+def hides(rows: Tensor, system: LinearSystem, solution: Solution) -> Tensor:
+    """Say whether the residual is small in units that hide an error, by the sizes of the rows.
+
+    Parameters
+    ----------
+    rows : Tensor
+        About the size of the rows of the matrix, ``(*tasks, n)``.
+    system, solution : LinearSystem, Solution
+        What was solved, and its answer, with the residual.
+
+    Returns
+    -------
+    hides : Tensor
+        bool, for each task.
+    """
     assert solution.residual is not None
     middle = rows.median(dim=-1, keepdim=True).values
     # Of n rows some come out n times too small by chance.

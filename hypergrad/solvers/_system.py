@@ -19,6 +19,7 @@ from .._autograd.host import any_task
 from .._info import Status
 from .._pytrees import Layout, Tree
 from ._fields import tolerance
+from ._recycle import Memory
 from ._vectors import Product, norm
 from ._watch import Watch
 
@@ -69,6 +70,13 @@ class LinearSystem:
         The relative error of a product beside its rounding, for each task, as products by
         differences have one; zero: there is none. No curvature below it is a verdict, and no
         residual below it is asked for unless by an `rtol`.
+    steady : bool
+        Whether a product is the same each time but for rounding, as those of one recorded graph
+        are. Then a residual by recursion counts as the true one where rounding is far below it.
+    goal : Tensor, optional
+        At which norm of the residual each task is solved, in the place of the solver's tolerances.
+    memory : Memory, optional
+        What the loop around keeps of the system from step to step.
     watch : Watch, optional
         ``watch.tell(size)`` after an iteration, with the relative residual norms, tells the
         `callback` of a solver that has one.
@@ -103,6 +111,9 @@ class LinearSystem:
     shared: int = 1
     watch: Watch | None = None
     noise: Tensor | float = 0.0
+    steady: bool = False
+    goal: Tensor | None = None
+    memory: Memory | None = None
 
     @property
     def noisy(self) -> bool:
@@ -238,6 +249,8 @@ class Solution:
         ``v -> A^-1 v`` for further right-hand sides.
     probe : Probe, optional
         What a product with a vector in general position has shown.
+    inverse : Tensor, optional
+        About how long ``A^-1 r`` is for a residual of length one, for each task.
 
     Examples
     --------
@@ -264,6 +277,7 @@ class Solution:
     metric: Tensor | None = None
     further: Callable[[Tensor], Tensor] | None = None
     probe: Probe | None = None
+    inverse: Tensor | None = None
 
     #: The figures that were left out.
     unsaid: frozenset[str] = dataclasses.field(init=False, repr=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from typing import Any
 
@@ -12,8 +14,18 @@ from torch.utils import _pytree as pytree
 
 import hypergrad
 from hypergrad import CG, GMRES, LSMR, MINRES, BiCGSTAB, NormalCG, Status
+from hypergrad._pytrees import Layout, Tree
+from hypergrad.solvers import LinearSystem
 from tests.problems import F64, data, relative_error
-from tests.systems import definite, hypergradient_with, residual, suiting
+from tests.systems import (
+    Counting,
+    definite,
+    hypergradient_with,
+    residual,
+    spread,
+    suiting,
+    with_spectrum,
+)
 
 KRYLOV = [CG, GMRES]
 
@@ -116,3 +128,90 @@ def test_right_hand_sides_that_share_a_matrix_share_the_products_of_a_step(metho
     products = 2 if method in (BiCGSTAB, NormalCG, LSMR) else 1
     around = 13  # products that look for negative curvature, which these methods do not see
     assert info.matvecs[0] <= products * (info.iterations.max() + 3) + 2 + around
+
+
+def _system(A: Tensor, b: Tensor, **fields: Any) -> tuple[LinearSystem, Counting]:
+    one, product = b[(0,) * (b.ndim - 1)], Counting(A)
+    tree = Tree("b", one)
+    layout = Layout(tree, [one])
+    vectors = b.ndim == 1
+    matvec = product if vectors else lambda v: product(v.mT).mT
+    return LinearSystem(matvec, b, layout, tree, **fields), product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("tasks", [(), (3,)], ids=["one", "three tasks"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "preconditioned"])
+def test_a_residual_that_cost_no_product_is_the_true_one(dtype, tasks, scaled):
+    """One of matrices up to a condition of 1e8, after few steps and many, from zero and x0."""
+    skipped = asked = 0
+    for condition, maxiter, begun in itertools.product(
+        (10, 1e3, 1e8), (1, 3, 20, 150), (False, True)
+    ):
+        A = with_spectrum(spread(40, 1 / condition, 1.0), dtype=dtype)
+        b = data(3, *tasks, 40, dtype=dtype)
+        x0 = data(4, *tasks, 40, dtype=dtype) if begun else None
+        M = functools.partial(torch.mul, 1 / A.diagonal()) if scaled else None
+        system, product = _system(A, b, steady=True, x0=x0, symmetric=True)
+        solution = CG(maxiter=maxiter, rtol=1e-5, preconditioner=M).run(system)
+        assert solution.matvecs == product.count
+        if product.count > int(solution.iterations.max()) + begun:
+            asked += 1
+            continue
+        skipped += 1
+        true = b.double() - solution.x.double() @ A.double()
+        off = (solution.residual.double() - true).norm(dim=-1) / true.norm(dim=-1)
+        assert off.max() < 0.01
+        size = true.norm(dim=-1) / b.double().norm(dim=-1)
+        torch.testing.assert_close(solution.residual_norm.double(), size, rtol=0.01, atol=0)
+    assert skipped >= 8
+    assert asked or dtype == F64
+
+
+@pytest.mark.parametrize("tasks", [(), (2,)], ids=["one", "two tasks"])
+def test_where_rounding_has_spoilt_the_recursion_the_residual_is_measured(tasks):
+    """At the rounding floor of an ill-conditioned system the recursion goes on falling."""
+    A = with_spectrum(spread(30, 1e-6, 1.0), dtype=torch.float32)
+    b = data(3, *tasks, 30, dtype=torch.float32)
+    system, _ = _system(A, b, steady=True)
+    solution = CG(maxiter=500, rtol=1e-7).run(system)
+    true = b.double() - solution.x.double() @ A.double()
+    size = true.norm(dim=-1) / b.double().norm(dim=-1)
+    torch.testing.assert_close(solution.residual_norm.double(), size, rtol=0.2, atol=0)
+    assert not solution.success.any()
+
+
+def test_products_that_differ_from_call_to_call_have_their_residual_measured():
+    A, b = with_spectrum(spread(20, 1.0, 3.0)), data(3, 20, dtype=F64)
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(v: Tensor) -> Tensor:
+        return A @ v * (1 + 0.1 * torch.rand(20, generator=generator, dtype=F64))
+
+    _, info = CG(maxiter=4).solve(noisy, b)
+    assert info.matvecs == 5
+    asked = data(0, 20, dtype=F64)
+    _, info = hypergradient_with(A, asked, CG(maxiter=4), return_info=True)
+    expected = asked - A @ info.solution
+    assert info.matvecs == 4
+    torch.testing.assert_close(info.residual_norm, expected.norm() / asked.norm())
+
+
+def test_the_residual_of_a_long_system_is_the_true_one_whoever_made_it():
+    """Long vectors are changed in place; one system is cut short, two end at the rounding floor."""
+    b = data(0, 20_000, dtype=torch.float32)
+    tree = Tree("b", b)
+
+    def product(v: Tensor) -> Tensor:
+        return (2 + 2**-7) * v - v.roll(1) - v.roll(-1)
+
+    for maxiter, rtol in ((5, None), (1000, 1e-5), (1000, 1e-6), (1000, 1e-7)):
+        system = LinearSystem(product, b, Layout(tree, [b]), tree, steady=True, symmetric=True)
+        solution = CG(maxiter=maxiter, rtol=rtol).run(system)
+        true = b.double() - product(solution.x.double())
+        off = (solution.residual.double() - true).norm() / b.double().norm()
+        assert off < 3e-6
+        assert solution.residual_norm < (1e-4 if rtol else 1)
+        assert float(solution.residual_norm) == pytest.approx(
+            float(true.norm() / b.double().norm()), abs=3e-6
+        )
