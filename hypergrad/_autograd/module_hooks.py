@@ -39,8 +39,8 @@ _number = RemovableHandle(OrderedDict()).id  # which no other hook gets
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
 
 
-def watch(watcher: Watcher) -> Token[Watcher | None]:
-    """Tell of every module that runs in this thread, until `unwatch`."""
+def watch(watcher: Watcher | None) -> Token[Watcher | None]:
+    """Tell of every module that runs in this thread, until `unwatch`; None: tell nobody."""
     # PyTorch knows hooks for one module, or for all threads: these are for all, and return at
     # once in threads that nobody watches.
     with _installing:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..solvers._fields import positive
-from ._levels import Leaves, Levels, minus
+from ._derivatives import Leaves
+from ._levels import Levels, minus
 from ._method import Decaying, State, checked, exponent
 from ._step_info import StepInfo
 
