@@ -71,10 +71,12 @@ from .solvers import (
 if TYPE_CHECKING:
     from .bilevel import (
         F2SA,
+        FSLA,
         HOAG,
         MASOBA,
         SABA,
         SOBA,
+        SRBA,
         Alternating,
         AmIGO,
         Bilevel,
@@ -87,6 +89,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "F2SA",
+    "FSLA",
     "GMRES",
     "HOAG",
     "KKT",
@@ -95,6 +98,7 @@ __all__ = [
     "MINRES",
     "SABA",
     "SOBA",
+    "SRBA",
     "Alternating",
     "AmIGO",
     "Auto",

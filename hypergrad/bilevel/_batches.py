@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import StructureMismatch
+from .._errors import StructureMismatch, UnsupportedOperation
 
 Source = Sequence[Any] | Iterable[Any] | Callable[[torch.Generator], Any] | None
 
@@ -65,6 +65,31 @@ class Batches:
             self.count = len(source)  # type: ignore[arg-type]
             if not self.count:
                 raise ValueError(f"{name} is empty: there is no batch to draw.")
+
+    def places(self, who: str) -> int:
+        """Count the batches, for a method that needs each of them again.
+
+        Parameters
+        ----------
+        who : str
+            The method.
+
+        Returns
+        -------
+        count : int
+            How many there are.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If they have no places.
+        """
+        if self.count is None:
+            raise UnsupportedOperation(
+                f"{who} needs each batch again: {self.name} must be a sequence, with a length and "
+                "with batches at places 0, 1, ..., such as list(dataloader)."
+            )
+        return self.count
 
     @property
     def there(self) -> bool:

@@ -52,7 +52,7 @@ class Bilevel:
     `torch.optim` optimisers that move them, the inner solution and the linear system's, and where
     the batches are drawn. The next step starts from both solutions. The `method` says how a step
     is made: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
-    `MASOBA`, `SABA`, `AmIGO`, `StocBiO` and `F2SA`.
+    `MASOBA`, `SABA`, `SRBA`, `FSLA`, `AmIGO`, `StocBiO` and `F2SA`.
 
     Parameters
     ----------

@@ -154,6 +154,25 @@ class Levels:
         """Draw the next batch of the outer problem."""
         return self.passed[1] or self.outer_batches.draw(self.generator)
 
+    def refuse_passed(self, who: str) -> None:
+        """Raise where the step was called with a batch, for a method that draws them itself.
+
+        Parameters
+        ----------
+        who : str
+            The method.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If it was.
+        """
+        if any(self.passed):
+            raise UnsupportedOperation(
+                f"{who} comes back to its batches, and so draws them itself. Pass inner_batches "
+                "and outer_batches to Bilevel, as sequences, and call step()."
+            )
+
     def inner_on(self, batch: Batch) -> Condition:
         """Pose the inner problem on one batch, as a function of params and hparams."""
         return self.derivatives.inner_on(batch)
