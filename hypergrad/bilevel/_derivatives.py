@@ -184,7 +184,7 @@ class Derivatives:
         known = self._of_inner
         problem = self._noted(known, batch)
         lin = Linearisation(problem, self._tensors(at), Draw())
-        self._check("inner", lin.record.values, lin.aliases)
+        self._check(known, lin.record.values, lin.aliases)
         known.learn()
         return lin
 
@@ -199,7 +199,7 @@ class Derivatives:
             values = problem.condition.probe(problem, recording.placed(tensors, places))
             recording.returned(values)
             value = torch.stack(values).sum() if len(values) > 1 else values[0]
-            self._check("inner", values, recording.aliases)
+            self._check(known, values, recording.aliases)
             return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
 
         answer = record(evaluate, [tensors[i] for i in places], problem.trees)
@@ -221,10 +221,12 @@ class Derivatives:
                 tensors[place] = value
         return tensors
 
-    def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
-        """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
-        if not self.checked:
-            refuse_past_arguments(what, values, aliases, self._trees)
+    def _check(
+        self, known: KnownGraphs, values: Sequence[Tensor], aliases: Sequence[Tensor]
+    ) -> None:
+        """Refuse a loss that reaches a variable past its arguments: where its graph is new."""
+        if known.open or not self.checked:
+            refuse_past_arguments("inner", values, aliases, self._trees)
 
     # --- without it ----------------------------------------------------------------------
 
