@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("jax")
 
-from benchmarks import bilevel_grid as grid  # noqa: E402
-from benchmarks import bilevel_jax, bilevel_peers  # noqa: E402
+from benchmarks import bilevel_grid as grid
+from benchmarks import bilevel_jax, bilevel_peers
 
 
 @pytest.mark.parametrize("name", grid.PROBLEMS)
