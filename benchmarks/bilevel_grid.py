@@ -42,7 +42,7 @@ class Rates:
 RATES: dict[str, dict[bool, tuple[float, tuple[float, ...]]]] = {
     "quadratic": {False: (0.1, (0.03, 0.1, 0.3)), True: (1.4, (0.3, 1.0, 3.0))},
     "cleaning": {False: (0.4, (100.0, 300.0, 1000.0)), True: (0.7, (100.0, 300.0, 1000.0))},
-    "penalties": {False: (0.4, (15.0, 50.0, 150.0)), True: (0.7, (50.0, 150.0, 500.0))},
+    "penalties": {False: (0.4, (50.0, 150.0, 500.0)), True: (0.7, (150.0, 500.0, 1500.0))},
 }
 
 

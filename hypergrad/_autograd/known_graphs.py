@@ -9,15 +9,14 @@ that have passed, and is guarded again at the first one that has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .double_backward import advise, changed_in_place
-from .module_hooks import unwatch, watch
+from .module_hooks import switch, switched_back, unwatch, watch
 from .random_numbers import State, generators, same
 from .tested_nodes import TESTED_NODES
 from .turns import end_turn, take_turn
@@ -62,14 +61,16 @@ class _Refuses:
         raise _Unguarded
 
 
-@contextmanager
-def listening_to_modules() -> Iterator[None]:
-    """Surround several evaluations, so that the hooks on modules are put there once."""
-    token = watch(None)
-    try:
-        yield
-    finally:
-        unwatch(token)
+class KnownEvaluations:
+    """A context around evaluations of known graphs: the hooks on modules are put there once."""
+
+    def __enter__(self) -> None:
+        """Put them there."""
+        self._token = watch(None)
+
+    def __exit__(self, *error: object) -> None:
+        """Take them away."""
+        unwatch(self._token)
 
 
 class KnownGraphs:
@@ -131,7 +132,7 @@ class KnownGraphs:
     def evaluate(
         self, call: Callable[[], Any], aliases: Sequence[Tensor], trees: Sequence[Tree]
     ) -> Tensor | None:
-        """Evaluate the loss without the guard.
+        """Evaluate the loss without the guard, inside of `KnownEvaluations`.
 
         Parameters
         ----------
@@ -159,7 +160,7 @@ class KnownGraphs:
         if not (self._known and _plain()):
             return None
         watcher, turn, before = _Refuses(), take_turn(), [t._version for t in aliases]
-        token = watch(watcher)
+        token = switch(watcher)
         try:
             value = call()
         except _Unguarded:
@@ -168,7 +169,7 @@ class KnownGraphs:
             advise(error, trees)
             raise
         finally:
-            unwatch(token)
+            switched_back(token)
             if turn:
                 end_turn()
         if [t._version for t in aliases] != before:

@@ -51,6 +51,16 @@ def watch(watcher: Watcher | None) -> Token[Watcher | None]:
     return _watcher.set(watcher)
 
 
+def switch(watcher: Watcher | None) -> Token[Watcher | None]:
+    """Tell another watcher while somebody watches; `switched_back` ends it."""
+    return _watcher.set(watcher)
+
+
+def switched_back(token: Token[Watcher | None]) -> None:
+    """Tell whoever was told before `switch`."""
+    _watcher.reset(token)
+
+
 def unwatch(token: Token[Watcher | None]) -> None:
     """Tell whoever was told before."""
     _watcher.reset(token)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,20 +13,19 @@ from .._errors import StructureMismatch, UnsupportedOperation
 Source = Sequence[Any] | Iterable[Any] | Callable[[torch.Generator], Any] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The arguments of a loss after ``(params, hparams)``: nothing, or one mini-batch.
 
     Attributes
     ----------
     args : tuple
         Empty, or the batch alone.
-    index : int, optional
-        Its place in the sequence that it was drawn from.
+    place : int, optional
+        Where it stands in the sequence that it was drawn from.
     """
 
     args: tuple[Any, ...] = ()
-    index: int | None = None
+    place: int | None = None
 
 
 class Batches:
@@ -99,7 +97,7 @@ class Batches:
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw one batch."""
         if self._source is None:
-            return Batch(index=0)
+            return Batch(place=0)
         if self.count == 1:
             return self[0]
         if self.count is not None:
@@ -121,7 +119,7 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         if self._source is None:
-            return Batch(index=0)
+            return Batch(place=0)
         return Batch((self._source[index],), index)  # type: ignore[index]
 
     def state(self) -> int:

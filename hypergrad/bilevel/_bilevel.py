@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd.known_graphs import listening_to_modules
+from .._autograd.known_graphs import KnownEvaluations
 from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
 from .._autograd.transforms import transforms_active
@@ -224,7 +224,7 @@ class Bilevel:
             None if outer_batch is _ABSENT else Batch((outer_batch,)),
         )
         try:
-            with _recording(), listening(levels._hear), listening_to_modules():
+            with _recording(), listening(levels._hear), KnownEvaluations():
                 levels._begin()
                 info = self.method.step(levels)
         except TypeError as error:

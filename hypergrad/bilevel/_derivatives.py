@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
+from .._pytrees import Tree
 from ..conditions._base import Condition, require_all
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
@@ -46,8 +47,7 @@ class Products:
     cross: Leaves
 
 
-@dataclasses.dataclass(frozen=True)
-class At:
+class At(NamedTuple):
     """A point: tensors in the places of the variables of either level; None: as they are."""
 
     params: Sequence[Tensor] | None = None
@@ -72,6 +72,8 @@ class Derivatives:
 
     Attributes
     ----------
+    bare : list of bool
+        Whether the parameters, and the hyperparameters, are one tensor by itself.
     checked : bool
         Whether the inner loss is known to reach no variable past its arguments.
     """
@@ -81,6 +83,7 @@ class Derivatives:
         self.layout = problem.layout()
         self.checked = False
         self._trees = problem.trees
+        self.bare = [_is_one(tree) for tree in self._trees]
         # Of the outer loss, of the inner loss, and of that with the hyperparameters constant.
         self._of_outer, self._of_inner, self._of_params = (KnownGraphs() for _ in range(3))
         condition = problem.condition
@@ -250,9 +253,13 @@ class Derivatives:
         outer = [detached(v) for v in at.hparams or hparams.variables]
         if by_hparams:
             outer = [v.requires_grad_() for v in outer]
-        args = params.rebuild(inner), hparams.rebuild(outer), *batch.args
+        args = self._built(0, inner), self._built(1, outer), *batch.args
         value = known.evaluate(lambda: loss(*args), [*inner, *outer], self._trees)
         return None if value is None else (value, inner, outer)
+
+    def _built(self, level: int, variables: Leaves) -> Any:
+        """Build an argument of its variables."""
+        return variables[0] if self.bare[level] else self._trees[level].rebuild(variables)
 
     def _variables(self, params: Any, hparams: Any, *batch: Any) -> Leaves:
         """Pick the variables of both levels among the arguments of a loss."""
@@ -262,6 +269,12 @@ class Derivatives:
             for leaves in (pytree.tree_flatten(value)[0],)
             for i in tree.where
         ]
+
+
+def _is_one(tree: Tree) -> bool:
+    """Say whether the argument is one tensor, and no container of it."""
+    mark = object()
+    return len(tree.variables) == 1 and tree.rebuild([mark]) is mark
 
 
 def _replayed(lin: Linearisation) -> bool:

@@ -435,9 +435,9 @@ class Levels:
         """
         if self.on_failure == "ignore":
             return
-        tensors = [
-            (name, t) for name, v in named.items() for t in ([v] if isinstance(v, Tensor) else v)
-        ]
+        tensors: list[tuple[str, Tensor]] = []
+        for name, value in named.items():
+            tensors += [(name, t) for t in ((value,) if isinstance(value, Tensor) else value)]
         if self.layout.device.type == "cpu":  # a finite sum has finite terms
             known = all(math.isfinite(t.sum().item()) for _, t in tensors)
         else:
@@ -471,7 +471,7 @@ class Levels:
 
     def shaped(self, leaves: Sequence[Tensor]) -> Any:
         """Turn tensors shaped like the hyperparameters into a pytree."""
-        return self.hparams.fill(leaves)
+        return leaves[0] if self.derivatives.bare[1] else self.hparams.fill(leaves)
 
     def zeros(self) -> Tensor:
         """Make a flat vector of zeros, shaped like the inner variables."""

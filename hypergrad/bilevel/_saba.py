@@ -105,10 +105,10 @@ class SABA(SingleLoop):
         inner, flat = levels.products(i, levels.state["u"]), _flat(levels)
         value, by_params, direct = levels.outer_slopes(j)
         return {
-            "inner": (i.index, torch.stack([inner.residual, inner.product])),
-            "cross": (i.index, flat.flatten(inner.cross)),
-            "by_params": (j.index, by_params),
-            "direct": (j.index, flat.flatten(direct)),
+            "inner": (i.place, torch.stack([inner.residual, inner.product])),
+            "cross": (i.place, flat.flatten(inner.cross)),
+            "by_params": (j.place, by_params),
+            "direct": (j.place, flat.flatten(direct)),
         }, value
 
     def _fill(self, levels: Levels) -> None:
