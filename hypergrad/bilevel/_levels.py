@@ -315,14 +315,12 @@ class Levels:
 
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
         """Make one step of the inner optimiser along a flat direction."""
-        # Copies: one that is all of the vector may be kept by the optimiser.
-        leaves = [leaf.clone() for leaf in self.layout.split(direction)]
+        leaves = self.layout.split(direction)
         move(self.inner_optimizer, self.params.variables, leaves, factor)
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
         """Make one step of the outer optimiser, and go back to where hyperparameters may be."""
-        leaves = [leaf.clone() for leaf in direction]
-        move(self.outer_optimizer, self.hparams.variables, leaves, factor)
+        move(self.outer_optimizer, self.hparams.variables, direction, factor)
         if self.hparams_projection is not None:
             self._project(self.hparams_projection)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd.plain_steps import descend, plain_rate
 from .._errors import StructureMismatch
 from .._pytrees import Tree
 
@@ -109,12 +110,15 @@ def move(
     optimiser : Optimizer
         What moves them.
     variables, leaves : sequence of Tensor
-        What is moved, and along what: memory that the optimiser may keep.
+        What is moved, and along what; an optimiser is given copies, which it may keep.
     factor : float
         What its learning rates are multiplied by.
     closure : callable, optional
         What it is given.
     """
+    rate = plain_rate(optimiser, variables)
+    if rate is not None and descend(variables, leaves, rate * factor):
+        return
     groups = optimiser.param_groups
     rates = None if factor == 1 else [group["lr"] for group in groups]
     before = [v.grad for v in variables]
@@ -123,7 +127,7 @@ def move(
             for group, lr in zip(groups, rates, strict=True):
                 group["lr"] = lr * factor
         for variable, leaf in zip(variables, leaves, strict=True):
-            variable.grad = leaf
+            variable.grad = leaf.clone()
         optimiser.step() if closure is None else optimiser.step(closure)  # type: ignore[arg-type]
     finally:
         if rates is not None:
