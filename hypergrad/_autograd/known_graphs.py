@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .double_backward import advise, changed_in_place
-from .module_hooks import switch, switched_back, unwatch, watch
+from .module_hooks import unwatch, watch, watching
 from .random_numbers import State, generators, same
 from .tested_nodes import TESTED_NODES
 from .turns import end_turn, take_turn
@@ -41,7 +41,7 @@ class _Refuses:
     """Who watches an evaluation in which no module may run."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.noticed = False
 
     def enter(self, module: nn.Module) -> None:
         self._refuse()
@@ -57,7 +57,7 @@ class _Refuses:
         return again
 
     def _refuse(self) -> None:
-        self.seen = True  # the loss may catch the exception
+        self.noticed = True  # the loss may catch the exception
         raise _Unguarded
 
 
@@ -111,6 +111,8 @@ class KnownGraphs:
 
         def noted(*args: Any) -> Any:
             value = function(*args)
+            watcher = watching()
+            self.open = watcher is not None and not watcher.noticed
             self._value = value, aliases(*args)
             return value
 
@@ -119,7 +121,7 @@ class KnownGraphs:
     def learn(self) -> None:
         """Take in the graph of the evaluation that has just been made under the guard."""
         noted, before, self._value, self._before = self._value, self._before, None, None
-        if noted is None or before is None:
+        if noted is None or before is None or not self.open:
             return
         value, aliases = noted
         shape = _shape(value, aliases) if type(value) is Tensor else None
@@ -132,7 +134,7 @@ class KnownGraphs:
     def evaluate(
         self, call: Callable[[], Any], aliases: Sequence[Tensor], trees: Sequence[Tree]
     ) -> Tensor | None:
-        """Evaluate the loss without the guard, inside of `KnownEvaluations`.
+        """Evaluate the loss without the guard.
 
         Parameters
         ----------
@@ -160,7 +162,7 @@ class KnownGraphs:
         if not (self._known and _plain()):
             return None
         watcher, turn, before = _Refuses(), take_turn(), [t._version for t in aliases]
-        token = switch(watcher)
+        token = watch(watcher)
         try:
             value = call()
         except _Unguarded:
@@ -169,12 +171,12 @@ class KnownGraphs:
             advise(error, trees)
             raise
         finally:
-            switched_back(token)
+            unwatch(token)
             if turn:
                 end_turn()
         if [t._version for t in aliases] != before:
             _refuse_changed(aliases, before, trees)
-        if watcher.seen:
+        if watcher.noticed:
             self.open = False
             return None
         if type(value) is Tensor and value.ndim == 0 and _shape(value, aliases) in self._known:

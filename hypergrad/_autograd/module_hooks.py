@@ -19,6 +19,10 @@ from torch.utils.hooks import RemovableHandle
 class Watcher(Protocol):
     """A listener to the modules that run, and the checkpoints that begin."""
 
+    @property
+    def noticed(self) -> bool:
+        """Whether there was anything to hear."""
+
     def enter(self, module: nn.Module) -> None:
         """Hear that a module is about to run."""
 
@@ -49,16 +53,6 @@ def watch(watcher: Watcher | None) -> Token[Watcher | None]:
         else:
             _installed.append(_Hooks())
     return _watcher.set(watcher)
-
-
-def switch(watcher: Watcher | None) -> Token[Watcher | None]:
-    """Tell another watcher while somebody watches; `switched_back` ends it."""
-    return _watcher.set(watcher)
-
-
-def switched_back(token: Token[Watcher | None]) -> None:
-    """Tell whoever was told before `switch`."""
-    _watcher.reset(token)
 
 
 def unwatch(token: Token[Watcher | None]) -> None:
@@ -97,19 +91,19 @@ class _Hooks:
             hooks.pop(_number, None)
 
 
-def _watching() -> Watcher | None:
+def watching() -> Watcher | None:
     """Find the watcher that is told in this thread."""
     return None if torch.compiler.is_compiling() else _watcher.get()
 
 
 def _entering(module: nn.Module, args: Any) -> None:
-    watcher = _watching()
+    watcher = watching()
     if watcher is not None:
         watcher.enter(module)
 
 
 def _leaving(module: nn.Module, args: Any, output: Any) -> None:
-    watcher = _watching()
+    watcher = watching()
     if watcher is not None:
         watcher.leave(module)
 
@@ -118,7 +112,7 @@ def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the function that makes the frame of a checkpoint, to tell when one begins."""
 
     def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
-        watcher = _watching()
+        watcher = watching()
         return frame(again if watcher is None else watcher.begin(again), *args, **kwargs)
 
     return make
@@ -128,7 +122,7 @@ def _surrounding(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable
     """Wrap the function that makes the context which a region runs in."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        watcher = _watching()
+        watcher = watching()
         return nullcontext() if watcher is not None and watcher.keeps() else hook(*args, **kwargs)
 
     return make
@@ -142,7 +136,7 @@ class _Saving:
 
     def apply(self, *args: Any) -> Any:
         """Save them, unless the region keeps what it computes: a transform may not like it."""
-        watcher = _watching()
+        watcher = watching()
         if watcher is not None and watcher.keeps():
             return torch.empty(0)
         return self._function.apply(*args)
@@ -156,7 +150,7 @@ class _Reentrant:
 
     def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """Run a region, under the other checkpoint in a thread that is watched."""
-        if _watching() is None:
+        if watching() is None:
             return self._function.apply(run, preserve, *args)
         return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
 

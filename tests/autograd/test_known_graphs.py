@@ -141,6 +141,20 @@ class Counts(nn.Module):
         return x
 
 
+def test_a_loss_that_runs_a_module_keeps_its_guard_and_is_called_no_more_often():
+    net, calls = Counts(), []
+
+    def inner(w, h):
+        calls.append(1)
+        return plain(net(w), h)
+
+    bilevel = changing(inner, inner)
+    run(bilevel, 6)
+    assert len(calls) == 6
+    assert not bilevel._levels.derivatives._of_inner.open
+    assert net.calls == 0
+
+
 def test_a_module_that_comes_to_run_does_not_change():
     net = Counts()
     bilevel = changing(plain, lambda w, h: plain(net(w), h))
