@@ -75,10 +75,12 @@ from .solvers import (
 if TYPE_CHECKING:
     from .bilevel import (
         F2SA,
+        FSLA,
         HOAG,
         MASOBA,
         SABA,
         SOBA,
+        SRBA,
         Alternating,
         AmIGO,
         Bilevel,
@@ -91,6 +93,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "F2SA",
+    "FSLA",
     "GMRES",
     "HOAG",
     "KKT",
@@ -99,6 +102,7 @@ __all__ = [
     "MINRES",
     "SABA",
     "SOBA",
+    "SRBA",
     "Alternating",
     "AmIGO",
     "Auto",

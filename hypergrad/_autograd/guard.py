@@ -104,6 +104,11 @@ class Guard(TorchFunctionMode):
             if self._turn:
                 end_turn()
 
+    @property
+    def noticed(self) -> bool:
+        """Whether a module has run, or a checkpoint's region begun."""
+        return bool(self._regions) or len(self._state) > 0
+
     def enter(self, module: nn.Module) -> None:
         """Note that a module is about to run."""
         with torch._C.DisableTorchFunction():  # these questions are not the function's doing

@@ -19,6 +19,10 @@ from torch.utils.hooks import RemovableHandle
 class Watcher(Protocol):
     """A listener to the modules that run, and the checkpoints that begin."""
 
+    @property
+    def noticed(self) -> bool:
+        """Whether there was anything to hear."""
+
     def enter(self, module: nn.Module) -> None:
         """Hear that a module is about to run."""
 
@@ -39,8 +43,8 @@ _number = RemovableHandle(OrderedDict()).id  # which no other hook gets
 _installed: list[Any] = []  # how to remove the hooks, and one more entry for every further watch
 
 
-def watch(watcher: Watcher) -> Token[Watcher | None]:
-    """Tell of every module that runs in this thread, until `unwatch`."""
+def watch(watcher: Watcher | None) -> Token[Watcher | None]:
+    """Tell of every module that runs in this thread, until `unwatch`; None: tell nobody."""
     # PyTorch knows hooks for one module, or for all threads: these are for all, and return at
     # once in threads that nobody watches.
     with _installing:
@@ -87,19 +91,19 @@ class _Hooks:
             hooks.pop(_number, None)
 
 
-def _watching() -> Watcher | None:
+def watching() -> Watcher | None:
     """Find the watcher that is told in this thread."""
     return None if torch.compiler.is_compiling() else _watcher.get()
 
 
 def _entering(module: nn.Module, args: Any) -> None:
-    watcher = _watching()
+    watcher = watching()
     if watcher is not None:
         watcher.enter(module)
 
 
 def _leaving(module: nn.Module, args: Any, output: Any) -> None:
-    watcher = _watching()
+    watcher = watching()
     if watcher is not None:
         watcher.leave(module)
 
@@ -108,7 +112,7 @@ def _beginning(frame: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the function that makes the frame of a checkpoint, to tell when one begins."""
 
     def make(again: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
-        watcher = _watching()
+        watcher = watching()
         return frame(again if watcher is None else watcher.begin(again), *args, **kwargs)
 
     return make
@@ -118,7 +122,7 @@ def _surrounding(hook: Callable[[Any], AbstractContextManager[Any]]) -> Callable
     """Wrap the function that makes the context which a region runs in."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        watcher = _watching()
+        watcher = watching()
         return nullcontext() if watcher is not None and watcher.keeps() else hook(*args, **kwargs)
 
     return make
@@ -132,7 +136,7 @@ class _Saving:
 
     def apply(self, *args: Any) -> Any:
         """Save them, unless the region keeps what it computes: a transform may not like it."""
-        watcher = _watching()
+        watcher = watching()
         if watcher is not None and watcher.keeps():
             return torch.empty(0)
         return self._function.apply(*args)
@@ -146,7 +150,7 @@ class _Reentrant:
 
     def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """Run a region, under the other checkpoint in a thread that is watched."""
-        if _watching() is None:
+        if watching() is None:
             return self._function.apply(run, preserve, *args)
         return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
 

@@ -8,20 +8,24 @@ from ._alternating import Alternating
 from ._amigo import AmIGO
 from ._bilevel import Bilevel
 from ._f2sa import F2SA
+from ._fsla import FSLA
 from ._hoag import HOAG
 from ._levels import Levels
 from ._method import Method
 from ._saba import SABA
 from ._soba import MASOBA, SOBA
+from ._srba import SRBA
 from ._step_info import StepInfo
 from ._stocbio import StocBiO
 
 __all__ = [
     "F2SA",
+    "FSLA",
     "HOAG",
     "MASOBA",
     "SABA",
     "SOBA",
+    "SRBA",
     "Alternating",
     "AmIGO",
     "Bilevel",

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .._errors import StructureMismatch
+from .._errors import StructureMismatch, UnsupportedOperation
 
 Source = Sequence[Any] | Iterable[Any] | Callable[[torch.Generator], Any] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The arguments of a loss after ``(params, hparams)``: nothing, or one mini-batch.
 
     Attributes
     ----------
     args : tuple
         Empty, or the batch alone.
-    index : int, optional
-        Its place in the sequence that it was drawn from.
+    place : int, optional
+        Where it stands in the sequence that it was drawn from.
     """
 
     args: tuple[Any, ...] = ()
-    index: int | None = None
+    place: int | None = None
 
 
 class Batches:
@@ -66,6 +64,31 @@ class Batches:
             if not self.count:
                 raise ValueError(f"{name} is empty: there is no batch to draw.")
 
+    def places(self, who: str) -> int:
+        """Count the batches, for a method that needs each of them again.
+
+        Parameters
+        ----------
+        who : str
+            The method.
+
+        Returns
+        -------
+        count : int
+            How many there are.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If they have no places.
+        """
+        if self.count is None:
+            raise UnsupportedOperation(
+                f"{who} needs each batch again: {self.name} must be a sequence, with a length and "
+                "with batches at places 0, 1, ..., such as list(dataloader)."
+            )
+        return self.count
+
     @property
     def there(self) -> bool:
         """Whether there is a source, so that a loss is given a batch."""
@@ -74,7 +97,7 @@ class Batches:
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw one batch."""
         if self._source is None:
-            return Batch(index=0)
+            return Batch(place=0)
         if self.count == 1:
             return self[0]
         if self.count is not None:
@@ -96,7 +119,7 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         if self._source is None:
-            return Batch(index=0)
+            return Batch(place=0)
         return Batch((self._source[index],), index)  # type: ignore[index]
 
     def state(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._autograd.known_graphs import KnownEvaluations
 from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
 from .._autograd.transforms import transforms_active
@@ -50,7 +52,7 @@ class Bilevel:
     `torch.optim` optimisers that move them, the inner solution and the linear system's, and where
     the batches are drawn. The next step starts from both solutions. The `method` says how a step
     is made: `Alternating` (the default), `HOAG`, or one of the stochastic methods `SOBA`,
-    `MASOBA`, `SABA`, `AmIGO`, `StocBiO` and `F2SA`.
+    `MASOBA`, `SABA`, `SRBA`, `FSLA`, `AmIGO`, `StocBiO` and `F2SA`.
 
     Parameters
     ----------
@@ -222,10 +224,9 @@ class Bilevel:
             None if outer_batch is _ABSENT else Batch((outer_batch,)),
         )
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with _recording(), listening(levels._hear), KnownEvaluations():
                 levels._begin()
-                with listening(levels._hear):
-                    info = self.method.step(levels)
+                info = self.method.step(levels)
         except TypeError as error:
             levels._refuse_signatures(error)
             raise
@@ -237,8 +238,9 @@ class Bilevel:
                 f"and Levels.record make it; it returned {type(info).__name__}."
             )
         levels.steps += 1
-        levels._checked = True
-        info = dataclasses.replace(info, warned=dict(levels.warned))
+        levels.derivatives.checked = True
+        if levels.warned:
+            info = dataclasses.replace(info, warned=dict(levels.warned))
         if self._callback is not None:
             self._callback(info)
         return info
@@ -324,6 +326,18 @@ class Bilevel:
         levels.steps = int(state["steps"])
         levels.memory.load(state.get("memory", {}))
         levels.warned = dict(state.get("warned", {}))
+
+
+@contextmanager
+def _with_graphs() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _recording() -> AbstractContextManager[None]:
+    """Make the context in which graphs are recorded: none where the caller's does that."""
+    known = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return nullcontext() if known else _with_graphs()
 
 
 def _by_estimator(method: Any) -> Method:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,17 +11,11 @@ import torch
 from torch import Tensor
 
 from .._autograd.captured import refuse_one_level_reduced
-from .._autograd.products import Replay, filled, gradient_of
-from .._autograd.random_numbers import Draw
-from .._autograd.recording import Recording, record, refuse_past_arguments
-from .._autograd.trace import detached
 from .._errors import NotConnected, NotFinite, UnsupportedOperation
-from .._implicit.linearisation import Linearisation
-from .._implicit.outer_slopes import outer_gradient
 from .._implicit.task_norms import finite
 from .._mistakes import refuse_signatures
 from .._warnings import OnFailure
-from ..conditions._base import Condition, as_condition, require_all
+from ..conditions._base import Condition, as_condition
 from ..conditions._gauss_newton import GaussNewton
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
@@ -30,31 +23,12 @@ from ..solvers._fields import at_least
 from ..solvers._recycle import Memory
 from ..solvers._vectors import norm
 from ._batches import Batch, Batches, Source
+from ._derivatives import At, Derivatives, Leaves, Products
 from ._method import State
-from ._optimisers import Optimiser, gradients, scaled, take
+from ._optimisers import Optimiser, move, take
 from ._step_info import StepInfo
 
-Leaves = list[Tensor]
 _TASKS = re.compile(r"^(\d+|more than 3) of \d+ tasks: ")
-
-
-@dataclasses.dataclass
-class Products:
-    """The products of one batch of the inner problem with a vector u, all from one evaluation.
-
-    Attributes
-    ----------
-    residual : Tensor
-        F, flat.
-    product : Tensor
-        ``A^T u``, flat.
-    cross : list of Tensor
-        ``(dF/dhparams)^T u``, a tensor for each variable.
-    """
-
-    residual: Tensor
-    product: Tensor
-    cross: Leaves
 
 
 class Levels:
@@ -75,6 +49,8 @@ class Levels:
         The two levels; ``params.variables`` and ``hparams.variables`` are the tensors that move.
     inner_optimizer, outer_optimizer : torch.optim.Optimizer
         What moves them.
+    derivatives : object
+        What evaluates and differentiates the losses.
     condition : condition
         The inner problem; ``condition.symmetric`` says whether A is known to be symmetric.
     passed : tuple
@@ -89,9 +65,10 @@ class Levels:
         A batch is nothing to look into: it is passed to a derivative. `inner_on` and `outer_on`
         are the two functions on a batch, with the arguments ``(params, hparams)``, and `now` the
         variables to call them with.
-    Derivatives, all at the variables as they are
+    Derivatives, at the variables as they are or at tensors that are passed in their places
         `outer_slopes`, `product`, `cross`, and `products`, which gives F and both products from
-        one evaluation; `inner_gradient` and `inner_slopes` of first order.
+        one evaluation; `inner_gradient` and `inner_slopes` of first order. `derivatives` forms
+        them all.
     Moves
         `inner_step`, `inner_steps`, `move_inner`, `move_outer`, and `outer_step`, which looks,
         moves and records.
@@ -146,8 +123,9 @@ class Levels:
         self.params, self.inner_optimizer = take("params", params, optimizers[0], True, names)
         self.hparams, self.outer_optimizer = take("hparams", hparams, optimizers[1], False, True)
         _refuse_shared(self)
-        self.problem = Problem.of(self.condition, self.params, [self.hparams])
-        self.layout = self.problem.layout()
+        problem = Problem.of(self.condition, self.params, [self.hparams])
+        self.derivatives = Derivatives(problem, outer)
+        self.layout = self.derivatives.layout
         self.inner_batches = Batches("inner_batches", batches[0])
         self.outer_batches = Batches("outer_batches", batches[1])
         self.on_failure, self.generator = on_failure, generator
@@ -156,7 +134,6 @@ class Levels:
         self.state: State = {}
         self.memory = Memory()  # of the linear system
         self.passed: tuple[Batch | None, Batch | None] = (None, None)
-        self._checked = False
         self.warned: dict[str, int] = {}
         self._heard: set[str] = set()  # in this step
 
@@ -179,22 +156,32 @@ class Levels:
         """Draw the next batch of the outer problem."""
         return self.passed[1] or self.outer_batches.draw(self.generator)
 
+    def refuse_passed(self, who: str) -> None:
+        """Raise where the step was called with a batch, for a method that draws them itself.
+
+        Parameters
+        ----------
+        who : str
+            The method.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If it was.
+        """
+        if any(self.passed):
+            raise UnsupportedOperation(
+                f"{who} comes back to its batches, and so draws them itself. Pass inner_batches "
+                "and outer_batches to Bilevel, as sequences, and call step()."
+            )
+
     def inner_on(self, batch: Batch) -> Condition:
         """Pose the inner problem on one batch, as a function of params and hparams."""
-        if not batch.args:
-            return self.condition
-        assert dataclasses.is_dataclass(self.condition)
-        bound = {
-            field.name: functools.partial(_followed, getattr(self.condition, field.name), batch)
-            for field in dataclasses.fields(self.condition)
-            if callable(getattr(self.condition, field.name))
-        }
-        replaced: Any = dataclasses.replace(self.condition, **bound)
-        return replaced
+        return self.derivatives.inner_on(batch)
 
     def outer_on(self, batch: Batch) -> Callable[..., Any]:
         """Bind the outer loss to one batch, as a function of params and hparams."""
-        return functools.partial(_followed, self.outer, batch) if batch.args else self.outer
+        return self.derivatives.outer_on(batch)
 
     def _refuse_signatures(self, error: TypeError) -> None:
         """Raise where a loss cannot be called with its arguments."""
@@ -223,9 +210,9 @@ class Levels:
             The condition, which for a minimum is the gradient.
         """
         if not isinstance(self.condition, Minimum | GaussNewton):
-            residual = self._linearised(batch).residual
+            residual = self.derivatives.linearised(batch).residual
             return residual.square().sum() / 2, self.layout.split(residual)
-        return self._first_order(batch, by_hparams=False)
+        return self.derivatives.inner(batch, by_hparams=False)
 
     def size(self, condition: Tensor | Leaves) -> Tensor:
         """Measure the norm of the inner condition, flat or as it is returned by `inner_step`."""
@@ -234,73 +221,40 @@ class Levels:
 
     def inner_slopes(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Leaves:
         """Form the derivatives of the inner loss, by the inner and then the outer variables."""
-        return self._first_order(batch, by_hparams=True, params=params)[1]
+        return self.derivatives.inner(batch, At(params), by_hparams=True)[1]
 
-    def _first_order(
-        self, batch: Batch, *, by_hparams: bool, params: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Leaves]:
-        problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
-        places = [*problem.inner, *(problem.outer if by_hparams else ())]
-        tensors = self._tensors(params)
-
-        def evaluate(recording: Recording) -> tuple[Tensor, list[Tensor | None]]:
-            values = problem.condition.probe(problem, recording.placed(tensors, places))
-            recording.returned(values)
-            value = torch.stack(values).sum() if len(values) > 1 else values[0]
-            self._check("inner", values, recording.aliases)
-            return value.detach(), gradient_of(value, recording.aliases, create_graph=False)
-
-        value, slopes = record(evaluate, [tensors[i] for i in places], problem.trees)
-        require_all(problem, slopes[: len(problem.inner)])
-        return value, _filled(slopes, [tensors[i] for i in places])
-
-    def products(self, batch: Batch, u: Tensor) -> Products:
+    def products(
+        self,
+        batch: Batch,
+        u: Tensor,
+        params: Sequence[Tensor] | None = None,
+        hparams: Sequence[Tensor] | None = None,
+    ) -> Products:
         """Form F, ``A^T u`` and ``(dF/dhparams)^T u`` on one batch, from one evaluation."""
-        lin = self._linearised(batch)
-        leaves, count = self.layout.split(u), len(self.problem.inner)
-        cross: Sequence[Tensor | None]
-        if isinstance(lin.record.transposed, Replay) and self.condition.twice:
-            # A is the derivative of F: one pass backward gives both.
-            pulled = Replay(lin.record.residual, lin.aliases, lin.notes.around)(leaves)
-            product, cross = self.layout.flatten(pulled[:count]), pulled[count:]
-        else:
-            product, cross = lin.transposed(u), lin.cross(u)
-        return Products(lin.residual, product, _filled(cross, self.hparams.variables))
+        return self.derivatives.products(batch, u, At(params, hparams))
 
     def product(self, batch: Batch, u: Tensor) -> Tensor:
         """Form ``A^T u`` on one batch."""
-        return self._linearised(batch).transposed(u)
+        return self.derivatives.products(batch, u, cross=False).product
 
-    def cross(self, batch: Batch, u: Tensor) -> Leaves:
+    def cross(
+        self,
+        batch: Batch,
+        u: Tensor,
+        params: Sequence[Tensor] | None = None,
+        hparams: Sequence[Tensor] | None = None,
+    ) -> Leaves:
         """Form ``(dF/dhparams)^T u`` on one batch."""
-        return _filled(self._linearised(batch).cross(u), self.hparams.variables)
+        return self.derivatives.products(batch, u, At(params, hparams), product=False).cross
 
     def outer_slopes(
-        self, batch: Batch, params: Sequence[Tensor] | None = None
+        self,
+        batch: Batch,
+        params: Sequence[Tensor] | None = None,
+        hparams: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Leaves]:
         """Evaluate the outer loss on one batch, with its gradients by params (flat) and hparams."""
-        value, _, by_params, by_hparams, _ = outer_gradient(
-            self.outer_on(batch), self.problem, self._tensors(params), False
-        )
-        return value, self.layout.flatten(by_params), _filled(by_hparams, self.hparams.variables)
-
-    def _linearised(self, batch: Batch) -> Linearisation:
-        problem = dataclasses.replace(self.problem, condition=self.inner_on(batch))
-        lin = Linearisation(problem, self._tensors(), Draw())
-        self._check("inner", lin.record.values, lin.aliases)
-        return lin
-
-    def _tensors(self, params: Sequence[Tensor] | None = None) -> list[Tensor]:
-        tensors = [detached(t) for t in self.problem.tensors]
-        if params is not None:
-            for place, value in zip(self.problem.inner, params, strict=True):
-                tensors[place] = value
-        return tensors
-
-    def _check(self, what: str, values: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
-        """Refuse a loss that reaches a variable past its arguments: once, at the first step."""
-        if not self._checked:
-            refuse_past_arguments(what, values, aliases, [self.params, self.hparams])
+        return self.derivatives.outer(batch, At(params, hparams))
 
     # --- moves ---------------------------------------------------------------------------
 
@@ -328,19 +282,17 @@ class Levels:
         value, condition = self.inner_gradient(batch)
         if above is not None and float(self.size(condition)) <= above:
             return condition, False
-        with gradients(self.params.variables) as fill:
-            known = [value]
+        known = [value]
 
-            def closure() -> Tensor:
-                if known:
-                    return known.pop()
-                value, condition = self.inner_gradient(batch)
-                fill(condition)
-                return value
+        def closure() -> Tensor:
+            if known:
+                return known.pop()
+            value, condition = self.inner_gradient(batch)
+            for variable, leaf in zip(self.params.variables, condition, strict=True):
+                variable.grad = leaf
+            return value
 
-            fill(condition)
-            with scaled(self.inner_optimizer, factor):
-                self.inner_optimizer.step(closure)
+        move(self.inner_optimizer, self.params.variables, condition, factor, closure)
         return condition, True
 
     def inner_steps(self, count: int, factor: float = 1.0) -> Leaves:
@@ -365,16 +317,12 @@ class Levels:
 
     def move_inner(self, direction: Tensor, factor: float = 1.0) -> None:
         """Make one step of the inner optimiser along a flat direction."""
-        with gradients(self.params.variables) as fill, scaled(self.inner_optimizer, factor):
-            # Copies: one that is all of the vector may be kept by the optimiser.
-            fill([leaf.clone() for leaf in self.layout.split(direction)])
-            self.inner_optimizer.step()
+        leaves = self.layout.split(direction)
+        move(self.inner_optimizer, self.params.variables, leaves, factor)
 
     def move_outer(self, direction: Sequence[Tensor], factor: float = 1.0) -> None:
         """Make one step of the outer optimiser, and go back to where hyperparameters may be."""
-        with gradients(self.hparams.variables) as fill, scaled(self.outer_optimizer, factor):
-            fill([leaf.clone() for leaf in direction])
-            self.outer_optimizer.step()
+        move(self.outer_optimizer, self.hparams.variables, direction, factor)
         if self.hparams_projection is not None:
             self._project(self.hparams_projection)
 
@@ -485,10 +433,16 @@ class Levels:
         NotFinite
             Naming the first of them that is not.
         """
-        tensors = [
-            (name, t) for name, v in named.items() for t in ([v] if isinstance(v, Tensor) else v)
-        ]
-        if self.on_failure == "ignore" or bool(finite((), *[t for _, t in tensors])):
+        if self.on_failure == "ignore":
+            return
+        tensors: list[tuple[str, Tensor]] = []
+        for name, value in named.items():
+            tensors += [(name, t) for t in ((value,) if isinstance(value, Tensor) else value)]
+        if self.layout.device.type == "cpu":  # a finite sum has finite terms
+            known = all(math.isfinite(t.sum().item()) for _, t in tensors)
+        else:
+            known = bool(finite((), *[t for _, t in tensors]))
+        if known:
             return
         for name, tensor in tensors:
             if not bool(torch.isfinite(tensor).all()):
@@ -517,7 +471,7 @@ class Levels:
 
     def shaped(self, leaves: Sequence[Tensor]) -> Any:
         """Turn tensors shaped like the hyperparameters into a pytree."""
-        return self.hparams.fill(leaves)
+        return leaves[0] if self.derivatives.bare[1] else self.hparams.fill(leaves)
 
     def zeros(self) -> Tensor:
         """Make a flat vector of zeros, shaped like the inner variables."""
@@ -527,15 +481,6 @@ class Levels:
 def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Leaves:
     """Form the difference of two lists of tensors."""
     return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _followed(function: Callable[..., Any], batch: Batch, *args: Any) -> Any:
-    """Call a loss with the batch after its other arguments."""
-    return function(*args, *batch.args)
-
-
-def _filled(leaves: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
-    return [leaf.detach() for leaf in filled(leaves, like)]
 
 
 def _refuse_shared(levels: Levels) -> None:

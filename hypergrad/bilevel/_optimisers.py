@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._autograd.plain_steps import descend, plain_rate
 from .._errors import StructureMismatch
 from .._pytrees import Tree
 
@@ -96,31 +96,42 @@ def _match(tree: Tree, optimiser: torch.optim.Optimizer, level: str) -> None:
         )
 
 
-@contextmanager
-def scaled(optimiser: torch.optim.Optimizer, factor: float) -> Iterator[None]:
-    """Let an optimiser take its next step with its learning rates times a factor."""
-    before = [group["lr"] for group in optimiser.param_groups]
-    try:
-        if factor != 1:
-            for group, lr in zip(optimiser.param_groups, before, strict=True):
-                group["lr"] = lr * factor
-        yield
-    finally:
-        for group, lr in zip(optimiser.param_groups, before, strict=True):
-            group["lr"] = lr
+def move(
+    optimiser: torch.optim.Optimizer,
+    variables: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    factor: float = 1.0,
+    closure: Callable[[], Tensor] | None = None,
+) -> None:
+    """Make one step of an optimiser along gradients; ``.grad`` and rates are as before after it.
 
-
-@contextmanager
-def gradients(variables: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], None]]:
-    """Fill ``.grad`` for an optimiser, and put back what was there before."""
+    Parameters
+    ----------
+    optimiser : Optimizer
+        What moves them.
+    variables, leaves : sequence of Tensor
+        What is moved, and along what; an optimiser is given copies, which it may keep.
+    factor : float
+        What its learning rates are multiplied by.
+    closure : callable, optional
+        What it is given.
+    """
+    rate = plain_rate(optimiser, variables)
+    if rate is not None and descend(variables, leaves, rate * factor):
+        return
+    groups = optimiser.param_groups
+    rates = None if factor == 1 else [group["lr"] for group in groups]
     before = [v.grad for v in variables]
-
-    def fill(leaves: Sequence[Tensor]) -> None:
-        for variable, leaf in zip(variables, leaves, strict=True):
-            variable.grad = leaf
-
     try:
-        yield fill
+        if rates is not None:
+            for group, lr in zip(groups, rates, strict=True):
+                group["lr"] = lr * factor
+        for variable, leaf in zip(variables, leaves, strict=True):
+            variable.grad = leaf.clone()
+        optimiser.step() if closure is None else optimiser.step(closure)  # type: ignore[arg-type]
     finally:
+        if rates is not None:
+            for group, lr in zip(groups, rates, strict=True):
+                group["lr"] = lr
         for variable, grad in zip(variables, before, strict=True):
             variable.grad = grad

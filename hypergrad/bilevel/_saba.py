@@ -7,10 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .._errors import UnsupportedOperation
 from .._pytrees import Layout
 from ..solvers._fields import positive
-from ._batches import Batch, Batches
+from ._batches import Batch
 from ._levels import Levels
 from ._method import State, checked, exponent
 from ._soba import Directions, SingleLoop
@@ -57,7 +56,7 @@ class SABA(SingleLoop):
 
     def start(self, levels: Levels) -> State:
         """Start the running solution of the linear system, and the memory, still empty."""
-        n, m = (_count(b) for b in (levels.inner_batches, levels.outer_batches))
+        n, m = levels.inner_batches.places("SABA"), levels.outer_batches.places("SABA")
         flat, P = _flat(levels), levels.zeros()
         H = torch.zeros(flat.n, dtype=flat.dtype, device=flat.device)
         memory = {
@@ -71,11 +70,7 @@ class SABA(SingleLoop):
 
     def directions(self, levels: Levels) -> Directions:
         """Form the directions with the noise reduced; the memory takes in what was seen."""
-        if any(levels.passed):
-            raise UnsupportedOperation(
-                "SABA keeps what it has seen of each batch, and so draws the batches itself. Pass "
-                "inner_batches and outer_batches to Bilevel, as sequences, and call step()."
-            )
+        levels.refuse_passed("SABA")
         state = levels.state
         if not state["filled"]:
             self._fill(levels)
@@ -110,32 +105,23 @@ class SABA(SingleLoop):
         inner, flat = levels.products(i, levels.state["u"]), _flat(levels)
         value, by_params, direct = levels.outer_slopes(j)
         return {
-            "inner": (i.index, torch.stack([inner.residual, inner.product])),
-            "cross": (i.index, flat.flatten(inner.cross)),
-            "by_params": (j.index, by_params),
-            "direct": (j.index, flat.flatten(direct)),
+            "inner": (i.place, torch.stack([inner.residual, inner.product])),
+            "cross": (i.place, flat.flatten(inner.cross)),
+            "by_params": (j.place, by_params),
+            "direct": (j.place, flat.flatten(direct)),
         }, value
 
     def _fill(self, levels: Levels) -> None:
         """Fill the memory at the first point, from every batch of both levels."""
         memory, means = levels.state["memory"], levels.state["means"]
         inner, outer = levels.inner_batches, levels.outer_batches
-        n, m = _count(inner), _count(outer)
+        n, m = inner.places("SABA"), outer.places("SABA")
         for k in range(max(n, m)):  # the shorter sequence is gone through again
             for name, (index, now) in self._seen(levels, inner[k % n], outer[k % m])[0].items():
                 memory[name][index] = now
         for name, table in memory.items():
             means[name] = table.mean(dim=0)
         levels.state["filled"] = True
-
-
-def _count(batches: Batches) -> int:
-    if batches.count is None:
-        raise UnsupportedOperation(
-            f"SABA keeps what it has seen of each batch: {batches.name} must be a sequence, with a "
-            "length and with batches at places 0, 1, ..., such as list(dataloader)."
-        )
-    return batches.count
 
 
 def _flat(levels: Levels) -> Layout:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..solvers._fields import positive
-from ._levels import Leaves, Levels, minus
+from ._batches import Batch
+from ._derivatives import Leaves
+from ._levels import Levels, minus
 from ._method import Decaying, State, checked, exponent
 from ._step_info import StepInfo
 
@@ -32,13 +34,18 @@ class SingleLoop(Decaying):
 
     def directions(self, levels: Levels) -> Directions:
         """Form the directions from one inner and one outer batch, all at the same point."""
-        seen = levels.products(levels.inner_batch(), levels.state["u"])
-        value, by_params, direct = levels.outer_slopes(levels.outer_batch())
-        return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
+        return at_point(levels, levels.inner_batch(), levels.outer_batch(), levels.state["u"])
 
     def averaged(self, levels: Levels, outer: Leaves, decay: float) -> Leaves:
         """Choose what the hyperparameters move along: the outer direction."""
         return outer
+
+    def moving(self, levels: Levels, along: Directions) -> None:
+        """Note, before anything moves, what the next step will ask for: nothing here."""
+
+    def bounded(self, u: Tensor) -> Tensor:
+        """Keep the solution of the linear system within bounds: there are none here."""
+        return u
 
     def step(self, levels: Levels) -> StepInfo:
         """Make one outer step."""
@@ -50,14 +57,30 @@ class SingleLoop(Decaying):
             "the linear system": along.linear,
             "the hypergradient": along.outer,
         })
+        self.moving(levels, along)
         grads = self.averaged(levels, along.outer, outer)
         levels.move_inner(along.inner, inner)
-        levels.state["u"] = torch.sub(levels.state["u"], along.linear, alpha=rate)
+        levels.state["u"] = self.bounded(torch.sub(levels.state["u"], along.linear, alpha=rate))
         levels.move_outer(grads, outer)
         return levels.record(grads, along.value, along.inner)
 
 
-def _weight(name: str, value: float) -> None:
+def at_point(
+    levels: Levels,
+    inner: Batch,
+    outer: Batch,
+    u: Tensor,
+    params: Leaves | None = None,
+    hparams: Leaves | None = None,
+) -> Directions:
+    """Form the directions on one batch of each level, at the variables or at other tensors."""
+    seen = levels.products(inner, u, params, hparams)
+    value, by_params, direct = levels.outer_slopes(outer, params, hparams)
+    return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
+
+
+def weight(name: str, value: float) -> None:
+    """Refuse what is no weight of an average."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1; got {value!r}.")
 
@@ -130,7 +153,7 @@ class MASOBA(SingleLoop):
     MASOBA(theta=0.2, linear_lr=None, inner_decay=0.0, outer_decay=0.0)
     """
 
-    theta: float = checked(0.1, _weight)
+    theta: float = checked(0.1, weight)
     linear_lr: float | None = checked(None, positive)
     inner_decay: float = exponent(0.0)
     outer_decay: float = exponent(0.0)

@@ -79,9 +79,7 @@ class StraightCG:
         zeros = torch.zeros_like(self.active)
         return Correction(
             x=self.x,
-            status=graded(
-                {Status.MAX_ITERATIONS: self.active}, torch.zeros_like(zeros, dtype=torch.int64)
-            ),
+            status=torch.where(self.active, int(Status.MAX_ITERATIONS), int(Status.CONVERGED)),
             iterations=torch.stack(moves).sum(dim=0),
             steps=len(self.log),
             negative=zeros,

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from hypergrad import F2SA, MASOBA, SOBA, Alternating, AmIGO, Bilevel, StocBiO
+from hypergrad import F2SA, FSLA, MASOBA, SOBA, Alternating, AmIGO, Bilevel, StocBiO
 from tests.bilevel_quadratic import Quadratic, loop, run, sgd
 
 
 def test_batches_that_are_passed_serve_for_everything_in_the_step():
     problem = Quadratic()
     g, f = problem.inner_batches[1], problem.outer_batches[2]
-    for method in (Alternating(inner_tol=None), SOBA(), AmIGO(), StocBiO(), F2SA(), MASOBA()):
+    methods = (Alternating(inner_tol=None), SOBA(), AmIGO(), StocBiO(), F2SA(), MASOBA(), FSLA())
+    for method in methods:
         bilevel = loop(problem, method, batches=True)
         problem.seen.clear()
         bilevel.step(g, f)

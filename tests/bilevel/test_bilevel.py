@@ -6,7 +6,18 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, StocBiO
+from hypergrad import (
+    F2SA,
+    FSLA,
+    HOAG,
+    MASOBA,
+    SABA,
+    SOBA,
+    SRBA,
+    Alternating,
+    AmIGO,
+    StocBiO,
+)
 from tests.bilevel_quadratic import Quadratic, loop, run
 
 # --- the losses are deterministic: every method reaches the optimum --------------------------
@@ -44,6 +55,9 @@ def test_a_projection_that_is_none_is_refused():
         lambda: SOBA(linear_lr=0.0),
         lambda: SABA(outer_decay=-1.0),
         lambda: MASOBA(theta=1.5),
+        lambda: SRBA(period=0),
+        lambda: SRBA(radius=-1.0),
+        lambda: FSLA(eta=0.0),
         lambda: AmIGO(inner_steps=0),
         lambda: StocBiO(terms=-1),
         lambda: F2SA(penalty=float("nan")),
@@ -63,7 +77,8 @@ def test_fields_that_mean_nothing_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "method", [Alternating(inner_tol=None), SOBA(), AmIGO(), StocBiO(), SABA()]
+    "method",
+    [Alternating(inner_tol=None), SOBA(), AmIGO(), StocBiO(), SABA(), SRBA(), FSLA()],
 )
 def test_rates_that_are_too_large_end_in_an_error_before_the_hyperparameters_are_lost(method):
     bilevel = loop(Quadratic(), method, inner_lr=1e30)

@@ -9,7 +9,20 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad import CG, F2SA, HOAG, MASOBA, SABA, SOBA, Alternating, AmIGO, Bilevel, StocBiO
+from hypergrad import (
+    CG,
+    F2SA,
+    FSLA,
+    HOAG,
+    MASOBA,
+    SABA,
+    SOBA,
+    SRBA,
+    Alternating,
+    AmIGO,
+    Bilevel,
+    StocBiO,
+)
 from tests.bilevel_by_hand import GAMMA, RHO
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run, sgd
 
@@ -19,6 +32,8 @@ EXACT = {
     "SOBA": (SOBA(inner_decay=0.0, outer_decay=0.0), 0.2, 150),
     "MASOBA": (MASOBA(theta=0.5), 0.1, 200),
     "SABA": (SABA(), 0.2, 150),
+    "SRBA": (SRBA(), 0.2, 150),
+    "FSLA": (FSLA(inner_decay=0.0, outer_decay=0.0), 0.2, 200),
     "AmIGO": (AmIGO(inner_steps=5, linear_steps=5), 0.3, 60),
     "StocBiO": (StocBiO(inner_steps=5, terms=40), 0.3, 50),
 }
@@ -66,6 +81,7 @@ def test_hyperparameters_stay_where_they_may_be(name):
     [
         (SOBA(), 0.4, 0.3, 400),
         (MASOBA(), 0.1, 0.03, 500),
+        (FSLA(), 0.4, 0.3, 300),
         (AmIGO(inner_steps=3, linear_steps=3), 0.15, 0.05, 120),
         (StocBiO(inner_steps=3, terms=10, linear_lr=0.3), 0.15, 0.05, 120),
         (F2SA(penalty=5.0, inner_steps=3, inner_decay=0.2, outer_decay=0.4), 0.3, 0.3, 120),
@@ -85,6 +101,8 @@ EVERY = [
     SOBA(linear_lr=0.1),
     MASOBA(linear_lr=0.1),
     SABA(linear_lr=0.1),
+    SRBA(period=5, radius=0.5, linear_lr=0.1),
+    FSLA(linear_lr=0.1),
     AmIGO(inner_steps=2, linear_steps=2, linear_lr=0.1),
     StocBiO(inner_steps=2, terms=3, linear_lr=0.1),
     F2SA(inner_steps=2, relaxed_lr=0.1),

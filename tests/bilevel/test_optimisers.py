@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 import hypergrad
-from hypergrad import F2SA, HOAG, MASOBA, SABA, SOBA, AmIGO, Bilevel, StocBiO
+from hypergrad import F2SA, FSLA, HOAG, MASOBA, SABA, SOBA, SRBA, AmIGO, Bilevel, StocBiO
 from tests.bilevel_quadratic import F64, Quadratic, adam, loop, run, sgd, start
 
 
@@ -154,7 +154,9 @@ def test_a_scheduler_of_torch_works_on_either_level():
     assert moves == pytest.approx([0.3, 0.15, 0.075])
 
 
-@pytest.mark.parametrize("method", [SOBA(), MASOBA(), SABA(), AmIGO(), StocBiO(), F2SA()])
+@pytest.mark.parametrize(
+    "method", [SOBA(), MASOBA(), SABA(), SRBA(), FSLA(), AmIGO(), StocBiO(), F2SA()]
+)
 def test_an_inner_optimiser_without_a_rate_for_the_linear_system_is_refused(method):
     bilevel = loop(Quadratic(), method, inner_optimizer=adam(0.1))
     field = "relaxed_lr" if isinstance(method, F2SA) else "linear_lr"
