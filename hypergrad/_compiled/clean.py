@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -77,27 +77,11 @@ class Cleaned:
 
     def _run(self, examples: Sequence[Tensor]) -> None:
         """Run the graph once, for the forms and the constants."""
-        values: dict[fx.Node, Any] = {}
-        inputs = iter(examples)
-        uses = {node: len(node.users) for node in self.graph.nodes}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                value: Any = next(inputs)
-            elif node.op == "get_attr":
-                value = self.constants[node]
-            elif node.op == "output":
-                break
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                value = node.target(*args, **kwargs)
+        for node, value in _values(self.graph, examples, self.constants):
+            if node.op == "call_function":
                 self._note_constant(node, value)
-            values[node] = value
             if isinstance(value, Tensor):
                 self.forms[node] = Form.of(value)
-            for used in node.all_input_nodes:
-                uses[used] -= 1
-                if not uses[used]:
-                    values.pop(used, None)
 
     def _note_constant(self, node: fx.Node, value: Any) -> None:
         operation = isinstance(node.target, torch._ops.OpOverload)
@@ -234,6 +218,58 @@ def drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op not in ("output", "placeholder") and not node.users:
             graph.erase_node(node)
+
+
+def mark_views(
+    graph: fx.Graph, examples: Sequence[Tensor], constants: Mapping[fx.Node, Tensor]
+) -> None:
+    """Mark the changes of shape that need no copy, which `view` makes in half the time."""
+    values: dict[fx.Node, Any] = {}
+    for node, value in _values(graph, examples, constants, values):
+        if node.target in _VIEWS and node not in constants:
+            first = _first(node)
+            if first is None:
+                continue
+            source = constants.get(first, values.get(first))
+            if isinstance(source, Tensor):
+                node.meta["view"] = _shares(source, value)
+
+
+def _shares(source: Tensor, value: Tensor) -> bool:
+    try:
+        source.view(value.shape)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _values(
+    graph: fx.Graph,
+    examples: Sequence[Tensor],
+    constants: Mapping[fx.Node, Tensor],
+    values: dict[fx.Node, Any] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Run a graph, node by node; `values` holds what is still needed."""
+    values = {} if values is None else values
+    inputs = iter(examples)
+    uses = {node: len(node.users) for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "output":
+            return
+        if node.op == "placeholder":
+            value: Any = next(inputs)
+        elif node in constants:
+            value = constants[node]
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            args = (args[0].reshape(args[1]),) if node.target in _VIEWS else args
+            value = args[0] if node.target in _VIEWS else node.target(*args, **kwargs)
+        values[node] = value
+        yield node, value
+        for used in node.all_input_nodes:
+            uses[used] -= 1
+            if not uses[used]:
+                values.pop(used, None)
 
 
 def _of_constant(tensor: Tensor) -> Any:

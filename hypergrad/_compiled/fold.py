@@ -67,7 +67,7 @@ class Folded:
             base, number = before.base, number * before.number
             factors = (*before.factors, *factors)
         self._scaled[node] = scaled = _Scaled(base, number, factors)
-        written = node.target in _BACKWARD
+        written = node.target in _BACKWARD or any(a in self._constants for a in node.args)
         if len(scaled.factors) + (scaled.number != 1) > 1 or before is not None or written:
             self._write(node, scaled)
 
@@ -97,10 +97,22 @@ class Folded:
         nodes = [a for a in node.args if isinstance(a, fx.Node) and a in self._forms]
         if len(nodes) < 2 or nodes[0] is nodes[1]:
             return None
+        for one, other in (nodes, reversed(nodes)):
+            number = self._number(one)
+            if number is not None and self._like(other, form):
+                return _Scaled(other, number, ())
         earlier, later = sorted(nodes, key=self._order.__getitem__)
         if not self._like(later, form) or self._forms[earlier].dtype != form.dtype:
             return None
         return _Scaled(later, 1.0, (earlier,))
+
+    def _number(self, node: fx.Node) -> float | None:
+        """Read a constant that is all of one number; None: it is none."""
+        constant = self._constants.get(node)
+        if constant is None or not constant.numel():
+            return None
+        number = constant.flatten()[0]
+        return float(number) if bool((constant == number).all()) else None
 
     def _before(self, factor: Any, base: Any) -> bool:
         """Say whether a tensor is there before another, and as large."""

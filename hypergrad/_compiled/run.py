@@ -89,7 +89,8 @@ def _call(name: str, node: fx.Node, held: Callable[[Any], str], given: list[str]
         return f"{name} = {held(target)}({', '.join(given)})"
     base = target._schema.name.removeprefix("aten::")
     if base in ("view", "_unsafe_view", "reshape"):
-        return f"{name} = {given[0]}.reshape({given[1]})"
+        method = "view" if node.meta.get("view") else "reshape"
+        return f"{name} = {given[0]}.{method}({given[1]})"
     if base == "expand" and not node.kwargs:
         return f"{name} = {given[0]}.expand({given[1]})"
     function = getattr(torch, base) if base in _NAMES else target._op

@@ -22,7 +22,7 @@ from .._errors import CompileMismatch, NotCompiled
 from .._warnings import warn_of_compiling
 from ..solvers._recycle import Memory
 from .capture import Capture, Captured, NotCaptured, Stage, mark
-from .clean import Cleaned
+from .clean import Cleaned, mark_views
 from .fold import Folded
 from .fuse import fuse
 from .part import Changed, cut_out_parts
@@ -322,6 +322,7 @@ def _made(
     cleaned = Cleaned(graph.graph, inputs, graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     fuse(cleaned.graph, cleaned.forms, cleaned.constants)
+    mark_views(cleaned.graph, inputs, cleaned.constants)
     cut_out_parts(cleaned.graph)
     run = runner(cleaned.graph, cleaned.constants)
     nodes = len(cleaned.graph.nodes)

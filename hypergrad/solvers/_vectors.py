@@ -16,6 +16,7 @@ from .._autograd.transforms import is_wrapped
 Product = Callable[[Tensor], Tensor]
 
 # Norms between these are right to rounding, though their squares are summed in the dtype.
+_FEW = 1 << 16
 _SAFE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-15, 1e15)}
 
 
@@ -28,8 +29,8 @@ def norm(v: Tensor) -> Tensor:
     """Form the Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
     if v.shape[-1] == 0:
         return v.new_zeros(v.shape[:-1])
-    # A wider dtype costs less than a look in a trace.
-    narrow = traced() and v.dtype != torch.float64
+    # A wider dtype costs less than a look in a trace, for a few numbers.
+    narrow = traced() and v.dtype != torch.float64 and v.numel() < _FEW
     if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v) and not narrow:
         # Several times as fast, and right where no square leaves the range of the dtype.
         length = torch.linalg.vector_norm(v, dim=-1)
