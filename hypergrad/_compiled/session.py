@@ -8,6 +8,7 @@ a replay holds where all flags are as they were, and another program is traced w
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +35,8 @@ OnFallback = Literal["warn", "raise", "ignore"]
 
 #: So many sets of branches of one call are kept; where it takes more it is not compiled.
 _BRANCHES = 4
+#: So many shapes and choices of one call are kept; where it takes more it is not compiled.
+_KINDS = 16
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -137,6 +140,7 @@ class Session:
         tensors: Sequence[Tensor],
         body: Callable[[list[Any], list[Tensor]], Body],
         vmaps: Vmaps | None,
+        again: Callable[[], None] = lambda: None,
     ) -> Replayed | None:
         """Replay a call of the library, or trace it first.
 
@@ -156,6 +160,8 @@ class Session:
             ``body(functions, tensors)``: the call, outside of the caller's vmaps.
         vmaps : Vmaps, optional
             These.
+        again : callable
+            Undoes what an attempt at the call has left behind.
 
         Returns
         -------
@@ -168,7 +174,7 @@ class Session:
         outcome: list[Replayed | None] = []
 
         def then(captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
-            outcome.append(self._replayed(captured, real, key, tensors, body, vmaps))
+            outcome.append(self._replayed(captured, real, key, tensors, body, vmaps, again))
             return [real[0]] * _returned(captured)
 
         try:
@@ -243,6 +249,7 @@ class Session:
         tensors: Sequence[Tensor],
         body: Callable[[list[Any], list[Tensor]], Body],
         vmaps: Vmaps | None,
+        again: Callable[[], None],
     ) -> Replayed | None:
         lifted = [real[place] for place in captured.lifted]
         for tensor in real:
@@ -258,9 +265,15 @@ class Session:
         inputs = [t.detach() for t in inputs]
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         kind = key, forms, batched, None if vmaps is None else vmaps.sizes
+        if kind not in captured.kept and len(captured.kept) == _KINDS:
+            raise NotCaptured(
+                f"the call is made in more than {_KINDS} ways: shapes, or a number among its "
+                "arguments (of the solver, say), change from call to call"
+            )
         programs = captured.kept.setdefault(kind, [])
         with outside(vmaps), torch.no_grad(), _without_autocast(inputs):
             for program in programs:
+                again()
                 replayed = _run(program, inputs)
                 if replayed is not None:
                     return replayed._replace(lifted=lifted)
@@ -268,8 +281,10 @@ class Session:
                 raise NotCaptured(
                     "what the host sees changes from call to call, so that the steps of the call do"
                 )
+            again()
             program = _made(captured, inputs, len(tensors), batched, body, vmaps)
             programs.append(program)
+            again()
             made = _run(program, inputs)
             return None if made is None else made._replace(lifted=lifted)
 
@@ -351,6 +366,7 @@ def _returned(captured: Captured) -> int:
 
 def _code(function: Any) -> Hashable:
     """Tell functions apart by their code."""
+    function = inspect.unwrap(function)
     code: Any = getattr(function, "__code__", None) or type(function)
     return code
 

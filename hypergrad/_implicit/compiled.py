@@ -18,6 +18,7 @@ from .._info import SolveInfo
 from ..conditions._base import Condition
 from .causes import Place
 from .hypergradient import Call, Hypergradient, Measured
+from .solve_in_trace import alike, solving_by
 from .verdict import Case
 
 #: The figures of a `SolveInfo` that a program computes.
@@ -62,25 +63,30 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         n = len(problem.tensors)
         return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
-    replay = session.replay(
-        "implicit_grad",
-        (
-            dataclasses.replace(call.choices, memory=None),
-            id(call.choices.memory),
-            call.has_aux,
-            type(condition),
-            condition.symmetric,
-        ),
-        stages,
-        problem.arguments([detached(t) for t in problem.tensors]),
-        [*problem.tensors, *(call.x0 or ())],
-        body,
-        vmaps,
-    )
+    choices, memory = call.choices, call.choices.memory
+    known = None if memory is None else memory.export()
+
+    def again() -> None:  # what is learnt of a system is learnt once
+        if memory is not None and known is not None:
+            memory.load(known)
+
+    kept = dataclasses.replace(choices, solver=alike(choices.solver), memory=None)
+    with solving_by(choices.solver):
+        replay = session.replay(
+            "implicit_grad",
+            (kept, id(memory), call.has_aux, type(condition), condition.symmetric),
+            stages,
+            problem.arguments([detached(t) for t in problem.tensors]),
+            [*problem.tensors, *(call.x0 or ())],
+            body,
+            vmaps,
+            again,
+        )
     if replay is None:
         return None
     measured = _measured(call, replay)
     if session.is_due(replay.program):
+        again()
         present = outside_of_vmaps(call.answer)
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):

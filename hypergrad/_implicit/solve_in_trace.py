@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,27 @@ _TENSORS = (
 )  # fmt: skip
 _STEP = ("step", "left", "beyond")
 _OF_PROBE = ("rows", "hides")
+
+
+#: The solver of a call that is being replayed, with a tolerance of its own.
+_now: ContextVar[Solver | None] = ContextVar("hypergrad_solver", default=None)
+
+
+@contextmanager
+def solving_by(solver: Solver) -> Iterator[None]:
+    """Let a replay in the body solve by this solver, which differs in its `rtol` at most."""
+    token = _now.set(solver)
+    try:
+        yield
+    finally:
+        _now.reset(token)
+
+
+def alike(solver: Solver) -> Solver:
+    """Take the solver in whose place a program is kept: of all that differ in their `rtol` one."""
+    if isinstance(solver, CG | MINRES | GMRES | BiCGSTAB) and solver.rtol:
+        return dataclasses.replace(solver, rtol=1.0)
+    return solver
 
 
 def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
@@ -49,13 +72,13 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
     Raises
     ------
     NotCaptured
-        If a solve that recycles cannot stay Python.
+        If a solve that has to stay Python cannot.
     """
     if not traced():
         return solver.solve_flat(system)
     if not _stays_python(solver, system):
-        if getattr(solver, "recycle", False):
-            raise NotCaptured("a solve that recycles is none of one system by exact products")
+        if getattr(solver, "recycle", False) or alike(solver) is not solver:
+            raise NotCaptured(f"{type(solver).__name__} is left as it is for exact products alone")
         return solver.solve_flat(system)
     given = [system.b]
     given += [t for t in (system.x0, system.condition) if t is not None]
@@ -84,7 +107,7 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
             steady=steady,
             memory=memory,
         )
-        flat, form = _taken_apart(solver.solve_flat(own), figures)
+        flat, form = _taken_apart((_now.get() or solver).solve_flat(own), figures)
         if seen and form != seen[0]:
             raise Changed
         seen[:] = [form]

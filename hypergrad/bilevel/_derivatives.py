@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from .._autograd.recording import Recording, record, refuse_past_arguments
 from .._autograd.refused_modules import WHOLE
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
+from .._compiled.session import compiling
 from .._implicit.linearisation import Linearisation
 from .._implicit.outer_slopes import outer_gradient
 from .._pytrees import Tree
@@ -24,6 +26,7 @@ from ..conditions._base import Condition, require_all
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
 from ._batches import Batch
+from ._replay import Batches, replayed
 
 Leaves = list[Tensor]
 
@@ -82,6 +85,7 @@ class Derivatives:
         self.problem, self._outer = problem, outer
         self.layout = problem.layout()
         self.checked = False
+        self._fixed: list[Tensor] | None = None  # of a trace: where it is evaluated
         self._trees = problem.trees
         self.bare = [_is_one(tree) for tree in self._trees]
         # Of the outer loss, of the inner loss, and of that with the hyperparameters constant.
@@ -94,6 +98,22 @@ class Derivatives:
         )
         self._of_outer.open = plain
         self._of_inner.open = self._of_params.open = plain and type(condition) is Minimum
+
+    @property
+    def outer_loss(self) -> Callable[..., Any]:
+        """The outer loss, of params, hparams and a batch."""
+        return self._outer
+
+    def at(
+        self, problem: Problem, outer: Callable[..., Any], tensors: Sequence[Tensor]
+    ) -> Derivatives:
+        """Make the same of other losses, which are evaluated at these tensors alone."""
+        own = copy.copy(self)
+        own.problem, own._outer, own._fixed = problem, outer, list(tensors)
+        own._of_outer, own._of_inner, own._of_params = (KnownGraphs() for _ in range(3))
+        for known in (own._of_outer, own._of_inner, own._of_params):
+            known.open = False
+        return own
 
     def inner_on(self, batch: Batch) -> Condition:
         """Pose the inner problem on one batch, as a function of params and hparams."""
@@ -117,6 +137,20 @@ class Derivatives:
 
     def outer(self, batch: Batch, at: At = HERE) -> tuple[Tensor, Tensor, Leaves]:
         """Evaluate the outer loss, with its gradients by params (flat) and hparams."""
+        session = compiling()
+        if session is not None:
+
+            def evaluate(own: Derivatives, on: Batches, _: Sequence[Tensor]) -> Leaves:
+                value, by_params, by_hparams = own._outer_slopes(on["outer"], at)
+                return [value, by_params, *by_hparams]
+
+            there = self._tensors(at)
+            made = replayed(session, self, ("outer",), {"outer": batch}, there, (), evaluate)
+            if made is not None:
+                return made[0], made[1], made[2:]
+        return self._outer_slopes(batch, at)
+
+    def _outer_slopes(self, batch: Batch, at: At) -> tuple[Tensor, Tensor, Leaves]:
         known = self._of_outer
         seen = self._again(known, self._outer, batch, at)
         if seen is None:
@@ -134,6 +168,21 @@ class Derivatives:
 
     def inner(self, batch: Batch, at: At = HERE, *, by_hparams: bool) -> tuple[Tensor, Leaves]:
         """Evaluate the inner loss, with its gradient by params and, if asked for, hparams."""
+        session = compiling()
+        if session is not None:
+
+            def evaluate(own: Derivatives, on: Batches, _: Sequence[Tensor]) -> Leaves:
+                value, slopes = own._inner_slopes(on["inner"], at, by_hparams)
+                return [value, *slopes]
+
+            of = ("inner", "all" if by_hparams else "params")
+            there = self._tensors(at)
+            made = replayed(session, self, of, {"inner": batch}, there, (), evaluate)
+            if made is not None:
+                return made[0], made[1:]
+        return self._inner_slopes(batch, at, by_hparams)
+
+    def _inner_slopes(self, batch: Batch, at: At, by_hparams: bool) -> tuple[Tensor, Leaves]:
         known = self._of_inner if by_hparams else self._of_params
         seen = self._again(known, self._inner, batch, at, by_hparams)
         variables = [*self._trees[0].variables, *(self._trees[1].variables if by_hparams else ())]
@@ -151,6 +200,23 @@ class Derivatives:
         self, batch: Batch, u: Tensor, at: At = HERE, *, product: bool = True, cross: bool = True
     ) -> Products:
         """Form F, and ``A^T u`` and ``(dF/dhparams)^T u`` as asked for, from one evaluation."""
+        session = compiling()
+        if session is not None:
+
+            def evaluate(own: Derivatives, on: Batches, extra: Sequence[Tensor]) -> Leaves:
+                seen = own._products(on["inner"], extra[0], at, product, cross)
+                return [seen.residual, *([seen.product] if product else []), *seen.cross]
+
+            of = ("inner", "products", *(["A"] if product else []), *(["cross"] if cross else []))
+            there = self._tensors(at)
+            made = replayed(session, self, of, {"inner": batch}, there, [u], evaluate)
+            if made is not None:
+                residual, *rest = made
+                image = rest.pop(0) if product else u
+                return Products(residual, image, rest)
+        return self._products(batch, u, at, product, cross)
+
+    def _products(self, batch: Batch, u: Tensor, at: At, product: bool, cross: bool) -> Products:
         hparams = self._trees[1].variables
         seen = self._again(self._of_inner, self._inner, batch, at)
         pulled: Sequence[Tensor | None]
@@ -179,6 +245,26 @@ class Derivatives:
             image = lin.transposed(u) if product else u
             crossed = lin.cross(u) if cross else []
         return Products(lin.residual, image, _filled(crossed, hparams) if cross else [])
+
+    def both(
+        self, inner: Batch, outer: Batch, u: Tensor, at: At = HERE
+    ) -> tuple[Products, tuple[Tensor, Tensor, Leaves]]:
+        """Form the products of the inner loss with u, and the slopes of the outer one."""
+        session = compiling()
+        if session is not None:
+
+            def evaluate(own: Derivatives, on: Batches, extra: Sequence[Tensor]) -> Leaves:
+                seen = own._products(on["inner"], extra[0], at, True, True)
+                value, by_params, by_hparams = own._outer_slopes(on["outer"], at)
+                return [value, by_params, *by_hparams, seen.residual, seen.product, *seen.cross]
+
+            on, there = {"inner": inner, "outer": outer}, self._tensors(at)
+            made = replayed(session, self, ("both",), on, there, [u], evaluate)
+            if made is not None:
+                end = 2 + len(self._trees[1].variables)
+                slopes = made[0], made[1], made[2:end]
+                return Products(made[end], made[end + 1], made[end + 2 :]), slopes
+        return self._products(inner, u, at, True, True), self._outer_slopes(outer, at)
 
     # --- under the guard -----------------------------------------------------------------
 
@@ -218,6 +304,8 @@ class Derivatives:
         return dataclasses.replace(self.problem, condition=condition)
 
     def _tensors(self, at: At) -> list[Tensor]:
+        if self._fixed is not None:
+            return list(self._fixed)
         tensors = [detached(t) for t in self.problem.tensors]
         for places, given in ((self.problem.inner, at.params), (self.problem.outer, at.hparams)):
             for place, value in zip(places, given or (), strict=given is not None):

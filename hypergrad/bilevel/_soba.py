@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..solvers._fields import positive
 from ._batches import Batch
-from ._derivatives import Leaves
+from ._derivatives import At, Leaves
 from ._levels import Levels, minus
 from ._method import Decaying, State, checked, exponent
 from ._step_info import StepInfo
@@ -74,8 +74,8 @@ def at_point(
     hparams: Leaves | None = None,
 ) -> Directions:
     """Form the directions on one batch of each level, at the variables or at other tensors."""
-    seen = levels.products(inner, u, params, hparams)
-    value, by_params, direct = levels.outer_slopes(outer, params, hparams)
+    seen, slopes = levels.derivatives.both(inner, outer, u, At(params, hparams))
+    value, by_params, direct = slopes
     return Directions(seen.residual, seen.product - by_params, minus(direct, seen.cross), value)
 
 
