@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.logistic import LogisticRegression
-from hypergrad import CG, SolveInfo, implicit_grad
+from hypergrad import CG, SolveInfo, compile, implicit_grad
 from hypergrad.solvers._recycle import Memory, recycling
 
 STEPS = 20  # of conjugate gradients from zero, whose error is the one to reach
@@ -36,12 +36,14 @@ def moved(problem: LogisticRegression, step: Tensor) -> LogisticRegression:
 
 
 class Sides:
-    """The same hypergradient in three ways, each with what it keeps from step to step."""
+    """The same hypergradient in several ways, each with what it keeps from step to step."""
 
     def __init__(self, rtol: float) -> None:
         self.last: Tensor | None = None
         self.memory = Memory()
         self.rtol = rtol
+        self._compiled = compile(self._solved)
+        self._recycled = compile(self._solved)
 
     def cold(self, problem: LogisticRegression) -> tuple[Tensor, SolveInfo]:
         return self._solved(problem, CG(maxiter=STEPS, rtol=0.0), None)
@@ -55,8 +57,17 @@ class Sides:
         with recycling(self.memory):
             return self._solved(problem, CG(maxiter=STEPS, rtol=self.rtol, recycle=True), None)
 
+    def compiled(self, problem: LogisticRegression) -> tuple[Tensor, SolveInfo]:
+        answer: tuple[Tensor, SolveInfo] = self._compiled(problem, CG(maxiter=STEPS, rtol=0.0))
+        return answer
+
+    def compiled_recycled(self, problem: LogisticRegression) -> tuple[Tensor, SolveInfo]:
+        solver = CG(maxiter=STEPS, rtol=self.rtol, recycle=True)
+        answer: tuple[Tensor, SolveInfo] = self._recycled(problem, solver)
+        return answer
+
     def _solved(
-        self, problem: LogisticRegression, solver: CG, x0: Tensor | None
+        self, problem: LogisticRegression, solver: CG, x0: Tensor | None = None
     ) -> tuple[Tensor, SolveInfo]:
         return implicit_grad(
             problem.outer, problem.inner, problem.w, problem.log_penalty,
@@ -104,7 +115,7 @@ def main() -> None:
             gradient(problem)
         unit = statistics.median(timed(functools.partial(gradient, problem))[0] for _ in range(15))
         line = [f"{k:3d}"]
-        for name in ("cold", "warm", "recycled"):
+        for name in ("cold", "warm", "recycled", "compiled", "compiled_recycled"):
             cost, (grads, info) = timed(functools.partial(getattr(sides, name), problem))
             error = float((grads.double() - exact).norm() / exact.norm())
             table.setdefault(name, []).append((int(info.matvecs), error, cost / unit))
