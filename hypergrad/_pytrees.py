@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -162,6 +163,21 @@ class Tree:
                 "torch.tensor(2.0), integers as tensor.float().",
                 argument=self.name,
             )
+
+    @property
+    def same(self) -> list[tuple[int, int]]:
+        """The further places of variables, each with the first place of its variable."""
+        return sorted(self._same.items())
+
+    def replaced(self, variables: Sequence[Tensor]) -> Tree:
+        """Take the same argument apart with other variables."""
+        other = copy.copy(self)
+        other.leaves = list(self.leaves)
+        for index, value in zip(self.where, variables, strict=True):
+            other.leaves[index] = value
+        other.tensors = [other.leaves[i] for i in other.places]
+        other.variables = list(variables)
+        return other
 
     def rebuild(self, variables: Sequence[Any]) -> Any:
         """Put other variables into the argument, with the constants in their places."""

@@ -18,6 +18,24 @@ from torch import Tensor, fx
 
 from .._autograd.torch_pytrees import pytree
 
+#: The versions of PyTorch, from and to, that the capture has been tested with.
+_TESTED = (2, 10), (2, 15)
+
+#: Settings of Dynamo for the length of a call: nothing that a function reads goes unguarded.
+#: The caller's own come back after it.
+_STRICT: dict[str, Any] = {
+    "guard_nn_modules": True,
+    "skip_nnmodule_hook_guards": False,
+    "skip_no_tensor_aliasing_guards_on_parameters": False,
+    "skip_tensor_guards_with_matching_dict_tags": False,
+    "skip_guards_on_constant_func_defaults": False,
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+    "suppress_errors": False,
+    "error_on_recompile": False,
+    "fail_on_recompile_limit_hit": False,
+}
+
 #: ``(function, stage)``: what is called, and the earlier stage whose value is its first argument;
 #: None: the first of all arguments.
 Stage = tuple[Callable[..., Any], int | None]
@@ -60,8 +78,8 @@ class Captured:
         For each tensor among the arguments the input that stands for it; None: none reads it.
     lifted : list of int
         The other inputs, which the functions have captured.
-    specs : list of TreeSpec
-        How each function returns what it returns, with the leaves that are no tensors.
+    returned : list of TreeSpec
+        How each function returns what it returns.
     kept : dict
         What the caller has made of it, to be used again.
     """
@@ -70,7 +88,7 @@ class Captured:
     stages: tuple[int | None, ...] = ()
     places: list[int | None] = dataclasses.field(default_factory=list)
     lifted: list[int] = dataclasses.field(default_factory=list)
-    returned: list[tuple[list[Any], pytree.TreeSpec]] = dataclasses.field(default_factory=list)
+    returned: list[pytree.TreeSpec] = dataclasses.field(default_factory=list)
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
@@ -142,8 +160,9 @@ class _Stage:
                 values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
                 values[node] = module.get_submodule(node.target)(*args, **kwargs)
-        leaves, spec = captured.returned[self._number]
-        made = [values[self._leaves[i]] if i in self._leaves else c for i, c in enumerate(leaves)]
+        spec = captured.returned[self._number]
+        leaves = [self._leaves.get(place) for place in range(spec.num_leaves)]
+        made = [None if node is None else values[node] for node in leaves]
         return pytree.tree_unflatten(made, spec)
 
 
@@ -161,7 +180,7 @@ class Capture:
     """Captures calls of functions with the same code, each set of guards once."""
 
     def __init__(self) -> None:
-        self._now = threading.local()
+        self._now, self._lock = threading.local(), threading.RLock()
 
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             captured = Captured(module)
@@ -173,7 +192,10 @@ class Capture:
         torch._dynamo.allow_in_graph(mark)
         own = FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
         self.graphs: list[Captured] = []
+        config: Any = torch._dynamo.config
         self._one = torch._dynamo.optimize(backend, nopython=True, dynamic=False)(own)
+        known = {name: value for name, value in _STRICT.items() if hasattr(config, name)}
+        self._strict: Callable[[], Callable[[], None]] = config._make_closure_patcher(**known)
 
     def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any], then: Then) -> list[Any]:
         """Check the guards, and call ``then(captured, inputs)``.
@@ -196,41 +218,84 @@ class Capture:
         ------
         NotCaptured
             If the functions cannot be followed.
-        TorchDynamoException
-            If `then` raises one.
         """
+        _refuse_where_unsure()
         now = self._now
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
         before = getattr(now, "call", None)
-        _check_stance()
         now.call = call = _Call(tuple(first for _, first in stages), leaves, then)
+        revert = self._strict()
         try:
-            values: list[Any] = self._one(list(stages), tuple(arguments))
-            if call.captured is not None and not call.captured.returned:
-                _describe(call.captured, values)
-                values = self._one(list(stages), tuple(arguments))
-        except torch._dynamo.exc.TorchDynamoException as error:
+            # As where the functions are called without this: their own `no_grad` ends in it.
+            with torch.inference_mode(False), torch.enable_grad():
+                values: list[Any] = self._one(list(stages), tuple(arguments))
+                if call.captured is not None and not call.ran:
+                    with self._lock:
+                        call.captured.returned = [pytree.tree_structure(v) for v in values]
+                    values = self._one(list(stages), tuple(arguments))
+        except Exception as error:
             if call.reached:
                 raise
             raise NotCaptured(_why(error)) from error
         finally:
+            revert()
             now.call = before
         if not call.reached:
             raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
+        if not call.ran:
+            raise NotCaptured("its checks do not hold from one moment to the next")
         return values
 
     def _called(self, captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
         call: _Call = self._now.call
         call.captured, call.reached = captured, True
-        if not captured.places:
-            own = {id(t): place for place, t in enumerate(real)}
-            captured.places = [own.get(id(t)) for t in call.leaves]
-            known = set(captured.places)
-            captured.lifted = [place for place in range(len(real)) if place not in known]
-            captured.stages = call.stages
+        with self._lock:
+            if not captured.stages:
+                _refuse_impure(captured.module)
+                own = {id(t): place for place, t in enumerate(real)}
+                captured.places = [own.get(id(t)) for t in call.leaves]
+                known = set(captured.places)
+                captured.lifted = [place for place in range(len(real)) if place not in known]
+                captured.stages = call.stages
         if not captured.returned:  # see in which form the functions return what they return
-            return tuple(captured.module(*real))
+            return [torch.zeros(())] * returned(captured)
+        call.ran = True
         return call.then(captured, real)
+
+
+def returned(captured: Captured) -> int:
+    """Count the tensors that the functions return.
+
+    Returns
+    -------
+    count : int
+        How many there are.
+
+    Raises
+    ------
+    NotCaptured
+        If a tensor leaves them in another way.
+    """
+    output = next(node for node in captured.module.graph.nodes if node.op == "output")
+    nodes = list(output.args[0])
+    if any(node.target is not mark for node in nodes):
+        raise NotCaptured("a tensor leaves the function other than by its return")
+    return len(nodes)
+
+
+def _refuse_impure(module: fx.GraphModule) -> None:
+    """Raise where a graph holds a tensor, changes one, or reads Python's random numbers."""
+    if [*module.parameters(), *module.buffers()]:
+        raise NotCaptured("a module's tensors cannot be told from the program")
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        example = node.meta.get("example_value")
+        if isinstance(example, Tensor) and example._version > 0:
+            raise NotCaptured("a tensor that was made before the call is changed in place")
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if type(source).__name__ == "RandomValueSource":
+            raise NotCaptured("random numbers are drawn by Python's random")
 
 
 @dataclasses.dataclass
@@ -242,17 +307,18 @@ class _Call:
     then: Then
     captured: Captured | None = None
     reached: bool = False
+    ran: bool = False
 
 
-def _describe(captured: Captured, values: list[Any]) -> None:
-    for value in values:
-        leaves, spec = pytree.tree_flatten(value)
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        captured.returned.append((constants, spec))
-
-
-def _check_stance() -> None:
-    """Refuse where the caller has switched off Dynamo's checks."""
+def _refuse_where_unsure() -> None:
+    """Refuse where Dynamo's checks are off, or have not been tested."""
+    lowest, highest = _TESTED
+    major, minor = torch.__version__.split(".")[:2]
+    if not lowest <= (int(major), int(minor)) <= highest:
+        raise NotCaptured(
+            f"it has not been tested with PyTorch {torch.__version__}, but with "
+            f"{'.'.join(map(str, lowest))} to {'.'.join(map(str, highest))}"
+        )
     stance = torch._dynamo.eval_frame._stance
     if stance.skip_guard_eval_unsafe:
         raise NotCaptured("torch.compiler.set_stance has switched off the checks of torch.compile")
@@ -260,6 +326,12 @@ def _check_stance() -> None:
 
 def _why(error: BaseException) -> str:
     """Say in a line why Dynamo has given up."""
+    if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
+        return (
+            "what its functions read beside tensors changes again and again, and each time takes a "
+            "graph of its own. Pass a number that changes as a tensor"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = [line for line in lines if line.startswith(("Explanation:", "Developer debug"))]
-    return " ".join([*lines[:1], *detail[:1]]) or type(error).__name__
+    text = " ".join([*lines[:1], *detail[:1]]) or type(error).__name__
+    return text.rstrip(".")

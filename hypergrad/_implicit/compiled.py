@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._autograd.host import every_task
+from .._autograd.recording import refuse_past_arguments
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
-from .._compiled.session import Body, Session
+from .._compiled.session import Body, Replayed, Session
+from .._errors import NotConnected
 from .._info import SolveInfo
+from ..conditions._inner_problem import Problem
 from .causes import Place
 from .hypergradient import Call, Hypergradient, Measured
 from .verdict import Case
@@ -44,7 +49,9 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     vmaps, problem = Vmaps.around(), call.problem
     condition = problem.condition
     chain = condition.chain()
-    if chain is None or being_traced() or (vmaps is None and transforms_active()):
+    cause = _refused(call, chain, vmaps)
+    if chain is None or cause is not None:
+        session.refuse("implicit_grad", str(cause))
         return None
     followed = [None if first is None else first + 1 for first in chain]
     stages = [(call.outer, None), *zip(condition.functions(), followed, strict=True)]
@@ -58,32 +65,103 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     replay = session.replay(
         "implicit_grad",
-        (call.choices, call.has_aux, type(condition)),
+        (call.choices, call.has_aux, _kind(problem)),
         stages,
-        problem.arguments([detached(t) for t in problem.tensors]),
+        problem.arguments(_variables(problem, plain=vmaps is None)),
         [*problem.tensors, *(call.x0 or ())],
         body,
         vmaps,
     )
     if replay is None:
         return None
-    measured = _measured(call, *replay)
+    if _reaches_past_arguments(problem, replay.lifted):
+        return None  # which raises, and says by which function
+    measured = _measured(call, replay)
     if session.is_due(replay.program):
         present = outside_of_vmaps(call.answer)
+
+        def nudged() -> list[Tensor]:
+            moved = outside_of_vmaps(_nudged(call).answer)
+            return [t if vmaps is None else vmaps.unwrapped(t) for t in moved.leaves]
+
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):
-            session.agree(replay.program, measured.leaves, plain)
+            session.agree(replay, measured.leaves, plain, nudged)
         return present
     with outside(vmaps):
+        if not every_task(measured.sound):
+            return None  # which is said, or is right, in the order of the call as it is
         call.judge(measured)
         return call.handed_back(measured, vmaps, ())
+
+
+def _refused(call: Call, chain: Any, vmaps: Vmaps | None) -> str | None:
+    """Say why a call is not to be compiled, as far as its arguments tell."""
+    solver, condition = call.choices.solver, call.problem.condition
+    if chain is None:
+        return f"a condition {type(condition).__name__} with these arguments cannot be captured"
+    if being_traced():
+        return "it is called by a function that the library differentiates"
+    if vmaps is None and transforms_active():
+        return "it is called inside a torch.func transform other than vmap"
+    if type(solver).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return f"its solver {type(solver).__name__} is none of the library's"
+    for name, value in vars(solver).items():
+        if callable(value) or isinstance(value, Tensor):
+            return f"what its solver's {name} does cannot be captured"
+    return None
+
+
+def _kind(problem: Problem) -> Hashable:
+    """List what a program depends on beside tensors and functions: which tensors are variables."""
+    condition: Any = problem.condition
+    values = [getattr(condition, field.name) for field in dataclasses.fields(condition)]
+    plain = tuple(value for value in values if not callable(value))
+    trees = tuple((tuple(t.places), tuple(t.where), tuple(t.same)) for t in problem.trees)
+    return type(condition), plain, trees, problem.outer
+
+
+def _variables(problem: Problem, *, plain: bool) -> list[Tensor]:
+    """Copy the tensors of a problem, as its functions are given them."""
+    tensors = [detached(t) for t in problem.tensors]
+    if plain:
+        for place in (*problem.inner, *problem.outer):
+            tensors[place].requires_grad_()
+    return tensors
+
+
+def _reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
+    """Say whether a captured tensor is one of the arguments."""
+    tracked = [t for t in lifted if t.requires_grad]
+    if not tracked:
+        return False
+    try:
+        refuse_past_arguments("inner", tracked, [], problem.trees)
+    except NotConnected:
+        return True
+    return False
+
+
+def _nudged(call: Call) -> Call:
+    """Move the inner variables by a rounding."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2)
+        change = torch.finfo(tensor.dtype).eps * signs.to(tensor.dtype).view(tensor.shape)
+        return detached(tensor) * (1 + change)
+
+    params = call.problem.params.replaced(list(map(moved, call.problem.params.variables)))
+    return dataclasses.replace(
+        call,
+        problem=dataclasses.replace(call.problem, params=params),
+        choices=dataclasses.replace(call.choices, on_failure="ignore"),
+    )
 
 
 def _flat(measured: Measured) -> Body:
     """List the tensors of a hypergradient and its evidence, and what is none."""
     case, info = measured.case, measured.info
-    aux, spec = pytree.tree_flatten(measured.aux)
-    constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in aux]
+    aux = pytree.tree_leaves(measured.aux)
     connected = [[part is not None for part in terms] for terms in measured.terms]
     tensors = [
         *(getattr(info, name) for name in _FIGURES),
@@ -92,16 +170,17 @@ def _flat(measured: Measured) -> Body:
         *(leaf for leaf in aux if isinstance(leaf, Tensor)),
     ]  # fmt: skip
     leaves = len(measured.leaves)
-    return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected, constants, spec))
+    return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected))
 
 
-def _measured(call: Call, tensors: list[Tensor], program: Any) -> Measured:
+def _measured(call: Call, replay: Replayed) -> Measured:
     """Put a hypergradient and its evidence together again."""
-    method, kink, noisy, count, connected, constants, spec = program.static
-    figures = dict(zip(_FIGURES, tensors, strict=False))
-    u, sound, cause, eigenvalues, condition, params, *rest = tensors[len(_FIGURES) :]
+    method, kink, noisy, count, connected = replay.program.static
+    figures = dict(zip(_FIGURES, replay.tensors, strict=False))
+    u, sound, cause, eigenvalues, condition, params, *rest = replay.tensors[len(_FIGURES) :]
     leaves, of_aux = rest[:count], iter(rest[count:])
-    aux = [next(of_aux) if held is None else held[0] for held in constants]
+    aux = replay.values[0][1] if call.has_aux else None
+    aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
 
     direct, indirect = ([u if some else None for some in terms] for terms in connected)
 
@@ -113,7 +192,7 @@ def _measured(call: Call, tensors: list[Tensor], program: Any) -> Measured:
         leaves=leaves,
         u=u,
         info=SolveInfo(**figures, solution=None, aux=None, method=method),
-        aux=pytree.tree_unflatten(aux, spec),
+        aux=aux,
         case=Case(
             call.choices,
             kink,
