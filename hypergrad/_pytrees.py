@@ -169,14 +169,14 @@ class Tree:
         """The further places of variables, each with the first place of its variable."""
         return sorted(self._same.items())
 
-    def replaced(self, variables: Sequence[Tensor]) -> Tree:
-        """Take the same argument apart with other variables."""
+    def replaced(self, tensors: Sequence[Tensor]) -> Tree:
+        """Take the same argument apart with other tensors."""
         other = copy.copy(self)
         other.leaves = list(self.leaves)
-        for index, value in zip(self.where, variables, strict=True):
+        for index, value in zip(self.places, tensors, strict=True):
             other.leaves[index] = value
-        other.tensors = [other.leaves[i] for i in other.places]
-        other.variables = list(variables)
+        other.tensors = list(tensors)
+        other.variables = [other.leaves[i] for i in other.where]
         return other
 
     def rebuild(self, variables: Sequence[Any]) -> Any:

@@ -124,10 +124,15 @@ class _Stage:
         first = captured.stages[number]
         self._first = [] if first is None else [n for n, (s, _) in marks.items() if s == first]
         self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        known, wanted = set(self._first), set(self._leaves.values())
+        # All that is between the marks of the stage before and its own: also what nothing reads,
+        # such as the beginning of a `no_grad`, or a change in place.
+        nodes = list(graph.nodes)
+        last = {marks[n][0]: place for place, n in enumerate(nodes) if n in marks}
+        start, stop = last.get(number - 1, -1) + 1, last.get(number, len(nodes) - 1)
+        known, wanted = set(self._first), set(nodes[start : stop + 1])
         self._nodes = []
-        for node in reversed(graph.nodes):
-            if node in wanted and node not in known:
+        for node in reversed(nodes):
+            if node in wanted and node not in known and node.op not in ("placeholder", "output"):
                 self._nodes.append(node)
                 wanted.update(node.all_input_nodes)
         self._nodes.reverse()
@@ -149,8 +154,6 @@ class _Stage:
             values[self._placeholders[place]] = self._lifted(number)
         module = captured.module
         for node in self._nodes:
-            if node.op == "placeholder":
-                continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "get_attr":
                 values[node] = _attribute(module, node.target)

@@ -195,7 +195,8 @@ class Cleaned:
             if node in self.constants:
                 key: Any = _of_constant(self.constants[node])
             else:
-                key = node.target, _key(node.args), _key(node.kwargs)
+                orders = tuple(self._orders.get(node, ()))
+                key = node.target, _key(node.args), _key(node.kwargs), orders
             if key is None:
                 continue
             try:

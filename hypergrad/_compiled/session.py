@@ -416,8 +416,9 @@ def distance(ours: Sequence[Tensor], present: Sequence[Tensor]) -> float:
 
 
 def _allowed(present: Sequence[Tensor]) -> float:
-    eps = [torch.finfo(t.dtype).eps for t in present if t.is_floating_point()]
-    return float(_ALLOWED * max(eps, default=torch.finfo(torch.float64).eps) ** 0.5)
+    kinds = {t.dtype for t in present if t.is_floating_point()} or {torch.float64}
+    kinds |= {dtype for _, dtype in _casts(present)}
+    return float(min(_ALLOWED * max(torch.finfo(k).eps for k in kinds) ** 0.5, _MOST))
 
 
 def _first_line(error: BaseException) -> str:
@@ -432,14 +433,18 @@ def _kinds(tensors: Sequence[Tensor]) -> list[str]:
     return sorted({t.device.type for t in tensors})
 
 
-def _surroundings(tensors: Sequence[Tensor]) -> Hashable:
-    """List what the caller has switched on that a trace goes by."""
-    casts = [
+def _casts(tensors: Sequence[Tensor]) -> list[tuple[str, torch.dtype]]:
+    """List the kinds of device that the caller's autocast is on for, with its dtypes."""
+    return [
         (kind, torch.get_autocast_dtype(kind))
         for kind in _kinds(tensors)
         if torch.is_autocast_enabled(kind)
     ]
-    return tuple(casts), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+
+
+def _surroundings(tensors: Sequence[Tensor]) -> Hashable:
+    """List what the caller has switched on that a trace goes by."""
+    return *_casts(tensors), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 @contextmanager
@@ -472,5 +477,7 @@ def _code(function: Any, depth: int = 4) -> Any:
 #: The roots of a rounding by which a replay may be off: a graph is computed in another order, and
 #: iterations take that further. What a graph had kept of an old call was off by a part of all.
 _ALLOWED = 30.0
+#: In half precision too a replay may be off by no more.
+_MOST = 0.3
 #: By so many times what one rounding of params makes, an answer may be off.
 _NUDGES = 10.0

@@ -73,6 +73,8 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     try:
         raw = make_fx(noted)(*own)
         _refuse_impure(raw)
+        if not all(map(_equal, own, examples)):
+            raise NotCaptured("a tensor that was made before the call is changed in place")
         pure = make_fx(torch.func.functionalize(raw, remove="mutations"))(*own)
         _refuse_impure(pure)
     finally:
@@ -81,6 +83,11 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
         if node.op == "call_function" and _is_mutable(node.target):
             raise NotCaptured(f"a tensor is changed in place ({node.target})")
     return Traced(pure, seen)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same = one == other
+    return bool((same | one.isnan() & other.isnan() if one.is_floating_point() else same).all())
 
 
 def _copied(tensor: Tensor) -> Tensor:

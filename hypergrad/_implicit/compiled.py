@@ -58,9 +58,13 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outer, *inner = functions
-        own = dataclasses.replace(problem, condition=condition.with_functions(inner))
-        same = dataclasses.replace(call, outer=outer, problem=own)
         n = len(problem.tensors)
+        one = tensors[:n]
+        if vmaps is not None:  # what a task is given where no task has anything of its own
+            one = [t[(0,) * len(vmaps.sizes)] for t in one]
+        own = _at(problem, one)
+        own = dataclasses.replace(own, condition=condition.with_functions(inner))
+        same = dataclasses.replace(call, outer=outer, problem=own)
         return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
     replay = session.replay(
@@ -142,6 +146,16 @@ def _reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
     return False
 
 
+def _at(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
+    """Pose a problem with other tensors."""
+    trees, start = [], 0
+    for tree in problem.trees:
+        stop = start + len(tree.tensors)
+        trees.append(tree.replaced(tensors[start:stop]))
+        start = stop
+    return dataclasses.replace(problem, params=trees[0], args=tuple(trees[1:]))
+
+
 def _nudged(call: Call) -> Call:
     """Move the inner variables by a rounding."""
 
@@ -150,10 +164,12 @@ def _nudged(call: Call) -> Call:
         change = torch.finfo(tensor.dtype).eps * signs.to(tensor.dtype).view(tensor.shape)
         return detached(tensor) * (1 + change)
 
-    params = call.problem.params.replaced(list(map(moved, call.problem.params.variables)))
+    tensors = call.problem.tensors
+    for place in call.problem.inner:
+        tensors[place] = moved(tensors[place])
     return dataclasses.replace(
         call,
-        problem=dataclasses.replace(call.problem, params=params),
+        problem=_at(call.problem, tensors),
         choices=dataclasses.replace(call.choices, on_failure="ignore"),
     )
 
