@@ -118,7 +118,6 @@ class Session:
         self.causes: dict[tuple[Hashable, ...], str] = {}
         self._said: set[str] = set()
         self._failed: dict[tuple[Hashable, ...], int] = {}
-        self._lock = threading.RLock()
 
     @property
     def programs(self) -> list[Program]:
@@ -295,24 +294,20 @@ class Session:
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         batched = (*map(is_batched, tensors), *batched)
         kind = key, forms, batched, None if vmaps is None else vmaps.sizes, _surroundings(inputs)
-        with outside(vmaps), torch.inference_mode(False), torch.no_grad(), self._lock:
-            programs = captured.kept.setdefault(kind, [])
-            for program in programs:
-                outputs = _run(program, inputs)
-                if outputs is not None:
-                    return Replayed(outputs, program, lifted=lifted)
-            if len(programs) == _BRANCHES:
-                raise NotCaptured(
-                    "what the host sees changes from call to call, so that the steps of the call "
-                    "do: take a solver with fixed steps (rtol=0)"
-                )
-            own = len(tensors)
-            program = _made(captured, inputs, own, batched[own:], body, vmaps)
-            programs.append(program)
-            outputs = _run(program, inputs)
-            if outputs is None:
-                raise NotCaptured("its values change while nothing is changed")
-            return Replayed(outputs, program, lifted=lifted)
+        programs = captured.kept.setdefault(kind, [])
+        with outside(vmaps), torch.inference_mode(False), torch.no_grad():
+            replayed = _first(programs, inputs)
+            if replayed is None:
+                with _TRACING:
+                    replayed = _first(programs, inputs)  # of another thread
+                    if replayed is None:
+                        own = len(tensors)
+                        program = _made(captured, inputs, own, batched[own:], body, vmaps)
+                        programs.append(program)
+                        replayed = _first([program], inputs)
+        if replayed is None:
+            raise NotCaptured("its values change while nothing is changed")
+        return replayed._replace(lifted=lifted)
 
 
 def compiling() -> Session | None:
@@ -322,7 +317,23 @@ def compiling() -> Session | None:
 
 #: The session of calls that ask for it one by one.
 EVERYWHERE = Session()
+#: One trace at a time in a process: PyTorch's tracers have state of their own.
+_TRACING = threading.RLock()
 _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
+
+
+def _first(programs: list[Program], inputs: list[Tensor]) -> Replayed | None:
+    """Replay the first of the programs that holds; None: none does, and another may be made."""
+    for program in list(programs):
+        outputs = _run(program, inputs)
+        if outputs is not None:
+            return Replayed(outputs, program)
+    if len(programs) >= _BRANCHES:
+        raise NotCaptured(
+            "what the host sees changes from call to call, so that the steps of the call do: take "
+            "a solver with fixed steps (rtol=0)"
+        )
+    return None
 
 
 def _run(program: Program, inputs: list[Tensor]) -> list[Tensor] | None:
