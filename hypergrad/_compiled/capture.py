@@ -287,15 +287,12 @@ def returned(captured: Captured) -> int:
 
 
 def _refuse_impure(module: fx.GraphModule) -> None:
-    """Raise where a graph holds a tensor, changes one, or reads Python's random numbers."""
+    """Raise where a graph holds a tensor, or reads Python's random numbers."""
     if [*module.parameters(), *module.buffers()]:
         raise NotCaptured("a module's tensors cannot be told from the program")
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
-        example = node.meta.get("example_value")
-        if isinstance(example, Tensor) and example._version > 0:
-            raise NotCaptured("a tensor that was made before the call is changed in place")
         source = getattr(node.meta.get("grapharg"), "source", None)
         if type(source).__name__ == "RandomValueSource":
             raise NotCaptured("random numbers are drawn by Python's random")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .._autograd.host import every_task
 from .._autograd.recording import refuse_past_arguments
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
-from .._autograd.transforms import transforms_active
+from .._autograd.transforms import is_batched, transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
 from .._compiled.session import Body, Replayed, Session
 from .._errors import NotConnected
@@ -59,11 +60,10 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outer, *inner = functions
         n = len(problem.tensors)
-        one = tensors[:n]
-        if vmaps is not None:  # what a task is given where no task has anything of its own
-            one = [t[(0,) * len(vmaps.sizes)] for t in one]
-        own = _at(problem, one)
-        own = dataclasses.replace(own, condition=condition.with_functions(inner))
+        own = dataclasses.replace(problem, condition=condition.with_functions(inner))
+        if not any(map(is_batched, problem.tensors)):  # tasks may share the inner problem
+            lead = 0 if vmaps is None else len(vmaps.sizes)
+            own = _at(own, [t[(0,) * lead] for t in tensors[:n]])
         same = dataclasses.replace(call, outer=outer, problem=own)
         return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
@@ -85,7 +85,8 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         present = outside_of_vmaps(call.answer)
 
         def nudged() -> list[Tensor]:
-            moved = outside_of_vmaps(_nudged(call).answer)
+            with nullcontext() if vmaps is None else vmaps.entered():
+                moved = outside_of_vmaps(_nudged(call).answer)
             return [t if vmaps is None else vmaps.unwrapped(t) for t in moved.leaves]
 
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]

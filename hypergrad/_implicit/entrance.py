@@ -355,15 +355,19 @@ def _hypergradient(
         has_aux=has_aux,
     )
     refuse_one_level_reduced(condition.functions(), outer)
+    session = compiling() or session
     group = group_of(P.variables)
     if group is None and getattr(condition, "products", "exact") == "difference":
         group = group_of_replicas(P.variables)
     if group is not None:
+        if session is not None:
+            session.refuse("implicit_grad", "its params lie on several processes")
         refuse_transforms()
         with together(group):
             return call.answer(None)
     if mapped_by_caller(call.choices.solver):
+        if session is not None:
+            session.refuse("implicit_grad", "its solver's preconditioner is a function")
         return call.answer(None)
-    session = compiling() or session
     answer = None if session is None else replayed(call, session)
     return outside_of_vmaps(call.answer) if answer is None else answer

@@ -397,7 +397,6 @@ def test_the_callers_modes():
             with mode():
                 ours = first(loss, inner, W, H)
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-            assert not ours.is_inference()
             assert not first.session.causes
     torch.set_default_dtype(D)
     try:
@@ -540,7 +539,8 @@ def test_the_evidence_of_a_replay_is_that_of_the_call_as_it_is(tasks: int, dtype
 @pytest.mark.parametrize("case", ["negative curvature", "nan", "unsolved"])
 def test_failures_at_a_later_call_say_the_same(case: str, mode: str):
     step = compiled()
-    options = {**FIGURES, "on_failure": mode}
+    solver = hypergrad.CG(maxiter=6, rtol=1e-6)
+    options = {**FIGURES, "solver": solver, "on_failure": mode}
     ok, bad = {
         "negative curvature": (1.0, -5.0), "nan": (1.0, float("nan")), "unsolved": (1.0, 1.0),
     }[case]  # fmt: skip
@@ -691,28 +691,25 @@ def test_a_subclass_that_is_captured():
 
 
 @pytest.mark.parametrize("by_module", [True, False])
-def test_buffers_that_are_changed_in_place(by_module: bool):
-    def run(call: Any) -> tuple[Tensor, list[Tensor]]:
-        norm = nn.BatchNorm1d(3).to(D)
-        x = draw(6, 3)
+def test_batch_norm_in_train_mode_is_refused_as_without(by_module: bool):
+    norm = nn.BatchNorm1d(3).to(D)
+    x, before = draw(6, 3), [b.clone() for b in norm.buffers()]
 
-        def inner(w: Tensor, h: Tensor) -> Tensor:
-            z = x * w
-            if by_module:
-                z = norm(z)
-            else:
-                z = F.batch_norm(z, norm.running_mean, norm.running_var, training=True)
-            return ((z - 1).tanh() ** 2).sum() + (h.exp() * w**2).sum()
+    def inner(w: Tensor, h: Tensor) -> Tensor:
+        z = x * w
+        if by_module:
+            z = norm(z)
+        else:
+            z = F.batch_norm(z, norm.running_mean, norm.running_var, training=True)
+        return ((z - 1).tanh() ** 2).sum() + (h.exp() * w**2).sum()
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            answers = [call(loss, inner, W, H), call(loss, inner, W + 1, H)]
-        if call is not ask:
-            assert [w.category for w in caught] == [hypergrad.CompileWarning]
-        return torch.stack(answers), [b.clone().to(D) for b in norm.buffers()]
-
-    ours, theirs = run(compiled()), run(ask)
-    torch.testing.assert_close(ours, theirs)
+    texts = []
+    for call in (compiled(on_fallback="ignore"), ask):
+        with pytest.raises(hypergrad.UnsupportedOperation) as raised:
+            call(loss, inner, W, H)
+        texts.append(str(raised.value))
+    assert texts[0] == texts[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
 
 
 def test_a_counter_in_place():
@@ -748,8 +745,10 @@ def test_pythons_random_numbers():
         return ((w * random.random() - 1) ** 2 + h.exp() * w**2).sum()
 
     step = compiled()
-    with pytest.warns(hypergrad.CompileWarning):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         step(loss, inner, W, H)
+    assert hypergrad.CompileWarning in [w.category for w in caught]
 
 
 def test_errors_of_a_loss_are_its_own():
@@ -807,12 +806,11 @@ def test_inside_of_another_transform():
         warnings.simplefilter("ignore", hypergrad.CompileWarning)
         with pytest.raises(hypergrad.UnsupportedOperation):
             torch.func.grad(lambda h: step(loss, inner, W, h).sum())(H)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", hypergrad.CompileWarning)
-        with torch.autograd.forward_ad.dual_level():
-            c = torch.autograd.forward_ad.make_dual(c, torch.ones_like(c))
-            ours, theirs = (call(loss, inner, W, H) for call in (step, ask))
-            torch.testing.assert_close(ours, theirs)
+    with torch.autograd.forward_ad.dual_level():
+        c = torch.autograd.forward_ad.make_dual(c, torch.ones_like(c))
+        for call in (compiled(on_fallback="ignore"), ask):
+            with pytest.raises(hypergrad.UnsupportedOperation, match="custom_argmin"):
+                call(loss, inner, W, H)
 
 
 # Limits of Dynamo, and its state.
