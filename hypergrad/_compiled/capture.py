@@ -11,7 +11,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -175,15 +175,33 @@ def _attribute(module: Any, path: str) -> Any:
     return module
 
 
-#: What is made of a graph and the tensors of a call: the graph's outputs.
-Then = Callable[[Captured, Sequence[Tensor]], Sequence[Tensor]]
+class Seen(NamedTuple):
+    """What was seen of a call.
+
+    Attributes
+    ----------
+    captured : Captured
+        The graph whose guards hold.
+    tensors : sequence of Tensor
+        All that it reads.
+    values : list
+        What the functions return, with any tensors in the places of theirs.
+    """
+
+    captured: Captured
+    tensors: Sequence[Tensor]
+    values: list[Any]
+
+
+#: PyTorch's tracers have state of the process: none runs while another thread's does.
+TRACING = threading.RLock()
 
 
 class Capture:
     """Captures calls of functions with the same code, each set of guards once."""
 
     def __init__(self) -> None:
-        self._now, self._lock = threading.local(), threading.RLock()
+        self._now = threading.local()
 
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             captured = Captured(module)
@@ -200,8 +218,8 @@ class Capture:
         known = {name: value for name, value in _STRICT.items() if hasattr(config, name)}
         self._strict: Callable[[], Callable[[], None]] = config._make_closure_patcher(**known)
 
-    def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any], then: Then) -> list[Any]:
-        """Check the guards, and call ``then(captured, inputs)``.
+    def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any]) -> Seen:
+        """Check the guards, and follow the functions where there is no graph yet.
 
         Parameters
         ----------
@@ -209,13 +227,11 @@ class Capture:
             The functions.
         arguments : sequence of pytree
             With tensors that nothing else holds.
-        then : callable
-            Given the graph and all tensors that it reads. It returns the graph's outputs.
 
         Returns
         -------
-        values : list
-            What the functions return, with the tensors that `then` has returned.
+        seen : Seen
+            The graph, and the tensors that it reads in this call.
 
         Raises
         ------
@@ -223,47 +239,39 @@ class Capture:
             If the functions cannot be followed.
         """
         _refuse_where_unsure()
-        now = self._now
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
-        before = getattr(now, "call", None)
-        now.call = call = _Call(tuple(first for _, first in stages), leaves, then)
-        revert = self._strict()
-        try:
-            # As where the functions are called without this: their own `no_grad` ends in it.
-            with torch.inference_mode(False), torch.enable_grad():
+        before = getattr(self._now, "call", None)
+        self._now.call = call = _Call(tuple(first for _, first in stages), leaves)
+        # As where the functions are called without this: their own `no_grad` ends in grad mode.
+        with TRACING, torch.inference_mode(False), torch.enable_grad():
+            revert = self._strict()
+            try:
                 values: list[Any] = self._one(list(stages), tuple(arguments))
-                if call.captured is not None and not call.ran:
-                    with self._lock:
-                        call.captured.returned = [pytree.tree_structure(v) for v in values]
-                    values = self._one(list(stages), tuple(arguments))
-        except Exception as error:
-            if call.reached:
+            except NotCaptured:
                 raise
-            raise NotCaptured(_why(error)) from error
-        finally:
-            revert()
-            now.call = before
-        if not call.reached:
+            except Exception as error:
+                raise NotCaptured(_why(error)) from error
+            finally:
+                revert()
+                self._now.call = before
+        if call.captured is None:
             raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
-        if not call.ran:
-            raise NotCaptured("its checks do not hold from one moment to the next")
-        return values
+        if not call.captured.returned:
+            call.captured.returned = [pytree.tree_structure(value) for value in values]
+        return Seen(call.captured, call.tensors, values)
 
     def _called(self, captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Note what a graph is called with, in the place of running it."""
         call: _Call = self._now.call
-        call.captured, call.reached = captured, True
-        with self._lock:
-            if not captured.stages:
-                _refuse_impure(captured.module)
-                own = {id(t): place for place, t in enumerate(real)}
-                captured.places = [own.get(id(t)) for t in call.leaves]
-                known = set(captured.places)
-                captured.lifted = [place for place in range(len(real)) if place not in known]
-                captured.stages = call.stages
-        if not captured.returned:  # see in which form the functions return what they return
-            return [torch.zeros(())] * returned(captured)
-        call.ran = True
-        return call.then(captured, real)
+        if not captured.stages:
+            _refuse_impure(captured.module)
+            own = {id(t): place for place, t in enumerate(real)}
+            captured.places = [own.get(id(t)) for t in call.leaves]
+            known = set(captured.places)
+            captured.lifted = [place for place in range(len(real)) if place not in known]
+            captured.stages = call.stages
+        call.captured, call.tensors = captured, real
+        return [torch.zeros(())] * returned(captured)
 
 
 def returned(captured: Captured) -> int:
@@ -304,10 +312,8 @@ class _Call:
 
     stages: tuple[int | None, ...]
     leaves: list[Tensor]
-    then: Then
     captured: Captured | None = None
-    reached: bool = False
-    ran: bool = False
+    tensors: Sequence[Tensor] = ()
 
 
 def _refuse_where_unsure() -> None:

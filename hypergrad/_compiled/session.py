@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -22,7 +21,7 @@ from .._autograd.transforms import has_tangent, is_batched
 from .._autograd.vmaps import Vmaps, outside
 from .._errors import CompileMismatch, HypergradError, NotCompiled
 from .._warnings import warn_of_compiling
-from .capture import Capture, Captured, NotCaptured, Stage, returned
+from .capture import TRACING, Capture, Captured, NotCaptured, Seen, Stage
 from .clean import Cleaned
 from .fold import Folded
 from .run import runner
@@ -178,24 +177,17 @@ class Session:
             if self.on_fallback == "raise":
                 raise NotCompiled(_not_compiled(name, self.causes[of]))
             return None
-        outcome: list[Replayed] = []
-
-        def then(captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
-            outcome.append(self._replayed(captured, real, key, tensors, body, vmaps))
-            return [torch.zeros(())] * returned(captured)
-
         try:
             capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
-            values = capture(stages, arguments, then)
+            seen = capture(stages, arguments)
+            return self._replayed(seen, key, tensors, body, vmaps)._replace(of=of)
         except NotCaptured as cause:
             self.fall_back(of, str(cause))
-            return None
         except HypergradError as error:  # so does the call as it is, in its own words
             self._failed[of] = self._failed.get(of, 0) + 1
             if self._failed[of] == _BRANCHES:
                 self.fall_back(of, f"it fails where it is traced ({_first_line(error)})")
-            return None
-        return outcome[0]._replace(of=of, values=values)
+        return None
 
     def explain(self) -> str:
         """Say what was compiled, and why something was not.
@@ -270,15 +262,15 @@ class Session:
 
     def _replayed(
         self,
-        captured: Captured,
-        real: Sequence[Tensor],
+        seen: Seen,
         key: Hashable,
         tensors: Sequence[Tensor],
         body: Callable[[list[Any], list[Tensor]], Body],
         vmaps: Vmaps | None,
     ) -> Replayed:
-        lifted = [real[place] for place in captured.lifted]
-        for tensor in real:
+        captured = seen.captured
+        lifted = [seen.tensors[place] for place in captured.lifted]
+        for tensor in seen.tensors:
             if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
                 raise NotCaptured(f"a {type(tensor).__name__} is an argument, or captured")
             if has_tangent(tensor):
@@ -298,7 +290,7 @@ class Session:
         with outside(vmaps), torch.inference_mode(False), torch.no_grad():
             replayed = _first(programs, inputs)
             if replayed is None:
-                with _TRACING:
+                with TRACING:
                     replayed = _first(programs, inputs)  # of another thread
                     if replayed is None:
                         own = len(tensors)
@@ -307,7 +299,7 @@ class Session:
                         replayed = _first([program], inputs)
         if replayed is None:
             raise NotCaptured("its values change while nothing is changed")
-        return replayed._replace(lifted=lifted)
+        return replayed._replace(values=seen.values, lifted=lifted)
 
 
 def compiling() -> Session | None:
@@ -317,8 +309,6 @@ def compiling() -> Session | None:
 
 #: The session of calls that ask for it one by one.
 EVERYWHERE = Session()
-#: One trace at a time in a process: PyTorch's tracers have state of their own.
-_TRACING = threading.RLock()
 _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
 
 

@@ -816,6 +816,7 @@ def test_inside_of_another_transform():
 # Limits of Dynamo, and its state.
 
 
+@pytest.mark.slow
 def test_fifty_losses_in_one_process():
     step = compiled(on_fallback="raise")
     before = copy.deepcopy(torch._dynamo.config.get_config_copy())
@@ -829,7 +830,8 @@ def test_fifty_losses_in_one_process():
     assert torch._dynamo.config.get_config_copy() == before
 
 
-def test_fifty_losses_in_one_wrapper():
+@pytest.mark.slow
+def test_a_dozen_losses_in_one_wrapper():
     def wrapped(of: Callable[[Tensor], Tensor]) -> Any:
         return lambda w, h: of(w) + (h.exp() * w**2).sum()
 
