@@ -61,6 +61,8 @@ def argument_of(leaf: str) -> str | None:
 class NotCompiled(HypergradError):
     """A call cannot be compiled, which `hypergrad.compile` was told to raise for.
 
+    The message names the cause. It has no `info`, no `leaf` and no `argument`.
+
     Examples
     --------
     >>> import torch, hypergrad
@@ -78,12 +80,13 @@ class CompileMismatch(HypergradError):
 
     It is raised once. Later calls of the same functions run as without `hypergrad.compile`. A
     function that finds out whether it is compiled, and then does something else, is such a case.
+    It has no `info`, no `leaf` and no `argument`.
 
     Examples
     --------
     >>> import torch, hypergrad
-    >>> def inner(w, t):
-    ...     return ((w - t) ** 2).sum() + (w**2).sum() * torch.compiler.is_compiling()
+    >>> def inner(w, t, compiled=torch.compiler.is_compiling):
+    ...     return ((w - t) ** 2).sum() + (w**2).sum() * compiled()
     >>> step, one = hypergrad.compile(hypergrad.implicit_grad), torch.ones(2)
     >>> step(lambda w, t: w.sum(), inner, one, one)
     Traceback (most recent call last):

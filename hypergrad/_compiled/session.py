@@ -320,8 +320,8 @@ def _first(programs: list[Program], inputs: list[Tensor]) -> Replayed | None:
             return Replayed(outputs, program)
     if len(programs) >= _BRANCHES:
         raise NotCaptured(
-            "what the host sees changes from call to call, so that the steps of the call do: take "
-            "a solver with fixed steps (rtol=0)"
+            f"its steps change from call to call, and after {_BRANCHES} graphs no more are made (a "
+            "solver stops by its tolerance after more or fewer iterations, say)"
         )
     return None
 
