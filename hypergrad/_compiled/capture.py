@@ -8,9 +8,10 @@ arguments becomes an input of the graph. What is made of the graph is the caller
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,10 @@ class Captured:
     ----------
     module : GraphModule
         Dynamo's: PyTorch's functions, and marks.
+    codes : sequence of code
+        Of all functions that were followed.
+    methods : list of tuple
+        The methods among them, as ``(class, name, code)``, which Dynamo does not guard.
     stages : tuple of (int or None)
         For each function the earlier one whose value is its first argument.
     places : list of (int or None)
@@ -85,6 +90,8 @@ class Captured:
     """
 
     module: fx.GraphModule
+    codes: Sequence[CodeType]
+    methods: list[tuple[type, str, CodeType]]
     stages: tuple[int | None, ...] = ()
     places: list[int | None] = dataclasses.field(default_factory=list)
     lifted: list[int] = dataclasses.field(default_factory=list)
@@ -204,7 +211,8 @@ class Capture:
         self._now = threading.local()
 
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
-            captured = Captured(module)
+            codes = torch._guards.TracingContext.get_traced_code() or []
+            captured = Captured(module, codes, _methods(codes))
             self.graphs.append(captured)
             return lambda *real: self._called(captured, real)
 
@@ -256,6 +264,9 @@ class Capture:
                 self._now.call = before
         if call.captured is None:
             raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
+        for owner, name, code in call.captured.methods:
+            if _code_in(owner, name) is not code:
+                raise NotCaptured(f"{owner.__name__}.{name} was replaced")
         if not call.captured.returned:
             call.captured.returned = [pytree.tree_structure(value) for value in values]
         return Seen(call.captured, call.tensors, values)
@@ -264,7 +275,7 @@ class Capture:
         """Note what a graph is called with, in the place of running it."""
         call: _Call = self._now.call
         if not captured.stages:
-            _refuse_impure(captured.module)
+            _refuse_impure(captured)
             own = {id(t): place for place, t in enumerate(real)}
             captured.places = [own.get(id(t)) for t in call.leaves]
             known = set(captured.places)
@@ -294,8 +305,32 @@ def returned(captured: Captured) -> int:
     return len(nodes)
 
 
-def _refuse_impure(module: fx.GraphModule) -> None:
-    """Raise where a graph holds a tensor, or reads Python's random numbers."""
+def _methods(codes: Sequence[CodeType]) -> list[tuple[type, str, CodeType]]:
+    """Find the classes whose methods were followed, where they can be found by name."""
+    files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
+    methods = []
+    for code in codes:
+        owner: Any = files.get(code.co_filename)
+        *path, name = code.co_qualname.split(".")
+        for part in path:
+            owner = getattr(owner, part, None)
+        if path and isinstance(owner, type) and _code_in(owner, name) is code:
+            methods.append((owner, name, code))
+    return methods
+
+
+def _code_in(owner: type, name: str) -> CodeType | None:
+    held: Any = vars(owner).get(name)
+    held = getattr(held, "fget", None) or getattr(held, "__func__", held)
+    code: CodeType | None = getattr(held, "__code__", None)
+    return code
+
+
+def _refuse_impure(captured: Captured) -> None:
+    """Raise where a graph holds a tensor, or reads random numbers or variables of the system."""
+    module = captured.module
+    if any({"environ", "getenv"} & {*code.co_names} for code in captured.codes):
+        raise NotCaptured("a variable of the environment is read")
     if [*module.parameters(), *module.buffers()]:
         raise NotCaptured("a module's tensors cannot be told from the program")
     for node in module.graph.nodes:
@@ -325,6 +360,8 @@ def _refuse_where_unsure() -> None:
             f"it has not been tested with PyTorch {torch.__version__}, but with "
             f"{'.'.join(map(str, lowest))} to {'.'.join(map(str, highest))}"
         )
+    if torch.nn.modules.module._has_any_global_hook():
+        raise NotCaptured("a hook of all modules is registered")
     stance = torch._dynamo.eval_frame._stance
     if stance.skip_guard_eval_unsafe:
         raise NotCaptured("torch.compiler.set_stance has switched off the checks of torch.compile")

@@ -298,7 +298,7 @@ class Session:
                         programs.append(program)
                         replayed = _first([program], inputs)
         if replayed is None:
-            raise NotCaptured("its values change while nothing is changed")
+            raise NotCaptured("its steps depend on rounding")
         return replayed._replace(values=seen.values, lifted=lifted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import threading
 import warnings
 import weakref
@@ -363,6 +364,45 @@ def test_hooks_that_are_added_to_a_module_later():
     assert not torch.allclose(ours, before)
     handle.remove()
     torch.testing.assert_close(step(outer, inner, params, H), before)
+
+
+class Replaceable:
+    """Something with a method that is replaced in a test."""
+
+    def squares(self, w: Tensor) -> Tensor:
+        return ((2 * w - 1) ** 2).sum()
+
+
+@pytest.mark.parametrize("what", ["method", "hook of all modules", "environment"])
+def test_what_dynamo_does_not_guard(what: str, monkeypatch: pytest.MonkeyPatch):
+    step, held, net = compiled(), Replaceable(), nn.Linear(3, 3).to(D)
+    monkeypatch.setenv("HYPERGRAD_TEST_FACTOR", "1.0")
+
+    def inner(w: Tensor, h: Tensor) -> Tensor:
+        value = held.squares(w) + (net(w) ** 2).sum() + (h.exp() * w**2).sum()
+        if what == "environment":
+            value = value + float(os.environ.get("HYPERGRAD_TEST_FACTOR", "1.0")) * (w**2).sum()
+        return value
+
+    def answers() -> tuple[Tensor, Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hypergrad.CompileWarning)
+            return step(loss, inner, W, H), ask(loss, inner, W, H)
+
+    before = answers()
+    handle = None
+    if what == "method":
+        monkeypatch.setattr(Replaceable, "squares", lambda self, w: ((9 * w - 1) ** 2).sum())
+    elif what == "environment":
+        monkeypatch.setenv("HYPERGRAD_TEST_FACTOR", "7.0")
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 5 * out)
+    after = answers()
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(*before)
+    torch.testing.assert_close(*after)
+    assert not torch.allclose(before[0], after[0])
 
 
 def test_autocast_between_calls():
