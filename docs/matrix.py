@@ -27,6 +27,7 @@ ROWS = (
     "custom_root",
     "custom_fixed_point",
     "implicit_grad",
+    "hypergrad.compile",
     "unrolled_grad",
     "implicit_backward",
     "root_vjp",
@@ -85,6 +86,7 @@ EXCEPTIONS: dict[str, dict[str, str | Raises]] = {
     "custom_root": _OLD_VMAP,
     "custom_fixed_point": _OLD_VMAP,
     "implicit_grad": _detached("custom_argmin"),
+    "hypergrad.compile": _detached("custom_argmin"),
     "unrolled_grad": _detached("torch.func.grad"),
     "implicit_backward": {
         **_detached("implicit_grad"),

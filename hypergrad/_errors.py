@@ -61,6 +61,8 @@ def argument_of(leaf: str) -> str | None:
 class NotCompiled(HypergradError):
     """A call cannot be compiled, which `hypergrad.compile` was told to raise for.
 
+    The message names the cause. It has no `info`, no `leaf` and no `argument`.
+
     Examples
     --------
     >>> import torch, hypergrad
@@ -74,11 +76,40 @@ class NotCompiled(HypergradError):
 
 
 class CompileMismatch(HypergradError):
-    """A compiled call is not what the same call is without `hypergrad.compile`."""
+    """A compiled call is not what the same call is without `hypergrad.compile`.
+
+    It is raised once. Later calls of the same functions run as without `hypergrad.compile`. A
+    function that finds out whether it is compiled, and then does something else, is such a case.
+    It has no `info`, no `leaf` and no `argument`.
+
+    Examples
+    --------
+    >>> import torch, hypergrad
+    >>> def inner(w, t, compiled=torch.compiler.is_compiling):
+    ...     return ((w - t) ** 2).sum() + (w**2).sum() * compiled()
+    >>> step, one = hypergrad.compile(hypergrad.implicit_grad), torch.ones(2)
+    >>> step(lambda w, t: w.sum(), inner, one, one)
+    Traceback (most recent call last):
+    hypergrad.CompileMismatch: A compiled call is off by 0.5 ...
+    """
 
 
 class CompileWarning(UserWarning):
-    """A call is not compiled, and runs as it does without `hypergrad.compile`."""
+    """A call is not compiled, and runs as it does without `hypergrad.compile`.
+
+    The message names the cause. It comes once for each cause.
+
+    Examples
+    --------
+    >>> import warnings, torch, hypergrad
+    >>> inner = lambda w, t: ((w - t) ** 2).sum() if t.sum().item() > 0 else w.sum()
+    >>> step, one = hypergrad.compile(hypergrad.implicit_grad), torch.ones(2)
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     grads = step(lambda w, t: w.sum(), inner, one, one)
+    >>> caught[0].category.__name__
+    'CompileWarning'
+    """
 
 
 class NotConverged(HypergradError):

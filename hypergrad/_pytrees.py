@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -162,6 +163,21 @@ class Tree:
                 "torch.tensor(2.0), integers as tensor.float().",
                 argument=self.name,
             )
+
+    @property
+    def same(self) -> list[tuple[int, int]]:
+        """The further places of variables, each with the first place of its variable."""
+        return sorted(self._same.items())
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Tree:
+        """Take the same argument apart with other tensors."""
+        other = copy.copy(self)
+        other.leaves = list(self.leaves)
+        for index, value in zip(self.places, tensors, strict=True):
+            other.leaves[index] = value
+        other.tensors = list(tensors)
+        other.variables = [other.leaves[i] for i in other.where]
+        return other
 
     def rebuild(self, variables: Sequence[Any]) -> Any:
         """Put other variables into the argument, with the constants in their places."""

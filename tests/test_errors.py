@@ -93,7 +93,7 @@ def test_a_class_of_ones_own_has_its_own_text():
 
 
 def test_the_errors_of_the_list_are_all():
-    assert len(ERRORS) == 11
+    assert len(ERRORS) == 13
     assert {kind for kind in ERRORS if kind is not HypergradError} <= set(
         HypergradError.__subclasses__()
     )

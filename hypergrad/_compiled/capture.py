@@ -8,15 +8,34 @@ arguments becomes an input of the graph. What is made of the graph is the caller
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from .._autograd.torch_pytrees import pytree
+
+#: The versions of PyTorch, from and to, that the capture has been tested with.
+_TESTED = (2, 10), (2, 15)
+
+#: Settings of Dynamo for the length of a call: nothing that a function reads goes unguarded.
+#: The caller's own come back after it.
+_STRICT: dict[str, Any] = {
+    "guard_nn_modules": True,
+    "skip_nnmodule_hook_guards": False,
+    "skip_no_tensor_aliasing_guards_on_parameters": False,
+    "skip_tensor_guards_with_matching_dict_tags": False,
+    "skip_guards_on_constant_func_defaults": False,
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+    "suppress_errors": False,
+    "error_on_recompile": False,
+    "fail_on_recompile_limit_hit": False,
+}
 
 #: ``(function, stage)``: what is called, and the earlier stage whose value is its first argument;
 #: None: the first of all arguments.
@@ -54,23 +73,29 @@ class Captured:
     ----------
     module : GraphModule
         Dynamo's: PyTorch's functions, and marks.
+    codes : sequence of code
+        Of all functions that were followed.
+    methods : list of tuple
+        The methods among them, as ``(class, name, code)``, which Dynamo does not guard.
     stages : tuple of (int or None)
         For each function the earlier one whose value is its first argument.
     places : list of (int or None)
         For each tensor among the arguments the input that stands for it; None: none reads it.
     lifted : list of int
         The other inputs, which the functions have captured.
-    specs : list of TreeSpec
-        How each function returns what it returns, with the leaves that are no tensors.
+    returned : list of TreeSpec
+        How each function returns what it returns.
     kept : dict
         What the caller has made of it, to be used again.
     """
 
     module: fx.GraphModule
+    codes: Sequence[CodeType]
+    methods: list[tuple[type, str, CodeType]]
     stages: tuple[int | None, ...] = ()
     places: list[int | None] = dataclasses.field(default_factory=list)
     lifted: list[int] = dataclasses.field(default_factory=list)
-    returned: list[tuple[list[Any], pytree.TreeSpec]] = dataclasses.field(default_factory=list)
+    returned: list[pytree.TreeSpec] = dataclasses.field(default_factory=list)
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
@@ -106,10 +131,15 @@ class _Stage:
         first = captured.stages[number]
         self._first = [] if first is None else [n for n, (s, _) in marks.items() if s == first]
         self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        known, wanted = set(self._first), set(self._leaves.values())
+        # All that is between the marks of the stage before and its own: also what nothing reads,
+        # such as the beginning of a `no_grad`, or a change in place.
+        nodes = list(graph.nodes)
+        last = {marks[n][0]: place for place, n in enumerate(nodes) if n in marks}
+        start, stop = last.get(number - 1, -1) + 1, last.get(number, len(nodes) - 1)
+        known, wanted = set(self._first), set(nodes[start : stop + 1])
         self._nodes = []
-        for node in reversed(graph.nodes):
-            if node in wanted and node not in known:
+        for node in reversed(nodes):
+            if node in wanted and node not in known and node.op not in ("placeholder", "output"):
                 self._nodes.append(node)
                 wanted.update(node.all_input_nodes)
         self._nodes.reverse()
@@ -131,8 +161,6 @@ class _Stage:
             values[self._placeholders[place]] = self._lifted(number)
         module = captured.module
         for node in self._nodes:
-            if node.op == "placeholder":
-                continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "get_attr":
                 values[node] = _attribute(module, node.target)
@@ -142,8 +170,9 @@ class _Stage:
                 values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
                 values[node] = module.get_submodule(node.target)(*args, **kwargs)
-        leaves, spec = captured.returned[self._number]
-        made = [values[self._leaves[i]] if i in self._leaves else c for i, c in enumerate(leaves)]
+        spec = captured.returned[self._number]
+        leaves = [self._leaves.get(place) for place in range(spec.num_leaves)]
+        made = [None if node is None else values[node] for node in leaves]
         return pytree.tree_unflatten(made, spec)
 
 
@@ -153,8 +182,26 @@ def _attribute(module: Any, path: str) -> Any:
     return module
 
 
-#: What is made of a graph and the tensors of a call: the graph's outputs.
-Then = Callable[[Captured, Sequence[Tensor]], Sequence[Tensor]]
+class Seen(NamedTuple):
+    """What was seen of a call.
+
+    Attributes
+    ----------
+    captured : Captured
+        The graph whose guards hold.
+    tensors : sequence of Tensor
+        All that it reads.
+    values : list
+        What the functions return, with any tensors in the places of theirs.
+    """
+
+    captured: Captured
+    tensors: Sequence[Tensor]
+    values: list[Any]
+
+
+#: PyTorch's tracers have state of the process: none runs while another thread's does.
+TRACING = threading.RLock()
 
 
 class Capture:
@@ -164,7 +211,8 @@ class Capture:
         self._now = threading.local()
 
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
-            captured = Captured(module)
+            codes = torch._guards.TracingContext.get_traced_code() or []
+            captured = Captured(module, codes, _methods(codes))
             self.graphs.append(captured)
             return lambda *real: self._called(captured, real)
 
@@ -173,10 +221,13 @@ class Capture:
         torch._dynamo.allow_in_graph(mark)
         own = FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
         self.graphs: list[Captured] = []
+        config: Any = torch._dynamo.config
         self._one = torch._dynamo.optimize(backend, nopython=True, dynamic=False)(own)
+        known = {name: value for name, value in _STRICT.items() if hasattr(config, name)}
+        self._strict: Callable[[], Callable[[], None]] = config._make_closure_patcher(**known)
 
-    def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any], then: Then) -> list[Any]:
-        """Check the guards, and call ``then(captured, inputs)``.
+    def __call__(self, stages: Sequence[Stage], arguments: Sequence[Any]) -> Seen:
+        """Check the guards, and follow the functions where there is no graph yet.
 
         Parameters
         ----------
@@ -184,53 +235,110 @@ class Capture:
             The functions.
         arguments : sequence of pytree
             With tensors that nothing else holds.
-        then : callable
-            Given the graph and all tensors that it reads. It returns the graph's outputs.
 
         Returns
         -------
-        values : list
-            What the functions return, with the tensors that `then` has returned.
+        seen : Seen
+            The graph, and the tensors that it reads in this call.
 
         Raises
         ------
         NotCaptured
             If the functions cannot be followed.
-        TorchDynamoException
-            If `then` raises one.
         """
-        now = self._now
+        _refuse_where_unsure()
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
-        before = getattr(now, "call", None)
-        _check_stance()
-        now.call = call = _Call(tuple(first for _, first in stages), leaves, then)
-        try:
-            values: list[Any] = self._one(list(stages), tuple(arguments))
-            if call.captured is not None and not call.captured.returned:
-                _describe(call.captured, values)
-                values = self._one(list(stages), tuple(arguments))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if call.reached:
+        before = getattr(self._now, "call", None)
+        self._now.call = call = _Call(tuple(first for _, first in stages), leaves)
+        # As where the functions are called without this: their own `no_grad` ends in grad mode.
+        with TRACING, torch.inference_mode(False), torch.enable_grad():
+            revert = self._strict()
+            try:
+                values: list[Any] = self._one(list(stages), tuple(arguments))
+            except NotCaptured:
                 raise
-            raise NotCaptured(_why(error)) from error
-        finally:
-            now.call = before
-        if not call.reached:
+            except Exception as error:
+                raise NotCaptured(_why(error)) from error
+            finally:
+                revert()
+                self._now.call = before
+        if call.captured is None:
             raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
-        return values
+        for owner, name, code in call.captured.methods:
+            if _code_in(owner, name) is not code:
+                raise NotCaptured(f"{owner.__name__}.{name} was replaced")
+        if not call.captured.returned:
+            call.captured.returned = [pytree.tree_structure(value) for value in values]
+        return Seen(call.captured, call.tensors, values)
 
     def _called(self, captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Note what a graph is called with, in the place of running it."""
         call: _Call = self._now.call
-        call.captured, call.reached = captured, True
-        if not captured.places:
+        if not captured.stages:
+            _refuse_impure(captured)
             own = {id(t): place for place, t in enumerate(real)}
             captured.places = [own.get(id(t)) for t in call.leaves]
             known = set(captured.places)
             captured.lifted = [place for place in range(len(real)) if place not in known]
             captured.stages = call.stages
-        if not captured.returned:  # see in which form the functions return what they return
-            return tuple(captured.module(*real))
-        return call.then(captured, real)
+        call.captured, call.tensors = captured, real
+        return [torch.zeros(())] * returned(captured)
+
+
+def returned(captured: Captured) -> int:
+    """Count the tensors that the functions return.
+
+    Returns
+    -------
+    count : int
+        How many there are.
+
+    Raises
+    ------
+    NotCaptured
+        If a tensor leaves them in another way.
+    """
+    output = next(node for node in captured.module.graph.nodes if node.op == "output")
+    nodes = list(output.args[0])
+    if any(node.target is not mark for node in nodes):
+        raise NotCaptured("a tensor leaves the function other than by its return")
+    return len(nodes)
+
+
+def _methods(codes: Sequence[CodeType]) -> list[tuple[type, str, CodeType]]:
+    """Find the classes whose methods were followed, where they can be found by name."""
+    files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
+    methods = []
+    for code in codes:
+        owner: Any = files.get(code.co_filename)
+        *path, name = code.co_qualname.split(".")
+        for part in path:
+            owner = getattr(owner, part, None)
+        if path and isinstance(owner, type) and _code_in(owner, name) is code:
+            methods.append((owner, name, code))
+    return methods
+
+
+def _code_in(owner: type, name: str) -> CodeType | None:
+    held: Any = vars(owner).get(name)
+    held = getattr(held, "fget", None) or getattr(held, "__func__", held)
+    code: CodeType | None = getattr(held, "__code__", None)
+    return code
+
+
+def _refuse_impure(captured: Captured) -> None:
+    """Raise where a graph holds a tensor, or reads random numbers or variables of the system."""
+    module = captured.module
+    if any({"environ", "getenv"} & {*code.co_names} for code in captured.codes):
+        raise NotCaptured("a variable of the environment is read")
+    if [*module.parameters(), *module.buffers()]:
+        raise NotCaptured("a module's tensors cannot be told from the program")
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if type(source).__name__ == "RandomValueSource":
+            raise NotCaptured("random numbers are drawn by Python's random")
 
 
 @dataclasses.dataclass
@@ -239,20 +347,21 @@ class _Call:
 
     stages: tuple[int | None, ...]
     leaves: list[Tensor]
-    then: Then
     captured: Captured | None = None
-    reached: bool = False
+    tensors: Sequence[Tensor] = ()
 
 
-def _describe(captured: Captured, values: list[Any]) -> None:
-    for value in values:
-        leaves, spec = pytree.tree_flatten(value)
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        captured.returned.append((constants, spec))
-
-
-def _check_stance() -> None:
-    """Refuse where the caller has switched off Dynamo's checks."""
+def _refuse_where_unsure() -> None:
+    """Refuse where Dynamo's checks are off, or have not been tested."""
+    lowest, highest = _TESTED
+    major, minor = torch.__version__.split(".")[:2]
+    if not lowest <= (int(major), int(minor)) <= highest:
+        raise NotCaptured(
+            f"it has not been tested with PyTorch {torch.__version__}, but with "
+            f"{'.'.join(map(str, lowest))} to {'.'.join(map(str, highest))}"
+        )
+    if torch.nn.modules.module._has_any_global_hook():
+        raise NotCaptured("a hook of all modules is registered")
     stance = torch._dynamo.eval_frame._stance
     if stance.skip_guard_eval_unsafe:
         raise NotCaptured("torch.compiler.set_stance has switched off the checks of torch.compile")
@@ -260,6 +369,12 @@ def _check_stance() -> None:
 
 def _why(error: BaseException) -> str:
     """Say in a line why Dynamo has given up."""
+    if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
+        return (
+            "what its functions read beside tensors changes again and again, and each time takes a "
+            "graph of its own. Pass a number that changes as a tensor"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = [line for line in lines if line.startswith(("Explanation:", "Developer debug"))]
-    return " ".join([*lines[:1], *detail[:1]]) or type(error).__name__
+    text = " ".join([*lines[:1], *detail[:1]]) or type(error).__name__
+    return text.rstrip(".")

@@ -4,6 +4,12 @@ A product with a Hessian is linear in its vector, and what stands between two ma
 chain of elementwise scalings by tensors that do not depend on the vector. Taken together they are
 one coefficient, which is the same in each product of a solve. A logistic regression becomes its
 closed form, ``X^T (d * (X v))``, by this alone.
+
+The factors are multiplied in another order than the graph has them in. Where they are so large that
+their product overflows, a zero in the vector becomes nan (0 * inf), and a number that would have
+been in reach becomes inf; a sum of scalings of one tensor may do the same. Whoever replays a graph
+makes the call anew where its answer is not finite. Nothing is folded in float16, whose range is
+reached by numbers that are met in training, and a nan or inf that the graph has is never lost.
 """
 
 from __future__ import annotations
@@ -18,6 +24,10 @@ from torch import fx
 from .clean import Form, drop_dead
 
 aten = torch.ops.aten
+
+
+#: The dtypes that are folded: their range is wide.
+_WIDE = frozenset({torch.float64, torch.float32, torch.bfloat16})
 
 
 class _Scaled(NamedTuple):
@@ -63,6 +73,8 @@ class Folded:
             return
         base, number, factors = step
         before = self._scaled.get(base)
+        if before is not None and not _is_moderate(number * before.number):
+            before = None
         if before is not None and len(base.users) == 1:
             base, number = before.base, number * before.number
             factors = (*before.factors, *factors)
@@ -75,7 +87,7 @@ class Folded:
         """Read a node as one scaling of its later argument; None: it is none."""
         target, args = node.target, _args(node)
         form = self._forms[node]
-        if not args or not form.dtype.is_floating_point or node.kwargs:
+        if not args or form.dtype not in _WIDE or node.kwargs:
             return None
         if not self._like(args[0], form):
             return self._by_tensor(node, form)
@@ -84,15 +96,16 @@ class Folded:
         if target in _BACKWARD and self._before(args[1], args[0]):
             return _Scaled(args[0], 1.0, (_BACKWARD[target](self, node, args[1]),))
         if len(args) == 2 and isinstance(args[1], int | float):
-            if target in (aten.mul.Scalar, aten.mul.Tensor):
-                return _Scaled(args[0], float(args[1]), ())
-            if target in (aten.div.Scalar, aten.div.Tensor) and args[1]:
-                return _Scaled(args[0], 1 / args[1], ())
+            number = float(args[1])
+            if target in (aten.mul.Scalar, aten.mul.Tensor) and _is_moderate(number):
+                return _Scaled(args[0], number, ())
+            if target in (aten.div.Scalar, aten.div.Tensor) and _is_moderate(number):
+                return _Scaled(args[0], 1 / number, ())
         return self._by_tensor(node, form)
 
     def _by_tensor(self, node: fx.Node, form: Form) -> _Scaled | None:
         """Read a product of two tensors as a scaling of the later one."""
-        if node.target is not aten.mul.Tensor or not form.dtype.is_floating_point:
+        if node.target is not aten.mul.Tensor or form.dtype not in _WIDE:
             return None
         nodes = [a for a in node.args if isinstance(a, fx.Node) and a in self._forms]
         if len(nodes) < 2 or nodes[0] is nodes[1]:
@@ -200,8 +213,9 @@ class Folded:
         factors = [a if b is base else b for a, b in (_args(first), _args(second))]
         if base in factors or not all(self._order[f] < self._order[base] for f in factors):
             return False
-        if not self._like(base, self._forms[node]):
-            return False
+        form = self._forms[node]
+        if not self._like(base, form) or any(self._forms[f].dtype != form.dtype for f in factors):
+            return False  # masks, say: their sum is no number
         node.target, node.args = (
             aten.mul.Tensor,
             (base, self._made(node, aten.add.Tensor, tuple(factors))),
@@ -216,7 +230,7 @@ class Folded:
             and len(node.users) == 1
             and node in self._forms
             and (
-                self._forms[node].dtype.is_floating_point
+                self._forms[node].dtype in _WIDE
                 and node not in self._constants
                 and all(
                     (isinstance(a, fx.Node) and a in self._forms) or node.target is aten.mul.Scalar
@@ -224,6 +238,11 @@ class Folded:
                 )
             )
         )
+
+
+def _is_moderate(number: float) -> bool:
+    """Say whether a number is so far from the ends of the range that a product stays inside."""
+    return 1e-15 < abs(number) < 1e15
 
 
 def _args(node: fx.Node) -> Any:

@@ -8,22 +8,22 @@ a replay holds where all flags are as they were, and another program is traced w
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import is_batched
+from .._autograd.transforms import has_tangent, is_batched
 from .._autograd.vmaps import Vmaps, outside
-from .._errors import CompileMismatch, NotCompiled
+from .._errors import CompileMismatch, HypergradError, NotCompiled
 from .._warnings import warn_of_compiling
 from ..solvers._recycle import Memory
-from .capture import Capture, Captured, NotCaptured, Stage, mark
-from .clean import Cleaned, mark_views
+from .capture import TRACING, Capture, Captured, NotCaptured, Seen, Stage
+from .clean import Cleaned
 from .fold import Folded
 from .fuse import fuse
 from .part import Changed, cut_out_parts
@@ -81,15 +81,21 @@ class Replayed(NamedTuple):
     Attributes
     ----------
     tensors : list of Tensor
-        What the call has computed.
+        What the body returned; nothing else holds their memory.
     program : Program
-        By which.
-    lifted : sequence of Tensor
-        What the functions have captured.
+        What was replayed.
+    of : tuple
+        What was called.
+    values : list
+        What the user's functions have returned this time, with any tensors in the places of theirs.
+    lifted : list of Tensor
+        What they capture.
     """
 
     tensors: list[Tensor]
     program: Program
+    of: tuple[Hashable, ...] = ()
+    values: Sequence[Any] = ()
     lifted: Sequence[Tensor] = ()
 
 
@@ -114,6 +120,7 @@ class Session:
         #: Why calls were not compiled, by what was called.
         self.causes: dict[tuple[Hashable, ...], str] = {}
         self._said: set[str] = set()
+        self._failed: dict[tuple[Hashable, ...], int] = {}
         self._memories: dict[Hashable, Memory] = {}
 
     @property
@@ -167,23 +174,28 @@ class Session:
         -------
         replayed : Replayed or None
             None: the call is to be made as it is.
+
+        Raises
+        ------
+        NotCompiled
+            Where it cannot be compiled, if that is asked for.
         """
         of = (name, *(_code(function) for function, _ in stages))
         if of in self.causes:
+            if self.on_fallback == "raise":
+                raise NotCompiled(_not_compiled(name, self.causes[of]))
             return None
-        outcome: list[Replayed | None] = []
-
-        def then(captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
-            outcome.append(self._replayed(captured, real, key, tensors, body, vmaps, again))
-            return [real[0]] * _returned(captured)
-
         try:
             capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
-            capture(stages, arguments, then)
+            seen = capture(stages, arguments)
+            return self._replayed(seen, key, tensors, body, vmaps, again)._replace(of=of)
         except NotCaptured as cause:
             self.fall_back(of, str(cause))
-            return None
-        return outcome[0]
+        except HypergradError as error:  # so does the call as it is, in its own words
+            self._failed[of] = self._failed.get(of, 0) + 1
+            if self._failed[of] == _BRANCHES:
+                self.fall_back(of, f"it fails where it is traced ({_first_line(error)})")
+        return None
 
     def explain(self) -> str:
         """Say what was compiled, and why something was not.
@@ -205,36 +217,61 @@ class Session:
         return self._memories.setdefault(tuple(map(_code, functions)), Memory())
 
     def agree(
-        self, program: Program, replayed: Sequence[Tensor], present: Sequence[Tensor]
+        self,
+        replay: Replayed,
+        ours: Sequence[Tensor],
+        present: Sequence[Tensor],
+        nudged: Callable[[], Sequence[Tensor]] | None = None,
+        unsolved: float = 0.0,
     ) -> None:
         """Compare a replay with the call as it is.
+
+        Parameters
+        ----------
+        replay : Replayed
+            The replay.
+        ours, present : sequence of Tensor
+            Its answer, and that of the call as it is.
+        nudged : callable, optional
+            The answer of the call as it is from where one rounding leads: asked for where the
+            others differ, which an ill-conditioned system can make of mere rounding.
+        unsolved : float
+            The relative residual that a solve leaves: an iteration that is rounded in another way
+            may stop somewhere else within it.
 
         Raises
         ------
         CompileMismatch
-            If they differ by more than rounding makes.
+            If they differ by more than rounding makes. What was called is not compiled any more.
         """
-        for ours, theirs in zip(replayed, present, strict=True):
-            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-            a, b = ours.detach().double(), theirs.detach().double()
-            away = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
-            if bool(away > _ALLOWED * eps**0.5):
-                raise CompileMismatch(
-                    f"A compiled call is off by {float(away):.2g} from the same call as it is. "
-                    "Please report it; hypergrad.compile is not to be used for this function."
-                )
-        program.checked = True
+        away = distance(ours, present)
+        moved = distance(nudged(), present) if away > 1 and nudged is not None else 0.0
+        free = min(_UNSOLVED * unsolved, _MOST) / _allowed(present)
+        if away > 1 and not away <= max(_NUDGES * moved, free):
+            self.causes[replay.of] = "a compiled call differed from the same call as it is"
+            raise CompileMismatch(
+                f"A compiled call is off by {away * _allowed(present):.2g} from the same call as "
+                "it is, relative to it. Please report it. Later calls of these functions run as "
+                "they do without hypergrad.compile, so that catching this error is all that is to "
+                "be done."
+            )
+        replay.program.checked = True
 
     def is_due(self, program: Program) -> bool:
         """Say whether a program is to be compared in this call."""
         return not program.checked or (self.check > 0 and program.calls % self.check == 0)
 
+    def refuse(self, name: str, cause: str) -> None:
+        """Say once that a call is not compiled, whatever its functions are."""
+        if (name, cause) not in self.causes or self.on_fallback == "raise":
+            self.fall_back((name, cause), cause)
+
     def fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
-        """Say, once for each cause, that a call is not compiled."""
+        """Note that something is not compiled, and say so once."""
         self.causes[of] = cause
         if self.on_fallback == "ignore":
             return
-        text = f"{of[0]} is not compiled: {cause}. It runs as it does without hypergrad.compile."
+        text = _not_compiled(str(of[0]), cause)
         if self.on_fallback == "raise":
             raise NotCompiled(text)
         if cause not in self._said:
@@ -243,18 +280,20 @@ class Session:
 
     def _replayed(
         self,
-        captured: Captured,
-        real: Sequence[Tensor],
+        seen: Seen,
         key: Hashable,
         tensors: Sequence[Tensor],
         body: Callable[[list[Any], list[Tensor]], Body],
         vmaps: Vmaps | None,
         again: Callable[[], None],
-    ) -> Replayed | None:
-        lifted = [real[place] for place in captured.lifted]
-        for tensor in real:
-            if not isinstance(tensor, _PLAIN) or tensor.layout != torch.strided:
-                raise NotCaptured(f"a {type(tensor).__name__} is captured")
+    ) -> Replayed:
+        captured = seen.captured
+        lifted = [seen.tensors[place] for place in captured.lifted]
+        for tensor in seen.tensors:
+            if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
+                raise NotCaptured(f"a {type(tensor).__name__} is an argument, or captured")
+            if has_tangent(tensor):
+                raise NotCaptured("a captured tensor is differentiated in forward mode")
         batched = tuple(map(is_batched, lifted))
         inputs = list(tensors) + lifted
         if vmaps is not None:
@@ -264,29 +303,28 @@ class Session:
             ]
         inputs = [t.detach() for t in inputs]
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        kind = key, forms, batched, None if vmaps is None else vmaps.sizes
+        batched = (*map(is_batched, tensors), *batched)
+        kind = key, forms, batched, None if vmaps is None else vmaps.sizes, _surroundings(inputs)
         if kind not in captured.kept and len(captured.kept) == _KINDS:
             raise NotCaptured(
                 f"the call is made in more than {_KINDS} ways: shapes, or a number among its "
                 "arguments (of the solver, say), change from call to call"
             )
         programs = captured.kept.setdefault(kind, [])
-        with outside(vmaps), torch.no_grad(), _without_autocast(inputs):
-            for program in programs:
-                again()
-                replayed = _run(program, inputs)
-                if replayed is not None:
-                    return replayed._replace(lifted=lifted)
-            if len(programs) == _BRANCHES:
-                raise NotCaptured(
-                    "what the host sees changes from call to call, so that the steps of the call do"
-                )
-            again()
-            program = _made(captured, inputs, len(tensors), batched, body, vmaps)
-            programs.append(program)
-            again()
-            made = _run(program, inputs)
-            return None if made is None else made._replace(lifted=lifted)
+        with outside(vmaps), torch.inference_mode(False), torch.no_grad():
+            replayed = _first(programs, inputs, again)
+            if replayed is None:
+                with TRACING:
+                    replayed = _first(programs, inputs, again)  # of another thread
+                    if replayed is None:
+                        own = len(tensors)
+                        again()
+                        program = _made(captured, inputs, own, batched[own:], body, vmaps)
+                        programs.append(program)
+                        replayed = _first([program], inputs, again)
+        if replayed is None:
+            raise NotCaptured("its steps depend on rounding")
+        return replayed._replace(values=seen.values, lifted=lifted)
 
 
 def compiling() -> Session | None:
@@ -299,16 +337,37 @@ EVERYWHERE = Session()
 _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
 
 
-def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
+def _first(
+    programs: list[Program], inputs: list[Tensor], again: Callable[[], None]
+) -> Replayed | None:
+    """Replay the first of the programs that holds; None: none does, and another may be made."""
+    for program in list(programs):
+        again()
+        outputs = _run(program, inputs)
+        if outputs is not None:
+            if program is not programs[0]:  # it will hold again sooner than the others
+                programs.remove(program)
+                programs.insert(0, program)
+            return Replayed(outputs, program)
+    if len(programs) >= _BRANCHES:
+        raise NotCaptured(
+            f"its steps change from call to call, and after {_BRANCHES} graphs no more are made (a "
+            "solver stops by its tolerance after more or fewer iterations, say)"
+        )
+    return None
+
+
+def _run(program: Program, inputs: list[Tensor]) -> list[Tensor] | None:
     """Replay a program; None: the host would have seen something else."""
     try:
-        outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
+        with _without_autocast(inputs):
+            outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
     except Changed:
         return None
     if program.seen and outputs.pop().tolist() != program.seen:
         return None
     program.calls += 1
-    return Replayed(outputs, program)
+    return outputs
 
 
 def _made(
@@ -333,44 +392,127 @@ def _made(
         static.append(made.static)
         return [tensor.detach() for tensor in made.tensors]
 
-    graph = traced(noted, inputs)
-    cleaned = Cleaned(graph.graph, inputs, graph.constants)
-    Folded(cleaned.graph, cleaned.forms, cleaned.constants)
-    fuse(cleaned.graph, cleaned.forms, cleaned.constants)
-    mark_views(cleaned.graph, inputs, cleaned.constants)
+    try:
+        graph = traced(noted, inputs)
+    except (NotCaptured, HypergradError):
+        raise
+    except Exception as error:  # what the call itself raises is raised by the call as it is
+        why = f"it cannot be traced ({type(error).__name__}: {_first_line(error)})"
+        raise NotCaptured(why) from error
+    with _without_autocast(inputs):
+        cleaned = Cleaned(graph.graph, inputs, graph.constants)
+        Folded(cleaned.graph, cleaned.forms, cleaned.constants)
+        fuse(cleaned.graph, cleaned.forms, cleaned.constants)
+        cleaned.settle(inputs)
     cut_out_parts(cleaned.graph)
     run = runner(cleaned.graph, cleaned.constants)
     nodes = len(cleaned.graph.nodes)
-    return Program(run, list(graph.seen), static[-1], nodes)
+    with _without_autocast(inputs):
+        shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
+    return Program(_owning(run, shared), list(graph.seen), static[-1], nodes)
+
+
+def _shared_memory(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> list[int]:
+    """List the outputs that lie in the memory of a tensor that outlives the call, or of another."""
+    known = {t.untyped_storage().data_ptr() for t in others}
+    shared = []
+    for place, output in enumerate(outputs):
+        memory = output.untyped_storage().data_ptr()
+        if memory in known:
+            shared.append(place)
+        known.add(memory)
+    return shared
+
+
+def _owning(run: Callable[..., list[Tensor]], shared: Sequence[int]) -> Callable[..., list[Tensor]]:
+    """Copy the outputs whose memory is not their own: the caller may change them in place."""
+
+    def owned(*inputs: Tensor) -> list[Tensor]:
+        outputs = run(*inputs)
+        for place in shared:
+            outputs[place] = outputs[place].clone()
+        return outputs
+
+    return owned if shared else run
+
+
+def distance(ours: Sequence[Tensor], present: Sequence[Tensor]) -> float:
+    """Measure how far answers differ, in units of what rounding may make; nan is equal to nan."""
+    largest = 0.0
+    for one, other in zip(ours, present, strict=True):
+        a, b = one.detach().double(), other.detach().double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        change = torch.linalg.vector_norm(torch.where(same, 0.0, a - b))
+        away = float(change / torch.linalg.vector_norm(b)) if bool(change != 0) else 0.0
+        largest = max(largest, (away if away == away else float("inf")) / _allowed([other]))
+    return largest
+
+
+def _allowed(present: Sequence[Tensor]) -> float:
+    kinds = {t.dtype for t in present if t.is_floating_point()} or {torch.float64}
+    kinds |= {dtype for _, dtype in _casts(present)}
+    return float(min(_ALLOWED * max(torch.finfo(k).eps for k in kinds) ** 0.5, _MOST))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+
+
+def _not_compiled(name: str, cause: str) -> str:
+    return f"{name} is not compiled: {cause}. It runs as it does without hypergrad.compile."
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[str]:
+    return sorted({t.device.type for t in tensors})
+
+
+def _casts(tensors: Sequence[Tensor]) -> list[tuple[str, torch.dtype]]:
+    """List the kinds of device that the caller's autocast is on for, with its dtypes."""
+    return [
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in _kinds(tensors)
+        if torch.is_autocast_enabled(kind)
+    ]
+
+
+def _surroundings(tensors: Sequence[Tensor]) -> Hashable:
+    """List what the caller has switched on that a trace goes by."""
+    return *_casts(tensors), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 @contextmanager
 def _without_autocast(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Leave the caller's autocast: a graph holds its casts already."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    with ExitStack() as stack:
+        for kind in _kinds(tensors):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-        return
-    with torch.autocast(kind, enabled=False):
-        yield
 
 
-def _returned(captured: Captured) -> int:
-    """Count the outputs of a graph; refuse a tensor that leaves the functions in another way."""
-    output = next(node for node in captured.module.graph.nodes if node.op == "output")
-    returned = list(output.args[0])
-    if any(node.target is not mark for node in returned):
-        raise NotCaptured("a tensor leaves the function other than by its return")
-    return len(returned)
-
-
-def _code(function: Any) -> Hashable:
-    """Tell functions apart by their code."""
-    function = inspect.unwrap(function)
-    code: Any = getattr(function, "__code__", None) or type(function)
-    return code
+def _code(function: Any, depth: int = 4) -> Any:
+    """Tell functions apart by their code, and by the code of the functions that they close over."""
+    if isinstance(function, functools.partial):
+        return "partial", _code(function.func, depth)
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return type(function)
+    held = [*(function.__defaults__ or ())]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    called = [one for one in held if callable(one) and not isinstance(one, type)]
+    inside = tuple(_code(one, depth - 1) for one in called) if depth else ()
+    return (code, *inside) if inside else code
 
 
 #: The roots of a rounding by which a replay may be off: a graph is computed in another order, and
 #: iterations take that further. What a graph had kept of an old call was off by a part of all.
 _ALLOWED = 30.0
+#: In half precision too a replay may be off by no more.
+_MOST = 0.3
+#: By so many times what one rounding of params makes, an answer may be off.
+_NUDGES = 10.0
+#: ... and by so many times the residual that a solve leaves.
+_UNSOLVED = 100.0

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._autograd.branches import following, not_following
+from .._autograd.random_numbers import generators, restore
 from .._autograd.torch_pytrees import pytree
 from .capture import NotCaptured
 from .part import Part, recording
@@ -22,6 +23,9 @@ aten = torch.ops.aten
 T = TypeVar("T")
 
 _LIFTS = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
+_OF_MEMORY = frozenset({
+    aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default,
+})  # fmt: skip
 #: Whole numbers in a tensor of a loss's own, such as an index, up to this size.
 _INDEX = 1 << 12
 
@@ -67,8 +71,8 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
         If the graph would not compute the same at the next call.
     """
     # No two of them are one tensor, which a trace could not tell apart.
-    own = [t.detach().view_as(t) for t in examples]
-    recorder = Recorder(own)
+    own = [_copied(t.detach()) for t in examples]
+    recorder, random = Recorder(own), generators()
     try:
         with following(recorder.paused) as branches, recorder.entered():
             outputs = list(function(*own))
@@ -78,8 +82,12 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
         if not recorder.failure:
             raise
         raise NotCaptured(recorder.failure) from error
+    finally:
+        restore(random)
     if recorder.failure:
         raise NotCaptured(recorder.failure)
+    if not all(map(_equal, own, examples)):
+        raise NotCaptured("a tensor that was made before the call is changed in place")
     recorder.graph.output([recorder.node_of(output) for output in outputs])
     return Traced(recorder.graph, recorder.constants, tuple(branches.seen))
 
@@ -163,6 +171,10 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # nothing of the call's, but a generator's state, say
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.fail(f"random numbers are drawn ({func})")
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_number(func, args):
+            self.fail(f"the shape of a result depends on values ({func})")
+        if func in _OF_MEMORY:
+            self.fail(f"a tensor is read in the order of its memory ({func})")
         if func is aten._local_scalar_dense.default:
             if args[0] in self._nodes and self._nodes[args[0]] not in self.constants:
                 self.fail("a value is read on the host in the middle of the call")
@@ -228,6 +240,29 @@ class Recorder(TorchDispatchMode):
             other is not tensor and other.untyped_storage()._cdata == memory
             for other in self._nodes
         )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same = one == other
+    return bool((same | one.isnan() & other.isnan() if one.is_floating_point() else same).all())
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor in the order of its memory: a function that changes it changes the copy."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(step == 0 and size > 1 for step, size in steps):
+        return tensor.view_as(tensor)  # it cannot be changed in place
+    shape, strides = tensor.shape, tensor.stride()
+    copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _indexes_by_number(func: Any, args: Any) -> bool:
+    """Say whether an operation picks entries by their numbers, and not by a mask."""
+    if func is not aten.index.Tensor:
+        return False
+    kinds = [index.dtype for index in args[1] if index is not None]
+    return not any(kind in (torch.bool, torch.uint8) for kind in kinds)
 
 
 def _functional(func: Any, written: Sequence[str]) -> Any:

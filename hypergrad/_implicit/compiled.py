@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._autograd.host import every_task
+from .._autograd.recording import refuse_past_arguments
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
-from .._autograd.transforms import transforms_active
+from .._autograd.transforms import is_batched, transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
 from .._compiled.session import Body, Replayed, Session
+from .._errors import NotConnected
 from .._info import SolveInfo
-from ..conditions._base import Condition
+from ..conditions._inner_problem import Problem
 from .causes import Place
 from .hypergradient import Call, Hypergradient, Measured
 from .solve_in_trace import alike, solving_by
@@ -47,70 +52,151 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     vmaps, problem = Vmaps.around(), call.problem
     condition = problem.condition
     chain = condition.chain()
-    if chain is None:
-        cause = f"the functions of {_named(condition)} are not followed"
-        session.fall_back(("implicit_grad", type(condition)), cause)
-        return None
-    if being_traced() or (vmaps is None and transforms_active()):
+    cause = _refused(call, chain, vmaps)
+    if chain is None or cause is not None:
+        session.refuse("implicit_grad", str(cause))
         return None
     followed = [None if first is None else first + 1 for first in chain]
     stages = [(call.outer, None), *zip(condition.functions(), followed, strict=True)]
 
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outer, *inner = functions
-        own = dataclasses.replace(problem, condition=condition.with_functions(inner))
-        same = dataclasses.replace(call, outer=outer, problem=own)
         n = len(problem.tensors)
+        own = dataclasses.replace(problem, condition=condition.with_functions(inner))
+        if not any(map(is_batched, problem.tensors)):  # tasks may share the inner problem
+            lead = 0 if vmaps is None else len(vmaps.sizes)
+            own = _at(own, [t[(0,) * lead] for t in tensors[:n]])
+        same = dataclasses.replace(call, outer=outer, problem=own)
         return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
     choices, memory = call.choices, call.choices.memory
     known = None if memory is None else memory.export()
+    kept = dataclasses.replace(choices, solver=alike(choices.solver), memory=None)
 
     def again() -> None:  # what is learnt of a system is learnt once
         if memory is not None and known is not None:
             memory.load(known)
 
-    kept = dataclasses.replace(choices, solver=alike(choices.solver), memory=None)
     with solving_by(choices.solver):
         replay = session.replay(
             "implicit_grad",
-            (kept, id(memory), call.has_aux, type(condition), condition.symmetric),
+            (kept, id(memory), call.has_aux, _kind(problem)),
             stages,
-            problem.arguments([detached(t) for t in problem.tensors]),
+            problem.arguments(_variables(problem, plain=vmaps is None)),
             [*problem.tensors, *(call.x0 or ())],
             body,
             vmaps,
             again,
         )
     if replay is None:
+        again()
         return None
+    if _reaches_past_arguments(problem, replay.lifted):
+        again()
+        return None  # which raises, and says by which function
     measured = _measured(call, replay)
     if session.is_due(replay.program):
         again()
         present = outside_of_vmaps(call.answer)
+
+        def nudged() -> list[Tensor]:
+            with nullcontext() if vmaps is None else vmaps.entered():
+                moved = outside_of_vmaps(_nudged(call).answer)
+            return [t if vmaps is None else vmaps.unwrapped(t) for t in moved.leaves]
+
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):
-            session.agree(replay.program, measured.leaves, plain)
+            left = float(measured.info.residual_norm.nan_to_num(0.0).max())
+            session.agree(replay, measured.leaves, plain, nudged, left)
         return present
     with outside(vmaps):
+        if not every_task(measured.sound):
+            again()
+            return None  # which is said, or is right, in the order of the call as it is
         call.remember(measured)
         call.judge(measured)
         return call.handed_back(measured, vmaps, replay.lifted)
 
 
-def _named(condition: Condition) -> str:
-    """Name a condition that has functions of which nothing is known."""
-    kind = type(condition).__name__
-    if getattr(condition, "products", "exact") != "exact":
-        return f'{kind}(products="difference")'
-    return f"{kind} with batches" if getattr(condition, "batches", None) is not None else kind
+def _refused(call: Call, chain: Any, vmaps: Vmaps | None) -> str | None:
+    """Say why a call is not to be compiled, as far as its arguments tell."""
+    solver, condition = call.choices.solver, call.problem.condition
+    if chain is None:
+        return f"a condition {type(condition).__name__} with these arguments cannot be captured"
+    if being_traced():
+        return "it is called by a function that the library differentiates"
+    if vmaps is None and transforms_active():
+        return "it is called inside a torch.func transform other than vmap"
+    if type(solver).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return f"its solver {type(solver).__name__} is none of the library's"
+    for name, value in vars(solver).items():
+        if callable(value) or isinstance(value, Tensor):
+            return f"what its solver's {name} does cannot be captured"
+    return None
+
+
+def _kind(problem: Problem) -> Hashable:
+    """List what a program depends on beside tensors and functions: which tensors are variables."""
+    condition: Any = problem.condition
+    values = [getattr(condition, field.name) for field in dataclasses.fields(condition)]
+    plain = tuple(value for value in values if not callable(value))
+    trees = tuple((tuple(t.places), tuple(t.where), tuple(t.same)) for t in problem.trees)
+    return type(condition), plain, trees, problem.outer
+
+
+def _variables(problem: Problem, *, plain: bool) -> list[Tensor]:
+    """Copy the tensors of a problem, as its functions are given them."""
+    tensors = [detached(t) for t in problem.tensors]
+    if plain:
+        for place in (*problem.inner, *problem.outer):
+            tensors[place].requires_grad_()
+    return tensors
+
+
+def _reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
+    """Say whether a captured tensor is one of the arguments."""
+    tracked = [t for t in lifted if t.requires_grad]
+    if not tracked:
+        return False
+    try:
+        refuse_past_arguments("inner", tracked, [], problem.trees)
+    except NotConnected:
+        return True
+    return False
+
+
+def _at(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
+    """Pose a problem with other tensors."""
+    trees, start = [], 0
+    for tree in problem.trees:
+        stop = start + len(tree.tensors)
+        trees.append(tree.replaced(tensors[start:stop]))
+        start = stop
+    return dataclasses.replace(problem, params=trees[0], args=tuple(trees[1:]))
+
+
+def _nudged(call: Call) -> Call:
+    """Move the inner variables by a rounding."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2)
+        change = torch.finfo(tensor.dtype).eps * signs.to(tensor.dtype).view(tensor.shape)
+        return detached(tensor) * (1 + change)
+
+    tensors = call.problem.tensors
+    for place in call.problem.inner:
+        tensors[place] = moved(tensors[place])
+    return dataclasses.replace(
+        call,
+        problem=_at(call.problem, tensors),
+        choices=dataclasses.replace(call.choices, on_failure="ignore", memory=None),
+    )
 
 
 def _flat(measured: Measured) -> Body:
     """List the tensors of a hypergradient and its evidence, and what is none."""
     case, info = measured.case, measured.info
-    aux, spec = pytree.tree_flatten(measured.aux)
-    constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in aux]
+    aux = pytree.tree_leaves(measured.aux)
     # Of a warning, whose text has no figures, they are not asked for.
     wanted = case.choices.figures or case.choices.on_failure == "raise"
     eigenvalues = case.eigenvalues() if wanted else info.residual_norm.new_full((2,), math.nan)
@@ -123,17 +209,17 @@ def _flat(measured: Measured) -> Body:
         *(() if measured.rows is None else (measured.rows,)),
     ]  # fmt: skip
     leaves = len(measured.leaves)
-    return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected, constants, spec))
+    return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected))
 
 
 def _measured(call: Call, replay: Replayed) -> Measured:
     """Put a hypergradient and its evidence together again."""
-    tensors = replay.tensors
-    method, kink, noisy, count, connected, constants, spec = replay.program.static
-    figures = dict(zip(_FIGURES, tensors, strict=False))
-    u, sound, cause, eigenvalues, condition, params, *rest = tensors[len(_FIGURES) :]
-    leaves, others = rest[:count], iter(rest[count:])
-    aux = [next(others) if held is None else held[0] for held in constants]
+    method, kink, noisy, count, connected = replay.program.static
+    figures = dict(zip(_FIGURES, replay.tensors, strict=False))
+    u, sound, cause, eigenvalues, condition, params, *rest = replay.tensors[len(_FIGURES) :]
+    leaves, of_aux = rest[:count], iter(rest[count:])
+    aux = replay.values[0][1] if call.has_aux else None
+    aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
 
     direct, indirect = ([u if some else None for some in terms] for terms in connected)
 
@@ -145,7 +231,7 @@ def _measured(call: Call, replay: Replayed) -> Measured:
         leaves=leaves,
         u=u,
         info=SolveInfo(**figures, solution=None, aux=None, method=method),
-        aux=pytree.tree_unflatten(aux, spec),
+        aux=aux,
         case=Case(
             call.choices,
             kink,
@@ -158,5 +244,5 @@ def _measured(call: Call, replay: Replayed) -> Measured:
         ),
         sound=sound,
         terms=(direct, indirect),
-        rows=next(others, None),
+        rows=next(of_aux, None),
     )

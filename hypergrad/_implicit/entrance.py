@@ -365,10 +365,14 @@ def _hypergradient(
         if group is None and getattr(condition, "products", "exact") == "difference":
             group = group_of_replicas(P.variables)
         if group is not None:
+            if session is not None:
+                session.refuse("implicit_grad", "its params lie on several processes")
             refuse_transforms()
             with together(group):
                 return call.answer(None)
         if mapped_by_caller(chosen):
+            if session is not None:
+                session.refuse("implicit_grad", "its solver's preconditioner is a function")
             return call.answer(None)
         answer = None if session is None else replayed(call, session)
         return outside_of_vmaps(call.answer) if answer is None else answer

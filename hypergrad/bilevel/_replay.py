@@ -109,7 +109,7 @@ def replayed(
         return None
     if session.is_due(replay.program):
         present = evaluate(derivatives, batches, extra)
-        session.agree(replay.program, replay.tensors, present)
+        session.agree(replay, replay.tensors, present)
         return list(present)
     return replay.tensors
 

@@ -118,16 +118,18 @@ class InnerSolver(Fields, ABC):
         if session is None or steps is None:
             return outside_of_vmaps(solved)
         vmaps = Vmaps.around()
-        if session.is_due(steps.program):
+        if session.is_due(steps.replay.program):
             as_it_is: tuple[Any, InnerInfo] = outside_of_vmaps(solved)
             plain = tree.match("params", as_it_is[0])
             if vmaps is not None:
                 plain = [vmaps.unwrapped(t) for t in plain]
             with outside(vmaps):
-                session.agree(steps.program, steps.leaves, plain)
+                session.agree(steps.replay, steps.leaves, plain)
             return as_it_is
         with outside(vmaps):
-            return handed_back(tree, steps.leaves, steps.info, vmaps, [*sources, *steps.lifted])
+            return handed_back(
+                tree, steps.leaves, steps.info, vmaps, [*sources, *steps.replay.lifted]
+            )
 
     def _ended(self, evaluator: Evaluator) -> tuple[list[Tensor], InnerInfo]:
         """Solve a problem: the solution, with task dimensions in front, and how it ended."""

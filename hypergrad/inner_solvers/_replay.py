@@ -12,7 +12,7 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import transforms_active
 from .._autograd.vmaps import Vmaps
-from .._compiled.session import Body, Program, Session
+from .._compiled.session import Body, Replayed, Session
 from .._pytrees import Layout, Tree
 from ._evaluator import Evaluator
 from ._info import InnerInfo
@@ -34,16 +34,13 @@ class Steps(NamedTuple):
         The solution.
     info : InnerInfo
         How it ended.
-    lifted : sequence of Tensor
-        What the objective captures.
-    program : Program
-        By which they were made.
+    replay : Replayed
+        How they were made.
     """
 
     leaves: list[Tensor]
     info: InnerInfo
-    lifted: Sequence[Tensor]
-    program: Program
+    replay: Replayed
 
 
 def replayed(
@@ -113,4 +110,4 @@ def replayed(
     count = len(replay.tensors) - len(_FIGURES)
     figures = dict(zip(_FIGURES, replay.tensors[count:], strict=True))
     info = InnerInfo(**figures, method=replay.program.static)
-    return Steps(replay.tensors[:count], info, replay.lifted, replay.program)
+    return Steps(replay.tensors[:count], info, replay)

@@ -216,6 +216,17 @@ ROWS = {
         lambda t: 2 * cardano(t) * slope(t),
         ARGMIN.nest,
     ),
+    # Where a composition cannot be compiled it is right all the same.
+    "hypergrad.compile": Row(
+        hypergrad.compile(once, on_fallback="ignore"),
+        of_outer,
+        hypergrad.compile(
+            lambda t: hypergrad.implicit_grad(lambda v, t: v**2, cubic, cardano(t), t),
+            on_fallback="ignore",
+        ),
+        lambda t: 2 * cardano(t) * slope(t),
+        ARGMIN.nest,
+    ),
     "unrolled_grad": Row(unrolled, of_steps, scalar_steps, slope, ARGMIN.nest),
     "implicit_backward": Row(
         by_backward,
