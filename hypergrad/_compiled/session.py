@@ -22,7 +22,9 @@ from .._errors import CompileMismatch, NotCompiled
 from .._warnings import warn_of_compiling
 from .capture import Capture, Captured, NotCaptured, Stage, mark
 from .clean import Cleaned
+from .cudagraphs import NoRecorder, recorded
 from .fold import Folded
+from .inductor import NoCompiler, compiled
 from .run import runner
 from .trace import traced
 
@@ -88,12 +90,19 @@ class Session:
         What to do where a call cannot be compiled.
     check : int
         Each so many calls of a program it is compared with the call as it is; 0: the first alone.
+    fixed : bool
+        With ``"inductor"``: compile each graph as one.
     """
 
     def __init__(
-        self, backend: Backend = "aten", on_fallback: OnFallback = "warn", check: int = 0
+        self,
+        backend: Backend = "aten",
+        on_fallback: OnFallback = "warn",
+        check: int = 0,
+        fixed: bool = False,
     ) -> None:
         self.backend, self.on_fallback, self.check = backend, on_fallback, check
+        self.fixed = fixed
         self._captures: dict[Hashable, Capture] = {}
         #: Why calls were not compiled, by what was called.
         self.causes: dict[tuple[Hashable, ...], str] = {}
@@ -207,14 +216,33 @@ class Session:
 
     def _fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
         self.causes[of] = cause
-        if self.on_fallback == "ignore":
-            return
-        text = f"{of[0]} is not compiled: {cause}. It runs as it does without hypergrad.compile."
+        rest = "It runs as it does without hypergrad.compile."
+        self._say(cause, f"{of[0]} is not compiled: {cause}. {rest}")
+
+    def _say(self, cause: str, text: str) -> None:
+        """Say once that something falls back, or raise it."""
         if self.on_fallback == "raise":
             raise NotCompiled(text)
-        if cause not in self._said:
+        if self.on_fallback == "warn" and cause not in self._said:
             self._said.add(cause)
             warn_of_compiling(text)
+
+    def _assembled(
+        self, graph: Cleaned, inputs: Sequence[Tensor]
+    ) -> Callable[..., Sequence[Tensor]]:
+        """Make what runs a graph, by the backend."""
+        forms, constants = graph.forms, graph.constants
+        try:
+            if self.backend == "inductor":
+                return compiled(graph.graph, forms, constants, inputs, self.fixed).run
+            if self.backend == "cudagraphs":
+                return recorded(graph.graph, forms, constants, inputs)
+        except (NoCompiler, NoRecorder) as error:
+            text = (
+                f"backend={self.backend!r} is not possible: {error}. 'aten' is used in its place."
+            )
+            self._say(str(error), text)
+        return runner(graph.graph, constants)
 
     def _replayed(
         self,
@@ -249,7 +277,7 @@ class Session:
                 raise NotCaptured(
                     "what the host sees changes from call to call, so that the steps of the call do"
                 )
-            program = _made(captured, inputs, len(tensors), batched, body, vmaps)
+            program = _made(self, captured, inputs, len(tensors), batched, body, vmaps)
             programs.append(program)
             return _run(program, inputs)
 
@@ -274,6 +302,7 @@ def _run(program: Program, inputs: list[Tensor]) -> Replayed | None:
 
 
 def _made(
+    session: Session,
     captured: Captured,
     inputs: list[Tensor],
     own: int,
@@ -304,7 +333,7 @@ def _made(
     module = fx.GraphModule(graph.module, graph.graph)
     cleaned = Cleaned(module.graph, inputs, module)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
-    run = runner(cleaned.graph, cleaned.constants)
+    run = session._assembled(cleaned, inputs)
     nodes = len(cleaned.graph.nodes)
     return Program(run, list(graph.seen), static[-1], nodes)
 
