@@ -125,7 +125,7 @@ class _Recorded:
         self._outputs = self._recorder.record(lambda: run(*self._inputs))
         fixed.update(map(id, self._outputs))
 
-    def __call__(self, given: list[Tensor]) -> list[Tensor]:
+    def again(self, given: list[Tensor]) -> list[Tensor]:
         """Copy in what is new, and replay."""
         if self._places:
             own = [self._inputs[i] for i in self._places]
@@ -173,7 +173,7 @@ def recorded(
         run = runner(module_of(piece, constants).graph, {})
         if any(node.target in WAITING for node in piece.nodes):
             return lambda inputs: run(*inputs)
-        return _Recorded(run, given, fixed, where)
+        return _Recorded(run, given, fixed, where).again
 
     try:
         replay = Pieces(graph, forms, constants, apart=WAITING).assembled(inputs, call_of)

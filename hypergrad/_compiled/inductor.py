@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -98,10 +99,12 @@ def _compiled(
 
 def _by_inductor(module: fx.GraphModule, given: list[Tensor], whole: bool) -> Boxed:
     """Compile operations by Inductor, without guards around them."""
-    import torch._inductor.config as config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.decomposition import select_decomp_table
+    with warnings.catch_warnings():  # PyTorch's own, at its first import
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._inductor.config as config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.decomposition import select_decomp_table
 
     cpu = all(t.device.type == "cpu" for t in given)
     if cpu:
@@ -112,7 +115,7 @@ def _by_inductor(module: fx.GraphModule, given: list[Tensor], whole: bool) -> Bo
     with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=in_cpp):
         simple = make_fx(module, decomposition_table=table, tracing_mode="fake")(*given)
         made = compile_fx_inner(simple, given, is_inference=True, cpp_wrapper=in_cpp)
-    run: Boxed = getattr(made, "current_callable", None) or made
+    run: Boxed = getattr(made, "current_callable", None) or made.__call__
     return run
 
 
