@@ -114,6 +114,9 @@ def _by_inductor(module: fx.GraphModule, given: list[Tensor], whole: bool) -> Bo
     table = {**select_decomp_table(), aten.mv.default: _as_matrices}
     with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=in_cpp):
         simple = make_fx(module, decomposition_table=table, tracing_mode="fake")(*given)
+        # What a piece returns has the order in memory that it has without a compiler.
+        output = next(node for node in simple.graph.nodes if node.op == "output")
+        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
         made = compile_fx_inner(simple, given, is_inference=True, cpp_wrapper=in_cpp)
     run: Boxed = getattr(made, "current_callable", None) or made.__call__
     return run

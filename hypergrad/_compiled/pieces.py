@@ -271,10 +271,17 @@ def _last_readers(units: list[list[fx.Node]]) -> dict[fx.Node, int]:
 
 
 def _repeated(words: Tensor, alive: Sequence[int]) -> tuple[list[int], int]:
-    """Find the stretch whose repetitions save most: where it begins, and its length.
+    """Find the stretch whose repetitions save most.
 
     What it saves are the words that need not be looked at again; each piece costs its call. A word
     below zero is never repeated.
+
+    Returns
+    -------
+    starts : list of int
+        Where it begins; empty: there is none.
+    length : int
+        How many words it has.
     """
     best, found = 0, (list[int](), 0)
     seen: set[tuple[int, ...]] = set()

@@ -106,7 +106,7 @@ def test_named_operations_are_pieces_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "values, number",
+    ("values", "number"),
     [
         ([2.0, 2.0], 2.0),
         ([2.0, 3.0], None),
