@@ -77,27 +77,25 @@ def compiled(
             show()
             key = piece.key, tuple((t.shape, t.stride(), t.dtype, t.device) for t in given)
             if key not in known:
-                known[key] = _compiled(piece, constants, given, whole)
+                known[key] = _compiled(piece, constants, given)
             return known[key]
 
         run = pieces.assembled(examples, call_of)
     return Compiled(run, len(pieces.order), len(known))
 
 
-def _compiled(
-    piece: Piece, constants: Mapping[fx.Node, Tensor], given: list[Tensor], whole: bool
-) -> Boxed:
+def _compiled(piece: Piece, constants: Mapping[fx.Node, Tensor], given: list[Tensor]) -> Boxed:
     module = module_of(piece, constants)
     if len(piece.nodes) < _FEW:
         run = runner(module.graph, {})
         return lambda inputs: run(*inputs)
     try:
-        return _by_inductor(module, given, whole)
+        return _by_inductor(module, given)
     except Exception as error:  # of whatever part of a compiler
         raise NoCompiler(_why(error)) from error
 
 
-def _by_inductor(module: fx.GraphModule, given: list[Tensor], whole: bool) -> Boxed:
+def _by_inductor(module: fx.GraphModule, given: list[Tensor]) -> Boxed:
     """Compile operations by Inductor, without guards around them."""
     with warnings.catch_warnings():  # PyTorch's own, at its first import
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -106,18 +104,17 @@ def _by_inductor(module: fx.GraphModule, given: list[Tensor], whole: bool) -> Bo
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.decomposition import select_decomp_table
 
+    # On the CPU there is C++ around the kernels too: Python would take as long as they do.
     cpu = all(t.device.type == "cpu" for t in given)
     if cpu:
         get_cpp_compiler()
-    # C++ around the kernels saves Python between them, but a piece's own is slow to compile.
-    in_cpp = whole and cpu
     table = {**select_decomp_table(), aten.mv.default: _as_matrices}
-    with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=in_cpp):
+    with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=cpu):
         simple = make_fx(module, decomposition_table=table, tracing_mode="fake")(*given)
         # What a piece returns has the order in memory that it has without a compiler.
         output = next(node for node in simple.graph.nodes if node.op == "output")
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-        made = compile_fx_inner(simple, given, is_inference=True, cpp_wrapper=in_cpp)
+        made = compile_fx_inner(simple, given, is_inference=True, cpp_wrapper=cpu)
     run: Boxed = getattr(made, "current_callable", None) or made.__call__
     return run
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +28,10 @@ Boxed = Callable[[list[Tensor]], Sequence[Tensor]]
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 #: A shorter stretch is not worth a call of its own.
 _SHORT = 12
-#: So many operations may be compiled in place of another call.
+#: What a call of a piece costs, in operations to compile.
 _CALL = 12
+#: What a compiler takes for a piece beside its operations, in these.
+_PIECE = 100
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,14 +150,20 @@ class Pieces:
         """Find where to cut: around each stretch that comes several times."""
         known: dict[Hashable, int] = {}
         words = [known.setdefault(self._word(unit), len(known)) for unit in units]
-        cuts, alive, free = {0, len(units)}, self._alive(units), -1
-        left = torch.tensor(words)
+        alive = self._alive(units)
+        cuts, cost = [0, len(units)], _cost(words, [0, len(units)])
+        left, free = torch.tensor(words), -1
         while True:
-            starts, length = _repeated(left, alive)
-            if not starts:
-                return sorted(cuts)
-            for start in starts:
-                cuts.update((start, start + length))
+            tried = [
+                (_cost(words, around), around, places, length)
+                for places, length in _repeated(left, alive)
+                for around in [_with(cuts, places, length)]
+            ]
+            best = min(tried, key=operator.itemgetter(0), default=None)
+            if best is None or best[0] >= cost:
+                return cuts
+            cost, cuts, places, length = best
+            for start in places:
                 left[start : start + length] = torch.arange(free, free - length, -1)
                 free -= length
 
@@ -270,20 +278,29 @@ def _last_readers(units: list[list[fx.Node]]) -> dict[fx.Node, int]:
     }
 
 
-def _repeated(words: Tensor, alive: Sequence[int]) -> tuple[list[int], int]:
-    """Find the stretch whose repetitions save most.
+def _cost(words: Sequence[int], cuts: Sequence[int]) -> int:
+    """Estimate what pieces cost to compile and to call, in operations."""
+    pieces = {tuple(words[start:end]) for start, end in pairwise(cuts)}
+    return sum(map(len, pieces)) + _PIECE * len(pieces) + _CALL * (len(cuts) - 1)
 
-    What it saves are the words that need not be looked at again; each piece costs its call. A word
-    below zero is never repeated.
 
-    Returns
-    -------
+def _with(cuts: Sequence[int], starts: Sequence[int], length: int) -> list[int]:
+    """Add the cuts around stretches."""
+    return sorted({*cuts, *starts, *(start + length for start in starts)})
+
+
+def _repeated(words: Tensor, alive: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """Find stretches that come several times.
+
+    A word below zero is never repeated.
+
+    Yields
+    ------
     starts : list of int
-        Where it begins; empty: there is none.
+        Where a stretch begins each time.
     length : int
         How many words it has.
     """
-    best, found = 0, (list[int](), 0)
     seen: set[tuple[int, ...]] = set()
     for shift in range(1, len(words)):
         same = (words[shift:] == words[:-shift]) & (words[shift:] >= 0)
@@ -302,11 +319,7 @@ def _repeated(words: Tensor, alive: Sequence[int]) -> tuple[list[int], int]:
         if stretch in seen:
             continue
         seen.add(stretch)
-        places = _places(words, start, length)
-        saved = (len(places) - 1) * length - len(places) * _CALL
-        if saved > best:
-            best, found = saved, (places, length)
-    return found
+        yield _places(words, start, length), length
 
 
 def _places(words: Tensor, start: int, length: int) -> list[int]:

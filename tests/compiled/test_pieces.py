@@ -1,7 +1,5 @@
 """The pieces of a graph: few that differ, and together the graph."""
 
-from collections import Counter
-
 import pytest
 import torch
 
@@ -46,35 +44,40 @@ def pieces_of(graph, **choices):
 
 def test_steps_of_a_loop_are_one_piece_whatever_their_number():
     share = []
-    for steps in (6, 24):
+    for steps in (20, 60):
         pieces = pieces_of(graph_of(unrolled(steps), *inputs_of_the_loop()))
         sizes = {piece.key: len(piece.nodes) for piece in pieces.order}
         share.append(sum(sizes.values()) / sum(len(piece.nodes) for piece in pieces.order))
-    assert share[0] < 0.6
-    assert share[1] < 0.4
+    assert share[0] < 0.5
+    assert share[1] < 0.25
+
+
+def test_a_few_short_steps_are_not_worth_a_piece():
+    pieces = pieces_of(graph_of(unrolled(3), *inputs_of_the_loop()))
+    assert len(pieces.order) == 1
 
 
 def test_pieces_in_a_row_compute_what_the_graph_does():
-    graph = graph_of(unrolled(8), *inputs_of_the_loop())
+    graph = graph_of(unrolled(20), *inputs_of_the_loop())
     run = assembled(graph, pieces_of(graph), inputs_of_the_loop())
     new = inputs_of_the_loop(seed=1)
-    for ours, theirs in zip(run(*new), unrolled(8)(*new), strict=True):
+    for ours, theirs in zip(run(*new), unrolled(20)(*new), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
 def test_pieces_of_a_hypergradient_compute_what_its_graph_does():
     graph, inputs = graph_of_a_hypergradient()
-    pieces = pieces_of(graph)
+    pieces = pieces_of(graph, apart=frozenset({aten.dot.default, aten.where.self}))
+    assert len(pieces.order) > 20
     whole = runner(graph.graph, graph.constants)
     _, new = graph_of_a_hypergradient(seed=1)
     for ours, theirs in zip(assembled(graph, pieces, inputs)(*new), whole(*new), strict=True):
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
-    assert max(Counter(piece.key for piece in pieces.order).values()) >= 3  # steps of CG
 
 
 def test_the_same_operations_on_other_tensors_are_another_piece():
     def function(x, y):
-        for _ in range(6):  # what is read and what is kept changes places
+        for _ in range(40):  # what is read and what is kept changes places
             a = torch.sin(x) * y + torch.exp(-x) - torch.cos(y) * torch.tanh(x) + x.abs().sqrt()
             b = torch.sin(y) * x + torch.exp(-x) - torch.cos(x) * torch.tanh(y) + x.abs().sqrt()
             x, y = (a / 3).clamp(-1, 1), (b / 3).clamp(-1, 1)
