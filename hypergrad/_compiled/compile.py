@@ -38,6 +38,7 @@ def compile(
     backend: Backend = "aten",
     on_fallback: OnFallback = "warn",
     check: int = 0,
+    fixed: bool = False,
 ) -> Any:
     """Compile the calls of the library that a function makes.
 
@@ -50,14 +51,20 @@ def compile(
     ----------
     fn : callable, optional
         The function. None: a decorator is returned.
-    backend : {"aten"}
+    backend : {"aten", "inductor", "cudagraphs"}
         What runs the graphs. ``"aten"`` calls PyTorch's operations one by one, without autograd
-        and without Python between them; it needs no compiler.
+        and without Python between them; it needs no compiler. ``"inductor"`` compiles them, which
+        takes tens of seconds and pays for small networks; without a C++ compiler, or without
+        Triton on a GPU, ``"aten"`` is used and a warning says so. ``"cudagraphs"`` records
+        them once, on a CUDA device.
     on_fallback : {"warn", "raise", "ignore"}
         What to do where a call cannot be compiled.
     check : int
         Each so many calls of a graph are compared with the call as it is, which takes as long as
         that. 0: the first call of each graph alone.
+    fixed : bool
+        With ``"inductor"``: compile a graph as one. By default steps that repeat, of a solver say,
+        are compiled once; in one piece they run faster and take longer to compile.
 
     Returns
     -------
@@ -89,12 +96,16 @@ def compile(
     tensor(-1.2500)
     """
     for name, value, known in (
-        ("backend", backend, ("aten",)),
+        ("backend", backend, ("aten", "inductor", "cudagraphs")),
         ("on_fallback", on_fallback, ("warn", "raise", "ignore")),
     ):
         if value not in known:
             words = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be one of {words}; got {value!r}.")
+    if fixed and backend != "inductor":
+        raise ValueError(f"fixed=True belongs to backend='inductor'; got backend={backend!r}.")
     if fn is None:
-        return functools.partial(compile, backend=backend, on_fallback=on_fallback, check=check)
-    return CompiledFunction(fn, Session(backend, on_fallback, check))
+        return functools.partial(
+            compile, backend=backend, on_fallback=on_fallback, check=check, fixed=fixed
+        )
+    return CompiledFunction(fn, Session(backend, on_fallback, check, fixed))

@@ -24,8 +24,10 @@ from .._warnings import warn_of_compiling
 from ..solvers._recycle import Memory
 from .capture import TRACING, Capture, Captured, NotCaptured, Seen, Stage
 from .clean import Cleaned
+from .cudagraphs import NoRecorder, recorded
 from .fold import Folded
 from .fuse import fuse
+from .inductor import NoCompiler, compiled
 from .part import Changed, cut_out_parts
 from .run import runner
 from .trace import traced
@@ -110,12 +112,19 @@ class Session:
         What to do where a call cannot be compiled.
     check : int
         Each so many calls of a program it is compared with the call as it is; 0: the first alone.
+    fixed : bool
+        With ``"inductor"``: compile each graph as one.
     """
 
     def __init__(
-        self, backend: Backend = "aten", on_fallback: OnFallback = "warn", check: int = 0
+        self,
+        backend: Backend = "aten",
+        on_fallback: OnFallback = "warn",
+        check: int = 0,
+        fixed: bool = False,
     ) -> None:
         self.backend, self.on_fallback, self.check = backend, on_fallback, check
+        self.fixed = fixed
         self._captures: dict[Hashable, Capture] = {}
         #: Why calls were not compiled, by what was called.
         self.causes: dict[tuple[Hashable, ...], str] = {}
@@ -269,14 +278,32 @@ class Session:
     def fall_back(self, of: tuple[Hashable, ...], cause: str) -> None:
         """Note that something is not compiled, and say so once."""
         self.causes[of] = cause
-        if self.on_fallback == "ignore":
-            return
-        text = _not_compiled(str(of[0]), cause)
+        self._say(cause, _not_compiled(str(of[0]), cause))
+
+    def _say(self, cause: str, text: str) -> None:
+        """Say once that something falls back, or raise it."""
         if self.on_fallback == "raise":
             raise NotCompiled(text)
-        if cause not in self._said:
+        if self.on_fallback == "warn" and cause not in self._said:
             self._said.add(cause)
             warn_of_compiling(text)
+
+    def _assembled(
+        self, graph: Cleaned, inputs: Sequence[Tensor]
+    ) -> Callable[..., Sequence[Tensor]]:
+        """Make what runs a graph, by the backend."""
+        forms, constants = graph.forms, graph.constants
+        try:
+            if self.backend == "inductor":
+                return compiled(graph.graph, forms, constants, inputs, self.fixed).run
+            if self.backend == "cudagraphs":
+                return recorded(graph.graph, forms, constants, inputs)
+        except (NoCompiler, NoRecorder) as error:
+            text = (
+                f"backend={self.backend!r} is not possible: {error}. 'aten' is used in its place."
+            )
+            self._say(str(error), text)
+        return runner(graph.graph, constants)
 
     def _replayed(
         self,
@@ -319,7 +346,7 @@ class Session:
                     if replayed is None:
                         own = len(tensors)
                         again()
-                        program = _made(captured, inputs, own, batched[own:], body, vmaps)
+                        program = _made(self, captured, inputs, own, batched[own:], body, vmaps)
                         programs.append(program)
                         replayed = _first([program], inputs, again)
         if replayed is None:
@@ -371,6 +398,7 @@ def _run(program: Program, inputs: list[Tensor]) -> list[Tensor] | None:
 
 
 def _made(
+    session: Session,
     captured: Captured,
     inputs: list[Tensor],
     own: int,
@@ -405,7 +433,7 @@ def _made(
         fuse(cleaned.graph, cleaned.forms, cleaned.constants)
         cleaned.settle(inputs)
     cut_out_parts(cleaned.graph)
-    run = runner(cleaned.graph, cleaned.constants)
+    run = session._assembled(cleaned, inputs)
     nodes = len(cleaned.graph.nodes)
     with _without_autocast(inputs):
         shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
@@ -424,11 +452,13 @@ def _shared_memory(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> list[
     return shared
 
 
-def _owning(run: Callable[..., list[Tensor]], shared: Sequence[int]) -> Callable[..., list[Tensor]]:
+def _owning(
+    run: Callable[..., Sequence[Tensor]], shared: Sequence[int]
+) -> Callable[..., Sequence[Tensor]]:
     """Copy the outputs whose memory is not their own: the caller may change them in place."""
 
     def owned(*inputs: Tensor) -> list[Tensor]:
-        outputs = run(*inputs)
+        outputs = list(run(*inputs))
         for place in shared:
             outputs[place] = outputs[place].clone()
         return outputs

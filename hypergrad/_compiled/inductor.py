@@ -1,0 +1,155 @@
+"""A graph compiled by Inductor: in pieces that repeat, each compiled once, or as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .clean import Form
+from .pieces import Boxed, Piece, Pieces, graph_of, is_alone
+from .run import runner
+
+aten = torch.ops.aten
+
+#: A piece with fewer operations is not worth a compiler's time.
+_FEW = 8
+#: Show that something is compiled after so many seconds.
+_PATIENCE = 3.0
+
+
+class NoCompiler(Exception):
+    """Inductor cannot compile here; the text says why."""
+
+
+class Compiled(NamedTuple):
+    """A compiled graph: ``run(*inputs) -> outputs``, its pieces, and how many of them differ."""
+
+    run: Callable[..., list[Tensor]]
+    pieces: int
+    distinct: int
+
+
+def compiled(
+    graph: fx.Graph,
+    forms: Mapping[fx.Node, Form],
+    constants: Mapping[fx.Node, Tensor],
+    examples: Sequence[Tensor],
+    whole: bool = False,
+) -> Compiled:
+    """Compile a graph to a function of its inputs.
+
+    Parameters
+    ----------
+    graph : Graph
+        Of ATen operations, without mutations.
+    forms : mapping
+        What the tensors are like.
+    constants : mapping
+        The tensors that stand for nodes.
+    examples : sequence of Tensor
+        Inputs; others have to have the same shapes, strides, types and devices.
+    whole : bool
+        Compile the graph as one.
+
+    Returns
+    -------
+    compiled : Compiled
+        The function.
+
+    Raises
+    ------
+    NoCompiler
+        If there is no compiler, or it fails.
+    """
+    pieces = Pieces(graph, forms, constants, whole=whole)
+    known: dict[Hashable, Boxed] = {}
+    with _watched(len(pieces.order)) as show:
+
+        def call_of(piece: Piece, given: list[Tensor]) -> Boxed:
+            show()
+            key = piece.key, tuple((t.shape, t.stride(), t.dtype, t.device) for t in given)
+            if key not in known:
+                known[key] = _compiled(piece, constants, given)
+            return known[key]
+
+        run = pieces.assembled(examples, call_of)
+    return Compiled(run, len(pieces.order), len(known))
+
+
+def _compiled(piece: Piece, constants: Mapping[fx.Node, Tensor], given: list[Tensor]) -> Boxed:
+    graph = graph_of(piece, constants)
+    if len(piece.nodes) < _FEW or is_alone(piece.nodes[0]):
+        run = runner(graph, {})
+        return lambda inputs: run(*inputs)
+    try:
+        return _by_inductor(fx.GraphModule(torch.nn.Module(), graph), given)
+    except Exception as error:  # of whatever part of a compiler
+        raise NoCompiler(_why(error)) from error
+
+
+def _by_inductor(module: fx.GraphModule, given: list[Tensor]) -> Boxed:
+    """Compile operations by Inductor, without guards around them."""
+    with warnings.catch_warnings():  # PyTorch's own, at its first import
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._inductor.config as config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.decomposition import select_decomp_table
+
+    # On the CPU there is C++ around the kernels too: Python would take as long as they do.
+    cpu = all(t.device.type == "cpu" for t in given)
+    if cpu:
+        get_cpp_compiler()
+    table = {**select_decomp_table(), aten.mv.default: _as_matrices}
+    with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=cpu):
+        simple = make_fx(module, decomposition_table=table, tracing_mode="fake")(*given)
+        # What a piece returns has the order in memory that it has without a compiler.
+        output = next(node for node in simple.graph.nodes if node.op == "output")
+        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+        made = compile_fx_inner(simple, given, is_inference=True, cpp_wrapper=cpu)
+    run: Boxed = getattr(made, "current_callable", None) or made.__call__
+    return run
+
+
+def _as_matrices(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Leave a product with a vector to the library: Inductor's own loops read far memory slowly."""
+    return aten.mm.default(matrix, vector.unsqueeze(1)).squeeze(1)
+
+
+@contextlib.contextmanager
+def _watched(count: int) -> Iterator[Callable[[], None]]:
+    """Show at which piece the compiler is, where that takes long."""
+    begun, width, piece = time.monotonic(), 0, 0
+
+    def show() -> None:
+        nonlocal width, piece
+        piece += 1
+        seconds = time.monotonic() - begun
+        if seconds > _PATIENCE:
+            line = f"hypergrad.compile: piece {piece} of {count}, {seconds:.0f} s"
+            sys.stderr.write("\r" + line.ljust(width))
+            sys.stderr.flush()
+            width = len(line)
+
+    try:
+        yield show
+    finally:
+        if width:
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+
+
+def _why(error: BaseException) -> str:
+    """Say in a line why a compiler has given up."""
+    while isinstance(error, Exception) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1]) or type(error).__name__
