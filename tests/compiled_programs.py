@@ -3,13 +3,13 @@
 import functools
 
 import torch
-from torch import fx
 from torch.func import grad, hessian, jacrev
 from torch.nn.functional import binary_cross_entropy_with_logits as entropy
 
 import hypergrad
 from hypergrad._compiled.clean import Cleaned
 from hypergrad._compiled.fold import Folded
+from hypergrad._compiled.run import runner
 from hypergrad._compiled.session import Session
 from hypergrad._compiled.trace import traced
 
@@ -62,13 +62,13 @@ class Keeping(Session):
 
     def _assembled(self, graph, inputs):
         self.graph, self.inputs = graph, inputs
-        return super()._assembled(graph, inputs)
+        return runner(graph.graph, graph.constants)
 
 
 @functools.cache
 def graph_of_a_hypergradient(seed=0):
-    """Trace a hypergradient."""
-    session = Keeping()
+    """Trace a hypergradient, no part of which stays Python."""
+    session = Keeping("cudagraphs")
     with session.entered():
         hypergradient(*draw(seed=seed))
     return session.graph, session.inputs
@@ -76,8 +76,7 @@ def graph_of_a_hypergradient(seed=0):
 
 def graph_of(function, *inputs):
     """Trace, clean and fold a function that returns a list."""
-    module = traced(function, inputs)
-    whole = fx.GraphModule(module.module, module.graph)
-    cleaned = Cleaned(whole.graph, inputs, whole)
+    graph = traced(function, inputs)
+    cleaned = Cleaned(graph.graph, inputs, graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     return cleaned

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .clean import Form
-from .pieces import Boxed, Piece, Pieces, graph_of
+from .pieces import Boxed, Piece, Pieces, graph_of_piece
 from .run import runner
 
 aten = torch.ops.aten
@@ -170,7 +170,7 @@ def recorded(
     fixed = {id(t) for t in constants.values()}
 
     def call_of(piece: Piece, given: list[Tensor]) -> Boxed:
-        run = runner(graph_of(piece, constants), {})
+        run = runner(graph_of_piece(piece, constants), {})
         if any(node.target in WAITING for node in piece.nodes):
             return lambda inputs: run(*inputs)
         return _Recorded(run, given, fixed, where).again

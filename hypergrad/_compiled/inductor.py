@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .clean import Form
-from .pieces import Boxed, Piece, Pieces, graph_of, is_alone
+from .pieces import Boxed, Piece, Pieces, graph_of_piece, is_alone
 from .run import runner
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def compiled(
 
 
 def _compiled(piece: Piece, constants: Mapping[fx.Node, Tensor], given: list[Tensor]) -> Boxed:
-    graph = graph_of(piece, constants)
+    graph = graph_of_piece(piece, constants)
     if len(piece.nodes) < _FEW or is_alone(piece.nodes[0]):
         run = runner(graph, {})
         return lambda inputs: run(*inputs)

@@ -90,6 +90,12 @@ class Part:
         node.args = held, tensors
 
 
+def may_stay_python() -> bool:
+    """Say whether a part of the call that is being traced may run as it is at each replay."""
+    recorder = recording.get()
+    return recorder is not None and recorder.parts
+
+
 def as_it_is(run: Run, product: Product, vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Run a part of a call that is being traced, and have it run at each replay.
 

@@ -217,7 +217,7 @@ def is_alone(node: fx.Node, apart: frozenset[Any] = frozenset()) -> bool:
     return node.target in apart or not isinstance(node.target, torch._ops.OpOverload)
 
 
-def graph_of(piece: Piece, constants: Mapping[fx.Node, Tensor]) -> fx.Graph:
+def graph_of_piece(piece: Piece, constants: Mapping[fx.Node, Tensor]) -> fx.Graph:
     """Write a piece as a graph of its inputs."""
     graph = fx.Graph()
     new = {node: graph.placeholder(f"i{place}") for place, node in enumerate(piece.inputs)}

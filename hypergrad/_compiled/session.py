@@ -200,6 +200,8 @@ class Session:
             return self._replayed(seen, key, tensors, body, vmaps, again)._replace(of=of)
         except NotCaptured as cause:
             self.fall_back(of, str(cause))
+        except NotCompiled:
+            raise
         except HypergradError as error:  # so does the call as it is, in its own words
             self._failed[of] = self._failed.get(of, 0) + 1
             if self._failed[of] == _BRANCHES:
@@ -421,7 +423,7 @@ def _made(
         return [tensor.detach() for tensor in made.tensors]
 
     try:
-        graph = traced(noted, inputs)
+        graph = traced(noted, inputs, parts=session.backend != "cudagraphs")
     except (NotCaptured, HypergradError):
         raise
     except Exception as error:  # what the call itself raises is raised by the call as it is

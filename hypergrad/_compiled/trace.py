@@ -26,8 +26,6 @@ _LIFTS = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.
 _OF_MEMORY = frozenset({
     aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default,
 })  # fmt: skip
-#: Whole numbers in a tensor of a loss's own, such as an index, up to this size.
-_INDEX = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,9 @@ class Traced:
     seen: tuple[bool, ...]
 
 
-def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Traced:
+def traced(
+    function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor], *, parts: bool = True
+) -> Traced:
     """Trace a function.
 
     Parameters
@@ -59,6 +59,8 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
         Of tensors, to a list of tensors. Values of theirs may be read by `host` alone.
     examples : sequence of Tensor
         Its arguments.
+    parts : bool
+        Whether a part of it may stay Python.
 
     Returns
     -------
@@ -72,7 +74,7 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     """
     # No two of them are one tensor, which a trace could not tell apart.
     own = [_copied(t.detach()) for t in examples]
-    recorder, random = Recorder(own), generators()
+    recorder, random = Recorder(own, parts), generators()
     try:
         with following(recorder.paused) as branches, recorder.entered():
             outputs = list(function(*own))
@@ -95,8 +97,9 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
 class Recorder(TorchDispatchMode):
     """Writes each operation that runs into a graph."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], parts: bool) -> None:
         super().__init__()
+        self.parts = parts
         self.graph = fx.Graph()
         self.constants: dict[fx.Node, Tensor] = {}
         #: Why a replay would not repeat the call, which an `except` in it must not hide.
@@ -146,11 +149,12 @@ class Recorder(TorchDispatchMode):
         return outcome
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """Find the node of a tensor, which is a constant where the trace has not made it."""
+        """Find the node of a tensor that the trace has made."""
         node: fx.Node | None = self._nodes.get(tensor)
         if node is None:
-            if tensor.numel() > 1 and (tensor.is_floating_point() or tensor.numel() > _INDEX):
-                self.fail("a tensor comes from outside of the functions and their arguments")
+            self.fail(
+                "a tensor is used that is no argument and that none of the functions captures"
+            )
             node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
             self.constants[node] = tensor.detach().clone()
             self._nodes[tensor] = node
@@ -166,8 +170,11 @@ class Recorder(TorchDispatchMode):
         """Run an operation, and write it down."""
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        own = [t for t in tensors if t in self._nodes or t.numel() <= 1]
-        if self._resting or (tensors and not own):
+        if self._resting:
+            return func(*args, **kwargs)
+        if func in _LIFTS and tensors[0] not in self._nodes:  # Python has just made it
+            return self._lifted(func(*args, **kwargs))
+        if tensors and not any(t in self._nodes for t in tensors):
             return func(*args, **kwargs)  # nothing of the call's, but a generator's state, say
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.fail(f"random numbers are drawn ({func})")
@@ -179,15 +186,13 @@ class Recorder(TorchDispatchMode):
             if args[0] in self._nodes and self._nodes[args[0]] not in self.constants:
                 self.fail("a value is read on the host in the middle of the call")
             return func(*args, **kwargs)
-        if func in _LIFTS:  # a tensor that Python has just made
-            return self._lifted(func(*args, **kwargs))
         mutable = func._schema.is_mutable
         written, pure = self._pure(func, args, kwargs) if mutable else (None, (func, args, kwargs))
         mapped = pytree.tree_map_only(Tensor, self.node_of, pure[1:])
         result = func(*args, **kwargs)
         node = self.graph.call_function(pure[0], *mapped)
         if written is not None:
-            self._nodes[written] = node
+            self._rewritten(written, node)
             return result
         if isinstance(result, Tensor):
             if result not in self._nodes:  # it may be an argument, as that of view(x, x.shape) is
@@ -229,17 +234,42 @@ class Recorder(TorchDispatchMode):
             target = _functional(func, names)
         else:
             target, written, rest = None, args[0], kwargs
-        if target is None or self._is_shared(written):
-            self.fail(f"a tensor is changed in place while views of it are in use ({func})")
+        if target is None:
+            self.fail(f"several tensors are changed in place at once ({func})")
         return written, (target or func, args, rest)
 
-    def _is_shared(self, tensor: Tensor) -> bool:
-        """Say whether another tensor that is alive has the same memory."""
-        memory = tensor.untyped_storage()._cdata
-        return any(
-            other is not tensor and other.untyped_storage()._cdata == memory
+    def _rewritten(self, tensor: Tensor, value: fx.Node) -> None:
+        """Note that a tensor has got a value in place, and with it all others in its memory."""
+        memory = tensor.untyped_storage()
+        others = [
+            other
             for other in self._nodes
-        )
+            if other is not tensor and other.untyped_storage()._cdata == memory._cdata
+        ]
+        if others:
+            size = memory.nbytes() // tensor.element_size()
+            whole = [
+                t
+                for t in (tensor, *others)
+                if t.numel() == size and t.is_contiguous() and t.dtype == tensor.dtype
+            ]
+            if not whole or any(t.dtype != tensor.dtype for t in others):
+                self.fail("a part of a tensor is changed in place while another part is in use")
+                return
+            base, then = whole[0], value
+            if base is not tensor:
+                args = self._nodes[base], value, *_place(tensor)
+                then = self.graph.call_function(aten.as_strided_scatter.default, args)
+            for other in (tensor, *others):
+                seen = self.graph.call_function(aten.as_strided.default, (then, *_place(other)))
+                self._nodes[other] = then if other is base else seen
+        else:
+            self._nodes[tensor] = value
+
+
+def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
+    """Say where in its memory a tensor lies."""
+    return list(tensor.shape), list(tensor.stride()), int(tensor.storage_offset())
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -71,7 +71,9 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     choices, memory = call.choices, call.choices.memory
     known = None if memory is None else memory.export()
-    kept = dataclasses.replace(choices, solver=alike(choices.solver), memory=None)
+    python = session.backend != "cudagraphs"  # which records the solve, with its tolerance
+    solver = alike(choices.solver) if python else choices.solver
+    kept = dataclasses.replace(choices, solver=solver, memory=None)
 
     def again() -> None:  # what is learnt of a system is learnt once
         if memory is not None and known is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._autograd.branches import traced
 from .._compiled.capture import NotCaptured
-from .._compiled.part import Changed, Product, as_it_is
+from .._compiled.part import Changed, Product, as_it_is, may_stay_python
 from ..solvers import CG, GMRES, MINRES, Auto, BiCGSTAB
 from ..solvers._base import Solver
 from ..solvers._system import LinearSystem, NewtonStep, Probe, Solution
@@ -76,8 +76,9 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
     """
     if not traced():
         return solver.solve_flat(system)
-    if not _stays_python(solver, system):
-        if getattr(solver, "recycle", False) or alike(solver) is not solver:
+    if not (may_stay_python() and _stays_python(solver, system)):
+        tolerant = may_stay_python() and alike(solver) is not solver
+        if getattr(solver, "recycle", False) or tolerant:
             raise NotCaptured(f"{type(solver).__name__} is left as it is for exact products alone")
         return solver.solve_flat(system)
     given = [system.b]

@@ -61,9 +61,11 @@ class Evaluator:
     def step_size(self, length: float | Tensor) -> Tensor:
         """Take the caller's step, for each task where it is batched: one number, or n of them."""
         n = self.layout.n
-        # A plain number would be rounded to torch's default dtype.
-        dtype = None if isinstance(length, Tensor) else self.layout.dtype
-        number = torch.as_tensor(length, dtype=dtype, device=self.layout.device)
+        device, dtype = self.layout.device, self.layout.dtype
+        if isinstance(length, Tensor):
+            number = length.to(device)
+        else:  # in their dtype: torch's default one may be narrower
+            number = torch.full((), length, dtype=dtype, device=device)
         if number.shape not in ((), (1,), (n,)):
             raise ValueError(
                 f"step_size must be a number, or a tensor of shape () or ({n},), a step for every "

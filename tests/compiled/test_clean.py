@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from hypergrad._compiled.clean import Cleaned
 from hypergrad._compiled.fold import Folded
@@ -80,8 +80,7 @@ def test_constants_have_a_budget():
         return [x[:1] + torch.arange(60_000, dtype=D) * number for number in range(1, 120)]
 
     graph = traced(fun, [draw(3)])
-    module = fx.GraphModule(graph.module, graph.graph)
-    cleaned = Cleaned(module.graph, [draw(3)], module)
+    cleaned = Cleaned(graph.graph, [draw(3)], graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
     used = set(cleaned.graph.nodes) & set(cleaned.constants)
     assert sum(cleaned.constants[n].numel() for n in used) <= 1 << 22

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor
 
 from hypergrad._compiled.clean import Cleaned
 from hypergrad._compiled.fold import Folded
+from hypergrad._compiled.fuse import fuse
 from hypergrad._compiled.run import runner
 from hypergrad._compiled.trace import traced
 
@@ -24,10 +25,10 @@ Fun = Callable[..., Sequence[Tensor]]
 def replayed(fun: Fun, examples: Sequence[Tensor]) -> tuple[Callable[..., list[Tensor]], set[Any]]:
     """Trace, clean and fold a function: the program, and the operations that are left."""
     graph = traced(fun, examples)
-    module = fx.GraphModule(graph.module, graph.graph)
-    cleaned = Cleaned(module.graph, examples, module)
+    cleaned = Cleaned(graph.graph, examples, graph.constants)
     Folded(cleaned.graph, cleaned.forms, cleaned.constants)
-    cleaned.restore_order(examples)
+    fuse(cleaned.graph, cleaned.forms, cleaned.constants)
+    cleaned.settle(examples)
     left = [n.target for n in cleaned.graph.nodes if n.op == "call_function"]
     left = [n for n in left if n not in (aten.detach.default,)]
     return runner(cleaned.graph, cleaned.constants), left

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypergrad._compiled.pieces import Pieces, graph_of, uniform
+from hypergrad._compiled.pieces import Pieces, graph_of_piece, uniform
 from hypergrad._compiled.run import runner
 from tests.compiled_programs import graph_of, graph_of_a_hypergradient
 
@@ -32,7 +32,7 @@ def inputs_of_the_loop(seed=0):
 
 def assembled(graph, pieces, inputs):
     def call_of(piece, given):
-        run = runner(graph_of(piece, graph.constants), {})
+        run = runner(graph_of_piece(piece, graph.constants), {})
         return lambda values: run(*values)
 
     return pieces.assembled(inputs, call_of)

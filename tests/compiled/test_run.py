@@ -35,6 +35,8 @@ CALLS: dict[str, Any] = {
     "sign": lambda x: x.sign(), "sin": lambda x: x.sin(), "sqrt": lambda x: x.abs().sqrt(),
     "squeeze": lambda x: torch.squeeze(x[None, None], (0, 1)),
     "stack": lambda x: torch.stack([x, x.exp()], -1), "sub": lambda x: torch.sub(x, x.t(), alpha=3),
+    "addmm": lambda x: torch.addmm(x[0], x, x.t()), "addmv": lambda x: torch.addmv(x[0], x, x[1]),
+    "baddbmm": lambda x: torch.baddbmm(x[None], x[None], x.t()[None]),
     "sum": lambda x: torch.stack([x.sum((0, 1), dtype=torch.float32), x.sum().float()]),
     "t": lambda x: x.t().exp(), "tanh": lambda x: x.tanh(),
     "transpose": lambda x: x[None].transpose(-1, 0), "unsqueeze": lambda x: x.unsqueeze(-1),
