@@ -105,6 +105,7 @@ class Recorder(TorchDispatchMode):
         #: Why a replay would not repeat the call, which an `except` in it must not hide.
         self.failure = ""
         self._nodes: Any = WeakIdKeyDictionary()
+        self._bases: Any = WeakIdKeyDictionary()
         self._resting = False
         for place, tensor in enumerate(inputs):
             self._nodes[tensor] = self.graph.placeholder(f"input_{place}")
@@ -194,6 +195,7 @@ class Recorder(TorchDispatchMode):
         if written is not None:
             self._rewritten(written, node)
             return result
+        self._keep_bases(result, tensors)
         if isinstance(result, Tensor):
             if result not in self._nodes:  # it may be an argument, as that of view(x, x.shape) is
                 self._nodes[result] = node
@@ -237,6 +239,16 @@ class Recorder(TorchDispatchMode):
         if target is None:
             self.fail(f"several tensors are changed in place at once ({func})")
         return written, (target or func, args, rest)
+
+    def _keep_bases(self, result: Any, tensors: Sequence[Tensor]) -> None:
+        """Keep what a result is a view of for as long as the view is there."""
+        if not tensors or tensors[0].layout != torch.strided:
+            return
+        memory = tensors[0].untyped_storage()._cdata
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, Tensor) and part is not tensors[0]:
+                if part.layout == torch.strided and part.untyped_storage()._cdata == memory:
+                    self._bases[part] = tensors[0]
 
     def _rewritten(self, tensor: Tensor, value: fx.Node) -> None:
         """Note that a tensor has got a value in place, and with it all others in its memory."""
