@@ -14,7 +14,7 @@ from benchmarks.imaml import MetaStep
 from benchmarks.imaml_sides import with_info
 from hypergrad._compiled import inductor
 from hypergrad._compiled.inductor import NoCompiler, compiled
-from tests.compiled_programs import draw, exact, graph_of, hypergradient
+from tests.compiled_programs import Keeping, draw, exact, graph_of, hypergradient
 
 DYNAMO, INDUCTOR = torch._dynamo.config, torch._inductor.config
 
@@ -46,6 +46,19 @@ def test_products_with_vectors_stay_library_calls():
     new = inputs_of_products(seed=1)
     for ours, theirs in zip(program.run(*new), products(*new), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_a_kernel_gets_no_view_whose_sign_is_turned_as_it_is_read():
+    X, *others = draw()
+    session = Keeping()
+    plain, turned = torch.complex(X, -X).imag, torch.complex(X, -X).conj().imag
+    assert turned.is_neg()
+    assert torch.equal(turned, X)
+    for view in (turned, plain, turned):
+        with session.entered():
+            answer, _ = hypergradient(view, *others)
+        assert not any(t.is_neg() for t in session.inputs)
+        torch.testing.assert_close(answer, exact(view, *others), rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -108,7 +121,7 @@ def test_without_a_compiler_the_operations_run_one_by_one_and_a_warning_says_so_
     program = """
         import warnings
         import torch, hypergrad
-        from tests.compiled_programs import draw, exact, hypergradient
+        from tests.compiled_programs import Keeping, draw, exact, hypergradient
         step = hypergrad.compile(hypergradient, backend="inductor")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
