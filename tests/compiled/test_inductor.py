@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
         step(*draw())
     data = draw(seed=1)
     torch.testing.assert_close(step(*data)[0], exact(*data), rtol=1e-9, atol=1e-12)
+
+
+def test_long_compiling_is_shown_on_one_line(monkeypatch, capsys):
+    with inductor._Watch(2) as watch:
+        watch.next()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(inductor, "_PATIENCE", 0.01)
+    monkeypatch.setattr(inductor, "_EVERY", 0.01)
+    with inductor._Watch(2) as watch:
+        for _ in range(2):
+            watch.next()
+            time.sleep(0.2)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rhypergrad.compile: piece 1 of 2, 0 s")
+    assert shown.endswith("\rhypergrad.compile: piece 2 of 2, 0 s\n")
 
 
 def test_one_graph_is_asked_of_inductor_alone():
