@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,6 +25,8 @@ aten = torch.ops.aten
 _FEW = 8
 #: Show that something is compiled after so many seconds.
 _PATIENCE = 3.0
+#: And again after each so many.
+_EVERY = 1.0
 
 
 class NoCompiler(Exception):
@@ -71,10 +75,10 @@ def compiled(
     """
     pieces = Pieces(graph, forms, constants, whole=whole)
     known: dict[Hashable, Boxed] = {}
-    with _watched(len(pieces.order)) as show:
+    with _Watch(len(pieces.order)) as watch:
 
         def call_of(piece: Piece, given: list[Tensor]) -> Boxed:
-            show()
+            watch.next()
             key = piece.key, tuple((t.shape, t.stride(), t.dtype, t.device) for t in given)
             if key not in known:
                 known[key] = _compiled(piece, constants, given)
@@ -109,7 +113,10 @@ def _by_inductor(module: fx.GraphModule, given: list[Tensor]) -> Boxed:
     if cpu:
         get_cpp_compiler()
     table = {**select_decomp_table(), aten.mv.default: _as_matrices}
-    with torch.no_grad(), config.patch(compile_threads=1, size_asserts=False, cpp_wrapper=cpu):
+    ours = {
+        "compile_threads": 1, "size_asserts": False, "cpp_wrapper": cpu, "triton.cudagraphs": False,
+    }  # fmt: skip
+    with torch.no_grad(), config.patch(ours), _quiet("torch._inductor.ir"):
         simple = make_fx(module, decomposition_table=table, tracing_mode="fake")(*given)
         # What a piece returns has the order in memory that it has without a compiler.
         output = next(node for node in simple.graph.nodes if node.op == "output")
@@ -124,27 +131,53 @@ def _as_matrices(matrix: Tensor, vector: Tensor) -> Tensor:
     return aten.mm.default(matrix, vector.unsqueeze(1)).squeeze(1)
 
 
-@contextlib.contextmanager
-def _watched(count: int) -> Iterator[Callable[[], None]]:
-    """Show at which piece the compiler is, where that takes long."""
-    begun, width, piece = time.monotonic(), 0, 0
+class _Watch:
+    """A line on stderr that says how far the compiler is, where that takes long.
 
-    def show() -> None:
-        nonlocal width, piece
-        piece += 1
-        seconds = time.monotonic() - begun
-        if seconds > _PATIENCE:
-            line = f"hypergrad.compile: piece {piece} of {count}, {seconds:.0f} s"
-            sys.stderr.write("\r" + line.ljust(width))
-            sys.stderr.flush()
-            width = len(line)
+    A piece may take a minute, so that a thread writes the line.
+    """
 
-    try:
-        yield show
-    finally:
-        if width:
+    def __init__(self, count: int) -> None:
+        self._count, self._piece, self._width = count, 0, 0
+        self._begun, self._over = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._width:
             sys.stderr.write("\n")
             sys.stderr.flush()
+
+    def next(self) -> None:
+        """Note that a piece begins."""
+        self._piece += 1
+
+    def _watch(self) -> None:
+        wait = _PATIENCE
+        while not self._over.wait(wait):
+            wait = _EVERY
+            seconds = time.monotonic() - self._begun
+            line = f"hypergrad.compile: piece {self._piece} of {self._count}, {seconds:.0f} s"
+            sys.stderr.write("\r" + line.ljust(self._width))
+            sys.stderr.flush()
+            self._width = len(line)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hide what a logger says of operations that it leaves to the library."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _why(error: BaseException) -> str:

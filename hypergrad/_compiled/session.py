@@ -330,7 +330,8 @@ class Session:
             inputs = [
                 vmaps.unwrapped(t) if b else t for t, b in zip(inputs, all_batched, strict=True)
             ]
-        inputs = [t.detach() for t in inputs]
+        # A view whose sign is turned as it is read is written out: a kernel would miss that.
+        inputs = [t.detach().resolve_conj().resolve_neg() for t in inputs]
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         batched = (*map(is_batched, tensors), *batched)
         kind = key, forms, batched, None if vmaps is None else vmaps.sizes, _surroundings(inputs)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.imaml import MetaStep
 from benchmarks.imaml_sides import with_info
 from hypergrad._compiled import inductor
 from hypergrad._compiled.inductor import NoCompiler, compiled
-from tests.compiled_programs import draw, exact, graph_of, hypergradient
+from tests.compiled_programs import Keeping, draw, exact, graph_of, hypergradient
 
 DYNAMO, INDUCTOR = torch._dynamo.config, torch._inductor.config
 
@@ -46,6 +47,19 @@ def test_products_with_vectors_stay_library_calls():
     new = inputs_of_products(seed=1)
     for ours, theirs in zip(program.run(*new), products(*new), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_a_kernel_gets_no_view_whose_sign_is_turned_as_it_is_read():
+    X, *others = draw()
+    session = Keeping()
+    plain, turned = torch.complex(X, -X).imag, torch.complex(X, -X).conj().imag
+    assert turned.is_neg()
+    assert torch.equal(turned, X)
+    for view in (turned, plain, turned):
+        with session.entered():
+            answer, _ = hypergradient(view, *others)
+        assert not any(t.is_neg() for t in session.inputs)
+        torch.testing.assert_close(answer, exact(view, *others), rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -108,7 +122,7 @@ def test_without_a_compiler_the_operations_run_one_by_one_and_a_warning_says_so_
     program = """
         import warnings
         import torch, hypergrad
-        from tests.compiled_programs import draw, exact, hypergradient
+        from tests.compiled_programs import Keeping, draw, exact, hypergradient
         step = hypergrad.compile(hypergradient, backend="inductor")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -139,6 +153,21 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
         step(*draw())
     data = draw(seed=1)
     torch.testing.assert_close(step(*data)[0], exact(*data), rtol=1e-9, atol=1e-12)
+
+
+def test_long_compiling_is_shown_on_one_line(monkeypatch, capsys):
+    with inductor._Watch(2) as watch:
+        watch.next()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(inductor, "_PATIENCE", 0.01)
+    monkeypatch.setattr(inductor, "_EVERY", 0.01)
+    with inductor._Watch(2) as watch:
+        for _ in range(2):
+            watch.next()
+            time.sleep(0.2)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rhypergrad.compile: piece 1 of 2, 0 s")
+    assert shown.endswith("\rhypergrad.compile: piece 2 of 2, 0 s\n")
 
 
 def test_one_graph_is_asked_of_inductor_alone():
