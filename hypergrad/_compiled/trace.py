@@ -246,9 +246,10 @@ class Recorder(TorchDispatchMode):
             return
         memory = tensors[0].untyped_storage()._cdata
         for part in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(part, Tensor) and part is not tensors[0]:
-                if part.layout == torch.strided and part.untyped_storage()._cdata == memory:
-                    self._bases[part] = tensors[0]
+            if not isinstance(part, Tensor) or part.layout != torch.strided:
+                continue
+            if part is not tensors[0] and part.untyped_storage()._cdata == memory:
+                self._bases[part] = tensors[0]
 
     def _rewritten(self, tensor: Tensor, value: fx.Node) -> None:
         """Note that a tensor has got a value in place, and with it all others in its memory."""
