@@ -152,6 +152,10 @@ class Vmaps:
 
     def unwrapped(self, tensor: Tensor) -> Tensor:
         """Unwrap a tensor into a plain one, with a dimension for every vmap in front."""
+        if len(self._levels) == 1 and _functorch.is_batchedtensor(tensor):
+            whole: Tensor = _functorch.get_unwrapped(tensor)
+            if _functorch.maybe_get_bdim(tensor) == 0 and not _functorch.is_batchedtensor(whole):
+                return whole  # as most are
         places: dict[int, int] = {}
         while _functorch.is_batchedtensor(tensor):
             places[_functorch.maybe_get_level(tensor)] = _functorch.maybe_get_bdim(tensor)
