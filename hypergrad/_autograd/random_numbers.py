@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .transforms import outside_transforms, transforms_active
+
+# PyTorch waits for a generator with the interpreter's lock held: two threads that ask for its state
+# wait for each other for ever, where one of them lets Python go in between (2.13 and 2.15).
+_ALONE = threading.RLock()
 
 State = tuple[torch.Tensor, dict[int, torch.Tensor]]
 
@@ -75,9 +80,10 @@ def generators() -> State:
         with outside_transforms():
             return generators()
     cuda: dict[int, torch.Tensor] = {}
-    if torch.cuda.is_initialized():
-        cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return torch.get_rng_state(), cuda
+    with _ALONE:
+        if torch.cuda.is_initialized():
+            cuda = {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+        return torch.get_rng_state(), cuda
 
 
 def same(one: State, other: State | None) -> bool:
@@ -91,7 +97,7 @@ def same(one: State, other: State | None) -> bool:
 
 def restore(state: State) -> None:
     """Set the generators back."""
-    with outside_transforms():
+    with outside_transforms(), _ALONE:
         torch.set_rng_state(state[0])
         for device, numbers in state[1].items():
             torch.cuda.set_rng_state(numbers, device)
