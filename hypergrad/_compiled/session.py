@@ -205,9 +205,22 @@ class Session:
         return self._memories.setdefault(tuple(map(_code, functions)), Memory())
 
     def agree(
-        self, program: Program, replayed: Sequence[Tensor], present: Sequence[Tensor]
+        self,
+        program: Program,
+        replayed: Sequence[Tensor],
+        present: Sequence[Tensor],
+        rtol: float = 0.0,
     ) -> None:
         """Compare a replay with the call as it is.
+
+        Parameters
+        ----------
+        program : Program
+            What was replayed.
+        replayed, present : sequence of Tensor
+            What it computed, and what the call did.
+        rtol : float
+            Where both end by a tolerance, they may end a step apart.
 
         Raises
         ------
@@ -218,7 +231,7 @@ class Session:
             eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
             a, b = ours.detach().double(), theirs.detach().double()
             away = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
-            if bool(away > _ALLOWED * eps**0.5):
+            if bool(away > _ALLOWED * max(eps**0.5, rtol)):
                 raise CompileMismatch(
                     f"A compiled call is off by {float(away):.2g} from the same call as it is. "
                     "Please report it; hypergrad.compile is not to be used for this function."
@@ -272,10 +285,11 @@ class Session:
             )
         programs = captured.kept.setdefault(kind, [])
         with outside(vmaps), torch.no_grad(), _without_autocast(inputs):
-            for program in programs:
+            for place, program in enumerate(programs):
                 again()
                 replayed = _run(program, inputs)
                 if replayed is not None:
+                    programs.insert(0, programs.pop(place))  # the next call is likely to be alike
                     return replayed._replace(lifted=lifted)
             if len(programs) == _BRANCHES:
                 raise NotCaptured(

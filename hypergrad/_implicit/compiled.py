@@ -90,7 +90,8 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         present = outside_of_vmaps(call.answer)
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):
-            session.agree(replay.program, measured.leaves, plain)
+            rtol = getattr(choices.solver, "rtol", None) or 0.0
+            session.agree(replay.program, measured.leaves, plain, rtol)
         return present
     with outside(vmaps):
         call.remember(measured)
