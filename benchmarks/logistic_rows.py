@@ -91,8 +91,8 @@ def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
         error = ((hypergradient().double() - exact).norm() / exact.norm()).item()
         answer.append(row(side, figure=found[side], error=error, products=products.get(side)))
     error, fewer = _along(recycled, along)
-    side, judged = logistic_sides.RECYCLED, f"median over {LOOP} steps"
-    answer.append(row(side, figure=found[side], error=error, products=fewer, judged=judged))
+    side, note = logistic_sides.RECYCLED, f"error and products: medians over {LOOP} steps"
+    answer.append(row(side, figure=found[side], error=error, products=fewer, note=note))
     if settings.threads == 1 and own_process.has("jaxopt"):
         figures, said = own_process.measured(
             "benchmarks.logistic_jaxopt", rows, features, dtype, settings.rounds
