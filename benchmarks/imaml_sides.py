@@ -70,6 +70,11 @@ def by_hypergrad_alone(step: MetaStep) -> Tensor:
     return flat_gradient({name: leaf.mean(0) for name, leaf in gradient.items()})
 
 
+#: One function, whose programs live over the rounds. A first call, which traces, returns what is
+#: not compiled.
+compiled: MetaGradient = hypergrad.compile(by_hypergrad_alone, on_fallback="raise")
+
+
 def by_examples(step: MetaStep) -> Tensor:
     """As examples/imaml does it: the inner loop is mapped over the tasks too."""
     gradient, _ = _learner(step).meta_gradient(step.meta, step.tasks)
@@ -172,6 +177,7 @@ def by_higher(step: MetaStep) -> Tensor:
 BATCHED: dict[str, MetaGradient] = {
     "hypergrad": by_hypergrad,
     "hypergrad, whole step": by_hypergrad_alone,
+    "hypergrad, compiled": compiled,
     "hypergrad, by examples/imaml": by_examples,
     "by hand, batched": by_hand_batched,
 }

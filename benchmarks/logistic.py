@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,18 @@ class LogisticRegression:
         probability = (self.x_val @ self.w).sigmoid()
         b = self.x_val.T @ (probability - self.y_val) / len(self.y_val)
         return -self.log_penalty.exp() * self.w * self.solve(b)
+
+    def moved(self, step: Tensor) -> LogisticRegression:
+        """Move the logarithms of the penalties, and solve again by Newton's method, in float64."""
+        there = replace(self, log_penalty=self.log_penalty + step)
+        for _ in range(10):
+            probability = (there.x @ there.w).sigmoid()
+            gradient = there.x.T @ (probability - there.y) / len(there.y)
+            gradient += there.log_penalty.exp() * there.w
+            if gradient.norm() < 1e-13:
+                break
+            there = replace(there, w=there.w - there.solve(gradient))
+        return there
 
     def step_size(self) -> float:
         """One over the largest eigenvalue of the Hessian, by the power method."""

@@ -6,7 +6,6 @@ hypergradient took (probes and evidence among them), its true error, and its cos
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 import time
@@ -20,19 +19,6 @@ from hypergrad import CG, SolveInfo, compile, implicit_grad
 from hypergrad.solvers._recycle import Memory, recycling
 
 STEPS = 20  # of conjugate gradients from zero, whose error is the one to reach
-
-
-def moved(problem: LogisticRegression, step: Tensor) -> LogisticRegression:
-    """Move the penalties, and solve again by Newton's method."""
-    there = dataclasses.replace(problem, log_penalty=problem.log_penalty + step)
-    for _ in range(10):
-        probability = (there.x @ there.w).sigmoid()
-        gradient = there.x.T @ (probability - there.y) / len(there.y)
-        gradient += there.log_penalty.exp() * there.w
-        if gradient.norm() < 1e-13:
-            break
-        there = dataclasses.replace(there, w=there.w - there.solve(gradient))
-    return there
 
 
 class Sides:
@@ -104,7 +90,7 @@ def main() -> None:
     for k in range(args.steps):
         if k:
             way = torch.randn(args.features, dtype=torch.float64, generator=generator)
-            whole = moved(whole, args.step * (torch.ones_like(way) if args.same_way else way))
+            whole = whole.moved(args.step * (torch.ones_like(way) if args.same_way else way))
         problem, exact = whole.to(getattr(torch, args.dtype)), whole.exact()
         if sides is None:
             if rtol is None:

@@ -162,6 +162,9 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
             help=f"{text} (default: the method's own)")  # fmt: skip
     add("--proximal", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="proximal term in gradient steps (default: the method's own)")  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="trace an implicit gradient at the first meta-step, and replay it from then on "
+        "(default: on the CPU, the method's own)")  # fmt: skip
     add("--momentum", type=real(least=0), default=0.9, help="of Nesterov's inner steps")
     add("--truncate", type=whole(1), default=5, metavar="STEPS",
         help="the last inner steps, through which truncated back-propagation goes")  # fmt: skip
@@ -257,10 +260,14 @@ def read_settings(
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if given["cuda_graphs"] and given["device"] != "cuda":
         parser.error("--cuda-graphs: they are for a GPU, and this is a run on the CPU")
+    if given["cuda_graphs"] and recipe_flags.get("compile"):
+        parser.error("--compile: not with --cuda-graphs, which record what is not compiled")
     if given["device"] == "cuda" and count() > torch.cuda.device_count():
         parser.error(
             f"--device cuda: {count()} processes, at most {torch.cuda.device_count()}, a GPU each"
         )
+    if given["device"] == "cuda" and "compile" not in recipe_flags:  # not measured there
+        own = {method: replace(recipe, compile=False) for method, recipe in own.items()}
     given["device"] = own_device(given["device"])
     out = given.pop("out") or Path("runs", f"{problem}-{given['method']}-seed{given['seed']}")
     if out.exists() and not out.is_dir():

@@ -15,11 +15,12 @@ from examples.imaml.checkpoint import Checkpoint
 from examples.imaml.checkpoint_series import CheckpointSeries
 from examples.imaml.clock import clock_for
 from examples.imaml.command_line import Settings
+from examples.imaml.compiled import CompiledMetaGradient
 from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.meta import MetaLearner
 from examples.imaml.ranks import Ranks, count, is_first, join
-from examples.imaml.recorded import RecordedMetaGradient
+from examples.imaml.recorded import MetaGradient, RecordedMetaGradient
 from examples.imaml.reporting import Outcome, summarise
 from examples.imaml.resume import Keeping, Refused, ResumePoint, find
 from examples.imaml.run_folder import RunFolder
@@ -278,15 +279,21 @@ def _train_one(
             ),
             ranks=ranks,
             sink=sink,
-            compute=RecordedMetaGradient(learner.meta_gradient, learner.method)
-            if settings.cuda_graphs
-            else None,
+            compute=_compute(settings, learner),
         )
     finally:
         if sink:
             sink.close()
     folder.write_bytes("parameters.pt", _saved(trained.params))
     return trained
+
+
+def _compute(settings: Settings, learner: MetaLearner) -> MetaGradient:
+    if settings.cuda_graphs:
+        return RecordedMetaGradient(learner.meta_gradient, learner.method)
+    if learner.differentiation == "implicit" and settings.recipes[learner.method].compile:
+        return CompiledMetaGradient(learner.meta_gradient)
+    return learner.meta_gradient
 
 
 def _saved(params: Params) -> bytes:

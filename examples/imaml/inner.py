@@ -248,12 +248,18 @@ def _newton_point(
     values, pull_back = vjp(outputs, position)[:2]
     identity = torch.eye(values.numel(), dtype=values.dtype, device=values.device)
     jacobian: Tensor = vmap(pull_back)(identity)[0]
-    slope = grad(loss)(values)
-    curvature: Tensor = jacrev(grad(loss))(values)
-    matrix = lam * identity + curvature @ (jacobian @ jacobian.T)
-    right = curvature @ (jacobian @ (position - origin)) - slope
+
+    def slope_twice(values: Tensor) -> tuple[Tensor, Tensor]:
+        slope: Tensor = grad(loss)(values)
+        return slope, slope
+
+    curvature, slope = jacrev(slope_twice, has_aux=True)(values)
+    # In batches of so narrow matrices, products with a column are the slow ones.
+    moved = (jacobian * (position - origin)).sum(-1)
+    matrix = lam * identity + curvature @ torch.einsum("ip,jp->ij", jacobian, jacobian)
+    right = curvature @ moved - slope
     weights, _ = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))
-    return origin + (jacobian.T @ weights).squeeze(-1)
+    return origin + (weights.mT @ jacobian).squeeze(0)
 
 
 def line_search(

@@ -33,10 +33,10 @@ PUBLISHED = Recipe(
 )
 SIXTEEN = replace(PUBLISHED, inner_steps=16, inner_lr=0.005, lam=0.5)
 RECIPES: dict[Method, Recipe] = {
-    "imaml": IMPLICIT,
+    "imaml": replace(IMPLICIT, compile=True),
     "imaml-gd": SIXTEEN,
-    "imaml-neumann": SIXTEEN,
-    "imaml-hf": replace(IMPLICIT, inner_solver="hessian-free"),
+    "imaml-neumann": replace(SIXTEEN, compile=True),
+    "imaml-hf": replace(IMPLICIT, inner_solver="hessian-free", compile=True),
     "maml": PUBLISHED,
     "maml-nesterov": replace(PUBLISHED, inner_solver="nesterov"),
     "truncated": SIXTEEN,

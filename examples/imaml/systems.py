@@ -92,6 +92,8 @@ class Recipe:
         Adam's rate at the start.
     tasks_per_step
         Tasks in a meta-step.
+    compile
+        Whether an implicit gradient is compiled; no other one is.
     """
 
     inner_solver: SolverName
@@ -100,6 +102,7 @@ class Recipe:
     lam: float
     lr: float
     tasks_per_step: int
+    compile: bool = False
 
 
 def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9) -> InnerSolver:

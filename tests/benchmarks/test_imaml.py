@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -12,6 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:We've integrated functorch")
 
 from benchmarks import imaml_sides, own_process  # noqa: E402
 from benchmarks.imaml import MetaStep  # noqa: E402
+from examples.imaml.episodes import Episodes  # noqa: E402
 
 MAKE = {"sinusoid": MetaStep.sinusoid, "omniglot": MetaStep.omniglot}
 
@@ -35,6 +37,20 @@ def test_every_implicit_side_forms_the_meta_gradient_by_hand(side, kind):
         assert 1e-3 < distance < 1
     else:
         assert distance < 1e-9
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_replayed_meta_step_forms_that_of_other_tasks(kind):
+    step = MAKE[kind](4, 3).in_float64()
+    imaml_sides.compiled(step.first(2))
+    others = dataclasses.replace(step, tasks=Episodes(*(part[2:] for part in step.tasks)))
+    made = len(imaml_sides.compiled.session.programs)
+
+    found = imaml_sides.compiled(others)
+
+    expected = imaml_sides.by_hand_batched(others)
+    assert len(imaml_sides.compiled.session.programs) == made
+    assert float((found - expected).norm() / expected.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("kind", MAKE)
