@@ -49,9 +49,9 @@ def test_a_compiled_meta_gradient_is_that_of_the_learner(method):
         expected, measured = plain.meta_gradient(params, batch)
         for name, leaf in expected.items():
             torch.testing.assert_close(gradient[name], leaf, rtol=1e-7, atol=1e-9)
-        for name in measured.keys() - {"products"}:  # a batch in one graph takes all of its steps
+        for name in measured.keys() - {"products"}:  # a graph makes all steps, for solved tasks too
             torch.testing.assert_close(
-                measures[name].double(), measured[name].double(), rtol=1e-6, atol=1e-9
+                measures[name].double(), measured[name].double(), rtol=1e-6, atol=1e-7
             )
         params = {name: leaf - 0.05 * expected[name] for name, leaf in params.items()}
 
