@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._autograd.branches import traced
 from .._autograd.double_backward import advice
 from .._autograd.host import any_task, every_task
 from .._autograd.rows import by_rows
@@ -395,7 +396,8 @@ class _Passes:
 
     def make(self, begun: Correction | None) -> None:
         """Make passes until every task is solved, or has failed."""
-        looks, plain = self.next.looks, self.next.looks and not transforms_active()
+        # In a trace a look would bind it to what rounding made of a system on its edge.
+        looks, plain = self.next.looks, self.next.looks and not (transforms_active() or traced())
         if begun is not None:
             self.next.matvec.count = begun.steps + 1  # who made it has looked at the true residual
         while self.next.goes_on(0, self.next.active):
