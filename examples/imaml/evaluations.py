@@ -25,10 +25,11 @@ def expected_products(system: System, budget: int) -> float:
     Returns
     -------
     float
-        With that for the last residual, and those for the step size of a Neumann series.
+        With that for the last residual, which conjugate gradients know without, and those for the
+        step size of a Neumann series.
     """
-    if system.linear_solver == "identity":
-        return 0.0
+    if system.linear_solver in {"identity", "cg"}:
+        return float(budget * (system.linear_solver == "cg"))
     return float(budget + 1 + (POWER_STEPS if system.linear_solver == "neumann" else 0))
 
 

@@ -348,8 +348,9 @@ class Session:
                     replayed = _first(programs, inputs, again)  # of another thread
                     if replayed is None:
                         own = len(tensors)
-                        again()
-                        program = _made(self, captured, inputs, own, batched[own:], body, vmaps)
+                        program = _made(
+                            self, captured, inputs, own, batched[own:], body, vmaps, again
+                        )
                         programs.append(program)
                         replayed = _first([program], inputs, again)
         if replayed is None:
@@ -408,6 +409,7 @@ def _made(
     batched: Sequence[bool],
     body: Callable[[list[Any], list[Tensor]], Body],
     vmaps: Vmaps | None,
+    again: Callable[[], None],
 ) -> Program:
     """Trace a call."""
     static: list[Any] = []
@@ -423,6 +425,7 @@ def _made(
         static.append(made.static)
         return [tensor.detach() for tensor in made.tensors]
 
+    again()
     try:
         graph = traced(noted, inputs, parts=session.backend != "cudagraphs")
     except (NotCaptured, HypergradError):
@@ -438,8 +441,12 @@ def _made(
     cut_out_parts(cleaned.graph)
     run = session._assembled(cleaned, inputs)
     nodes = len(cleaned.graph.nodes)
+    again()  # the trace has taught a solver that recycles
     with _without_autocast(inputs):
-        shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
+        try:
+            shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
+        except Changed:
+            raise NotCaptured("its steps depend on rounding") from None
     return Program(_owning(run, shared), list(graph.seen), static[-1], nodes)
 
 

@@ -100,10 +100,16 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     if session.is_due(replay.program):
         again()
         present = outside_of_vmaps(call.answer)
+        learnt = None if memory is None else memory.export()
 
         def nudged() -> list[Tensor]:
-            with nullcontext() if vmaps is None else vmaps.entered():
-                moved = outside_of_vmaps(_nudged(call).answer)
+            again()
+            try:
+                with nullcontext() if vmaps is None else vmaps.entered():
+                    moved = outside_of_vmaps(_nudged(call).answer)
+            finally:
+                if memory is not None and learnt is not None:
+                    memory.load(learnt)
             return [t if vmaps is None else vmaps.unwrapped(t) for t in moved.leaves]
 
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
@@ -192,7 +198,7 @@ def _nudged(call: Call) -> Call:
     return dataclasses.replace(
         call,
         problem=_at(call.problem, tensors),
-        choices=dataclasses.replace(call.choices, on_failure="ignore", memory=None),
+        choices=dataclasses.replace(call.choices, on_failure="ignore"),
     )
 
 

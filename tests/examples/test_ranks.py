@@ -130,9 +130,11 @@ def test_the_meta_gradient_and_the_metrics_are_those_of_one_process(two, tmp_pat
         assert one.keys() == shared.keys()
         for name in ("query_loss", "gradient_norm", "not_finite", "validation"):
             assert shared[name] == pytest.approx(one[name], rel=1e-4)
-    # Before rounding has moved the parameters; products are counted for a batch as a whole.
+    # Before rounding has moved the parameters; products are counted for a batch as a whole. The two
+    # residuals come from solves that end 3e-5 away, and a batch of half the tasks ends elsewhere.
     for name in metrics[0][0].keys() - {"products"}:
-        assert metrics[1][0][name] == pytest.approx(metrics[0][0][name], rel=1e-5)
+        rel = 1e-3 if name.endswith("residual") else 1e-5
+        assert metrics[1][0][name] == pytest.approx(metrics[0][0][name], rel=rel)
 
 
 def test_one_reduction_a_meta_step(two):
