@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,6 +201,8 @@ def test_without_a_tolerance_and_unjudged_nothing_is_read_from_the_device(
 ):
     # Tensors of the meta device have no values: whoever reads one, as a GPU is waited for, fails.
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # has none there
+    if isinstance(solver, Neumann):
+        solver = replace(solver, terms=60)  # a term is like another
     tasks = (4,) if batched else ()
     given = [torch.empty(*tasks, *shape, device="meta") for shape in [(7,), (7,), (10, 7)]]
     for entrance in entrances(solver):
