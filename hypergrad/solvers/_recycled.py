@@ -136,7 +136,7 @@ class _Recycled:
         scales = looks and memory.scaling > 0 and memory.diagonal is not None
         solver = self._scaled() if scales else self.solver
         if self.warm:
-            whole = self._whole(solver, self._goal())
+            whole = self._solved_by_goal(solver)
         else:
             whole = solver.run(dataclasses.replace(self.system, memory=None, x0=None))
             self._see(whole)
@@ -161,28 +161,73 @@ class _Recycled:
         diagonal = torch.where(usable, diagonal, torch.where(largest > 0, largest, 1.0))
         return dataclasses.replace(self.solver, preconditioner=Scaled(diagonal))
 
-    def _goal(self) -> Tensor:
+    def _solved_by_goal(self, solver: CG) -> Solution:
+        """Solve to the goal, and on to what is asked for where the goal hides an error."""
+        asked, left = self._asked(), self.left
+        goal = self._goal(asked)
+        whole = self._whole(solver, goal)
+        if not (self.looks and any_task(goal > asked) and any_task(self._hidden_by_goal(whole))):
+            return whole
+        rest = None if solver.maxiter is None else solver.maxiter - int(whole.iterations.max())
+        if rest == 0:
+            return whole
+        assert whole.residual is not None
+        self.start, self.left = whole.x, whole.residual
+        further = self._whole(dataclasses.replace(solver, maxiter=rest), asked)
+        self.left = left
+        further.iterations = whole.iterations + further.iterations
+        further.matvecs += whole.matvecs
+        return further
+
+    def _hidden_by_goal(self, whole: Solution) -> Tensor:
+        """Say whether the residual is small in units that hide an error."""
+        if self.memory.rows is None:
+            self._sample(self._vector())
+        return self._hidden(self._rows(), whole) & (whole.status == Status.CONVERGED)
+
+    def _rows(self) -> Tensor:
+        """Give what is known of the sizes of the rows."""
+        memory = self.memory
+        assert memory.rows is not None
+        if memory.square is not None and memory.probes > 1:
+            return memory.square.sqrt()
+        return memory.rows
+
+    def _hidden(self, rows: Tensor, whole: Solution) -> Tensor:
+        judged = dataclasses.replace(whole, spectrum=widest(whole.spectrum, self._extremes))
+        return hides(rows, self.system, judged)
+
+    def _asked(self) -> Tensor:
+        """Give the norm of the residual that the tolerance allows."""
+        solver, precision = self.solver, self.system.layout.precision
+        tol = self.units.tolerance(solver.rtol, solver.atol, precision, self.system.noise)
+        return tol * self.units.unit[..., 0]
+
+    def _goal(self, asked: Tensor) -> Tensor:
         """Say at which norm of the residual each task is solved.
 
         Without an `rtol` that is where the error of the linear system, as far as its inverse was
         seen, is that of the inner problem at the last step: no less than the dtype can reach, and
         no more than `CEILING`.
 
+        Parameters
+        ----------
+        asked : Tensor
+            What the tolerance allows.
+
         Returns
         -------
         goal : Tensor
             In the units of the right-hand side.
         """
-        solver, precision, memory = self.solver, self.system.layout.precision, self.memory
-        unit = self.units.unit[..., 0]
-        tol = self.units.tolerance(solver.rtol, solver.atol, precision, self.system.noise)
-        if solver.rtol is None and memory.inner_residual is not None:
-            longer = torch.ones_like(tol)
-            if memory.inverse is not None and memory.solution is not None:
-                longer = (memory.inverse * unit / norm(memory.solution)).clamp(min=1)
-            enough = (memory.inner_residual / longer).clamp(max=CEILING)
-            tol = torch.maximum(tol, enough.nan_to_num(0.0, posinf=0.0))
-        return tol * unit
+        memory, unit = self.memory, self.units.unit[..., 0]
+        if self.solver.rtol is not None or memory.inner_residual is None:
+            return asked
+        longer = torch.ones_like(asked)
+        if memory.inverse is not None and memory.solution is not None:
+            longer = (memory.inverse * unit / norm(memory.solution)).clamp(min=1)
+        enough = (memory.inner_residual / longer).clamp(max=CEILING)
+        return torch.maximum(asked, enough.nan_to_num(0.0, posinf=0.0) * unit)
 
     def _whole(self, solver: CG, goal: Tensor) -> Solution:
         """Correct the start, and judge the sum as the answer of a solve from zero is judged."""
@@ -374,13 +419,10 @@ class _Recycled:
             memory.scaling = int(memory.probes >= _PROBES)
         elif memory.scaling == 2 and memory.age >= _REFRESH:
             self._sample(self._vector())
-        rows = memory.rows
-        if rows is None or memory.age >= EVERY or self.system.condition is None:
+        if memory.rows is None or memory.age >= EVERY or self.system.condition is None:
             return
-        if memory.square is not None and memory.probes > 1:
-            rows = memory.square.sqrt()
-        judged = dataclasses.replace(whole, spectrum=widest(whole.spectrum, self._extremes))
-        hidden = hides(rows, self.system, judged)
+        rows = self._rows()
+        hidden = self._hidden(rows, whole)
         if not any_task(hidden):  # else it is looked at anew
             whole.probe = Probe(rows, hidden)
 
