@@ -42,7 +42,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # In prose, as types of fields.
 PROSE = ("Tensor", "pytree", "Solver", "callable", "optional", '{"warn"', '"raise"', '"ignore"}')
-OF_A_SYSTEM = ("Layout", "Tree", "NewtonStep", "Probe", "State", "Watch")
+OF_A_SYSTEM = ("Layout", "Tree", "NewtonStep", "Probe", "State", "Watch", "Memory")
 nitpick_ignore = [("py:class", name) for name in (*PROSE, *OF_A_SYSTEM)]
 # Where signatures name a class of torch by the module that defines it.
 nitpick_ignore += [
