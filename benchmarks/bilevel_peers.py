@@ -40,6 +40,7 @@ METHODS: dict[str, Any] = {
     "AmIGO, whole data": hypergrad.AmIGO(grid.STEPS, grid.STEPS),
 }
 SHARE = 0.1  # of the gap, to which a run is timed
+_WARM = 3  # steps in which the others are compiled
 Runs = list[tuple[str, float, grid.Curve]]  # method, outer rate, curve
 
 
@@ -52,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jax-seconds", type=float, default=0.5, help="of each run in jax")
     parser.add_argument("--problems", nargs="*", default=[*grid.PROBLEMS])
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has jax")
+    parser.add_argument("--compile", action="store_true", help="compile our steps, before the time")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
     for name in chosen.problems:
         theirs = by_jax(chosen.python, name, chosen.jax_seconds)
-        ours = by_library(name, chosen.seconds)
+        ours = by_library(name, chosen.seconds, compiled=chosen.compile)
         print(table(name, ours, theirs), flush=True)
 
 
@@ -70,16 +72,19 @@ def by_jax(python: str, name: str, seconds: float) -> Runs:
     return found
 
 
-def by_library(name: str, seconds: float) -> Runs:
+def by_library(name: str, seconds: float, *, compiled: bool = False) -> Runs:
     """The runs of `Bilevel`."""
     problem = grid.PROBLEMS[name]()
-    return [
-        (side, rates.outer, grid.curve(problem, epochs(problem, side, rates), seconds, torch.clone))
-        for side, rates in grid.runs(name)
-    ]
+    runs = []
+    for side, rates in grid.runs(name):
+        advance = epochs(problem, side, rates, compiled=compiled)
+        runs.append((side, rates.outer, grid.curve(problem, advance, seconds, torch.clone)))
+    return runs
 
 
-def epochs(problem: Problem, side: str, rates: grid.Rates) -> Callable[[], Tensor]:
+def epochs(
+    problem: Problem, side: str, rates: grid.Rates, *, compiled: bool = False
+) -> Callable[[], Tensor]:
     """A run: each call makes an epoch of steps and returns the hyperparameters."""
     whole = side in grid.WHOLE
     single = problem.to(torch.float32)
@@ -95,10 +100,16 @@ def epochs(problem: Problem, side: str, rates: grid.Rates) -> Callable[[], Tenso
         outer_batches=[single.validation] if whole else single.batches("outer"),
         on_failure="ignore",  # a rate of the grid may be too large
     )
+    step = hypergrad.compile(loop.step) if compiled else loop.step
+    if compiled:
+        start = loop.state_dict()
+        for _ in range(_WARM):
+            step()
+        loop.load_state_dict(start)
 
     def advance() -> Tensor:
         for _ in range(grid.EPOCH[whole]):
-            loop.step()
+            step()
         return torch.clone(loop.hparams)
 
     return advance
