@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
 import hypergrad
-from hypergrad._compiled.session import Session, distance
+from hypergrad._compiled.session import Program, Replayed, Session, distance
 from tests.compiled_losses import KINDS, D, Task, dropout, hypergradient_by_hand
 
 # Few and fixed steps: the same program at each call.
@@ -1019,3 +1019,32 @@ def test_a_session_of_its_own_and_the_one_everywhere():
         ours = hypergrad.implicit_grad(loss, inner, W, H, **QUICK, compile=True)
         torch.testing.assert_close(ours, ask(loss, inner, W, H))
     assert not Session().programs
+
+
+@pytest.mark.parametrize(
+    ("off", "left", "nudged", "right"),
+    [
+        (1e-9, 0.0, 0.0, True),
+        (1e-3, 0.0, 0.0, False),
+        (1e-3, 1e-4, 0.0, True),  # both ends of a solve that leaves so much
+        (1e-3, 1e-6, 0.0, False),
+        (1e-3, 0.0, 1e-3, True),  # one rounding of the inner variables makes as much
+        (1e-3, 0.0, 1e-5, False),
+        (0.5, 1.0, 0.0, False),  # no solve excuses another answer
+    ],
+)
+def test_an_answer_may_be_off_by_what_a_solve_leaves_or_a_rounding_makes(
+    off: float, left: float, nudged: float, right: bool
+):
+    session, present = Session(), [torch.ones(4, dtype=D)]
+    ours, moved = [present[0] * (1 + off)], [present[0] * (1 + nudged)]
+    program = Program(run=lambda: ours, seen=[], static=None, nodes=1)
+    replay = Replayed(ours, program, ("loss",), [], [])
+    if right:
+        session.agree(replay, ours, present, lambda: moved, left)
+        assert program.checked
+    else:
+        with pytest.raises(hypergrad.CompileMismatch, match="Please report it"):
+            session.agree(replay, ours, present, lambda: moved, left)
+        assert not program.checked
+        assert session.causes
