@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,34 @@ from .verdict import Case, is_good, judge_outputs
 _VECTORS = 14  # of a solve, for each right-hand side
 _MAPPED = 128  # right-hand sides whose products are formed at once
 _MOST = 256  # right-hand sides in a block: their own arithmetic grows with the square
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The derivatives of a block of outputs, which are not judged yet.
+
+    Attributes
+    ----------
+    leaves : list of Tensor
+        What was made of the solutions, with an axis of outputs in front.
+    u : Tensor
+        The solutions, ``(outputs, n)``.
+    info : SolveInfo
+        The evidence, with one entry an output.
+    case : Case
+        What they are judged by.
+    sound : Tensor
+        bool, for each output: all numbers are finite.
+    terms : tuple
+        The direct and the implicit terms; None: not connected.
+    """
+
+    leaves: list[Tensor]
+    u: Tensor
+    info: SolveInfo
+    case: Case
+    sound: Tensor
+    terms: tuple[Parts, Parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,38 +99,32 @@ class BlockCall:
 
         Returns
         -------
-        leaves : list of Tensor
-            What was made of the solutions, with an axis of outputs in front.
-        info : SolveInfo
-            The evidence, with one entry an output.
-        terms : tuple
-            The direct and the implicit terms of the last block; None: not connected.
+        leaves, info, terms
+            As `joined` returns them.
         """
-        m, block = len(self.outputs.values), self.block()
-        leaves: list[Tensor] = []
-        infos, solutions = [], []
-        failures: list[tuple[Case, SolveInfo, Tensor]] = []
-        for first in range(0, m, block):
-            rows = slice(first, min(first + block, m))
+        blocks, outputs = self.blocks(x0), self.outputs
+        return joined(blocks, self.problem, self.choices, outputs.values, outputs.aux)
+
+    def blocks(self, x0: Tensor | None = None) -> Iterator[Block]:
+        """Solve block after block.
+
+        Parameters
+        ----------
+        x0 : Tensor, optional
+            Where the solves start, ``(outputs, n)``.
+
+        Yields
+        ------
+        block : Block
+            What came of each.
+        """
+        m, size = len(self.outputs.values), self.block()
+        for first in range(0, m, size):
+            rows = slice(first, min(first + size, m))
             use = UseOfBlock(self.lin, self.outputs, self.finish, rows, self.tensors)
             start = None if x0 is None else x0[rows]
-            part, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
-            if not leaves:
-                leaves = [leaf.new_empty((m, *leaf.shape[1:])) for leaf in part.leaves]
-            for whole, leaf in zip(leaves, part.leaves, strict=True):
-                whole[rows] = leaf
-            infos.append(part.info)
-            if self.choices.figures:
-                solutions.append(part.u)
-            if not is_good(case, part.info, sound):
-                failures.append((case, part.info, sound))
-        info = _joined(infos)
-        judge_outputs(failures, m, info)
-        if solutions:
-            info = dataclasses.replace(info, solution=self._split(torch.cat(solutions)))
-        value = self.outputs.values
-        info = dataclasses.replace(info, outer_value=value, aux=self.outputs.aux)
-        return leaves, info, use.terms
+            answer, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
+            yield Block(answer.leaves, answer.u, answer.info, case, sound, use.terms)
 
     def block(self) -> int:
         """Say how many right-hand sides are solved together."""
@@ -115,8 +138,55 @@ class BlockCall:
             together = int((self.memory - _MAPPED * mapped) // vectors)
         return min(max(together, 1), _MOST)
 
-    def _split(self, solutions: Tensor) -> Any:
-        return self.problem.params.fill(self.lin.layout.split(solutions), solutions.shape[:1])
+
+def joined(
+    blocks: Iterable[Block], problem: Problem, choices: Choices, values: Tensor, aux: Any
+) -> tuple[list[Tensor], SolveInfo, tuple[Parts, Parts]]:
+    """Join the derivatives of all outputs, and judge them.
+
+    Parameters
+    ----------
+    blocks : iterable of Block
+        Those of all outputs, in their order.
+    problem, choices
+        The inner problem, and the caller's choices.
+    values : Tensor
+        All outputs.
+    aux : pytree
+        What was returned beside them.
+
+    Returns
+    -------
+    leaves : list of Tensor
+        What was made of the solutions, with an axis of outputs in front.
+    info : SolveInfo
+        The evidence, with one entry an output.
+    terms : tuple
+        The direct and the implicit terms of the last block; None: not connected.
+    """
+    m, first = len(values), 0
+    leaves: list[Tensor] = []
+    infos, solutions = [], []
+    failures: list[tuple[Case, SolveInfo, Tensor]] = []
+    terms: tuple[Parts, Parts] = [], []
+    for block in blocks:
+        rows = slice(first, first + len(block.u))
+        first, terms = rows.stop, block.terms
+        if not leaves:
+            leaves = [leaf.new_empty((m, *leaf.shape[1:])) for leaf in block.leaves]
+        for whole, leaf in zip(leaves, block.leaves, strict=True):
+            whole[rows] = leaf
+        infos.append(block.info)
+        if choices.figures:
+            solutions.append(block.u)
+        if not is_good(block.case, block.info, block.sound):
+            failures.append((block.case, block.info, block.sound))
+    info = _joined(infos)
+    judge_outputs(failures, m, info)
+    if solutions:
+        parts = problem.layout().split(torch.cat(solutions))
+        info = dataclasses.replace(info, solution=problem.params.fill(parts, (m,)))
+    return leaves, dataclasses.replace(info, outer_value=values, aux=aux), terms
 
 
 def _joined(infos: list[SolveInfo]) -> SolveInfo:
