@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .._info import SolveInfo
 from .._pytrees import Layout, Tree
 from ..conditions._inner_problem import Problem
 from .choices import Choices
+from .hypergradient import Measured
 from .linear_solve import measured
 from .linearisation import Linearisation
 from .outputs import Finish, Outputs, UseOfBlock
@@ -27,34 +28,6 @@ from .verdict import Case, is_good, judge_outputs
 _VECTORS = 14  # of a solve, for each right-hand side
 _MAPPED = 128  # right-hand sides whose products are formed at once
 _MOST = 256  # right-hand sides in a block: their own arithmetic grows with the square
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """The derivatives of a block of outputs, which are not judged yet.
-
-    Attributes
-    ----------
-    leaves : list of Tensor
-        What was made of the solutions, with an axis of outputs in front.
-    u : Tensor
-        The solutions, ``(outputs, n)``.
-    info : SolveInfo
-        The evidence, with one entry an output.
-    case : Case
-        What they are judged by.
-    sound : Tensor
-        bool, for each output: all numbers are finite.
-    terms : tuple
-        The direct and the implicit terms; None: not connected.
-    """
-
-    leaves: list[Tensor]
-    u: Tensor
-    info: SolveInfo
-    case: Case
-    sound: Tensor
-    terms: tuple[Parts, Parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +78,7 @@ class BlockCall:
         blocks, outputs = self.blocks(x0), self.outputs
         return joined(blocks, self.problem, self.choices, outputs.values, outputs.aux)
 
-    def blocks(self, x0: Tensor | None = None) -> Iterator[Block]:
+    def blocks(self, x0: Tensor | None = None) -> Iterator[Measured]:
         """Solve block after block.
 
         Parameters
@@ -115,7 +88,7 @@ class BlockCall:
 
         Yields
         ------
-        block : Block
+        block : Measured
             What came of each.
         """
         m, size = len(self.outputs.values), self.block()
@@ -124,7 +97,8 @@ class BlockCall:
             use = UseOfBlock(self.lin, self.outputs, self.finish, rows, self.tensors)
             start = None if x0 is None else x0[rows]
             answer, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
-            yield Block(answer.leaves, answer.u, answer.info, case, sound, use.terms)
+            parts = answer.leaves, answer.u, answer.info, None, case, sound
+            yield Measured(*parts, use.terms)
 
     def block(self) -> int:
         """Say how many right-hand sides are solved together."""
@@ -140,13 +114,13 @@ class BlockCall:
 
 
 def joined(
-    blocks: Iterable[Block], problem: Problem, choices: Choices, values: Tensor, aux: Any
+    blocks: Iterable[Measured], problem: Problem, choices: Choices, values: Tensor, aux: Any
 ) -> tuple[list[Tensor], SolveInfo, tuple[Parts, Parts]]:
     """Join the derivatives of all outputs, and judge them.
 
     Parameters
     ----------
-    blocks : iterable of Block
+    blocks : iterable of Measured
         Those of all outputs, in their order.
     problem, choices
         The inner problem, and the caller's choices.
@@ -231,17 +205,21 @@ def checked_memory(memory: float) -> float:
     return memory
 
 
-def start_of_all(P: Tree, layout: Layout, x0: Any, outputs: int) -> Tensor:
-    """Take the start of all solves from a pytree that is shaped like the last solution.
+def leaves_of_start(P: Tree, x0: Any) -> list[Any]:
+    """List the leaves of a start that belong to the inner variables; none: it is no such pytree."""
+    leaves, spec = pytree.tree_flatten(x0)
+    return [leaves[i] for i in P.where] if spec == P.spec else []
+
+
+def start_of_all(parts: Sequence[Any], layout: Layout, outputs: int) -> Tensor:
+    """Take the start of all solves from the leaves of the last solution.
 
     Parameters
     ----------
-    P : Tree
-        The inner variables.
+    parts : sequence of Tensor
+        Shaped like the inner variables, with an axis of all outputs in front.
     layout : Layout
         Theirs.
-    x0 : pytree of Tensor
-        Shaped like them, with an axis of all outputs in front.
     outputs : int
         How many there are.
 
@@ -253,10 +231,8 @@ def start_of_all(P: Tree, layout: Layout, x0: Any, outputs: int) -> Tensor:
     Raises
     ------
     StructureMismatch
-        If `x0` is not shaped so.
+        If they are not shaped so.
     """
-    leaves, spec = pytree.tree_flatten(x0)
-    parts = [leaves[i] for i in P.where] if spec == P.spec else []
     wanted = [(outputs, *shape) for shape in layout.shapes]
     if not parts or [getattr(part, "shape", None) for part in parts] != wanted:
         raise StructureMismatch(
