@@ -87,6 +87,8 @@ def solve(choices: Choices, system: LinearSystem) -> Solution:
     given += [t for t in (system.x0, system.condition) if t is not None]
     has_x0, has_condition = system.x0 is not None, system.condition is not None
     spends = choices.looks and choices.spends and choices.judged
+    # The evidence looks at the spectrum.
+    by_spectrum = system.memory is not None or isinstance(solver, GMRES)
     symmetric, layout, looks = system.symmetric, system.layout, system.looks
     contraction, explores = system.contraction, system.explores
     transposed, steady, memory = system.transposed, system.steady, system.memory
@@ -117,7 +119,7 @@ def solve(choices: Choices, system: LinearSystem) -> Solution:
         solution = method.solve_flat(own)
         if spends and memory is None and solution.further is None:
             _probe(method, own, solution)
-        flat, form = _taken_apart(solution, figures or (spends and memory is not None))
+        flat, form = _taken_apart(solution, figures or (spends and by_spectrum))
         if seen and form != seen[0]:
             raise Changed
         seen[:] = [form]
