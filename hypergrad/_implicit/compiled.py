@@ -261,7 +261,8 @@ def put_together(body: Body, choices: Choices, aux: Any, answer: Callable[[], An
     figures = dict(zip(_FIGURES, body.tensors, strict=False))
     u, sound, cause, eigenvalues, condition, params, *rest = body.tensors[len(_FIGURES) :]
     leaves, of_aux = rest[:count], iter(rest[count:])
-    aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
+    if aux is not None:
+        aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
 
     direct, indirect = ([u if some else None for some in terms] for terms in connected)
 
