@@ -56,6 +56,8 @@ class Tree:
         self.name = name
         self._paths = [path for path, _ in keyed]
         for index, (_, leaf) in enumerate(keyed):
+            if _is_variable(leaf):  # as most are; to name one takes as long as all of this
+                continue
             _refuse_modules(self.path(index), leaf, constants=constants)
             refuse_odd(self.path(index), leaf, constants=constants)
         self.leaves = [_usable(leaf) for _, leaf in keyed]

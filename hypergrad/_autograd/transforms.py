@@ -78,7 +78,11 @@ def carries_derivative(tensor: Tensor) -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Say whether the tensor carries a batch dimension of a surrounding `torch.func.vmap`."""
-    return any(_functorch.is_batchedtensor(layer) for layer in layers(tensor))
+    while not _functorch.is_batchedtensor(tensor):
+        if not is_wrapped(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
 
 
 def first_slice(tensor: Tensor) -> Tensor:

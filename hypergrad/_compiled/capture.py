@@ -85,6 +85,8 @@ class Captured:
         The other inputs, which the functions have captured.
     returned : list of TreeSpec
         How each function returns what it returns.
+    tensors : int
+        How many tensors they return.
     kept : dict
         What the caller has made of it, to be used again.
     """
@@ -96,6 +98,7 @@ class Captured:
     places: list[int | None] = dataclasses.field(default_factory=list)
     lifted: list[int] = dataclasses.field(default_factory=list)
     returned: list[pytree.TreeSpec] = dataclasses.field(default_factory=list)
+    tensors: int = 0
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
@@ -280,9 +283,10 @@ class Capture:
             captured.places = [own.get(id(t)) for t in call.leaves]
             known = set(captured.places)
             captured.lifted = [place for place in range(len(real)) if place not in known]
+            captured.tensors = returned(captured)
             captured.stages = call.stages
         call.captured, call.tensors = captured, real
-        return [torch.zeros(())] * returned(captured)
+        return [torch.zeros(())] * captured.tensors
 
 
 def returned(captured: Captured) -> int:
@@ -309,7 +313,7 @@ def _methods(codes: Sequence[CodeType]) -> list[tuple[type, str, CodeType]]:
     """Find the classes whose methods were followed, where they can be found by name."""
     files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
     methods = []
-    for code in codes:
+    for code in dict.fromkeys(codes):  # a function that is followed again comes again
         owner: Any = files.get(code.co_filename)
         *path, name = code.co_qualname.split(".")
         for part in path:

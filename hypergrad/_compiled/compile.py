@@ -44,10 +44,11 @@ def compile(
 
     The function runs as it is. Inside, each `implicit_grad` is traced once into one graph, from the
     losses to the evidence, and replayed in later calls: with new closures, batches and numbers, as
-    Dynamo's guards find them. So are the steps of inner solvers with a `step_size` and ``tol=0``,
-    and the derivatives of a step of `Bilevel`: ``hypergrad.compile(loop.step)``. A loss with other
-    shapes or another branch gets another graph. What cannot be captured runs as it does without
-    this function, with one warning that names the cause.
+    Dynamo's guards find them. So are each `jacobian` of up to four blocks, the steps of inner
+    solvers with a `step_size` and ``tol=0``, and the derivatives of a step of `Bilevel`:
+    ``hypergrad.compile(loop.step)``. A loss with other shapes or another branch gets another graph.
+    What cannot be captured runs as it does without this function, with one warning that names the
+    cause.
 
     Parameters
     ----------

@@ -172,7 +172,7 @@ class Folded:
                 made = self.graph.call_function(target, args)
             nodes = [a for a in args if isinstance(a, fx.Node)]
             shape = torch.broadcast_shapes(*(self._forms[n].shape for n in nodes))
-            self._order[made] = self._order[node]
+            self._order[made] = max(self._order[n] for n in nodes)  # it is known from there on
             self._forms[made] = dataclasses.replace(self._forms[nodes[0]], shape=shape)
             self._coefficients[target, args] = made
         return self._coefficients[target, args]

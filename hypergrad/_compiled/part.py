@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from .clean import drop_dead
@@ -42,52 +43,81 @@ class Part:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._vector: Tensor | None = None
+        self._vectors: Sequence[Tensor] = ()
         self._outcome: Sequence[Tensor] = ()
-        self._product: Callable[..., Sequence[Tensor]] | None = None
+        self._products: list[Callable[..., Sequence[Tensor]]] = []
+        self._shapes: list[torch.Size] = []
 
-    def traced(self, vector: Tensor, outcome: Sequence[Tensor]) -> None:
-        """Keep, until the product has been cut out, what the trace has seen."""
-        self._vector, self._outcome = vector, outcome
+    def traced(self, vectors: Sequence[Tensor], outcome: Sequence[Tensor]) -> None:
+        """Keep, until the products have been cut out, what the trace has seen."""
+        self._vectors, self._outcome = vectors, outcome
 
-    def vector(self) -> Tensor:
-        """Give the vector of the product."""
-        assert self._vector is not None
-        return self._vector
+    def vector(self, place: int) -> Tensor:
+        """Give a vector of the product."""
+        return self._vectors[place]
 
-    def __call__(self, held: Sequence[Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run it; `held` is what the product reads beside its vector."""
-        product = self._product
-        if product is None:
+    def __call__(
+        self, held: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Run it; `held` is what the products read beside their vectors."""
+        if not self._products:
             return self._outcome
-        return self.run(lambda v: product(v, *held)[0], tensors)
+
+        def product(v: Tensor) -> Tensor:
+            for run, shape, known in zip(self._products, self._shapes, held, strict=True):
+                if v.shape == shape:
+                    return run(v, *known)[0]
+            # More rows than were traced, or fewer, as of a block that has lost some.
+            run, most, known = self._products[0], self._shapes[0][0], held[0]
+            rows = v.new_zeros(-(-len(v) // most) * most, *v.shape[1:])
+            rows[: len(v)] = v
+            return torch.cat([run(part, *known)[0] for part in rows.split(most)])[: len(v)]
+
+        return self.run(product, tensors)
 
     def cut_out(self, node: fx.Node) -> None:
-        """Cut the product out of the graph."""
+        """Cut the products out of the graph."""
         given: Any = node.args
-        (vector, image), tensors = given
-        live, order = {vector}, list(node.graph.nodes)
-        for one in order:
-            if any(used in live for used in one.all_input_nodes):
-                live.add(one)
-        wanted, inside = {image}, []
-        for one in reversed(order[: order.index(node)]):
-            if one in wanted and one in live and one is not vector:
-                inside.append(one)
-                wanted.update(one.all_input_nodes)
-        inside.reverse()
-        read = {used for one in inside for used in one.all_input_nodes}
-        held = [n for n in order if n in read and n not in live]
-        if image not in live:
-            held.append(image)
-        graph = fx.Graph()
-        places = {n: graph.placeholder(f"input_{i}") for i, n in enumerate((vector, *held))}
-        for one in inside:
-            places[one] = graph.node_copy(one, places.__getitem__)
-        graph.output([places[image]])
-        self._product = runner(graph, {})
-        self._vector, self._outcome = None, ()
-        node.args = held, tensors
+        pairs, tensors = given
+        self._shapes = [vector.shape for vector in self._vectors]
+        cut = [_cut_out(node, vector, image) for vector, image in pairs]
+        self._products = [product for product, _ in cut]
+        self._vectors, self._outcome = (), ()
+        node.args = [held for _, held in cut], tensors
+
+
+def _cut_out(
+    node: fx.Node, vector: fx.Node, image: fx.Node
+) -> tuple[Callable[..., Sequence[Tensor]], list[fx.Node]]:
+    """Cut a product out of the graph; `node` comes after it.
+
+    Returns
+    -------
+    product : callable
+        Of the vector, and of what it reads beside it.
+    held : list of Node
+        That.
+    """
+    live, order = {vector}, list(node.graph.nodes)
+    for one in order:
+        if any(used in live for used in one.all_input_nodes):
+            live.add(one)
+    wanted, inside = {image}, []
+    for one in reversed(order[: order.index(node)]):
+        if one in wanted and one in live and one is not vector:
+            inside.append(one)
+            wanted.update(one.all_input_nodes)
+    inside.reverse()
+    read = {used for one in inside for used in one.all_input_nodes}
+    held = [n for n in order if n in read and n not in live]
+    if image not in live:
+        held.append(image)
+    graph = fx.Graph()
+    places = {n: graph.placeholder(f"input_{i}") for i, n in enumerate((vector, *held))}
+    for one in inside:
+        places[one] = graph.node_copy(one, places.__getitem__)
+    graph.output([places[image]])
+    return runner(graph, {}), held
 
 
 def may_stay_python() -> bool:
@@ -96,7 +126,9 @@ def may_stay_python() -> bool:
     return recorder is not None and recorder.parts
 
 
-def as_it_is(run: Run, product: Product, vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def as_it_is(
+    run: Run, product: Product, vectors: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
     """Run a part of a call that is being traced, and have it run at each replay.
 
     Parameters
@@ -104,9 +136,10 @@ def as_it_is(run: Run, product: Product, vector: Tensor, tensors: Sequence[Tenso
     run : callable
         ``run(product, tensors) -> tensors``. It holds no tensor of this call.
     product : callable
-        What it forms, of vectors like `vector` alone.
-    vector : Tensor
-        Any.
+        What it forms.
+    vectors : sequence of Tensor
+        Of what: any vectors of the shapes that it is formed of. Where the first has several rows,
+        blocks of another number of rows are formed by it too.
     tensors : sequence of Tensor
         What else it reads.
 
@@ -117,7 +150,7 @@ def as_it_is(run: Run, product: Product, vector: Tensor, tensors: Sequence[Tenso
     """
     recorder = recording.get()
     assert recorder is not None
-    return recorder.as_it_is(Part(run), product, vector, tensors)
+    return recorder.as_it_is(Part(run), product, vectors, tensors)
 
 
 def cut_out_parts(graph: fx.Graph) -> None:

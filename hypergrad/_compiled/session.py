@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd.transforms import has_tangent, is_batched
+from .._autograd.transforms import forward_mode_active, has_tangent, is_batched
 from .._autograd.vmaps import Vmaps, outside
 from .._errors import CompileMismatch, HypergradError, NotCompiled
 from .._warnings import warn_of_compiling
@@ -318,36 +318,36 @@ class Session:
     ) -> Replayed:
         captured = seen.captured
         lifted = [seen.tensors[place] for place in captured.lifted]
+        dual = forward_mode_active()
         for tensor in seen.tensors:
             if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
                 raise NotCaptured(f"a {type(tensor).__name__} is an argument, or captured")
-            if has_tangent(tensor):
+            if dual and has_tangent(tensor):
                 raise NotCaptured("a captured tensor is differentiated in forward mode")
-        batched = tuple(map(is_batched, lifted))
-        inputs = list(tensors) + lifted
+        own, inputs = len(tensors), list(tensors) + lifted
+        batched = tuple(map(is_batched, inputs))
         if vmaps is not None:
-            all_batched = (True,) * len(tensors) + batched
             inputs = [
-                vmaps.unwrapped(t) if b else t for t, b in zip(inputs, all_batched, strict=True)
+                vmaps.unwrapped(t) if place < own or batched[place] else t
+                for place, t in enumerate(inputs)
             ]
-        # A view whose sign is turned as it is read is written out: a kernel would miss that.
-        inputs = [t.detach().resolve_conj().resolve_neg() for t in inputs]
+        inputs = [_as_read(t.detach()) for t in inputs]
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        batched = (*map(is_batched, tensors), *batched)
         kind = key, forms, batched, None if vmaps is None else vmaps.sizes, _surroundings(inputs)
-        if kind not in captured.kept and len(captured.kept) == _KINDS:
-            raise NotCaptured(
-                f"the call is made in more than {_KINDS} ways: shapes, or a number among its "
-                "arguments (of the solver, say), change from call to call"
-            )
-        programs = captured.kept.setdefault(kind, [])
+        programs = captured.kept.get(kind)
+        if programs is None:
+            if len(captured.kept) == _KINDS:
+                raise NotCaptured(
+                    f"the call is made in more than {_KINDS} ways: shapes, or a number among its "
+                    "arguments (of the solver, say), change from call to call"
+                )
+            programs = captured.kept.setdefault(kind, [])
         with outside(vmaps), torch.inference_mode(False), torch.no_grad():
             replayed = _first(programs, inputs, again)
             if replayed is None:
                 with TRACING:
                     replayed = _first(programs, inputs, again)  # of another thread
                     if replayed is None:
-                        own = len(tensors)
                         program = _made(
                             self, captured, inputs, own, batched[own:], body, vmaps, again
                         )
@@ -366,6 +366,12 @@ def compiling() -> Session | None:
 #: The session of calls that ask for it one by one.
 EVERYWHERE = Session()
 _session: ContextVar[Session | None] = ContextVar("hypergrad_session", default=None)
+
+
+def _as_read(tensor: Tensor) -> Tensor:
+    """Write out a view whose sign is turned as it is read: a kernel would miss that."""
+    turned = tensor.is_neg() or tensor.is_conj()
+    return tensor.resolve_conj().resolve_neg() if turned else tensor
 
 
 def _first(

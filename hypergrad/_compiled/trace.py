@@ -132,18 +132,21 @@ class Recorder(TorchDispatchMode):
         self,
         part: Part,
         product: Callable[[Tensor], Tensor],
-        vector: Tensor,
+        vectors: Sequence[Tensor],
         tensors: Sequence[Tensor],
     ) -> list[Tensor]:
         """Leave a part of the call as it is, around a product that is recorded."""
-        v = self.paused(vector.clone)
-        begin = self._nodes[v] = self.graph.call_function(part.vector)
-        image = self.node_of(product(v))
+        pairs, own = list[tuple[fx.Node, fx.Node]](), []
+        for place, vector in enumerate(vectors):
+            v = self.paused(vector.clone)
+            begin = self._nodes[v] = self.graph.call_function(part.vector, (place,))
+            pairs.append((begin, self.node_of(product(v))))
+            own.append(v)
         given = [self.node_of(t) for t in tensors]
         with not_following():
             outcome = self.paused(lambda: list(part.run(product, tensors)))
-        part.traced(v, outcome)
-        args = [begin, image], given
+        part.traced(own, outcome)
+        args = pairs, given
         node = self.graph.create_node("call_function", part, args, {}, name="part")
         for place, tensor in enumerate(outcome):
             self._nodes[tensor] = self.graph.call_function(operator.getitem, (node, place))

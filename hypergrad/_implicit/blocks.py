@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .._info import SolveInfo
 from .._pytrees import Layout, Tree
 from ..conditions._inner_problem import Problem
 from .choices import Choices
+from .hypergradient import Measured
 from .linear_solve import measured
 from .linearisation import Linearisation
 from .outputs import Finish, Outputs, UseOfBlock
@@ -70,38 +72,33 @@ class BlockCall:
 
         Returns
         -------
-        leaves : list of Tensor
-            What was made of the solutions, with an axis of outputs in front.
-        info : SolveInfo
-            The evidence, with one entry an output.
-        terms : tuple
-            The direct and the implicit terms of the last block; None: not connected.
+        leaves, info, terms
+            As `joined` returns them.
         """
-        m, block = len(self.outputs.values), self.block()
-        leaves: list[Tensor] = []
-        infos, solutions = [], []
-        failures: list[tuple[Case, SolveInfo, Tensor]] = []
-        for first in range(0, m, block):
-            rows = slice(first, min(first + block, m))
+        blocks, outputs = self.blocks(x0), self.outputs
+        return joined(blocks, self.problem, self.choices, outputs.values, outputs.aux)
+
+    def blocks(self, x0: Tensor | None = None) -> Iterator[Measured]:
+        """Solve block after block.
+
+        Parameters
+        ----------
+        x0 : Tensor, optional
+            Where the solves start, ``(outputs, n)``.
+
+        Yields
+        ------
+        block : Measured
+            What came of each.
+        """
+        m, size = len(self.outputs.values), self.block()
+        for first in range(0, m, size):
+            rows = slice(first, min(first + size, m))
             use = UseOfBlock(self.lin, self.outputs, self.finish, rows, self.tensors)
             start = None if x0 is None else x0[rows]
-            part, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
-            if not leaves:
-                leaves = [leaf.new_empty((m, *leaf.shape[1:])) for leaf in part.leaves]
-            for whole, leaf in zip(leaves, part.leaves, strict=True):
-                whole[rows] = leaf
-            infos.append(part.info)
-            if self.choices.figures:
-                solutions.append(part.u)
-            if not is_good(case, part.info, sound):
-                failures.append((case, part.info, sound))
-        info = _joined(infos)
-        judge_outputs(failures, m, info)
-        if solutions:
-            info = dataclasses.replace(info, solution=self._split(torch.cat(solutions)))
-        value = self.outputs.values
-        info = dataclasses.replace(info, outer_value=value, aux=self.outputs.aux)
-        return leaves, info, use.terms
+            answer, case, sound = measured(use, self.choices, use.slope, transpose=True, x0=start)
+            parts = answer.leaves, answer.u, answer.info, None, case, sound
+            yield Measured(*parts, use.terms)
 
     def block(self) -> int:
         """Say how many right-hand sides are solved together."""
@@ -115,8 +112,55 @@ class BlockCall:
             together = int((self.memory - _MAPPED * mapped) // vectors)
         return min(max(together, 1), _MOST)
 
-    def _split(self, solutions: Tensor) -> Any:
-        return self.problem.params.fill(self.lin.layout.split(solutions), solutions.shape[:1])
+
+def joined(
+    blocks: Iterable[Measured], problem: Problem, choices: Choices, values: Tensor, aux: Any
+) -> tuple[list[Tensor], SolveInfo, tuple[Parts, Parts]]:
+    """Join the derivatives of all outputs, and judge them.
+
+    Parameters
+    ----------
+    blocks : iterable of Measured
+        Those of all outputs, in their order.
+    problem, choices
+        The inner problem, and the caller's choices.
+    values : Tensor
+        All outputs.
+    aux : pytree
+        What was returned beside them.
+
+    Returns
+    -------
+    leaves : list of Tensor
+        What was made of the solutions, with an axis of outputs in front.
+    info : SolveInfo
+        The evidence, with one entry an output.
+    terms : tuple
+        The direct and the implicit terms of the last block; None: not connected.
+    """
+    m, first = len(values), 0
+    leaves: list[Tensor] = []
+    infos, solutions = [], []
+    failures: list[tuple[Case, SolveInfo, Tensor]] = []
+    terms: tuple[Parts, Parts] = [], []
+    for block in blocks:
+        rows = slice(first, first + len(block.u))
+        first, terms = rows.stop, block.terms
+        if not leaves:
+            leaves = [leaf.new_empty((m, *leaf.shape[1:])) for leaf in block.leaves]
+        for whole, leaf in zip(leaves, block.leaves, strict=True):
+            whole[rows] = leaf
+        infos.append(block.info)
+        if choices.figures:
+            solutions.append(block.u)
+        if not is_good(block.case, block.info, block.sound):
+            failures.append((block.case, block.info, block.sound))
+    info = _joined(infos)
+    judge_outputs(failures, m, info)
+    if solutions:
+        parts = problem.layout().split(torch.cat(solutions))
+        info = dataclasses.replace(info, solution=problem.params.fill(parts, (m,)))
+    return leaves, dataclasses.replace(info, outer_value=values, aux=aux), terms
 
 
 def _joined(infos: list[SolveInfo]) -> SolveInfo:
@@ -161,17 +205,21 @@ def checked_memory(memory: float) -> float:
     return memory
 
 
-def start_of_all(P: Tree, layout: Layout, x0: Any, outputs: int) -> Tensor:
-    """Take the start of all solves from a pytree that is shaped like the last solution.
+def leaves_of_start(P: Tree, x0: Any) -> list[Any]:
+    """List the leaves of a start that belong to the inner variables; none: it is no such pytree."""
+    leaves, spec = pytree.tree_flatten(x0)
+    return [leaves[i] for i in P.where] if spec == P.spec else []
+
+
+def start_of_all(parts: Sequence[Any], layout: Layout, outputs: int) -> Tensor:
+    """Take the start of all solves from the leaves of the last solution.
 
     Parameters
     ----------
-    P : Tree
-        The inner variables.
+    parts : sequence of Tensor
+        Shaped like the inner variables, with an axis of all outputs in front.
     layout : Layout
         Theirs.
-    x0 : pytree of Tensor
-        Shaped like them, with an axis of all outputs in front.
     outputs : int
         How many there are.
 
@@ -183,10 +231,8 @@ def start_of_all(P: Tree, layout: Layout, x0: Any, outputs: int) -> Tensor:
     Raises
     ------
     StructureMismatch
-        If `x0` is not shaped so.
+        If they are not shaped so.
     """
-    leaves, spec = pytree.tree_flatten(x0)
-    parts = [leaves[i] for i in P.where] if spec == P.spec else []
     wanted = [(outputs, *shape) for shape in layout.shapes]
     if not parts or [getattr(part, "shape", None) for part in parts] != wanted:
         raise StructureMismatch(

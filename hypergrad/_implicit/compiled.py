@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import is_batched, transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
-from .._compiled.session import Body, Replayed, Session
+from .._compiled.session import Body, Session
 from .._errors import NotConnected
 from .._info import SolveInfo
+from ..conditions._base import Condition
 from ..conditions._inner_problem import Problem
+from ..solvers._base import Solver
 from .causes import Place
+from .choices import Choices
 from .hypergradient import Call, Hypergradient, Measured
 from .solve_in_trace import alike, solving_by
 from .verdict import Case
@@ -32,6 +35,20 @@ _FIGURES = [
     for field in dataclasses.fields(SolveInfo)
     if field.name not in ("solution", "aux", "method")
 ]
+
+C = TypeVar("C", bound="_Posed")
+
+
+class _Posed(Protocol):
+    """A call on an inner problem."""
+
+    @property
+    def problem(self) -> Problem:
+        """The inner problem."""
+
+    @property
+    def choices(self) -> Choices:
+        """The caller's choices."""
 
 
 def replayed(call: Call, session: Session) -> Hypergradient | None:
@@ -52,7 +69,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     vmaps, problem = Vmaps.around(), call.problem
     condition = problem.condition
     chain = condition.chain()
-    cause = _refused(call, chain, vmaps)
+    cause = refused(call.choices.solver, condition, chain, vmaps)
     if chain is None or cause is not None:
         session.refuse("implicit_grad", str(cause))
         return None
@@ -65,9 +82,9 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         own = dataclasses.replace(problem, condition=condition.with_functions(inner))
         if not any(map(is_batched, problem.tensors)):  # tasks may share the inner problem
             lead = 0 if vmaps is None else len(vmaps.sizes)
-            own = _at(own, [t[(0,) * lead] for t in tensors[:n]])
+            own = posed_at(own, [t[(0,) * lead] for t in tensors[:n]])
         same = dataclasses.replace(call, outer=outer, problem=own)
-        return _flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
+        return flat(same.measured(vmaps, tensors[:n], tensors[n:] or None)[0])
 
     choices, memory = call.choices, call.choices.memory
     known = None if memory is None else memory.export()
@@ -82,9 +99,9 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     with solving_by(choices.solver):
         replay = session.replay(
             "implicit_grad",
-            (kept, id(memory), call.has_aux, _kind(problem)),
+            (kept, id(memory), call.has_aux, kind_of(problem)),
             stages,
-            problem.arguments(_variables(problem, plain=vmaps is None)),
+            problem.arguments(variables(problem, plain=vmaps is None)),
             [*problem.tensors, *(call.x0 or ())],
             body,
             vmaps,
@@ -93,30 +110,35 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     if replay is None:
         again()
         return None
-    if _reaches_past_arguments(problem, replay.lifted):
+    if reaches_past_arguments(problem, replay.lifted):
         again()
         return None  # which raises, and says by which function
-    measured = _measured(call, replay)
+    measured = put_together(
+        Body(replay.tensors, replay.program.static),
+        call.choices,
+        replay.values[0][1] if call.has_aux else None,
+        lambda: outside_of_vmaps(call.answer),
+    )
     if session.is_due(replay.program):
         again()
         present = outside_of_vmaps(call.answer)
         learnt = None if memory is None else memory.export()
 
-        def nudged() -> list[Tensor]:
+        def moved() -> list[Tensor]:
             again()
             try:
                 with nullcontext() if vmaps is None else vmaps.entered():
-                    moved = outside_of_vmaps(_nudged(call).answer)
+                    there = outside_of_vmaps(nudged(call).answer)
             finally:
                 if memory is not None and learnt is not None:
                     memory.load(learnt)
-            return [t if vmaps is None else vmaps.unwrapped(t) for t in moved.leaves]
+            return [t if vmaps is None else vmaps.unwrapped(t) for t in there.leaves]
 
         plain = [t if vmaps is None else vmaps.unwrapped(t) for t in present.leaves]
         with outside(vmaps):
             rtol = getattr(choices.solver, "rtol", None) or 0.0  # both end somewhere within it
             left = max(float(measured.info.residual_norm.nan_to_num(0.0).max()), rtol)
-            session.agree(replay, measured.leaves, plain, nudged, left)
+            session.agree(replay, measured.leaves, plain, moved, left)
         return present
     with outside(vmaps):
         if not every_task(measured.sound):
@@ -127,9 +149,10 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         return call.handed_back(measured, vmaps, replay.lifted)
 
 
-def _refused(call: Call, chain: Any, vmaps: Vmaps | None) -> str | None:
+def refused(
+    solver: Solver, condition: Condition, chain: Any, vmaps: Vmaps | None = None
+) -> str | None:
     """Say why a call is not to be compiled, as far as its arguments tell."""
-    solver, condition = call.choices.solver, call.problem.condition
     if chain is None:
         return f"a condition {type(condition).__name__} with these arguments cannot be captured"
     if being_traced():
@@ -144,7 +167,7 @@ def _refused(call: Call, chain: Any, vmaps: Vmaps | None) -> str | None:
     return None
 
 
-def _kind(problem: Problem) -> Hashable:
+def kind_of(problem: Problem) -> Hashable:
     """List what a program depends on beside tensors and functions: which tensors are variables."""
     condition: Any = problem.condition
     values = [getattr(condition, field.name) for field in dataclasses.fields(condition)]
@@ -153,7 +176,7 @@ def _kind(problem: Problem) -> Hashable:
     return type(condition), plain, trees, problem.outer
 
 
-def _variables(problem: Problem, *, plain: bool) -> list[Tensor]:
+def variables(problem: Problem, *, plain: bool) -> list[Tensor]:
     """Copy the tensors of a problem, as its functions are given them."""
     tensors = [detached(t) for t in problem.tensors]
     if plain:
@@ -162,7 +185,7 @@ def _variables(problem: Problem, *, plain: bool) -> list[Tensor]:
     return tensors
 
 
-def _reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
+def reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
     """Say whether a captured tensor is one of the arguments."""
     tracked = [t for t in lifted if t.requires_grad]
     if not tracked:
@@ -174,7 +197,7 @@ def _reaches_past_arguments(problem: Problem, lifted: Sequence[Tensor]) -> bool:
     return False
 
 
-def _at(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
+def posed_at(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
     """Pose a problem with other tensors."""
     trees, start = [], 0
     for tree in problem.trees:
@@ -184,7 +207,7 @@ def _at(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
     return dataclasses.replace(problem, params=trees[0], args=tuple(trees[1:]))
 
 
-def _nudged(call: Call) -> Call:
+def nudged(call: C) -> C:
     """Move the inner variables by a rounding."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -195,14 +218,14 @@ def _nudged(call: Call) -> Call:
     tensors = call.problem.tensors
     for place in call.problem.inner:
         tensors[place] = moved(tensors[place])
-    return dataclasses.replace(
+    return dataclasses.replace(  # type: ignore[type-var]
         call,
-        problem=_at(call.problem, tensors),
+        problem=posed_at(call.problem, tensors),
         choices=dataclasses.replace(call.choices, on_failure="ignore"),
     )
 
 
-def _flat(measured: Measured) -> Body:
+def flat(measured: Measured) -> Body:
     """List the tensors of a hypergradient and its evidence, and what is none."""
     case, info = measured.case, measured.info
     aux = pytree.tree_leaves(measured.aux)
@@ -221,19 +244,36 @@ def _flat(measured: Measured) -> Body:
     return Body(tensors, (info.method, case.kink, case.noisy, leaves, connected))
 
 
-def _measured(call: Call, replay: Replayed) -> Measured:
-    """Put a hypergradient and its evidence together again."""
-    method, kink, noisy, count, connected = replay.program.static
-    figures = dict(zip(_FIGURES, replay.tensors, strict=False))
-    u, sound, cause, eigenvalues, condition, params, *rest = replay.tensors[len(_FIGURES) :]
+def put_together(body: Body, choices: Choices, aux: Any, answer: Callable[[], Any]) -> Measured:
+    """Put a hypergradient and its evidence together again.
+
+    Parameters
+    ----------
+    body : Body
+        What `flat` has made of it.
+    choices : Choices
+        The caller's.
+    aux : pytree
+        What the outer loss has returned beside its value, with any tensors.
+    answer : callable
+        Makes the call as it is: it raises, and names the place that is not finite.
+
+    Returns
+    -------
+    measured : Measured
+        The same.
+    """
+    method, kink, noisy, count, connected = body.static
+    figures = dict(zip(_FIGURES, body.tensors, strict=False))
+    u, sound, cause, eigenvalues, condition, params, *rest = body.tensors[len(_FIGURES) :]
     leaves, of_aux = rest[:count], iter(rest[count:])
-    aux = replay.values[0][1] if call.has_aux else None
-    aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
+    if aux is not None:
+        aux = pytree.tree_map_only(Tensor, lambda _: next(of_aux), aux)
 
     direct, indirect = ([u if some else None for some in terms] for terms in connected)
 
     def places() -> Iterator[Place]:
-        outside_of_vmaps(call.answer)  # which raises, and names the place
+        answer()
         return iter(())
 
     return Measured(
@@ -242,7 +282,7 @@ def _measured(call: Call, replay: Replayed) -> Measured:
         info=SolveInfo(**figures, solution=None, aux=None, method=method),
         aux=aux,
         case=Case(
-            call.choices,
+            choices,
             kink,
             noisy,
             cause,

@@ -22,7 +22,7 @@ from ..solvers._krylov import AROUND, FEW, NEGATIVE, noise_floor
 from ..solvers._long import is_vast, pieces
 from ..solvers._normal import LSMR, NormalCG
 from ..solvers._nystrom import Nystrom
-from ..solvers._probe import probed
+from ..solvers._probe import claimed, probed
 from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
 from .causes import Place
@@ -222,12 +222,7 @@ class Evidence:
         iterates = solution.iterations > 0
         if isinstance(solver, Nystrom) or self._unaided:
             iterates = torch.ones_like(iterates)
-        claimed = solution.success & iterates
-        if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
-            claimed = claimed & (
-                solution.status != Status.MAX_ITERATIONS
-            )  # a budget claims nothing
-        if not any_task(claimed):
+        if not any_task(claimed(solver, solution) & iterates):
             return
         if self.solution.probe is None and self.solution.further is None:
             damping = getattr(solver, "damping", 0.0)

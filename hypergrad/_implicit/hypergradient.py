@@ -202,8 +202,9 @@ class Call:
             if vmaps is not None:
                 leaves = [vmaps.wrapped(leaf) for leaf in leaves]
             leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
-            aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, measured.aux)
-            info = dataclasses.replace(info, aux=aux)
+            if measured.aux is not None:
+                aux = pytree.tree_map_only(Tensor, torch.Tensor.detach, measured.aux)
+                info = dataclasses.replace(info, aux=aux)
             return Hypergradient(H.fill(leaves), leaves, info)
 
     def _of_all_tasks(self, vmaps: Vmaps, draw: Draw, forward: bool) -> Linearisation | None:

@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from .._autograd.captured import refuse_one_level_reduced
-from .._autograd.random_numbers import Draw
-from .._autograd.recording import refuse_past_arguments
-from .._autograd.refusals import never_compiled, refuse_derivatives
-from .._autograd.torch_pytrees import pytree
-from .._autograd.trace import being_traced, versions
-from .._errors import UnsupportedOperation
+from .._autograd.refusals import never_compiled
+from .._compiled.session import EVERYWHERE, compiling
 from .._mistakes import explained
 from .._pytrees import Tree
-from .._warnings import OnFailure, check_on_failure, warn_of_unused
+from .._warnings import OnFailure, check_on_failure
 from ..conditions._base import as_condition
 from ..conditions._inner_problem import Problem
 from ..conditions._minimum import Minimum
 from ..solvers import Solver
 from ..solvers._auto import choose
-from .blocks import BlockCall, checked_memory, plain_tensors, refuse_transforms, start_of_all
-from .choices import Choices, needs_product
-from .hypergradient import refuse_changed
-from .linearisation import Linearisation
-from .outputs import Outputs
+from .blocks import checked_memory, leaves_of_start, refuse_transforms
+from .choices import Choices
+from .compiled_jacobian import replayed_jacobian
+from .jacobian_call import JacobianCall
 
 
 @never_compiled
@@ -44,6 +37,7 @@ def jacobian(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
     memory: float = 2**30,
+    compile: bool = False,
 ) -> Any:
     """Compute the derivative of many outputs through the solution of an inner problem.
 
@@ -77,6 +71,9 @@ def jacobian(
         are solved together: from one, where not even that fits, to 256. The answer and the matrix
         of `Exact` come on top. The answers of two budgets differ by no more than the tolerance of
         the solver allows.
+    compile : bool
+        As in `implicit_grad`. The product is traced once for a block of right-hand sides, with all
+        that does not depend on them computed before. Up to four blocks are compiled.
 
     Returns
     -------
@@ -132,38 +129,11 @@ def jacobian(
     problem = Problem.of(condition, P, [H])
     choices = Choices(choose(solver, condition.symmetric), inner_tol, on_failure, return_info)
     refuse_one_level_reduced(condition.functions(), outers)
-    tensors = plain_tensors(problem)
-    before = versions(tensors)
-    draw = Draw()
-    outputs = Outputs("outers", outers, problem, tensors, has_aux, draw)
-    forward = needs_product(choices.solver, condition, transpose=True)
-    lin = Linearisation(problem, tensors, Draw(after=draw), forward=forward)
-    refuse_past_arguments("inner", lin.record.values, lin.aliases, [P, H])
-    refuse_changed(problem, tensors, before)
-    start = None
-    if x0 is not None:
-        start = start_of_all(P, lin.layout, x0, len(outputs.values))
-    call = BlockCall(problem, tensors, choices, lin, outputs, lin, checked_memory(memory))
-    leaves, info, terms = call.answer(start)
-    if on_failure != "ignore":
-        warn_of_unused(H, "Neither outers nor inner", *terms)
-    sources = [*problem.tensors, *outputs.captured, *lin.captured]
-    leaves = refuse_derivatives(leaves, sources, _not_differentiable, plain=being_traced())
-    answer = _shaped(H, outputs, leaves)
+    start = None if x0 is None else leaves_of_start(P, x0)
+    call = JacobianCall(outers, problem, choices, start, has_aux, checked_memory(memory))
+    session = compiling() or (EVERYWHERE if compile else None)
+    compiled = None if session is None else replayed_jacobian(call, session)
+    answer, info = call.answer() if compiled is None else compiled
     if return_info:
         return answer, info
     return (answer, info.aux) if has_aux else answer
-
-
-def _shaped(H: Tree, outputs: Outputs, leaves: list[Tensor]) -> Any:
-    """Shape the leaves like the answer of `torch.func.jacrev`."""
-    parts = zip(outputs.parts, outputs.shaped(leaves), strict=True)
-    filled = [H.fill(derivatives, part.shape) for part, derivatives in parts]
-    return pytree.tree_unflatten(filled, outputs.spec)
-
-
-def _not_differentiable() -> Exception:
-    return UnsupportedOperation(
-        "jacobian returns detached derivatives that cannot be differentiated again. Make the inner "
-        "solver differentiable with custom_argmin, and take torch.func.jacrev through it."
-    )

@@ -115,7 +115,7 @@ def measured(
         check_nodes(lin)
     # The solver's own arithmetic.
     with torch.autocast(b.device.type, enabled=False), torch.no_grad():
-        solution = solve(choices.solver, system, figures=choices.figures)
+        solution = solve(choices, system)
         solution.matvecs += lin.tried
         evidence = Evidence(use, choices, system, solution)
         given = solution.probe

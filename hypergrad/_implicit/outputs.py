@@ -61,6 +61,8 @@ class Outputs:
         Values that depend on something that is differentiated around the call.
     size : int
         The bytes that one row's derivative takes on its way.
+    one_by_one : bool
+        Whether the numbers are differentiated one at a time.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Outputs:
             self.captured = recording.captured()
             self.parts, self.values = [part.detach() for part in parts], vector.detach()
             fused = has_fused(graph(vector).nodes, again=False)  # PyTorch loops, and warns of it
-            self._one_by_one = fused or maps_wrongly(vector)
+            self.one_by_one = fused or maps_wrongly(vector)
             self.size = bytes_of_product([vector])
             self._multiplies = multiplies_matrices([vector])
             whole = self._pulled([torch.ones_like(vector)]) if len(vector) else [None]
@@ -124,11 +126,11 @@ class Outputs:
             With an axis of these numbers in front of every derivative.
         """
         value = self.values[rows]
-        one_hot = torch.zeros(len(value), len(self.values), dtype=value.dtype, device=value.device)
-        one_hot[:, rows].fill_diagonal_(1)
+        places = torch.arange(len(self.values), device=value.device)
+        one_hot = (places == places[rows, None]).to(value.dtype)
 
         def pull(cotangent: Tensor) -> list[Tensor]:
-            if self._one_by_one:
+            if self.one_by_one:
                 refuse_mapping()
             pulled = zip(self._pulled([cotangent]), self._like, strict=True)
             kept = zip(pulled, self._reached, strict=True)
@@ -143,25 +145,27 @@ class Outputs:
         inner = len(self.problem.inner)
         return OuterSlopes(value, self.aux, filled[:inner], filled[inner:], self.captured)
 
-    def shaped(self, leaves: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Share out tensors with an axis of all numbers in front among what was returned.
 
-        Parameters
-        ----------
-        leaves : sequence of Tensor
-            Each ``(m, ...)``.
+def shared_out(shapes: Sequence[torch.Size], leaves: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Share out tensors with an axis of all numbers in front among what was returned.
 
-        Returns
-        -------
-        shared : list of list of Tensor
-            For each returned tensor the parts of all leaves, with its shape in front.
-        """
-        counts = [part.numel() for part in self.parts]
-        pieces = [leaf.split(counts) for leaf in leaves]
-        return [
-            [piece[i].reshape(part.shape + piece[i].shape[1:]) for piece in pieces]
-            for i, part in enumerate(self.parts)
-        ]
+    Parameters
+    ----------
+    shapes : sequence of Size
+        Those of the returned tensors.
+    leaves : sequence of Tensor
+        Each ``(m, ...)``.
+
+    Returns
+    -------
+    shared : list of list of Tensor
+        For each returned tensor the parts of all leaves, with its shape in front.
+    """
+    pieces = [leaf.split([shape.numel() for shape in shapes]) for leaf in leaves]
+    return [
+        [piece[i].reshape(shape + piece[i].shape[1:]) for piece in pieces]
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def _joined(name: str, parts: Sequence[Any]) -> Tensor:

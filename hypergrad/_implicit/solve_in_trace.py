@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from .._autograd.branches import traced
+from .._autograd.host import any_task
 from .._compiled.capture import NotCaptured
 from .._compiled.part import Changed, Product, as_it_is, may_stay_python
 from ..solvers import CG, GMRES, MINRES, Auto, BiCGSTAB
 from ..solvers._base import Solver
+from ..solvers._probe import claimed, probed
 from ..solvers._system import LinearSystem, NewtonStep, Probe, Solution
 from ..solvers._vectors import dense_by_products
+from .choices import Choices
 
 #: A batch with a budget of so many steps is unrolled: in a graph its small operations are quicker.
 _FEW = 32
@@ -50,19 +53,17 @@ def alike(solver: Solver) -> Solver:
     return solver
 
 
-def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
+def solve(choices: Choices, system: LinearSystem) -> Solution:
     """Solve a system by `Solver.solve_flat`.
 
     Where the call is being traced, an iteration that ends by what it sees stays Python.
 
     Parameters
     ----------
-    solver : Solver
-        The method.
+    choices : Choices
+        The caller's, the method among them.
     system : LinearSystem
         What is solved.
-    figures : bool
-        Whether the extreme eigenvalues are asked for.
 
     Returns
     -------
@@ -74,6 +75,7 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
     NotCaptured
         If a solve that has to stay Python cannot.
     """
+    solver, figures = choices.solver, choices.figures
     if not traced():
         return solver.solve_flat(system)
     if not (may_stay_python() and _stays_python(solver, system)):
@@ -84,9 +86,13 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
     given = [system.b]
     given += [t for t in (system.x0, system.condition) if t is not None]
     has_x0, has_condition = system.x0 is not None, system.condition is not None
+    spends = choices.looks and choices.spends and choices.judged
+    # The evidence looks at the spectrum.
+    by_spectrum = system.memory is not None or isinstance(solver, GMRES)
     symmetric, layout, looks = system.symmetric, system.layout, system.looks
     contraction, explores = system.contraction, system.explores
     transposed, steady, memory = system.transposed, system.steady, system.memory
+    shared = system.shared
     seen: list[_Form] = []
 
     def run(product: Product, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,18 +110,39 @@ def solve(solver: Solver, system: LinearSystem, *, figures: bool) -> Solution:
             condition=rest[-1] if has_condition else None,
             explores=explores,
             transposed=transposed,
-            dense=lambda: dense_by_products(product, b),
+            shared=shared,
+            dense=lambda: _dense(product, b, shared),
             steady=steady,
             memory=memory,
         )
-        flat, form = _taken_apart((_now.get() or solver).solve_flat(own), figures)
+        method = _now.get() or solver
+        solution = method.solve_flat(own)
+        if spends and memory is None and solution.further is None:
+            _probe(method, own, solution)
+        flat, form = _taken_apart(solution, figures or (spends and by_spectrum))
         if seen and form != seen[0]:
             raise Changed
         seen[:] = [form]
         return flat
 
-    flat = as_it_is(run, system.matvec, system.b, given)
+    vectors = [system.b] if shared == 1 else [system.b, system.b[0]]
+    flat = as_it_is(run, system.matvec, vectors, given)
     return _put_together(flat, seen[0])
+
+
+def _dense(product: Product, b: Tensor, shared: int) -> Tensor:
+    """Form the matrix of a product, by blocks of its columns where it is formed of blocks."""
+    if shared == 1:
+        return dense_by_products(product, b)
+    return product(torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)).mT
+
+
+def _probe(solver: Solver, system: LinearSystem, solution: Solution) -> None:
+    """Form the probe of the evidence here, where the spectrum can be asked for that it may need."""
+    iterates = claimed(solver, solution) & (solution.iterations > 0)
+    if solution.probe is None and any_task(iterates):
+        solution.probe = probed(system, solution, getattr(solver, "damping", 0.0))
+        solution.matvecs += solution.probe is not None
 
 
 def _stays_python(solver: Solver, system: LinearSystem) -> bool:
@@ -123,13 +150,15 @@ def _stays_python(solver: Solver, system: LinearSystem) -> bool:
     if not isinstance(solver, CG | MINRES | GMRES | BiCGSTAB | Auto) or system.noisy:
         return False
     if isinstance(solver, Auto):
-        if system.b.ndim > 1 or system.b.shape[-1] <= solver.dense_below or not system.symmetric:
+        if not system.symmetric or solver.factorises(system):
+            return False
+        if system.b.ndim > 1 and system.shared == 1:
             return False
     elif solver.preconditioner is not None:
         return False
     budget = solver.maxiter is not None and solver.rtol is None and solver.maxiter <= _FEW
-    single = system.b.ndim == 1 or getattr(solver, "recycle", False)
-    return system.shared == 1 and system.looks and not (budget and not single)
+    several = system.b.ndim > 1 and system.shared == 1 and not getattr(solver, "recycle", False)
+    return system.looks and not (budget and several)
 
 
 @dataclasses.dataclass(frozen=True)

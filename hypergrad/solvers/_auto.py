@@ -97,15 +97,8 @@ class Auto(Limited):
 
     def run(self, system: LinearSystem) -> Solution:
         """Solve with the first method that suits, and again where it failed."""
-        n, tasks = system.b.shape[-1], math.prod(system.b.shape[:-1])
-        shared = system.shared if tasks else 1
-        fits = gib_needed(n, tasks // shared, system.b) <= free_gib(system.b.device)
-        fits = fits and n <= _LAST_RESORT * self.dense_below and not is_shards(system.b)
-        fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
-        most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
-        if shared > 1 and system.symmetric:  # a block of them takes few iterations
-            most = min(most, max(_CHECKED * self.dense_below, 2 * shared))
-        if fits and n <= most:
+        n = system.b.shape[-1]
+        if self.factorises(system):
             return Exact(damping=self.damping).run(system)
         if n > _LARGE and self.maxiter is None:
             return self._within_budget(system)
@@ -117,13 +110,40 @@ class Auto(Limited):
             )
             if solution is not None:
                 return solution
-        solution = self._iterations(system, fits, looks, shared)
+        solution = self._iterations(system, looks)
         solution.matvecs += used
         return solution
 
-    def _iterations(self, system: LinearSystem, fits: bool, looks: bool, shared: int) -> Solution:
+    def factorises(self, system: LinearSystem) -> bool:
+        """Say whether a system is factorised at once.
+
+        Parameters
+        ----------
+        system : LinearSystem
+            What is solved.
+
+        Returns
+        -------
+        factorises : bool
+            Whether it has few unknowns, for its number of right-hand sides.
+        """
+        n, shared = system.b.shape[-1], _sharing(system)
+        most = self.dense_below * shared * (1 if system.symmetric else _SMALL)
+        if shared > 1 and system.symmetric:  # a block of them takes few iterations
+            most = min(most, max(_CHECKED * self.dense_below, 2 * shared))
+        return n <= most and self._fits(system)
+
+    def _fits(self, system: LinearSystem) -> bool:
+        """Say whether a factorisation is possible, and worth a thought."""
+        n, tasks = system.b.shape[-1], math.prod(system.b.shape[:-1])
+        fits = n <= _LAST_RESORT * self.dense_below and not is_shards(system.b)
+        fits = fits and not system.noisy  # an iteration needs fewer products, and is as good
+        needed = gib_needed(n, tasks // _sharing(system), system.b)
+        return fits and needed <= free_gib(system.b.device)
+
+    def _iterations(self, system: LinearSystem, looks: bool) -> Solution:
         """Iterate, once or several times, and a factorisation where that is cheaper."""
-        n = system.b.shape[-1]
+        n, shared, fits = system.b.shape[-1], _sharing(system), self._fits(system)
         if fits and looks and self.maxiter is None:
             return self._patiently(system, max(n // (_PATIENCE - 1 + shared), 2))
         slow = (*_STUCK, Status.MAX_ITERATIONS)
@@ -208,6 +228,11 @@ class Auto(Limited):
             solution = _merged(solution, exact, failed)
             used.append("Exact")
         return _said(solution, used)
+
+
+def _sharing(system: LinearSystem) -> int:
+    """Count the right-hand sides that share a matrix."""
+    return system.shared if system.b[..., :1].numel() else 1
 
 
 def _first(system: LinearSystem) -> type[Iterative]:

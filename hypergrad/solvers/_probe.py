@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
+from .._info import Status
+from ._base import Solver
 from ._factorisation import signs
 from ._system import LinearSystem, Probe, Solution
 from ._vectors import norm
@@ -15,6 +17,27 @@ from ._vectors import norm
 _ERROR = {torch.float64: 1e-4, torch.float32: 1e-3}
 _TIMES = 30.0
 _SAMPLE = 256  # rows by which the middle of many is taken
+
+
+def claimed(solver: Solver, solution: Solution) -> Tensor:
+    """Say which tasks an iteration claims to have solved: a budget that is used up claims nothing.
+
+    Parameters
+    ----------
+    solver : Solver
+        The method.
+    solution : Solution
+        Its answer.
+
+    Returns
+    -------
+    claimed : Tensor
+        bool, for each task.
+    """
+    claims = solution.success
+    if getattr(solver, "maxiter", None) is not None and getattr(solver, "rtol", 0) is None:
+        claims = claims & (solution.status != Status.MAX_ITERATIONS)
+    return claims
 
 
 def probed(system: LinearSystem, solution: Solution, damping: float) -> Probe | None:
@@ -80,9 +103,10 @@ def hides(rows: Tensor, system: LinearSystem, solution: Solution) -> Tensor:
     scale = middle / torch.where(chance, middle, rows)
     size_b = norm(scale * system.b)
     left = norm(scale * solution.residual) / torch.where(size_b > 0, size_b, 1.0)
+    far = (left > _ERROR.get(system.layout.precision, 1.0)) & (size_b > 0)
+    if not any_task(far):  # the spectrum of a block takes as long as some products
+        return far
     size = solution.residual_norm
     low, high = solution.eigenvalues.unbind(dim=-1)
     # Or the spectrum that was seen leaves no digit.
-    uneven = (left > _TIMES * size) | (high * size > low)
-    error = _ERROR.get(system.layout.precision, 1.0)
-    return (left > error) & uneven & (size_b > 0)
+    return far & ((left > _TIMES * size) | (high * size > low))
