@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from .clean import drop_dead
+from .clean import drop_dead, is_check
 from .run import runner
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ class Part:
         for one in order:
             if any(used in live for used in one.all_input_nodes):
                 live.add(one)
-        wanted, inside = {image}, []
-        for one in reversed(order[: order.index(node)]):
+        before = order[: order.index(node)]
+        checks = {one for one in before if one in live and is_check(one)}
+        wanted, inside = {image, *checks}, []
+        for one in reversed(before):
             if one in wanted and one in live and one is not vector:
                 inside.append(one)
                 wanted.update(one.all_input_nodes)
@@ -88,6 +90,8 @@ class Part:
         self._product = runner(graph, {})
         self._vector, self._outcome = None, ()
         node.args = held, tensors
+        for one in checks:
+            node.graph.erase_node(one)
 
 
 def may_stay_python() -> bool:
