@@ -201,7 +201,9 @@ class Session:
         try:
             capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
             seen = capture(stages, arguments)
-            return self._replayed(seen, key, tensors, body, vmaps, again)._replace(of=of)
+            replayed = self._replayed(seen, key, tensors, body, vmaps, again)
+            self._failed.pop(of, None)
+            return replayed._replace(of=of)
         except NotCaptured as cause:
             self.fall_back(of, str(cause))
         except NotCompiled:

@@ -991,6 +991,10 @@ def test_what_raises_at_a_later_call_raises_there(inner: Any):
     assert texts[0] == texts[1]
     same(step, loss, inner, W, H)
     assert [program.calls for program in step.session.programs] == [2]
+    for _ in range(5):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            step(loss, inner, W - 100, H)
+        same(step, loss, inner, W, H)
 
 
 def test_an_outer_loss_that_fails_further_on():
