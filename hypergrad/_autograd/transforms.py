@@ -19,6 +19,8 @@ Fun = TypeVar("Fun", bound=Callable[..., Any])
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 #: Whether a tensor belongs to a function transform: its values may not be looked at.
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+#: How many function transforms surround the caller.
+depth: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth
 
 
 def inside_vmap() -> bool:

@@ -8,16 +8,22 @@ arguments becomes an input of the graph. What is made of the graph is the caller
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import random
+import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from .._autograd.torch_pytrees import pytree
+from .._autograd.transforms import depth
 
 #: The versions of PyTorch, from and to, that the capture has been tested with.
 _TESTED = (2, 10), (2, 15)
@@ -37,6 +43,13 @@ _STRICT: dict[str, Any] = {
     "fail_on_recompile_limit_hit": False,
 }
 
+#: Of the functions that Dynamo writes a transform as: where the number of its level stands.
+_LEVELS = {
+    "_add_batch_dim": 2, "_remove_batch_dim": 1, "_wrap_for_grad": 1, "_unwrap_for_grad": 1,
+}  # fmt: skip
+#: Names of the functions that begin or end a state of PyTorch: a transform, autocast, a grad mode.
+_OF_STATE = re.compile(r"_nesting$|^_?(enter|exit|set)_|_hooks_(dis|en)able$|^_sdpa_kernel$")
+
 #: ``(function, stage)``: what is called, and the earlier stage whose value is its first argument;
 #: None: the first of all arguments.
 Stage = tuple[Callable[..., Any], int | None]
@@ -44,6 +57,10 @@ Stage = tuple[Callable[..., Any], int | None]
 
 class NotCaptured(Exception):
     """The functions cannot be captured; the text says why."""
+
+
+class Failed(Exception):
+    """Something fails at the values of this call; the text says what."""
 
 
 def mark(tensor: Tensor, stage: int, leaf: int) -> Tensor:
@@ -87,6 +104,10 @@ class Captured:
         How each function returns what it returns.
     tensors : int
         How many tensors they return.
+    depth : int
+        How many transforms surrounded it where it was captured.
+    draws : bool
+        Whether the functions draw random numbers of Python's.
     kept : dict
         What the caller has made of it, to be used again.
     """
@@ -99,6 +120,8 @@ class Captured:
     lifted: list[int] = dataclasses.field(default_factory=list)
     returned: list[pytree.TreeSpec] = dataclasses.field(default_factory=list)
     tensors: int = 0
+    depth: int = 0
+    draws: bool = False
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
@@ -162,21 +185,43 @@ class _Stage:
                 values[self._placeholders[place]] = tensor
         for number, place in enumerate(captured.lifted):
             values[self._placeholders[place]] = self._lifted(number)
-        module = captured.module
-        for node in self._nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "get_attr":
-                values[node] = _attribute(module, node.target)
-            elif node.op == "call_function":
-                values[node] = args[0] if node.target is mark else node.target(*args, **kwargs)
-            elif node.op == "call_method":
-                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            else:
-                values[node] = module.get_submodule(node.target)(*args, **kwargs)
+        further = depth() - captured.depth
+        nodes = iter(self._nodes)
+        try:
+            for node in nodes:
+                values[node] = _value(captured.module, node, values, further)
+        except BaseException:  # what has been entered is left, as a `with` does it
+            for node in nodes:
+                if _is_of_state(node) and all(used in values for used in node.all_input_nodes):
+                    values[node] = _value(captured.module, node, values, further)
+            raise
         spec = captured.returned[self._number]
         leaves = [self._leaves.get(place) for place in range(spec.num_leaves)]
         made = [None if node is None else values[node] for node in leaves]
         return pytree.tree_unflatten(made, spec)
+
+
+def _value(module: Any, node: fx.Node, values: dict[fx.Node, Any], further: int) -> Any:
+    """Compute a node's value, where there are so many more transforms around than there were."""
+    known: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    (args, kwargs), target = known, cast("Any", node.target)
+    if node.op == "get_attr":
+        return _attribute(module, target)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return module.get_submodule(target)(*args, **kwargs)
+    if target is mark:
+        return args[0]
+    place = _LEVELS.get(getattr(target, "__name__", ""))
+    if place is not None:
+        args = (*args[:place], args[place] + further, *args[place + 1 :])
+    return target(*args, **kwargs)
+
+
+def _is_of_state(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and _OF_STATE.search(name) is not None
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -215,7 +260,9 @@ class Capture:
 
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             codes = torch._guards.TracingContext.get_traced_code() or []
+            followed = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
             captured = Captured(module, codes, _methods(codes))
+            captured.draws = bool(followed.output.random_calls)
             self.graphs.append(captured)
             return lambda *real: self._called(captured, real)
 
@@ -248,19 +295,26 @@ class Capture:
         ------
         NotCaptured
             If the functions cannot be followed.
+        Failed
+            If one of them raises.
         """
         _refuse_where_unsure()
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
+        numbers = None if self.graphs else random.getstate()
         before = getattr(self._now, "call", None)
         self._now.call = call = _Call(tuple(first for _, first in stages), leaves)
         # As where the functions are called without this: their own `no_grad` ends in grad mode.
-        with TRACING, torch.inference_mode(False), torch.enable_grad():
+        with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
             revert = self._strict()
             try:
                 values: list[Any] = self._one(list(stages), tuple(arguments))
             except NotCaptured:
+                if numbers is not None:  # which have been drawn once
+                    random.setstate(numbers)
                 raise
             except Exception as error:
+                if getattr(error, "gb_type", "") == "Observed exception":
+                    raise Failed("one of its functions raises") from error
                 raise NotCaptured(_why(error)) from error
             finally:
                 revert()
@@ -284,7 +338,7 @@ class Capture:
             known = set(captured.places)
             captured.lifted = [place for place in range(len(real)) if place not in known]
             captured.tensors = returned(captured)
-            captured.stages = call.stages
+            captured.stages, captured.depth = call.stages, depth()
         call.captured, call.tensors = captured, real
         return [torch.zeros(())] * captured.tensors
 
@@ -335,14 +389,41 @@ def _refuse_impure(captured: Captured) -> None:
     module = captured.module
     if any({"environ", "getenv"} & {*code.co_names} for code in captured.codes):
         raise NotCaptured("a variable of the environment is read")
+    if not _forwards().isdisjoint(captured.codes):
+        raise NotCaptured("a torch.autograd.Function is called, which has a backward of its own")
     if [*module.parameters(), *module.buffers()]:
         raise NotCaptured("a module's tensors cannot be told from the program")
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        if type(source).__name__ == "RandomValueSource":
-            raise NotCaptured("random numbers are drawn by Python's random")
+    if captured.draws:
+        raise NotCaptured("random numbers are drawn by Python's random")
+
+
+def _forwards() -> set[CodeType]:
+    """List the code of each `torch.autograd.Function`, of which Dynamo may keep that alone."""
+    codes: set[CodeType] = set()
+    new: list[type] = [torch.autograd.Function]
+    while new:
+        owner = new.pop()
+        new += owner.__subclasses__()
+        code = getattr(getattr(owner, "forward", None), "__code__", None)
+        codes |= set() if code is None else {code}
+    return codes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what Dynamo logs of functions that it does not follow, which is said by a warning."""
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_dynamo", "_subclasses", "fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclasses.dataclass
@@ -375,8 +456,8 @@ def _why(error: BaseException) -> str:
     """Say in a line why Dynamo has given up."""
     if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
         return (
-            "what its functions read beside tensors changes again and again, and each time takes a "
-            "graph of its own. Pass a number that changes as a tensor"
+            "shapes, or what its functions read beside tensors, change again and again, and each "
+            "time takes a graph of its own. Pass a number that changes as a tensor"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = [line for line in lines if line.startswith(("Explanation:", "Developer debug"))]

@@ -74,6 +74,7 @@ class Cleaned:
         self.forms: dict[fx.Node, Form] = {}
         self._orders: dict[fx.Node, list[tuple[int, ...] | None]] = {}
         self._held = 0
+        drop_dead(graph)  # such as what PyTorch does on the meta device, for shapes
         self._run(examples)
         self._simplify()
         self._share()
@@ -167,7 +168,7 @@ class Cleaned:
             return self._chosen(node)
         if target is aten.bitwise_or.Tensor and like and self._is(args[1], 0):
             return first
-        if target is aten.bitwise_and.Tensor and like and self._is(args[1], 1):
+        if target is aten.bitwise_and.Tensor and like and self._is_true(args[1]):
             return first
         if not like:
             return self._second(node)
@@ -190,7 +191,7 @@ class Cleaned:
             return args[1]
         if node.target is aten.bitwise_or.Tensor and self._is(args[0], 0):
             return args[1]
-        if node.target is aten.bitwise_and.Tensor and self._is(args[0], 1):
+        if node.target is aten.bitwise_and.Tensor and self._is_true(args[0]):
             return args[1]
         if node.target is aten.add.Tensor and self._is(args[0], 0) and not node.kwargs:
             return args[1]
@@ -221,6 +222,10 @@ class Cleaned:
             return value == number
         constant = self.constants.get(value) if isinstance(value, fx.Node) else None
         return constant is not None and bool((constant == number).all())
+
+    def _is_true(self, node: Any) -> bool:
+        """Say whether an argument is true all over: a one among integers is not."""
+        return self._is(node, 1) and self.forms[node].dtype == torch.bool
 
     def _share(self) -> None:
         """Compute what is computed several times once."""
@@ -379,16 +384,21 @@ def _first(node: fx.Node) -> fx.Node | None:
 def drop_dead(graph: fx.Graph) -> None:
     """Erase what nothing needs."""
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("output", "placeholder") and not node.users:
+        if node.op not in ("output", "placeholder") and not node.users and not is_check(node):
             graph.erase_node(node)
+
+
+def is_check(node: fx.Node) -> bool:
+    """Say whether an operation returns nothing, but may raise: what a user asserts, say."""
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 
 def _of_constant(tensor: Tensor) -> Any:
     """Make a key of a constant that is all of one number."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_complex():
         return None
     number = tensor.flatten()[0]
-    if not bool((tensor == number).all()):
+    if not bool(((tensor == number) & (tensor.signbit() == number.signbit())).all()):
         return None
     form = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
     return "constant", repr(number.item()), *form

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from .session import Backend, OnFallback, Session
@@ -26,6 +27,10 @@ class CompiledFunction:
         """Call the function."""
         with self.session.entered():
             return self._function(*args, **kwargs)
+
+    def __get__(self, owner: object, of: type | None = None) -> Any:
+        """Bind it as a method: all instances share what was compiled."""
+        return self if owner is None else MethodType(self, owner)
 
     def explain(self) -> str:
         """Say what was compiled, and why something was not."""
@@ -80,6 +85,8 @@ def compile(
         With ``on_fallback="raise"``, in the call.
     CompileMismatch
         In the call, if a graph does not compute what the call as it is does.
+    TypeError
+        If `fn` cannot be called.
     ValueError
         If an argument is none of its values.
 
@@ -105,10 +112,14 @@ def compile(
         if value not in known:
             words = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be one of {words}; got {value!r}.")
+    if not isinstance(check, int) or check < 0:
+        raise ValueError(f"check must be a number of calls, 0 or more; got {check!r}.")
     if fixed and backend != "inductor":
         raise ValueError(f"fixed=True belongs to backend='inductor'; got backend={backend!r}.")
     if fn is None:
         return functools.partial(
             compile, backend=backend, on_fallback=on_fallback, check=check, fixed=fixed
         )
+    if not callable(fn):
+        raise TypeError(f"fn must be a function; got {fn!r}.")
     return CompiledFunction(fn, Session(backend, on_fallback, check, fixed))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .clean import Form
-from .pieces import Boxed, Piece, Pieces, graph_of_piece
+from .pieces import Boxed, Piece, Pieces, graph_of_piece, is_alone
 from .run import runner
 
 aten = torch.ops.aten
@@ -171,7 +171,7 @@ def recorded(
 
     def call_of(piece: Piece, given: list[Tensor]) -> Boxed:
         run = runner(graph_of_piece(piece, constants), {})
-        if any(node.target in WAITING for node in piece.nodes):
+        if is_alone(piece.nodes[0], WAITING):
             return lambda inputs: run(*inputs)
         return _Recorded(run, given, fixed, where).again
 

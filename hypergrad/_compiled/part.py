@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .clean import drop_dead
+from .clean import drop_dead, is_check
 from .run import runner
 
 if TYPE_CHECKING:
@@ -102,8 +102,10 @@ def _cut_out(
     for one in order:
         if any(used in live for used in one.all_input_nodes):
             live.add(one)
-    wanted, inside = {image}, []
-    for one in reversed(order[: order.index(node)]):
+    before = order[: order.index(node)]
+    checks = {one for one in before if one in live and is_check(one)}
+    wanted, inside = {image, *checks}, []
+    for one in reversed(before):
         if one in wanted and one in live and one is not vector:
             inside.append(one)
             wanted.update(one.all_input_nodes)
@@ -117,6 +119,8 @@ def _cut_out(
     for one in inside:
         places[one] = graph.node_copy(one, places.__getitem__)
     graph.output([places[image]])
+    for one in checks:
+        node.graph.erase_node(one)
     return runner(graph, {}), held
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .clean import Form
+from .clean import Form, is_check
 from .run import runner
 
 aten = torch.ops.aten
@@ -214,7 +214,8 @@ class Pieces:
 
 def is_alone(node: fx.Node, apart: frozenset[Any] = frozenset()) -> bool:
     """Say whether an operation is a piece of its own, as Python in the middle of a graph is."""
-    return node.target in apart or not isinstance(node.target, torch._ops.OpOverload)
+    operation = isinstance(node.target, torch._ops.OpOverload)
+    return node.target in apart or not operation or is_check(node)
 
 
 def graph_of_piece(piece: Piece, constants: Mapping[fx.Node, Tensor]) -> fx.Graph:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .._autograd.transforms import forward_mode_active, has_tangent, is_batched
-from .._autograd.vmaps import Vmaps, outside
+from .._autograd.vmaps import StaysInside, Vmaps, outside
 from .._errors import CompileMismatch, HypergradError, NotCompiled
 from .._warnings import warn_of_compiling
 from ..solvers._recycle import Memory
-from .capture import TRACING, Capture, Captured, NotCaptured, Seen, Stage
+from .capture import TRACING, Capture, Captured, Failed, NotCaptured, Seen, Stage
 from .clean import Cleaned
 from .cudagraphs import NoRecorder, recorded
 from .fold import Folded
@@ -30,7 +30,7 @@ from .fuse import fuse
 from .inductor import NoCompiler, compiled
 from .part import Changed, cut_out_parts
 from .run import runner
-from .trace import traced
+from .trace import Traced, traced
 
 Backend = Literal["aten", "inductor", "cudagraphs"]
 OnFallback = Literal["warn", "raise", "ignore"]
@@ -132,6 +132,10 @@ class Session:
         self._failed: dict[tuple[Hashable, ...], int] = {}
         self._memories: dict[Hashable, Memory] = {}
 
+    def __reduce__(self) -> Any:
+        """Copy, or pickle, how it compiles, and not what it has compiled."""
+        return Session, (self.backend, self.on_fallback, self.check, self.fixed)
+
     @property
     def programs(self) -> list[Program]:
         """All programs that were made."""
@@ -197,15 +201,17 @@ class Session:
         try:
             capture = self._captures.get(of) or self._captures.setdefault(of, Capture())
             seen = capture(stages, arguments)
-            return self._replayed(seen, key, tensors, body, vmaps, again)._replace(of=of)
+            replayed = self._replayed(seen, key, tensors, body, vmaps, again)
+            self._failed.pop(of, None)
+            return replayed._replace(of=of)
         except NotCaptured as cause:
             self.fall_back(of, str(cause))
         except NotCompiled:
             raise
-        except HypergradError as error:  # so does the call as it is, in its own words
+        except (HypergradError, Failed) as error:  # so does the call as it is, in its own words
             self._failed[of] = self._failed.get(of, 0) + 1
             if self._failed[of] == _BRANCHES:
-                self.fall_back(of, f"it fails where it is traced ({_first_line(error)})")
+                self.fall_back(of, f"it fails again and again ({_first_line(error)})")
         return None
 
     def explain(self) -> str:
@@ -354,7 +360,7 @@ class Session:
                         programs.append(program)
                         replayed = _first([program], inputs, again)
         if replayed is None:
-            raise NotCaptured("its steps depend on rounding")
+            raise NotCaptured(_OF_ROUNDING)
         return replayed._replace(values=seen.values, lifted=lifted)
 
 
@@ -383,8 +389,7 @@ def _first(
         outputs = _run(program, inputs)
         if outputs is not None:
             if program is not programs[0]:  # it will hold again sooner than the others
-                programs.remove(program)
-                programs.insert(0, program)
+                programs[:] = [program, *(other for other in programs if other is not program)]
             return Replayed(outputs, program)
     if len(programs) >= _BRANCHES:
         raise NotCaptured(
@@ -401,6 +406,10 @@ def _run(program: Program, inputs: list[Tensor]) -> list[Tensor] | None:
             outputs = [tensor.contiguous() for tensor in program.run(*inputs)]
     except Changed:
         return None
+    except HypergradError:
+        raise
+    except Exception as error:  # a matrix without a factorisation, say, or what the user asserts
+        raise Failed(_first_line(error)) from error
     if program.seen and outputs.pop().tolist() != program.seen:
         return None
     program.calls += 1
@@ -434,11 +443,22 @@ def _made(
     again()
     try:
         graph = traced(noted, inputs, parts=session.backend != "cudagraphs")
-    except (NotCaptured, HypergradError):
+        again()  # the trace has taught a solver that recycles
+        return _assembled(session, graph, inputs, static[-1])
+    except Changed as error:
+        raise NotCaptured(_OF_ROUNDING) from error
+    except (NotCaptured, Failed, HypergradError):
         raise
+    except StaysInside as error:
+        if error.__cause__ is None:
+            raise NotCaptured(_STAYS_INSIDE) from error
+        raise NotCaptured(_not_traced(error.__cause__)) from error
     except Exception as error:  # what the call itself raises is raised by the call as it is
-        why = f"it cannot be traced ({type(error).__name__}: {_first_line(error)})"
-        raise NotCaptured(why) from error
+        raise NotCaptured(_not_traced(error)) from error
+
+
+def _assembled(session: Session, graph: Traced, inputs: list[Tensor], static: Any) -> Program:
+    """Make a program of a trace."""
     with _without_autocast(inputs):
         cleaned = Cleaned(graph.graph, inputs, graph.constants)
         Folded(cleaned.graph, cleaned.forms, cleaned.constants)
@@ -447,13 +467,9 @@ def _made(
     cut_out_parts(cleaned.graph)
     run = session._assembled(cleaned, inputs)
     nodes = len(cleaned.graph.nodes)
-    again()  # the trace has taught a solver that recycles
     with _without_autocast(inputs):
-        try:
-            shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
-        except Changed:
-            raise NotCaptured("its steps depend on rounding") from None
-    return Program(_owning(run, shared), list(graph.seen), static[-1], nodes)
+        shared = _shared_memory(run(*inputs), [*inputs, *cleaned.constants.values()])
+    return Program(_owning(run, shared), list(graph.seen), static, nodes)
 
 
 def _shared_memory(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> list[int]:
@@ -502,6 +518,10 @@ def _allowed(present: Sequence[Tensor]) -> float:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+
+
+def _not_traced(error: BaseException) -> str:
+    return f"it cannot be traced ({type(error).__name__}: {_first_line(error)})"
 
 
 def _not_compiled(name: str, cause: str) -> str:
@@ -553,6 +573,11 @@ def _code(function: Any, depth: int = 4) -> Any:
     return (code, *inside) if inside else code
 
 
+_OF_ROUNDING = "its steps depend on rounding"
+_STAYS_INSIDE = (
+    "a function that takes derivatives or maps by torch.func stays inside of the vmap around the "
+    "call"
+)
 #: The roots of a rounding by which a replay may be off: a graph is computed in another order, and
 #: iterations take that further. What a graph had kept of an old call was off by a part of all.
 _ALLOWED = 30.0

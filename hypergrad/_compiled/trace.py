@@ -16,13 +16,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._autograd.branches import following, not_following
 from .._autograd.random_numbers import generators, restore
 from .._autograd.torch_pytrees import pytree
-from .capture import NotCaptured
+from .capture import Failed, NotCaptured
 from .part import Part, recording
 
 aten = torch.ops.aten
 T = TypeVar("T")
 
+_IN_PLACE = "a tensor that was made before the call is changed in place"
 _LIFTS = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
+#: Zeros that autograd does not write down, which a graph has to.
+_WITH_MEMORY = {aten._efficientzerotensor.default: aten.zeros.default}
 _OF_MEMORY = frozenset({
     aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default,
 })  # fmt: skip
@@ -71,6 +74,8 @@ def traced(
     ------
     NotCaptured
         If the graph would not compute the same at the next call.
+    Failed
+        If an operation fails, also where the function goes on without it.
     """
     # No two of them are one tensor, which a trace could not tell apart.
     own = [_copied(t.detach()) for t in examples]
@@ -81,15 +86,19 @@ def traced(
             if branches.flags:
                 outputs.append(torch.stack(branches.flags))
     except Exception as error:
-        if not recorder.failure:
-            raise
-        raise NotCaptured(recorder.failure) from error
+        if recorder.failure:
+            raise NotCaptured(recorder.failure) from error
+        if recorder.error is not None:
+            raise Failed(str(recorder.error)) from error
+        raise
     finally:
         restore(random)
     if recorder.failure:
         raise NotCaptured(recorder.failure)
+    if recorder.error is not None:
+        raise Failed(str(recorder.error)) from recorder.error
     if not all(map(_equal, own, examples)):
-        raise NotCaptured("a tensor that was made before the call is changed in place")
+        raise NotCaptured(_IN_PLACE)
     recorder.graph.output([recorder.node_of(output) for output in outputs])
     return Traced(recorder.graph, recorder.constants, tuple(branches.seen))
 
@@ -104,9 +113,12 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[fx.Node, Tensor] = {}
         #: Why a replay would not repeat the call, which an `except` in it must not hide.
         self.failure = ""
+        #: What an operation has raised, for the same reason.
+        self.error: Exception | None = None
         self._nodes: Any = WeakIdKeyDictionary()
         self._bases: Any = WeakIdKeyDictionary()
         self._resting = False
+        self._memories = {tensor.untyped_storage()._cdata for tensor in inputs}
         for place, tensor in enumerate(inputs):
             self._nodes[tensor] = self.graph.placeholder(f"input_{place}")
 
@@ -180,7 +192,9 @@ class Recorder(TorchDispatchMode):
             return self._lifted(func(*args, **kwargs))
         if tensors and not any(t in self._nodes for t in tensors):
             return func(*args, **kwargs)  # nothing of the call's, but a generator's state, say
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(
+            func, args, kwargs
+        ):
             self.fail(f"random numbers are drawn ({func})")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_number(func, args):
             self.fail(f"the shape of a result depends on values ({func})")
@@ -193,8 +207,12 @@ class Recorder(TorchDispatchMode):
         mutable = func._schema.is_mutable
         written, pure = self._pure(func, args, kwargs) if mutable else (None, (func, args, kwargs))
         mapped = pytree.tree_map_only(Tensor, self.node_of, pure[1:])
-        result = func(*args, **kwargs)
-        node = self.graph.call_function(pure[0], *mapped)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            self.error = self.error or error
+            raise
+        node = self.graph.call_function(_WITH_MEMORY.get(pure[0], pure[0]), *mapped)
         if written is not None:
             self._rewritten(written, node)
             return result
@@ -231,7 +249,7 @@ class Recorder(TorchDispatchMode):
             for argument in func._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
-        if names == ["self"]:
+        if names == ["self"] and isinstance(args[0], Tensor):
             written, rest = args[0], kwargs
             target = aten.copy.default if func is aten.copy_.default else _functional(func, names)
         elif names == ["out"]:
@@ -257,6 +275,8 @@ class Recorder(TorchDispatchMode):
     def _rewritten(self, tensor: Tensor, value: fx.Node) -> None:
         """Note that a tensor has got a value in place, and with it all others in its memory."""
         memory = tensor.untyped_storage()
+        if memory._cdata in self._memories:
+            self.fail(_IN_PLACE)
         others = [
             other
             for other in self._nodes
@@ -281,6 +301,15 @@ class Recorder(TorchDispatchMode):
                 self._nodes[other] = then if other is base else seen
         else:
             self._nodes[tensor] = value
+
+
+def _without_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether an operation that may drop entries at random drops none, as attention does."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+            return bool(given == 0)
+    return False
 
 
 def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:

@@ -29,9 +29,10 @@ def norm(v: Tensor) -> Tensor:
     """Form the Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
     if v.shape[-1] == 0:
         return v.new_zeros(v.shape[:-1])
-    # A wider dtype costs less than a look in a trace, for a few numbers.
-    narrow = traced() and v.dtype != torch.float64 and v.numel() < _FEW
-    if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v) and not narrow:
+    # Of a few numbers the careful way costs less in a trace than a look, which would also bind it
+    # to whether a residual is zero or rounding.
+    few = traced() and v.numel() < _FEW
+    if v.dtype in _SAFE and v.device.type == "cpu" and not is_wrapped(v) and not few:
         # Several times as fast, and right where no square leaves the range of the dtype.
         length = torch.linalg.vector_norm(v, dim=-1)
         low, high = _SAFE[v.dtype]

@@ -59,6 +59,9 @@ def test_a_custom_operation_gets_its_input_in_order():
         lambda x: [x.split(1)[1], x.unbind(0)[2], torch.linalg.inv(x), x.sort()[0], x.max(0)[1]],
         lambda x: [x[:, 1], x[..., None], x.diagonal(), torch.cat([x, x], 1), x.long() // 2],
         lambda x: [torch.tensor([1.0, 2.0, 3.0], dtype=D) * x, torch.tensor(2.0) * x],
+        lambda x: [(3 * x).long() & torch.ones(3, 3, dtype=torch.long), (x > 0) & (x == x)],
+        lambda x: [torch.ones(3, 3, dtype=torch.long) & (3 * x).long(), (x > 0) & torch.tensor(1)],
+        lambda x: [x / torch.tensor([0.0, -0.0, 0.0], dtype=D), x / torch.zeros(3, dtype=D)],
     ],
 )
 def test_what_computes_nothing_is_taken_out_and_no_more(fun: Any):
@@ -73,6 +76,21 @@ def test_a_graph_without_use_of_its_views():
 def test_equal_operations_are_computed_once():
     _, left = replayed(lambda x: [x.exp() + x.exp(), x.exp()], [draw(3)])
     assert left.count(aten.exp.default) == 1
+
+
+def test_what_is_checked_is_checked_in_each_replay():
+    def fun(x: Tensor) -> list[Tensor]:
+        torch._assert_async((x.diagonal() > 0).all(), "no diagonal")
+        return [torch.linalg.cholesky(x)]
+
+    graph = traced(fun, [torch.eye(3, dtype=D)])
+    cleaned = Cleaned(graph.graph, [torch.eye(3, dtype=D)], graph.constants)
+    run = runner(cleaned.graph, cleaned.constants)
+    assert torch.equal(run(4 * torch.eye(3, dtype=D))[0], 2 * torch.eye(3, dtype=D))
+    with pytest.raises(RuntimeError, match="no diagonal"):
+        run(-torch.eye(3, dtype=D))
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(torch.eye(3, dtype=D) + 2 * torch.eye(3, dtype=D).flip(0))
 
 
 def test_constants_have_a_budget():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -39,11 +41,52 @@ def test_a_decorator_with_arguments_and_without():
         assert "operations" in step.explain()
 
 
-@pytest.mark.parametrize("wrong", [{"backend": "xla"}, {"on_fallback": "no"}])
+@pytest.mark.parametrize(
+    "wrong", [{"backend": "xla"}, {"on_fallback": "no"}, {"check": -1}, {"check": "often"}]
+)
 def test_a_word_that_is_none_of_its_values(wrong: dict[str, Any]):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         hypergrad.compile(plain, **wrong)
+
+
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match="must be a function; got 3"):
+        hypergrad.compile(3)
+
+
+class Trainer:
+    """A step as a method."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @hypergrad.compile(on_fallback="raise")
+    def step(self, w: Tensor) -> Tensor:
+        """Scale a hypergradient."""
+        return self.scale * plain(w, one)
+
+
+def test_a_method_is_bound_as_one():
+    for scale in (1.0, 2.0):
+        torch.testing.assert_close(Trainer(scale).step(one / 2), scale * plain(one / 2, one))
+    assert "replayed 2 times" in Trainer.step.explain()
+
+
+def copied_by_pickle(step: Any) -> Any:
+    return pickle.loads(pickle.dumps(step))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle])
+def test_a_copy_compiles_for_itself(copied: Any):
+    step = hypergrad.compile(plain, check=3)
+    expected = step(one / 2, one)
+    other = copied(step)
+    assert "nothing" in other.explain()
+    assert other.session.check == 3
+    torch.testing.assert_close(other(one / 2, one), expected)
+    assert "replayed 1 times" in other.explain()
+    assert "replayed 1 times" in step.explain()
 
 
 def test_what_a_function_does_beside_calling_the_library_is_left_alone():

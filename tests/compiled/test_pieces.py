@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypergrad._compiled.pieces import Pieces, graph_of_piece, uniform
+from hypergrad._compiled.pieces import Pieces, graph_of_piece, is_alone, uniform
 from hypergrad._compiled.run import runner
 from tests.compiled_programs import graph_of, graph_of_a_hypergradient
 
@@ -122,3 +122,14 @@ def test_named_operations_are_pieces_of_their_own():
 def test_a_constant_of_one_number_is_known_by_it(values, number):
     seen = uniform(torch.tensor(values))
     assert (None if seen is None else seen[1]) == number
+
+
+def test_what_is_checked_is_a_piece_of_its_own():
+    x = torch.eye(3, dtype=torch.float64)
+    graph = graph_of(lambda x: [torch.linalg.cholesky(x).exp()], x)
+    pieces = pieces_of(graph, whole=True)
+    assert [len(piece.outputs) for piece in pieces.order if is_alone(piece.nodes[0])] == [0]
+    run = assembled(graph, pieces, [x])
+    torch.testing.assert_close(run(4 * x), [torch.exp(2 * x)])
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(-x)

@@ -966,6 +966,109 @@ def test_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch):
         compiled()(loss, fit_here, W, H)
 
 
+# What fails, or is exact, at one call and not at another.
+
+
+def _asserted(w: Tensor, h: Tensor) -> Tensor:
+    torch._assert_async((w > -50).all(), "out of range")  # as Dynamo writes an assertion
+    return ((w - 1) ** 2 + h.exp() * w**2).sum()
+
+
+def _factorised(w: Tensor, h: Tensor) -> Tensor:
+    root = torch.linalg.cholesky(torch.diag(w + 60))
+    return (root**2).sum() + ((w - 1) ** 2 + h.exp() * w**2).sum()
+
+
+@pytest.mark.parametrize("inner", [_asserted, _factorised], ids=lambda inner: inner.__name__)
+def test_what_raises_at_a_later_call_raises_there(inner: Any):
+    step = compiled(on_fallback="raise")
+    same(step, loss, inner, W, H)
+    texts = []
+    for call in (step, ask):
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever the loss raises
+            call(loss, inner, W - 100, H)
+        texts.append((type(raised.value), str(raised.value)))
+    assert texts[0] == texts[1]
+    same(step, loss, inner, W, H)
+    assert [program.calls for program in step.session.programs] == [2]
+    for _ in range(5):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            step(loss, inner, W - 100, H)
+        same(step, loss, inner, W, H)
+
+
+def test_an_outer_loss_that_fails_further_on():
+    # The evidence looks at it a Newton step away, and goes on where it fails there.
+    inner = lambda w, h: ((w - c) ** 2 + h.exp() * w**2).sum()
+    outer = lambda w, h: torch.linalg.cholesky(torch.diag(w + shift)).sum() + h.sum()
+    step, c = compiled(), draw(3, seed=6)
+    options = {"inner_tol": 1e-3, "on_failure": "ignore", "return_info": True}
+    for number in (30.0, 1.0, 30.0):
+        shift, w = torch.tensor(number, dtype=D), W.abs() + 0.1
+        (ours, info), (theirs, truth) = (f(outer, inner, w, H, **options) for f in (step, ask))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(info.outer_error, truth.outer_error)
+
+
+def test_a_residual_that_is_zero_or_rounding_is_no_other_branch():
+    step = compiled(on_fallback="raise")
+    for seed in range(4):
+        c = draw(3, seed=seed) if seed % 2 else torch.ones(3, dtype=D)
+        inner = lambda w, h: ((w - c) ** 2 + w**2).sum() + 0 * h.sum()  # noqa: B023
+        for w in (c / 2, c / 3):
+            same(step, loss, inner, w, H, return_info=False, inner_tol=1e-3)
+
+
+def test_a_penalty_with_a_kink():
+    step = compiled(on_fallback="raise")
+    inner = lambda w, h: ((w - 1) ** 2).sum() + (h.exp() * w.abs()).sum() + (w.abs() ** 1.5).sum()
+    for w in (W, W + 1, W - 1):
+        same(step, loss, inner, w, H)
+
+
+def test_transforms_inside_of_losses_that_tasks_share():
+    x = draw(4, 3, seed=3)
+    losses = [
+        lambda w, h: vmap(lambda r: ((r * w).sum() - 1).tanh() ** 2)(x).sum() + (w**2).sum(),
+        lambda w, h: (torch.func.grad(lambda u: (x @ u).tanh().sum())(w) ** 2).sum() + (w**2).sum(),
+    ]
+    for inner in losses:
+        step = compiled(on_fallback="raise")
+        for seed in (0, 1):
+            of = lambda call, t: call(lambda w, h: t * loss(w, h), inner, W, H)  # noqa: B023
+            tasks = draw(4, seed=seed)
+            ours, theirs = (vmap(functools.partial(of, call))(tasks) for call in (step, ask))
+            torch.testing.assert_close(ours, theirs)
+    own = lambda call, w: call(loss, losses[0], w, H)
+    step = compiled()
+    with pytest.warns(hypergrad.CompileWarning, match=r"torch\.func stays inside of the vmap"):
+        ours = vmap(functools.partial(own, step))(draw(4, 3))
+    torch.testing.assert_close(ours, vmap(functools.partial(own, ask))(draw(4, 3)))
+
+
+def test_a_memory_that_the_problem_has_left_behind():
+    step, cg = compiled(), hypergrad.CG(rtol=1e-8, recycle=True)
+    n, h = 40, torch.ones(40, dtype=D)
+    matrices = []
+    for seed in (0, 1):
+        basis = torch.linalg.qr(draw(n, n, seed=seed)).Q
+        matrices.append((basis * torch.logspace(0, 3, n, dtype=D)) @ basis.T)
+    scaled = torch.diag(torch.logspace(4, 0, n, dtype=D))
+    for number in (0, 0, 0, 1, 1, 0, 2, 2, 2, 0, 3, 0):
+        A = [*matrices, scaled, 1e6 * matrices[0]][number]
+        b = draw(n, seed=7)
+        w = torch.linalg.solve(A, b)
+        inner = lambda w, h: w @ (A @ w) / 2 - (b * h) @ w  # noqa: B023
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hypergrad.CompileWarning)
+            ours, info = step(
+                lambda w, h: (w**2).sum(), inner, w, h, solver=cg, return_info=True,
+                inner_tol=1e-3, on_failure="raise",
+            )  # fmt: skip
+        torch.testing.assert_close(ours, b * torch.linalg.solve(A, 2 * w), rtol=1e-4, atol=1e-8)
+        info.solution.mul_(1e9)
+
+
 # The check.
 
 
