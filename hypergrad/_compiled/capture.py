@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from .._autograd.torch_pytrees import pytree
 from .._autograd.transforms import depth
@@ -63,6 +64,10 @@ class Failed(Exception):
     """Something fails at the values of this call; the text says what."""
 
 
+class _Unknown(Exception):
+    """Dynamo has followed no call with the guards of this one."""
+
+
 def mark(tensor: Tensor, stage: int, leaf: int) -> Tensor:
     """Mark a tensor that a function has returned; Dynamo does not look inside."""
     return tensor.clone()
@@ -70,6 +75,8 @@ def mark(tensor: Tensor, stage: int, leaf: int) -> Tensor:
 
 def _run(stages: Sequence[Stage], arguments: Sequence[Any]) -> list[Any]:
     """Call the functions one after the other: what Dynamo follows."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise _Unknown
     values: list[Any] = []
     for number, (function, first) in enumerate(stages):
         given = arguments if first is None else (values[first], *arguments[1:])
@@ -272,7 +279,8 @@ class Capture:
         own = FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
         self.graphs: list[Captured] = []
         config: Any = torch._dynamo.config
-        self._one = torch._dynamo.optimize(backend, nopython=True, dynamic=False)(own)
+        self._known: Callable[..., list[Any]] = own
+        self._followed = torch._dynamo.optimize(backend, nopython=True, dynamic=False)(own)
         known = {name: value for name, value in _STRICT.items() if hasattr(config, name)}
         self._strict: Callable[[], Callable[[], None]] = config._make_closure_patcher(**known)
 
@@ -304,10 +312,9 @@ class Capture:
         before = getattr(self._now, "call", None)
         self._now.call = call = _Call(tuple(first for _, first in stages), leaves)
         # As where the functions are called without this: their own `no_grad` ends in grad mode.
-        with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
-            revert = self._strict()
+        with TRACING, torch.inference_mode(False), torch.enable_grad():
             try:
-                values: list[Any] = self._one(list(stages), tuple(arguments))
+                values = self._values(list(stages), tuple(arguments))
             except NotCaptured:
                 if numbers is not None:  # which have been drawn once
                     random.setstate(numbers)
@@ -317,7 +324,6 @@ class Capture:
                     raise Failed("one of its functions raises") from error
                 raise NotCaptured(_why(error)) from error
             finally:
-                revert()
                 self._now.call = before
         if call.captured is None:
             raise NotCaptured("torch.compile is switched off (its stance, or its configuration)")
@@ -327,6 +333,24 @@ class Capture:
         if not call.captured.returned:
             call.captured.returned = [pytree.tree_structure(value) for value in values]
         return Seen(call.captured, call.tensors, values)
+
+    def _values(self, *call: Any) -> list[Any]:
+        """Look for a graph whose guards hold, and follow the functions where there is none."""
+        if self.graphs:  # without Dynamo's own preparations, which take longer than the guards
+            callback = set_eval_frame(False)
+            try:
+                return self._known(*call)
+            except _Unknown:
+                pass
+            finally:
+                set_eval_frame(callback)
+        revert = self._strict()
+        try:
+            with _quiet():
+                values: list[Any] = self._followed(*call)
+            return values
+        finally:
+            revert()
 
     def _called(self, captured: Captured, real: Sequence[Tensor]) -> Sequence[Tensor]:
         """Note what a graph is called with, in the place of running it."""
