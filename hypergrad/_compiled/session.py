@@ -360,7 +360,7 @@ class Session:
                         programs.append(program)
                         replayed = _first([program], inputs, again)
         if replayed is None:
-            raise NotCaptured(_OF_ROUNDING)
+            raise Failed(_OF_ROUNDING)
         return replayed._replace(values=seen.values, lifted=lifted)
 
 
@@ -446,7 +446,7 @@ def _made(
         again()  # the trace has taught a solver that recycles
         return _assembled(session, graph, inputs, static[-1])
     except Changed as error:
-        raise NotCaptured(_OF_ROUNDING) from error
+        raise Failed(_OF_ROUNDING) from error
     except (NotCaptured, Failed, HypergradError):
         raise
     except StaysInside as error:
