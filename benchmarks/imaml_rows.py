@@ -1,6 +1,7 @@
 """Meta-steps of implicit MAML, in gradients a task."""
 
 import functools
+import shutil
 import statistics
 from collections.abc import Callable
 
@@ -51,9 +52,12 @@ def measure(
         value = step.training_loss(leaves, task.support_x, task.support_y)
         torch.autograd.grad(value, list(leaves.values()))
 
-    sides = {side: functools.partial(run, step) for side, run in imaml_sides.BATCHED.items()}
-    sides |= {side: functools.partial(run, few) for side, run in imaml_sides.LOOPS.items()}
-    parts = {side: len(step) if side in imaml_sides.BATCHED else len(few) for side in sides}
+    batched, loops = dict(imaml_sides.BATCHED), imaml_sides.LOOPS
+    if name.startswith("sinusoid") and shutil.which("c++"):
+        batched |= imaml_sides.SMALL
+    sides = {side: functools.partial(run, step) for side, run in batched.items()}
+    sides |= {side: functools.partial(run, few) for side, run in loops.items()}
+    parts = {side: len(step) if side in batched else len(few) for side in sides}
     taken = seconds(
         {"gradient": gradient, **sides},
         rounds=settings.rounds,
@@ -74,9 +78,10 @@ def measure(
     judged, exact = step.in_float64(), step.exact()
     judge = f"{len(step)} tasks, float64"
     made = int(imaml_sides.with_info(judged)[1].matvecs.max())
-    imaml_sides.compiled(judged)
+    for first in {"hypergrad, compiled", *imaml_sides.SMALL} & {*batched}:
+        batched[first](judged)
     answer = []
-    for side, run in {**imaml_sides.BATCHED, **imaml_sides.LOOPS}.items():
+    for side, run in {**batched, **loops}.items():
         error = ((run(judged) - exact).norm() / exact.norm()).item()
         by_us = side.startswith(OURS)
         products = None if side == "higher, unrolled" else made if by_us else imaml_sides.CG_STEPS

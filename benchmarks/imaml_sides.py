@@ -73,6 +73,9 @@ def by_hypergrad_alone(step: MetaStep) -> Tensor:
 #: One function, whose programs live over the rounds. A first call, which traces, returns what is
 #: not compiled.
 compiled: MetaGradient = hypergrad.compile(by_hypergrad_alone, on_fallback="raise")
+by_inductor: MetaGradient = hypergrad.compile(
+    by_hypergrad_alone, backend="inductor", on_fallback="raise"
+)
 
 
 def by_examples(step: MetaStep) -> Tensor:
@@ -181,6 +184,8 @@ BATCHED: dict[str, MetaGradient] = {
     "hypergrad, by examples/imaml": by_examples,
     "by hand, batched": by_hand_batched,
 }
+#: Where calls of operations take longer than their arithmetic; it takes a C++ compiler.
+SMALL: dict[str, MetaGradient] = {"hypergrad, compiled by Inductor": by_inductor}
 LOOPS: dict[str, MetaGradient] = {
     "hypergrad, loop": by_hypergrad_in_a_loop,
     "by hand, loop": by_hand_in_a_loop,
