@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +17,15 @@ from ._gauss_newton import GaussNewton
 from ._inner_problem import scalar
 from ._minimum import Minimum
 from ._objective import with_batch
+from ._supervised_batch import ABSENT, beside, is_loader, moved, split, there
+from ._supervised_hparams import Loss, decay, each_loss, entry, weighted, weights_of
 
-Loss = Callable[..., Any]
 #: A word for the penalty, or ``penalty(params, hparams)``.
 Penalty = Literal["decay", "log_decay"] | Callable[[Any, Any], Tensor] | None
 #: A word for the weights, or ``weights(hparams, batch)``.
 Weights = Literal["weight", "logit"] | Callable[[Any, Any], Tensor] | None
 Transform = Callable[[Any, Any], Any] | None
 Curvature = Literal["gauss-newton", "hessian"]
-
-_TARGETS = ("labels", "label", "targets", "target", "y")
-_ABSENT: Any = object()
 
 
 def supervised(
@@ -181,7 +177,7 @@ class Supervised:
     def __post_init__(self) -> None:
         """Find the loss of each example, before anything is captured."""
         if self.loss_fn is not None and self.example_weights is not None:
-            object.__setattr__(self, "_of_each", _each(self.loss_fn))
+            object.__setattr__(self, "_of_each", each_loss(self.loss_fn))
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -201,13 +197,27 @@ class Supervised:
         penalty = None if self.penalty is None else self._penalty
         return InnerLoss(self._outputs, self._loss, penalty)
 
-    @property
-    def outer(self) -> OuterLoss:
-        """The outer loss: ``outer(batch)`` is a function of (params, hparams).
+    def outer(self, *arguments: Any) -> Any:
+        """Bind a batch, or evaluate the outer loss at ``(params, hparams, batch)``.
 
-        In place of one batch ``outer(loader)`` takes the mean over the batches of a `DataLoader`.
+        Parameters
+        ----------
+        *arguments
+            ``(batch)``, of which comes a function of ``(params, hparams)``, or the three that
+            `Bilevel` passes. In place of a batch a `DataLoader` stands for the mean over its
+            batches.
+
+        Returns
+        -------
+        loss or value : callable or Tensor
+            The loss of the batch, or a scalar.
         """
-        return OuterLoss(self._validation)
+        if len(arguments) != 1:
+            return self._validation(*arguments)
+        (batch,) = arguments
+        if is_loader(batch):
+            return functools.partial(_mean_of, self._validation, batch)
+        return with_batch(self._validation, batch)
 
     def __repr__(self) -> str:
         """Write the choices, with the names of module and loss alone."""
@@ -220,33 +230,33 @@ class Supervised:
 
     # --- the functions of both levels ----------------------------------------------------
 
-    def _validation(self, params: Any, hparams: Any, batch: Any = _ABSENT) -> Tensor:
-        batch = _there("outer", batch)
+    def _validation(self, params: Any, hparams: Any, batch: Any = ABSENT) -> Tensor:
+        batch = there("outer", batch)
         outputs = self._called(params, batch)
-        return outputs if self.loss_fn is None else self._mean(outputs, _split(batch).targets)
+        return outputs if self.loss_fn is None else self._mean(outputs, split(batch).targets)
 
-    def _whole(self, params: Any, hparams: Any, batch: Any = _ABSENT) -> Tensor:
+    def _whole(self, params: Any, hparams: Any, batch: Any = ABSENT) -> Tensor:
         outputs = self._outputs(params, hparams, batch)
         value = outputs if self.loss_fn is None else self._loss(outputs, hparams, batch)
         return value if self.penalty is None else value + self._penalty(params, hparams)
 
-    def _outputs(self, params: Any, hparams: Any, batch: Any = _ABSENT) -> Any:
+    def _outputs(self, params: Any, hparams: Any, batch: Any = ABSENT) -> Any:
         """Call the model; beside its outputs stand the targets that a transform has made."""
-        batch = _there("inner", batch)
+        batch = there("inner", batch)
         if self.transform is None:
             return self._called(params, batch)
         batch = self.transform(batch, hparams)
         outputs = self._called(params, batch)
         if self.loss_fn is None:
             return outputs
-        made = _split(batch)
+        made = split(batch)
         kept = {"outputs": outputs, "targets": made.targets}
         return kept if made.index is None else {**kept, "index": made.index}
 
-    def _loss(self, outputs: Any, hparams: Any, batch: Any = _ABSENT) -> Tensor:
+    def _loss(self, outputs: Any, hparams: Any, batch: Any = ABSENT) -> Tensor:
         """Take the loss of what `_outputs` has returned."""
         if self.transform is None:
-            made = _split(batch)
+            made = split(batch)
             targets, index = made.targets, made.index
         else:
             outputs, targets, index = outputs["outputs"], outputs["targets"], outputs.get("index")
@@ -255,27 +265,27 @@ class Supervised:
         if callable(self.example_weights):
             weights = self.example_weights(hparams, batch)
         else:
-            weights = _weights(self.example_weights, hparams, index)
-        return _weighted(self._of_each, weights, outputs, targets)
+            weights = weights_of(self.example_weights, hparams, index)
+        return weighted(self._of_each, weights, outputs, targets)
 
     def _penalty(self, params: Any, hparams: Any, batch: Any = None) -> Tensor:
         if callable(self.penalty):
             return scalar("penalty", self.penalty(params, hparams))
         assert self.penalty is not None
-        return _decay(params, _entry(hparams, self.penalty), log=self.penalty == "log_decay")
+        return decay(params, entry(hparams, self.penalty), log=self.penalty == "log_decay")
 
     def _called(self, params: Any, batch: Any) -> Any:
         """Call the model on a batch: its outputs, or its own loss."""
         _refuse_no_names(params)
-        args, keywords = _split(batch, whole=self.loss_fn is None)[:2]
+        args, keywords = split(batch, whole=self.loss_fn is None)[:2]
         where = next(iter(params.values())).device
-        args, keywords = pytree.tree_map(lambda leaf: _moved(leaf, where), (args, keywords))
+        args, keywords = pytree.tree_map(lambda leaf: moved(leaf, where), (args, keywords))
         outputs = torch.func.functional_call(self.model, params, args, keywords)
         return _own_loss(outputs) if self.loss_fn is None else _logits(outputs)
 
     def _mean(self, outputs: Any, targets: Any) -> Tensor:
         assert self.loss_fn is not None
-        value = self.loss_fn(outputs, _beside(outputs, targets))
+        value = self.loss_fn(outputs, beside(outputs, targets))
         if isinstance(value, Tensor) and value.ndim:
             value = value.mean()
         return scalar("loss_fn", value)
@@ -308,7 +318,7 @@ class _OnBatches:
 
     def _bound(self, batch: Any) -> Self:
         itself: Any = self
-        if _is_loader(batch):
+        if is_loader(batch):
             return dataclasses.replace(itself, batches=batch)
         names = ("f", "outputs", "loss", "regulariser")
         functions = {name: getattr(self, name, None) for name in names}
@@ -344,124 +354,11 @@ class InnerMinimum(_OnBatches, Minimum):
         return self.f(params, hparams, *batch)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class OuterLoss:
-    """The outer loss of a `Supervised`: of a batch, or of ``(params, hparams, batch)``.
-
-    Attributes
-    ----------
-    function : callable
-        ``function(params, hparams, batch)``.
-    """
-
-    function: Callable[..., Tensor]
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Bind a batch, or evaluate the loss.
-
-        Parameters
-        ----------
-        *arguments
-            ``(batch)`` or ``(params, hparams, batch)``.
-
-        Returns
-        -------
-        loss or value : callable or Tensor
-            A function of ``(params, hparams)``, or a scalar.
-        """
-        if len(arguments) != 1:
-            return self.function(*arguments)
-        (batch,) = arguments
-        return functools.partial(_mean_of, self.function, batch) if _is_loader(batch) else (
-            with_batch(self.function, batch)
-        )  # fmt: skip
-
-
 def _mean_of(function: Callable[..., Tensor], batches: Iterable[Any], *arguments: Any) -> Tensor:
     values = [function(*arguments, batch) for batch in batches]
     if not values:
         raise StructureMismatch("The loader gives no batch.", argument="batch")
     return torch.stack(values).mean()
-
-
-# --- batches -----------------------------------------------------------------------------
-
-
-class _Split(NamedTuple):
-    """The parts of a batch.
-
-    Attributes
-    ----------
-    args, keywords : tuple, dict
-        The arguments of the model.
-    targets, index
-        None where there are none.
-    """
-
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    targets: Any
-    index: Any
-
-
-def _split(batch: Any, *, whole: bool = False) -> _Split:
-    """Take a batch apart; `whole`: a model that computes its loss is given the targets too."""
-    if isinstance(batch, Mapping):
-        keywords = {str(name): value for name, value in batch.items() if name != "index"}
-        index, named = batch.get("index"), [name for name in _TARGETS if name in keywords]
-        if whole:
-            return _Split((), keywords, None, index)
-        if len(named) != 1:
-            raise StructureMismatch(
-                f"A batch that is a dict must have its targets under one of {', '.join(_TARGETS)}; "
-                f"got the keys {', '.join(map(repr, batch))}.",
-                argument="batch",
-            )
-        return _Split((), keywords, keywords.pop(named[0]), index)
-    if whole and isinstance(batch, tuple | list):
-        return _Split(tuple(batch), {}, None, None)
-    if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= 3:
-        size = f" of {len(batch)} entries" if isinstance(batch, tuple | list) else ""
-        raise StructureMismatch(
-            "A batch must be (inputs, targets), (inputs, targets, index) or a dict; got a "
-            f"{type(batch).__name__}{size}. Several inputs are a tuple or a dict in the place of "
-            "the inputs: ((x1, x2), targets).",
-            argument="batch",
-        )
-    inputs, (targets, index) = batch[0], (*batch[1:], None, None)[:2]
-    if isinstance(inputs, Mapping):
-        return _Split((), {str(k): v for k, v in inputs.items()}, targets, index)
-    return _Split(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, targets,
-                  index)  # fmt: skip
-
-
-def _there(level: str, batch: Any) -> Any:
-    if batch is _ABSENT:
-        raise StructureMismatch(
-            f"problem.{level} was called without a batch. Pass problem.{level}(batch) in its place;"
-            f" a Bilevel is told where batches come from by {level}_batches=....",
-            argument=level,
-        )
-    return batch
-
-
-def _is_loader(batch: Any) -> bool:
-    return isinstance(batch, Iterable) and not isinstance(batch, tuple | list | Mapping | Tensor)
-
-
-def _moved(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device) if isinstance(leaf, Tensor) and leaf.device != device else leaf
-
-
-def _beside(outputs: Any, targets: Any) -> Any:
-    """Put targets where the outputs are."""
-    where = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
-    if where is None:
-        return targets
-    return pytree.tree_map(lambda leaf: _moved(leaf, where.device), targets)
-
-
-# --- outputs, weights and penalties ------------------------------------------------------
 
 
 def _logits(outputs: Any) -> Any:
@@ -496,131 +393,6 @@ def _own_loss(outputs: Any) -> Tensor:
             argument="model",
         )
     return scalar("the model's loss", of_object)
-
-
-def _weighted(of_each: tuple[Loss, str] | None, weights: Any, outputs: Any, targets: Any) -> Tensor:
-    """Average the losses of the examples, each times its weight."""
-    assert of_each is not None
-    each, reduction = of_each
-    losses = each(outputs, _beside(outputs, targets))
-    if not isinstance(losses, Tensor) or losses.ndim == 0:
-        raise StructureMismatch(
-            "With example_weights loss_fn must return a loss for each example; it returned "
-            f"{'one number' if isinstance(losses, Tensor) else type(losses).__name__}. Leave out "
-            ".mean() and .sum(), or pass a loss that takes reduction='none'.",
-            argument="loss_fn",
-        )
-    losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-    if not isinstance(weights, Tensor) or weights.shape != losses.shape:
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise StructureMismatch(
-            f"There must be one weight for each of the {len(losses)} losses of the batch; got "
-            f"{got}.",
-            argument="example_weights",
-        )
-    weighted = weights.to(losses.device) * losses
-    return weighted.sum() if reduction == "sum" else weighted.mean()
-
-
-def _each(loss_fn: Loss) -> tuple[Loss, str]:
-    """Make a loss return one for each example; and how it would reduce them."""
-    if isinstance(loss_fn, nn.Module):
-        reduction = getattr(loss_fn, "reduction", "none")
-        if reduction == "none":
-            return loss_fn, reduction
-        each: Any = copy.copy(loss_fn)
-        each.reduction = "none"
-        return each, str(reduction)
-    bound = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
-    try:
-        known = inspect.signature(loss_fn).parameters.get("reduction")
-    except (TypeError, ValueError):  # of a builtin nobody knows
-        known = None
-    if known is None:
-        return loss_fn, "none"
-    reduction = bound.get("reduction", known.default)
-    return functools.partial(loss_fn, reduction="none"), str(reduction)
-
-
-def _weights(word: str, hparams: Any, index: Any) -> Tensor:
-    """Look the weights of a batch up."""
-    values = _entry(hparams, word)
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        raise StructureMismatch(
-            f"hparams[{word!r}] must be a tensor with one number for each training example; got "
-            f"{tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}.",
-            leaf=f"hparams[{word!r}]",
-        )
-    whole = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
-    if not whole or index.dtype == torch.bool:
-        raise StructureMismatch(
-            "example_weights need the index of each example in the batch: (inputs, targets, index),"
-            " or a dict with an 'index', as integers. With a TensorDataset that is "
-            "TensorDataset(x, y, torch.arange(len(x))).",
-            argument="batch",
-        )
-    try:
-        values = values[_moved(index, values.device)]
-    except IndexError as error:
-        raise StructureMismatch(
-            f"An index in the batch is outside of hparams[{word!r}], which has {len(values)} "
-            f"entries, one for each training example. ({error})",
-            leaf=f"hparams[{word!r}]",
-        ) from error
-    return values.sigmoid() if word == "logit" else values
-
-
-def _decay(params: Any, rates: Any, *, log: bool) -> Tensor:
-    """Form half the sum of rates times squares."""
-    word = "log_decay" if log else "decay"
-    path = f"hparams[{word!r}]"
-    by_name = dict.fromkeys(params, rates) if isinstance(rates, Tensor) else rates
-    if not isinstance(by_name, Mapping):
-        raise StructureMismatch(
-            f"{path} must be a tensor, or a dict of tensors by the names of parameters; got "
-            f"{type(rates).__name__}.",
-            leaf=path,
-        )
-    unknown = [name for name in by_name if name not in params]
-    if unknown or not by_name:
-        raise StructureMismatch(
-            f"{path} has {', '.join(map(repr, unknown)) or 'no entry'}, and the parameters are "
-            f"{', '.join(map(repr, params))}.",
-            leaf=path,
-        )
-    terms = []
-    for name, rate in by_name.items():
-        param = params[name]
-        if not isinstance(rate, Tensor) or not _fits(rate, param):
-            got = tuple(rate.shape) if isinstance(rate, Tensor) else type(rate).__name__
-            of_name = path if isinstance(rates, Tensor) else f"{path}[{name!r}]"
-            raise StructureMismatch(
-                f"{of_name} must be a number or broadcast to {name}, of shape "
-                f"{tuple(param.shape)}; got {got}.",
-                leaf=of_name,
-            )
-        rate = rate.to(param.device)
-        terms.append(((rate.exp() if log else rate) * param.square()).sum())
-    first = terms[0]
-    return torch.stack([term.to(first) for term in terms]).sum() / 2
-
-
-def _fits(rate: Tensor, param: Tensor) -> bool:
-    try:
-        return torch.broadcast_shapes(rate.shape, param.shape) == param.shape
-    except RuntimeError:
-        return False
-
-
-def _entry(hparams: Any, word: str) -> Any:
-    if isinstance(hparams, Mapping) and word in hparams:
-        return hparams[word]
-    got = list(hparams) if isinstance(hparams, Mapping) else type(hparams).__name__
-    raise StructureMismatch(
-        f"hparams must be a dict with the entry {word!r}, which supervised was told to use; got "
-        f"{got}.",
-        argument="hparams",
-    )
 
 
 def _refuse_no_names(params: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -113,14 +114,23 @@ def test_example_weights_of_a_linear_model_have_a_closed_form(word, loss):
     assert (grads[word] != 0).sum() == 9
 
 
-def test_a_sum_stays_a_sum_under_weights():
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.MSELoss(reduction="sum"),
+        lambda o, t, reduction="sum": F.mse_loss(o, t, reduction=reduction),
+        functools.partial(F.kl_div, reduction="batchmean", log_target=True),
+        F.mse_loss,
+        F.binary_cross_entropy_with_logits,
+    ],
+)
+def test_weights_of_two_are_twice_the_loss_whatever_its_reduction(loss):
     x, y = data()
-    model, h = network(), {"weight": torch.full((12,), 2.0)}
-    for loss in (nn.MSELoss(reduction="sum"), lambda o, t, reduction="sum": F.mse_loss(
-        o, t, reduction=reduction)):  # fmt: skip
-        problem = supervised(model, loss, example_weights="weight")
-        value = problem.inner((x, y, torch.arange(12)))(problem.params, h)
-        torch.testing.assert_close(value, 2 * ((model(x) - y) ** 2).sum())
+    model, h = nn.Linear(3, 4), {"weight": torch.full((12,), 2.0)}
+    y = y.reshape(12, 1).sigmoid().log().expand(12, 4)  # four entries an example
+    problem = supervised(model, loss, example_weights="weight")
+    value = problem.inner((x, y, torch.arange(12)))(problem.params, h)
+    torch.testing.assert_close(value, 2 * loss(model(x), y))
 
 
 # --- networks ----------------------------------------------------------------------------
