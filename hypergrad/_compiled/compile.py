@@ -81,6 +81,8 @@ def compile(
         In the call, if a graph does not compute what the call as it is does.
     ValueError
         If an argument is none of its values.
+    TypeError
+        If `fn` is no function.
 
     Examples
     --------
@@ -110,4 +112,7 @@ def compile(
         return functools.partial(
             compile, backend=backend, on_fallback=on_fallback, check=check, fixed=fixed
         )
+    if not callable(fn):
+        cure = " Pass its step: hypergrad.compile(loop.step)." if hasattr(fn, "step") else ""
+        raise TypeError(f"fn must be a function; got a {type(fn).__name__}.{cure}")
     return CompiledFunction(fn, Session(backend, on_fallback, check, fixed))
