@@ -82,10 +82,10 @@ def implicit_grad(
 @never_compiled
 @explained
 def implicit_grad(
-    outer: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,
@@ -253,10 +253,10 @@ def implicit_backward(
 @never_compiled
 @explained
 def implicit_backward(
-    outer: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,

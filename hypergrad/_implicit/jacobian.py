@@ -27,15 +27,16 @@ from .choices import Choices, needs_product
 from .hypergradient import refuse_changed
 from .linearisation import Linearisation
 from .outputs import Outputs
+from .signatures import Hparams, Inner, Params
 
 
 @never_compiled
 @explained
 def jacobian(
-    outers: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outers: Callable[[Params, Hparams], Any],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,

@@ -17,9 +17,11 @@ from .._autograd.refusals import never_compiled
 from .._autograd.trace import being_traced
 from .._autograd.transforms import transforms_active
 from .._errors import StructureMismatch, UnsupportedOperation
+from .._implicit.signatures import Hparams, Params
 from .._info import shown
 from .._mistakes import explained
 from .._warnings import OnFailure, check_on_failure, listening
+from ..conditions._base import Condition
 from ._alternating import Alternating
 from ._batches import Batch, Source
 from ._estimate import Estimator
@@ -126,10 +128,10 @@ class Bilevel:
     @explained
     def __init__(
         self,
-        outer: Callable[..., Any],
-        inner: Any,
-        params: Any,
-        hparams: Any,
+        outer: Callable[..., Tensor],
+        inner: Callable[..., Tensor] | Condition,
+        params: Params,
+        hparams: Hparams,
         *,
         inner_optimizer: Optimiser,
         outer_optimizer: Optimiser,
@@ -139,7 +141,7 @@ class Bilevel:
         seed: int = 0,
         on_failure: OnFailure = "warn",
         callback: Callable[[StepInfo], Any] | None = None,
-        hparams_projection: Callable[[Any], Any] | None = None,
+        hparams_projection: Callable[[Hparams], Hparams] | None = None,
     ) -> None:
         check_on_failure(on_failure)
         if hparams_projection is not None and not callable(hparams_projection):
