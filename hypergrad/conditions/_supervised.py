@@ -181,16 +181,17 @@ class Supervised:
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
-        """The parameters that require grad, by name: the module's own tensors, no copies."""
+        """The parameters that require grad, by name, which are the module's own tensors."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def inner(self) -> InnerLoss | InnerMinimum:
-        """The inner loss: ``inner(batch)`` is a condition, and a function of (params, hparams).
+        """The inner loss of a batch.
 
-        In place of one batch ``inner(loader)`` takes the mean over the batches of a `DataLoader`
-        without shuffling, as `Minimum` does with `batches`. The condition of `Bilevel`, which draws
-        batches itself, is ``problem.inner``.
+        ``inner(batch)`` is a condition, and a function of ``(params, hparams)``. In place of one
+        batch ``inner(loader)`` takes the mean over the batches of a `DataLoader` without shuffling,
+        as `Minimum` does with `batches`. `Bilevel`, which draws batches itself, takes
+        ``problem.inner`` as it is.
         """
         if self.curvature == "hessian":
             return InnerMinimum(self._whole)

@@ -125,7 +125,7 @@ def evolution_strategies_grad(
     chunk_size: int | None = None,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient from values of the outer loss at random hyperparameters, in pairs.
 
     With ``f(hparams) = outer(params, hparams)``, `params` being what the inner solver makes of

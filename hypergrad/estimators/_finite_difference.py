@@ -88,7 +88,7 @@ def finite_difference_grad(
     has_aux: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient without a second derivative: DARTS and SAMA.
 
     The cross product ``(d2 inner / d params d hparams)^T u`` is the central difference of ``d

@@ -53,7 +53,7 @@ def one_step_grad(
     has_aux: bool = False,
     return_params: bool = False,
     on_failure: OnFailure = "warn",
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient by differentiating one step of an inner solver near convergence.
 
     One step is made from `params`, and that step alone is differentiated, with `params` a

@@ -99,7 +99,7 @@ def penalty_grad(
     return_params: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient from first derivatives at two inner solutions: F2SA's penalty.
 
     With ``y`` the minimiser of `inner` and ``z`` that of ``inner + outer / penalty``::

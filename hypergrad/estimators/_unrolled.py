@@ -66,7 +66,7 @@ def unrolled_grad(
     has_aux: bool = False,
     return_params: bool = False,
     on_failure: OnFailure = "warn",
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Compute the hypergradient by differentiating through `steps` steps of an inner optimiser.
 
     This is the exact derivative of what the steps compute, whether or not they have converged.

@@ -130,7 +130,7 @@ def value_function_grad(
     has_aux: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Form the direction of joint descent on both levels, from first derivatives: BOME.
 
     The inner problem is the constraint that the gap ``q = inner(params) - inner(y)`` be zero,

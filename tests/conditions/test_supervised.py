@@ -484,7 +484,6 @@ def test_a_loop_with_losses_by_hand_does_the_same():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_and_hyperparameters_are_moved_to_the_model():
     problem = supervised(network(), F.mse_loss, penalty="log_decay", example_weights="logit")
     batch, valid = (*data(), torch.arange(12)), data(7)
