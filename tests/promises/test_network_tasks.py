@@ -133,6 +133,7 @@ def test_wrong_labels_lose_their_weight(capsys):
     assert (model(x).argmax(1) == y).float().mean() > 0.88
 
 
+@pytest.mark.slow
 def test_a_start_is_learnt_from_which_ten_points_are_enough():
     model = regressor()
     adapt = hypergrad.inner_solvers.LBFGS(maxiter=20)
