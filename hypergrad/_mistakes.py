@@ -40,6 +40,14 @@ _SAME = tuple(
     )
 )
 _OF_SOLVERS = ("maxiter", "rtol", "atol", "damping", "preconditioner")
+_OF_METHODS = ("solver", "inner_steps", "inner_tol", "estimator")
+# The functions that are given one argument, and that.
+_OF_ONE = {
+    "outer_each": "params",
+    "inner_each": "params",
+    "regulariser": "params",
+    "solve": "hparams",
+}
 
 
 def refuse_unknown(name: str, known: Collection[str], keywords: Collection[str]) -> None:
@@ -72,7 +80,9 @@ def refuse_unknown(name: str, known: Collection[str], keywords: Collection[str])
         if "solver" in known and not exact and (field := _meant(word, _OF_SOLVERS)) is not None:
             solver = f"{'linear_' * linear}solver=hypergrad.CG({field}=...)"
             text += f"The linear solver has it as a field: {solver}. "
-        if "inner_optimizer" in known and meant is None:
+        if "method" in known and not exact and (field := _meant(word, _OF_METHODS)) is not None:
+            text += f"A method has it as a field: method=hypergrad.Alternating({field}=...). "
+        elif "inner_optimizer" in known and meant is None:
             text += "A learning rate is the optimiser's: torch.optim.SGD(variables, lr=...). "
         raise TypeError(f"{text}There are {', '.join(known)}.")
 
@@ -145,6 +155,10 @@ def _explain(
     entrance: str, known: Sequence[str], arguments: Mapping[str, Any], error: Exception
 ) -> None:
     """Raise a better error where one can be had."""
+    if isinstance(error, TypeError):
+        for name, one in _OF_ONE.items():
+            if name in known and arguments.get(name) is not None:
+                refuse_signatures(name, arguments[name], (one,), error)
     if known[0] != "F" and known[3] != "hparams":  # a decorator, which calls no function yet
         return
     if any(name not in arguments for name in known[:4]) or "self" in arguments:

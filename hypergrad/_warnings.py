@@ -75,7 +75,8 @@ def warn_of_unused(hparams: Tree, neither: str, *terms: Sequence[Tensor | None])
         warn(
             f"{neither} depends on {', '.join(unused)}: the gradient there is zero. If that is not "
             "meant, look for a .detach() or .item(), a copy, or a value that is captured in place "
-            "of the argument."
+            "of the argument. A solution does not depend on how it was reached: for the learning "
+            "rate of an inner solver, call unrolled_grad."
         )
 
 

@@ -25,6 +25,10 @@ def outer(w, h):
     return ((w - 1) ** 2).sum()
 
 
+def fit(init, h):
+    return W
+
+
 def loop(**changes):
     sgd = lambda variables: torch.optim.SGD(variables, lr=0.01)
     given = {"inner_optimizer": sgd, "outer_optimizer": sgd, **changes}
@@ -58,6 +62,14 @@ def loop(**changes):
         (lambda: loop(method="stoc-bio").step(), "hypergrad.StocBiO()"),
         (lambda: implicit_grad(outer, inner, W, H, solver="minres"), "MINRES()"),
         (lambda: implicit_grad(outer, inner, W, H, solver=CG), "CG()"),
+        (lambda: loop(solver=CG()), "method=hypergrad.Alternating(solver=...)"),
+        (lambda: loop(n_steps=3), "method=hypergrad.Alternating(inner_steps=...)"),
+        (lambda: loop(tol=3), "method=hypergrad.Alternating(inner_tol=...)"),
+        (lambda: hypergrad.custom_argmin(fit)(W, H), "custom_argmin(objective)(solver)"),
+        (lambda: hypergrad.custom_root(fit)(W), "with a Tensor"),
+        (lambda: hypergrad.custom_fixed_point(fit)(W, H, H), "with several arguments"),
+        (lambda: hypergrad.compile(3), "got a int"),
+        (lambda: hypergrad.compile(loop()), "hypergrad.compile(loop.step)"),
     ],
 )
 def test_what_was_meant_is_named(call, words):
@@ -106,3 +118,25 @@ def test_a_function_of_too_few_arguments_or_too_many_is_told_which(few):
         fit(None, H.clone().requires_grad_())
     with pytest.raises(TypeError, match=r"must take \(params, hparams, batch\)"):
         loop(inner_batches=[(X, Y)]).step()
+
+
+def test_a_function_of_one_argument_is_told_which():
+    two, one = lambda w, h: (X @ w - Y) ** 2, lambda w: (X @ w - Y) ** 2
+    for call, words in (
+        (lambda: hypergrad.influence(two, one, W), r"outer_each must take \(params\)"),
+        (lambda: hypergrad.influence(one, two, W), r"inner_each must take \(params\)"),
+        (lambda: hypergrad.influence(one, one, W, regulariser=two), r"regulariser must take"),
+        (
+            lambda: hypergrad.check_hypergrad(outer, inner, lambda w, h: W, H),
+            r"solve must take \(hparams\), and takes \(w, h\)",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_a_learning_rate_has_no_implicit_gradient_and_a_message_says_what_has():
+    with pytest.warns(hypergrad.ConvergenceWarning, match=r"learning rate .* unrolled_grad"):
+        implicit_grad(
+            lambda w, rate: (w**2).sum(), lambda w, rate: ((w - 1) ** 2).sum(), W * 0 + 1, H
+        )

@@ -116,15 +116,17 @@ def advice(trees: Sequence[Tree] = ()) -> Iterator[None]:
         That of PyTorch, if it is not.
     ValueError
         The same.
+    AttributeError
+        The same.
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         advise(error, trees)
         raise
 
 
-def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None:
+def advise(error: RuntimeError | ValueError | AttributeError, trees: Sequence[Tree] = ()) -> None:
     """Raise what `advice` raises in place of an error that is known; else return."""
     if "parameter_and_buffer_dicts" in str(error):
         raise StructureMismatch(
@@ -132,6 +134,15 @@ def advise(error: RuntimeError | ValueError, trees: Sequence[Tree] = ()) -> None
             f"dict(module.named_parameters()) as params, not a list of them. ({error})",
             argument="params",
         ) from error
+    if isinstance(error, AttributeError):
+        if "has no attribute `" in str(error):  # torch.func.functional_call writes it so
+            raise StructureMismatch(
+                "params has names that the module has not. Pass dict(module.named_parameters()) of "
+                "the module that the loss calls: not that of another, nor of a wrapper, which puts "
+                f"a word such as 'module.' or '_orig_mod.' in front. ({error})",
+                argument="params",
+            ) from error
+        return
     for part, cure in _CURES.items():
         if part in str(error):
             raise UnsupportedOperation(f"{cure} ({error})") from error

@@ -19,6 +19,7 @@ from .._errors import (
     StructureMismatch,
     UnsupportedOperation,
 )
+from .._implicit.signatures import Hparams, Inner, Objective, Params
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._pytrees import Tree
@@ -148,10 +149,10 @@ class Report:
 
 @explained
 def check_hypergrad(
-    outer: Callable[[Any, Any], Any],
-    inner: Any,
-    solve: Callable[[Any], Any],
-    hparams: Any,
+    outer: Objective[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    solve: Callable[[Hparams], Params],
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     rtol: float | None = None,

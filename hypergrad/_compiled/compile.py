@@ -121,5 +121,6 @@ def compile(
             compile, backend=backend, on_fallback=on_fallback, check=check, fixed=fixed
         )
     if not callable(fn):
-        raise TypeError(f"fn must be a function; got {fn!r}.")
+        cure = " Pass its step: hypergrad.compile(loop.step)." if hasattr(fn, "step") else ""
+        raise TypeError(f"fn must be a function; got a {type(fn).__name__}.{cure}")
     return CompiledFunction(fn, Session(backend, on_fallback, check, fixed))

@@ -39,7 +39,7 @@ Batching = Literal["vmap", "loop"]
 
 @explained
 def custom_argmin(
-    inner: Any,
+    inner: Callable[..., Tensor | tuple[Tensor, Any]] | Condition,
     *,
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
@@ -119,7 +119,7 @@ def custom_argmin(
 
 @explained
 def custom_root(
-    F: Any,
+    F: Callable[..., Any] | Condition,
     *,
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
@@ -158,7 +158,7 @@ def custom_root(
 
 @explained
 def custom_fixed_point(
-    T: Any,
+    T: Callable[..., Any] | Condition,
     *,
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
@@ -223,7 +223,15 @@ def differentiable(condition: Condition, settings: Settings) -> Callable[[Fit], 
         raise ValueError(f"batching must be 'vmap' or 'loop'; got {settings.batching!r}.")
     positions = _positions(settings.argnums)
 
-    def decorate(fit: Fit) -> Fit:
+    def decorate(fit: Fit, *others: Any) -> Fit:
+        if others or not callable(fit):
+            raise TypeError(
+                "This is a decorator, which takes the inner solver, and it was called with "
+                f"{'several arguments' if others else f'a {type(fit).__name__}'}. The decorators "
+                "take the objective or the condition first and the solver after it: "
+                "fit = custom_argmin(objective)(solver), and then fit(init, *args)."
+            )
+
         @never_compiled
         @functools.wraps(fit)
         def solve(*args: Any, **keywords: Any) -> Any:

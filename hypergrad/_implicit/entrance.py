@@ -82,10 +82,10 @@ def implicit_grad(
 @never_compiled
 @explained
 def implicit_grad(
-    outer: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,
@@ -94,7 +94,7 @@ def implicit_grad(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
     compile: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Compute the hypergradient of an outer loss through the solution of an inner problem.
 
     It is d/d hparams of ``outer(params*(hparams), hparams)``, by implicit differentiation:
@@ -253,10 +253,10 @@ def implicit_backward(
 @never_compiled
 @explained
 def implicit_backward(
-    outer: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,
@@ -265,7 +265,7 @@ def implicit_backward(
     on_failure: OnFailure = "warn",
     return_info: bool = False,
     compile: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Any]:
     """Accumulate the hypergradient into the ``.grad`` of the hyperparameters.
 
     Acts as ``torch.autograd.backward(leaves of hparams, grads)``: the gradient passes through

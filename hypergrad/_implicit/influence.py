@@ -27,17 +27,18 @@ from .choices import Choices
 from .hypergradient import refuse_changed
 from .linearisation import Linearisation
 from .outputs import Outputs, Pushed
+from .signatures import Params
 
 
 @never_compiled
 @explained
 def influence(
-    outer_each: Callable[[Any], Any],
-    inner_each: Callable[[Any], Any],
-    params: Any,
+    outer_each: Callable[[Params], Tensor],
+    inner_each: Callable[[Params], Tensor],
+    params: Params,
     *,
     weights: Tensor | None = None,
-    regulariser: Callable[[Any], Any] | None = None,
+    regulariser: Callable[[Params], Tensor] | None = None,
     solver: Solver | None = None,
     inner_tol: float | None = 1e-3,
     on_failure: OnFailure = "warn",

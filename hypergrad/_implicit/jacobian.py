@@ -20,15 +20,16 @@ from .blocks import checked_memory, leaves_of_start, refuse_transforms
 from .choices import Choices
 from .compiled_jacobian import replayed_jacobian
 from .jacobian_call import JacobianCall
+from .signatures import Hparams, Inner, Params
 
 
 @never_compiled
 @explained
 def jacobian(
-    outers: Callable[[Any, Any], Any],
-    inner: Any,
-    params: Any,
-    hparams: Any,
+    outers: Callable[[Params, Hparams], Any],
+    inner: Inner[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     solver: Solver | None = None,
     x0: Any = None,

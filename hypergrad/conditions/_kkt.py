@@ -17,6 +17,7 @@ from .._pytrees import Layout, Tree
 from ._base import Condition, Point, Product, Record
 from ._inner_problem import Problem, scalar
 from ._kinks import largest, linearly_dependent, reach
+from ._multipliers import fitted
 
 _CHECKED = 200  # most constraints whose gradients are checked for linear dependence
 
@@ -86,6 +87,38 @@ class KKT(Condition):
         value = scalar("f", self.f(x, *args))
         value = value + _priced("nu", nu, "equalities", self.equalities, x, args)
         return value + _priced("lam", lam, "inequalities", self.inequalities, x, args)
+
+    def multipliers(self, x: Any, *args: Any) -> tuple[Any, Any]:
+        """Find the multipliers of a solution that came without them, by least squares.
+
+        They minimise ``||grad_x L||^2 + ||lam g||^2``, and what is below zero in lam counts as
+        zero. At a solution at which the gradients of the active constraints are independent (LICQ)
+        these are its multipliers. Elsewhere they are not, and every entrance says so, since
+        ``(x, nu, lam)`` does not satisfy the condition. The Jacobian of all constraints is formed.
+
+        Parameters
+        ----------
+        x : pytree of Tensor
+            The variables.
+        *args
+            What the functions take after them: ``hparams``.
+
+        Returns
+        -------
+        nu, lam : pytree of Tensor or None
+            Detached, shaped like what `equalities` and `inequalities` return; None where there
+            are none. The `params` are ``(x, nu, lam)``.
+
+        Examples
+        --------
+        >>> import torch, hypergrad
+        >>> t = torch.tensor(1.0)
+        >>> ball = hypergrad.KKT(lambda x, t: -x.sum(), inequalities=lambda x, t: x @ x - t)
+        >>> x = torch.full((2,), 0.5).sqrt()
+        >>> ball.multipliers(x, t)  # -1 + lam * 2 x = 0
+        (None, tensor(0.7071))
+        """
+        return fitted(self.f, self.equalities, self.inequalities, x, args)
 
     def probe(self, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate the Lagrangian."""

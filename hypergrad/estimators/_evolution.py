@@ -13,7 +13,7 @@ from .._autograd.refusals import never_compiled
 from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import detached
 from .._errors import NotConverged
-from .._implicit.signatures import Hparams, Outer
+from .._implicit.signatures import Hparams, Outer, Params
 from .._mistakes import explained
 from .._pytrees import Layout
 from .._warnings import OnFailure, check_on_failure
@@ -112,10 +112,10 @@ def evolution_strategies_grad(
 @never_compiled
 @explained
 def evolution_strategies_grad(
-    outer: Callable[[Any, Any], Any],
+    outer: Outer[Params, Hparams],
     step: Callable[..., Any] | None,
-    init: Any,
-    hparams: Any,
+    init: Params | Callable[[Hparams], Params],
+    hparams: Hparams,
     *,
     steps: int = 0,
     sigma: float = 0.01,
@@ -125,7 +125,7 @@ def evolution_strategies_grad(
     chunk_size: int | None = None,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient from values of the outer loss at random hyperparameters, in pairs.
 
     With ``f(hparams) = outer(params, hparams)``, `params` being what the inner solver makes of

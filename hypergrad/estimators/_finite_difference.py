@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.refusals import never_compiled
-from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.signatures import Hparams, Objective, Outer, Params
 from .._info import SolveInfo, Status
 from .._mistakes import explained
 from .._warnings import OnFailure
@@ -76,10 +76,10 @@ def finite_difference_grad(
 @never_compiled
 @explained
 def finite_difference_grad(
-    outer: Callable[[Any, Any], Any],
-    inner: Callable[[Any, Any], Any],
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Objective[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     epsilon: float | None = None,
     scale: float | None = None,
@@ -88,7 +88,7 @@ def finite_difference_grad(
     has_aux: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient without a second derivative: DARTS and SAMA.
 
     The cross product ``(d2 inner / d params d hparams)^T u`` is the central difference of ``d

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._autograd.refusals import never_compiled
 from .._errors import StructureMismatch
-from .._implicit.signatures import Hparams, Outer
+from .._implicit.signatures import Hparams, Outer, Params
 from .._mistakes import explained
 from .._pytrees import Tree
 from .._warnings import OnFailure, check_on_failure, warn_of_unused
@@ -45,15 +45,15 @@ def one_step_grad(
 @never_compiled
 @explained
 def one_step_grad(
-    outer: Callable[[Any, Any], Any],
-    step: Callable[[Any, Any], Any],
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    step: Callable[[Params, Hparams], Params],
+    params: Params,
+    hparams: Hparams,
     *,
     has_aux: bool = False,
     return_params: bool = False,
     on_failure: OnFailure = "warn",
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient by differentiating one step of an inner solver near convergence.
 
     One step is made from `params`, and that step alone is differentiated, with `params` a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._autograd.refusals import never_compiled
 from .._autograd.trace import detached
-from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.signatures import Hparams, Objective, Outer, Params
 from .._info import SolveInfo
 from .._mistakes import explained
 from .._warnings import OnFailure
@@ -85,10 +84,10 @@ def penalty_grad(
 @never_compiled
 @explained
 def penalty_grad(
-    outer: Callable[[Any, Any], Any],
-    inner: Callable[[Any, Any], Any],
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Objective[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     penalty: float,
     penalised: Any = None,
@@ -100,7 +99,7 @@ def penalty_grad(
     return_params: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Estimate the hypergradient from first derivatives at two inner solutions: F2SA's penalty.
 
     With ``y`` the minimiser of `inner` and ``z`` that of ``inner + outer / penalty``::

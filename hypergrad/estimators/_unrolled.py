@@ -8,7 +8,7 @@ from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 from .._autograd.refusals import never_compiled
 from .._errors import UnsupportedOperation
-from .._implicit.signatures import Hparams, Outer
+from .._implicit.signatures import Hparams, Outer, Params
 from .._mistakes import explained
 from .._warnings import OnFailure, check_on_failure, warn_of_unused
 from ._answer import handed_out, hypergradient
@@ -54,10 +54,10 @@ def unrolled_grad(
 @never_compiled
 @explained
 def unrolled_grad(
-    outer: Callable[[Any, Any], Any],
+    outer: Outer[Params, Hparams],
     step: Callable[..., Any],
-    init: Any,
-    hparams: Any,
+    init: Params | Callable[[Hparams], Params],
+    hparams: Hparams,
     *,
     steps: int,
     truncate: int | None = None,
@@ -66,7 +66,7 @@ def unrolled_grad(
     has_aux: bool = False,
     return_params: bool = False,
     on_failure: OnFailure = "warn",
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Compute the hypergradient by differentiating through `steps` steps of an inner optimiser.
 
     This is the exact derivative of what the steps compute, whether or not they have converged.

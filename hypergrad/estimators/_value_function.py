@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
@@ -13,7 +12,7 @@ from .._autograd.products import filled
 from .._autograd.refusals import never_compiled
 from .._autograd.torch_pytrees import pytree
 from .._errors import Diverged
-from .._implicit.signatures import Hparams, Objective, Outer
+from .._implicit.signatures import Hparams, Objective, Outer, Params
 from .._mistakes import explained
 from .._warnings import OnFailure
 from ._answer import check_not_negative, check_positive
@@ -119,10 +118,10 @@ def value_function_grad(
 @never_compiled
 @explained
 def value_function_grad(
-    outer: Callable[[Any, Any], Any],
-    inner: Callable[[Any, Any], Any],
-    params: Any,
-    hparams: Any,
+    outer: Outer[Params, Hparams],
+    inner: Objective[Params, Hparams],
+    params: Params,
+    hparams: Hparams,
     *,
     lr: float,
     steps: int = 10,
@@ -131,7 +130,7 @@ def value_function_grad(
     has_aux: bool = False,
     on_failure: OnFailure = "warn",
     return_info: bool = False,
-) -> Any:
+) -> Hparams | tuple[Hparams, Any]:
     """Form the direction of joint descent on both levels, from first derivatives: BOME.
 
     The inner problem is the constraint that the gap ``q = inner(params) - inner(y)`` be zero,

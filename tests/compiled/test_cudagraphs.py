@@ -140,7 +140,6 @@ def test_without_a_cuda_device_the_operations_run_one_by_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_is_right_at_new_inputs_and_draws_no_random_numbers():
     step = hypergrad.compile(hypergradient, backend="cudagraphs", on_fallback="raise")
     state = torch.cuda.get_rng_state()
@@ -151,7 +150,6 @@ def test_a_cuda_graph_is_right_at_new_inputs_and_draws_no_random_numbers():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replay_of_a_cuda_graph_does_not_wait_for_the_device():
     def function(x):
         return [torch.sin(x).cumsum(0) @ x, x.exp()]

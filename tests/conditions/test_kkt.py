@@ -97,3 +97,63 @@ def test_kkt_takes_pytrees_of_variables_and_constraints_and_empty_multipliers():
     params = w, torch.zeros(0, dtype=F64), lam
     hypergradient = implicit_grad(problem.outer, problem.condition, params, problem.hparams)
     assert relative_error(hypergradient, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+@pytest.mark.parametrize("made", [equality_qp, inequality_qp, kkt_ball])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_multipliers_of_a_solution_are_those_of_its_closed_form(made, dtype):
+    problem = made(dtype)
+    x, nu, lam = problem.solve(problem.hparams)
+    found = problem.condition.multipliers(x, problem.hparams)
+    rtol = 1e-10 if dtype == F64 else 1e-4
+    for one, expected in zip(found, (nu, lam), strict=True):
+        assert (one is None) == (expected is None)
+        if expected is not None:
+            assert one.dtype == dtype
+            torch.testing.assert_close(one, expected, rtol=rtol, atol=rtol)
+    grads = implicit_grad(
+        lambda p, h: p[0].square().sum(), problem.condition, (x, *found), problem.hparams,
+        on_failure="raise",
+    )  # fmt: skip
+    expected = implicit_grad(
+        lambda p, h: p[0].square().sum(), problem.condition, (x, nu, lam), problem.hparams
+    )
+    assert relative_error(grads, expected) < 1e3 * rtol
+
+
+def test_multipliers_do_not_depend_on_the_units_of_a_constraint():
+    problem = inequality_qp()
+    x, _, lam = problem.solve(problem.hparams)
+    units = torch.logspace(-8, 8, 12, dtype=F64)
+    kkt = problem.condition
+    scaled = KKT(kkt.f, kkt.equalities, lambda x, h: units * kkt.inequalities(x, h))
+    _, found = scaled.multipliers(x, problem.hparams)
+    torch.testing.assert_close(found * units, lam, rtol=1e-6, atol=1e-8)
+
+
+def test_multipliers_have_the_structure_of_the_constraints_and_are_mapped():
+    H, c, _ = regression()
+
+    def box(x, top):
+        return {"low": -x["w"] - 0.5, "high": x["w"].reshape(2, 3) - top}
+
+    kkt = KKT(lambda x, top: x["w"] @ H @ x["w"] / 2 - c @ x["w"], inequalities=box)
+    x = {"w": inequality_qp().solve(inequality_qp().hparams)[0].clamp(-0.5, 0.4)}
+    top = torch.tensor(0.4, dtype=F64)
+    _, lam = kkt.multipliers(x, top)
+    assert {name: value.shape for name, value in lam.items()} == {"low": (6,), "high": (2, 3)}
+    xs = {"w": torch.stack([x["w"], x["w"] / 2])}
+    mapped = torch.vmap(lambda x: kkt.multipliers(x, top)[1])(xs)
+    torch.testing.assert_close(mapped["high"][0], lam["high"])
+    torch.testing.assert_close(mapped["low"][1], kkt.multipliers({"w": xs["w"][1]}, top)[1]["low"])
+
+
+def test_multipliers_of_a_point_that_is_no_solution_do_not_make_it_one():
+    problem = inequality_qp()
+    x, _, _ = problem.solve(problem.hparams)
+    wrong = x + 0.1
+    params = (wrong, *problem.condition.multipliers(wrong, problem.hparams))
+    with pytest.raises(hypergrad.NotConverged):
+        implicit_grad(
+            lambda p, h: p[0].sum(), problem.condition, params, problem.hparams, on_failure="raise"
+        )

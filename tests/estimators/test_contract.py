@@ -346,7 +346,6 @@ def test_evolution_strategies_need_a_floating_point_tensor():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @with_graph
 def test_on_a_cuda_device_the_answer_is_that_of_the_cpu(estimate):
     there = lambda tree: pytree.tree_map_only(Tensor, Tensor.cuda, tree)
@@ -358,7 +357,6 @@ def test_on_a_cuda_device_the_answer_is_that_of_the_cpu(estimate):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_cuda_device_evolution_strategies_draw_there():
     h = torch.ones(4, device="cuda", dtype=F64)
     generator = torch.Generator(device="cuda").manual_seed(0)

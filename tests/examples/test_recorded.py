@@ -135,7 +135,7 @@ def test_graphs_are_refused_without_a_gpu(capsys):
     assert said == "sinusoid: --cuda-graphs: they are for a GPU, and this is a run on the CPU\n"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "imaml-hf"])
 def test_on_a_cuda_device_a_graph_gives_what_the_function_gives(network, method):
     network = network.cuda()

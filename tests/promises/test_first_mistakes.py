@@ -433,3 +433,13 @@ def test_an_initial_point_made_from_the_hyperparameters_is_an_error(entrance):
     torch.testing.assert_close(hypergradient, 1 + h.detach().prod() / h.detach())
     hypergradient = hypergrad.unrolled_grad(final, halve, (2 * h).detach(), h, steps=1)
     torch.testing.assert_close(hypergradient, h.detach().prod() / h.detach())
+
+
+@pytest.mark.parametrize("entrance", [implicit_grad, implicit_backward, hypergrad.jacobian])
+def test_names_of_another_module_are_told_of(entrance):
+    wrapped = {f"module.{name}": p for name, p in LINEAR.named_parameters()}
+    other = dict(nn.Sequential(nn.Linear(30, 1)).named_parameters())
+    decay = DECAY.clone().requires_grad_()
+    for params in (wrapped, other):
+        with pytest.raises(StructureMismatch, match="names that the module has not"):
+            entrance(of_linear, of_network(LINEAR), params, decay)
