@@ -20,7 +20,7 @@ from rich.console import Console
 
 from examples.imaml.command_line import OneLineParser, Settings, finish, whole
 from examples.imaml.episodes import Params
-from examples.imaml.experiment import build_learner
+from examples.imaml.experiment import build_meta_learner
 from examples.imaml.inner import FirstOrderSteps
 from examples.imaml.meta import MetaLearner
 from examples.imaml.omniglot import VALIDATION_TASKS, OmniglotBenchmark
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.smoke:
         settings = replace(settings, test_tasks=2)
     benchmark, console = OmniglotBenchmark.build(settings), Console()
-    learner = build_learner(settings, settings.method, benchmark)
+    learner = build_meta_learner(settings, settings.method, benchmark)
     steps = [s for s in STEPS if s <= (2 if given.smoke else given.most_steps)]
     with console.status("inner steps"):
         records = measure(learner, benchmark, params, steps)

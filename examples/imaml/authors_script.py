@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 import hypergrad
 from examples.imaml.command_line import OneLineParser, finish, whole
 from examples.imaml.episodes import Episodes, Params
-from examples.imaml.experiment import build_learner, run_experiment
+from examples.imaml.experiment import build_meta_learner, run_experiment
 from examples.imaml.inner import GaussNewtonSteps, GradientDescent, ProximalProblem, flatten
 from examples.imaml.meta import MetaLearner
 from examples.imaml.run_folder import RunFolder
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     count = min(TASKS, settings.test_tasks)
     tasks = benchmark.tasks.sample(count, torch.Generator().manual_seed(TASKS_SEED))
     learner = dataclasses.replace(
-        build_learner(settings, "imaml", benchmark),
+        build_meta_learner(settings, "imaml", benchmark),
         linear_solver=hypergrad.CG(maxiter=200, rtol=1e-6),
         clip=1e12,
     )

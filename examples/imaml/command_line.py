@@ -44,7 +44,6 @@ class Settings:
     compare: tuple[Method, ...]
     shots: int
     queries: int
-    cg_steps: int
     damping: float
     truncate: int
     momentum: float
@@ -150,6 +149,7 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
         ("--lam", real(above=0), "strength of the proximal term"),
         ("--lr", real(above=0), "Adam's rate at the start, which falls to zero along a cosine"),
         ("--tasks-per-step", whole(1, MOST_SIZE), "tasks in a meta-step"),
+        ("--cg-steps", whole(1), "steps of CG, or terms of the Neumann series, at most"),
     ):
         add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the method's own)")
     for flag, names, text in (
@@ -168,7 +168,6 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--momentum", type=real(least=0), default=0.9, help="of Nesterov's inner steps")
     add("--truncate", type=whole(1), default=5, metavar="STEPS",
         help="the last inner steps, through which truncated back-propagation goes")  # fmt: skip
-    add("--cg-steps", type=whole(1), help="steps of CG, or terms of the Neumann series, at most")
     add("--damping", type=real(least=0), default=0.0, help="added to A")
     add("--clip", type=real(above=0), default=10.0, help="norm of a task's meta-gradient, at most")
     add(

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from examples.imaml.command_line import OneLineParser, Settings, finish, whole
 from examples.imaml.episodes import Episodes, Params
-from examples.imaml.experiment import build_learner
+from examples.imaml.experiment import build_meta_learner
 from examples.imaml.inner import Curvature, GaussNewtonSteps, GradientDescent, InnerSolver
 from examples.imaml.meta import MetaLearner
 from examples.imaml.reporting import mean_interval, save_figure
@@ -56,7 +56,7 @@ class Training:
     def build(self, settings: Settings, benchmark: SinusoidBenchmark) -> MetaLearner:
         """Make its learner: that of the demo with this matrix and this inner solver."""
         return dataclasses.replace(
-            build_learner(settings, "imaml", benchmark),
+            build_meta_learner(settings, "imaml", benchmark),
             curvature=self.curvature,
             inner_solver=INNER_SOLVERS[self.inner],
         )

@@ -3,8 +3,9 @@
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from rich.console import Console
@@ -18,6 +19,9 @@ from examples.imaml.command_line import Settings
 from examples.imaml.compiled import CompiledMetaGradient
 from examples.imaml.configuration import describe, versions
 from examples.imaml.episodes import Episodes, Params
+from examples.imaml.head import SOLVED_RESIDUAL, HeadLearner, split_head
+from examples.imaml.head_newton import OutputLoss
+from examples.imaml.learner import Learner
 from examples.imaml.meta import MetaLearner
 from examples.imaml.ranks import Ranks, count, is_first, join
 from examples.imaml.recorded import MetaGradient, RecordedMetaGradient
@@ -28,6 +32,8 @@ from examples.imaml.systems import Method, build_inner_solver, build_linear_solv
 from examples.imaml.tensorboard_sink import TensorBoardSink
 from examples.imaml.training import Schedule, Trained, TrainingFailed, train
 
+Model: TypeAlias = Callable[[Params, Tensor], Tensor]
+
 
 class Benchmark(Protocol):
     """A family of tasks, the network that learns them and what it is judged by."""
@@ -35,6 +41,11 @@ class Benchmark(Protocol):
     @property
     def figure(self) -> str:
         """What the runs are judged by, in words."""
+        ...
+
+    @property
+    def head_loss(self) -> OutputLoss:
+        """The loss, with its derivatives in the outputs."""
         ...
 
     @property
@@ -54,17 +65,39 @@ class Benchmark(Protocol):
         """Draw training tasks."""
         ...
 
-    def validate(self, learner: MetaLearner, params: Params) -> float:
+    def validate(self, learner: Learner, params: Params) -> float:
         """Return the figure on the validation tasks, the same at each call."""
         ...
 
-    def test(self, learner: MetaLearner, params: Params) -> dict[str, Tensor]:
+    def test(self, learner: Learner, params: Params) -> dict[str, Tensor]:
         """Return figures on the test tasks, one entry a task."""
         ...
 
 
-def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> MetaLearner:
+def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> Learner:
     """Make the learner of one method, as the settings have it.
+
+    Parameters
+    ----------
+    settings
+        The settings.
+    method
+        Which of the methods.
+    benchmark
+        The tasks.
+
+    Returns
+    -------
+    Learner
+        The learner.
+    """
+    if settings.systems[method].adapted == "head":
+        return _build_head_learner(settings, method, benchmark)
+    return build_meta_learner(settings, method, benchmark)
+
+
+def build_meta_learner(settings: Settings, method: Method, benchmark: Benchmark) -> MetaLearner:
+    """Make the learner of a method that adapts the whole network.
 
     Parameters
     ----------
@@ -86,20 +119,15 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     def model(params: Params, x: Tensor) -> Tensor:
         return torch.func.functional_call(network, params, (x,))
 
-    def mixed(params: Params, x: Tensor) -> Tensor:
-        # Under a transform a cast that is kept would outlive the level that it belongs to.
-        with torch.autocast(settings.device.type, torch.bfloat16, cache_enabled=False):
-            return model(params, x).float()
-
     return MetaLearner(
-        model=mixed if settings.precision == "bfloat16" else model,
+        model=_in_precision(settings, model),
         loss=benchmark.loss,
         differentiation=system.differentiation,
         inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
         lam=recipe.lam,
         linear_solver=build_linear_solver(
             system.linear_solver,
-            settings.cg_steps,
+            recipe.cg_steps,
             settings.damping,
             recipe.lam,
             looks=settings.device.type == "cpu",
@@ -111,9 +139,44 @@ def build_learner(settings: Settings, method: Method, benchmark: Benchmark) -> M
     )
 
 
+def _build_head_learner(settings: Settings, method: Method, benchmark: Benchmark) -> HeadLearner:
+    recipe, system = settings.recipes[method], settings.systems[method]
+    body, head = split_head(benchmark.build_network().to(settings.device))
+
+    def features(params: Params, x: Tensor) -> Tensor:
+        return torch.func.functional_call(body, params, (x,))
+
+    return HeadLearner(
+        _in_precision(settings, features),
+        head,
+        benchmark.head_loss,
+        recipe.inner_steps,
+        recipe.lam,
+        build_linear_solver(
+            system.linear_solver,
+            recipe.cg_steps,
+            settings.damping,
+            recipe.lam,
+            looks=settings.device.type == "cpu",
+            rtol=SOLVED_RESIDUAL,
+        ),
+        settings.clip,
+        method,
+    )
+
+
+def _in_precision(settings: Settings, model: Model) -> Model:
+    def mixed(params: Params, x: Tensor) -> Tensor:
+        # Under a transform a cast that is kept would outlive the level that it belongs to.
+        with torch.autocast(settings.device.type, torch.bfloat16, cache_enabled=False):
+            return model(params, x).float()
+
+    return mixed if settings.precision == "bfloat16" else model
+
+
 def run_experiment(
     settings: Settings, benchmark: Benchmark, console: Console
-) -> tuple[dict[Method, Outcome], dict[Method, MetaLearner]]:
+) -> tuple[dict[Method, Outcome], dict[Method, Learner]]:
     """Train and test the chosen method, then the others for the same time.
 
     The chosen method's files lie in the output folder, those of another in a folder of its
@@ -151,7 +214,7 @@ def run_experiment(
         resumed = _find_checkpoint(settings, settings.method, benchmark, ranks, console)
         folder.write_json("config.json", _describe(settings, ended=False))
         outcomes: dict[Method, Outcome] = {}
-        learners: dict[Method, MetaLearner] = {}
+        learners: dict[Method, Learner] = {}
         schedule = settings.meta_steps, settings.time_budget
         for method in (settings.method, *settings.compare):
             if method != settings.method:
@@ -242,7 +305,7 @@ def _find_checkpoint(
 
 def _train_one(
     settings: Settings,
-    learner: MetaLearner,
+    learner: Learner,
     benchmark: Benchmark,
     schedule: tuple[int, float | None],
     resumed: Checkpoint | None,
@@ -262,7 +325,7 @@ def _train_one(
     try:
         trained = train(
             learner,
-            dict(network.named_parameters()),
+            learner.start(dict(network.named_parameters())),
             lambda tasks: benchmark.sample(tasks, generator),
             lambda params: benchmark.validate(learner, params),
             Schedule(*schedule, recipe.tasks_per_step, recipe.lr, settings.validate_every),
@@ -288,7 +351,7 @@ def _train_one(
     return trained
 
 
-def _compute(settings: Settings, learner: MetaLearner) -> MetaGradient:
+def _compute(settings: Settings, learner: Learner) -> MetaGradient:
     if settings.cuda_graphs:
         return RecordedMetaGradient(learner.meta_gradient, learner.method)
     if learner.differentiation == "implicit" and settings.recipes[learner.method].compile:

@@ -59,6 +59,10 @@ class MetaLearner:
     clip: float = 10.0
     method: Method = "imaml"
 
+    def start(self, params: Params) -> Params:
+        """Return the meta-parameters to start from: the network's parameters."""
+        return params
+
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt the meta-parameters to one task.
 

@@ -5,6 +5,8 @@ outside, there are no buffers, and nothing depends on the training mode, so that
 `torch.func.vmap` may give each task parameters of its own.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ class SinusoidMLP(nn.Sequential):
         )
 
 
-class OmniglotConvNet(nn.Module):
+class OmniglotConvNet(nn.Sequential):
     """Four strided 3 x 3 convolutions with batch statistics and ReLU, and a linear head.
 
     The statistics are always those of the pictures in the call, at test time too
@@ -50,15 +52,14 @@ class OmniglotConvNet(nn.Module):
         channels
             Filters in each convolution.
         """
-        super().__init__()
-        self.first = InputBlock(channels)
-        self.rest = nn.Sequential(*(_block(channels) for _ in range(3)))
-        self.head = nn.Linear(4 * channels, ways)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, ways] for images [B, 1, 28, 28]."""
-        logits: Tensor = self.head(self.rest(self.first(images)).flatten(1))
-        return logits
+        super().__init__(
+            OrderedDict(
+                first=InputBlock(channels),
+                rest=nn.Sequential(*(_block(channels) for _ in range(3))),
+                flatten=nn.Flatten(),
+                head=nn.Linear(4 * channels, ways),
+            )
+        )
 
 
 class PooledConvNet(nn.Sequential):

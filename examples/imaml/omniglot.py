@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import interpolate
 
 from examples.imaml.command_line import (
     MOST_SIZE,
@@ -26,7 +26,8 @@ from examples.imaml.command_line import (
 )
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.experiment import run_experiment
-from examples.imaml.meta import MetaLearner
+from examples.imaml.head_newton import CrossEntropy, OutputLoss
+from examples.imaml.learner import Learner
 from examples.imaml.models import OmniglotConvNet, PooledConvNet
 from examples.imaml.omniglot_archive import SIDE as WHOLE_SIDE
 from examples.imaml.omniglot_archive import OmniglotError
@@ -56,8 +57,12 @@ TASKS_AT_ONCE = 20
 # the processor for imaml-gd, imaml-hf and maml each; none for imaml-neumann, truncated and
 # maml-nesterov, which take after them. Reptile's steps and rate follow Nichol et al. 2018.
 TUNED = Recipe("gradient-descent", 5, inner_lr=0.4, lam=0.1, lr=5e-3, tasks_per_step=8)
+HEAD = Recipe("newton", 12, inner_lr=0.4, lam=3e-3, lr=5e-3, tasks_per_step=8, cg_steps=100)
+HEAD_OF_MANY = replace(HEAD, lam=1e-3, tasks_per_step=4)
+MANY_WAYS = 10
 HESSIAN = Recipe("gradient-descent", 8, inner_lr=0.2, lam=0.5, lr=3e-3, tasks_per_step=8)
 RECIPES: dict[Method, Recipe] = {
+    "imaml-head": HEAD,
     "imaml": TUNED,
     "imaml-gd": HESSIAN,
     "imaml-neumann": HESSIAN,
@@ -128,6 +133,11 @@ class OmniglotBenchmark:
             cropped,
         )
 
+    @property
+    def head_loss(self) -> OutputLoss:
+        """The loss, with its derivatives in the outputs."""
+        return CrossEntropy()
+
     def build_network(self) -> nn.Module:
         """Make the four convolutions and the linear head."""
         if self.cropped:
@@ -136,21 +146,21 @@ class OmniglotBenchmark:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy."""
-        return cross_entropy(outputs, targets)
+        return self.head_loss(outputs, targets)
 
     def sample(self, tasks: int, generator: torch.Generator) -> Episodes:
         """Draw training tasks."""
         crop = partial(random_crops, generator=generator) if self.cropped else None
         return self._draw(self.characters.train, tasks, self.queries, generator, crop)
 
-    def validate(self, learner: MetaLearner, params: Params) -> float:
+    def validate(self, learner: Learner, params: Params) -> float:
         """Return the accuracy on the validation tasks."""
         count = min(VALIDATION_TASKS, self.test_tasks)
         batches = self._batches(self.characters.validation, count, VALIDATION_SEED)
         accuracies = [_accuracy(learner.predict(params, batch), batch) for batch in batches]
         return torch.cat(accuracies).mean().item()
 
-    def test(self, learner: MetaLearner, params: Params) -> dict[str, Tensor]:
+    def test(self, learner: Learner, params: Params) -> dict[str, Tensor]:
         """Return each test task's accuracy: all queries together, and one at a time.
 
         Parameters
@@ -202,9 +212,7 @@ class OmniglotBenchmark:
         )  # fmt: skip
 
 
-def draw(
-    outcomes: dict[Method, Outcome], learner: MetaLearner, benchmark: OmniglotBenchmark
-) -> Figure:
+def draw(outcomes: dict[Method, Outcome], learner: Learner, benchmark: OmniglotBenchmark) -> Figure:
     """Draw the learning curves, and one test task with the predictions for its queries.
 
     Parameters
@@ -253,7 +261,6 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
         "Meta-learn N-way K-shot classification with implicit MAML and the systems beside it.",
         {
             "compare": [],
-            "cg_steps": 5,
             "shots": 1,
             "queries": 5,
             "meta_steps": 3000,
@@ -273,8 +280,10 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
         "--channels", type=whole(1, MOST_SIZE), default=64, help="filters in each convolution"
     )
     parser.add_argument("--download", action="store_true", help="fetch archives that are missing")
-    pipeline = parser.parse_known_args(arguments)[0].pipeline
-    recipes = CROPPED_RECIPES if pipeline == "cropped" else RECIPES
+    early = parser.parse_known_args(arguments)[0]
+    recipes = dict(CROPPED_RECIPES if early.pipeline == "cropped" else RECIPES)
+    if early.ways > MANY_WAYS:
+        recipes["imaml-head"] = HEAD_OF_MANY
     settings = read_settings(parser, recipes, "omniglot", arguments)
     if settings.shots + settings.queries > 20:
         parser.error("--shots and --queries: together at most 20, the drawings of a character")

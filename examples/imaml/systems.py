@@ -22,19 +22,21 @@ from examples.imaml.torchopt_steps import TorchOptSteps
 from hypergrad.solvers import Solver
 
 Method: TypeAlias = Literal[
-    "imaml", "imaml-gd", "imaml-neumann", "imaml-hf",
+    "imaml-head", "imaml", "imaml-gd", "imaml-neumann", "imaml-hf",
     "maml", "maml-nesterov", "truncated", "fomaml", "reptile",
 ]  # fmt: skip
 Differentiation: TypeAlias = Literal[
     "implicit", "unrolled", "truncated", "first-order", "reptile"
 ]  # fmt: skip
 SolverName: TypeAlias = Literal[
-    "gradient-descent", "nesterov", "gauss-newton", "hessian-free",
+    "gradient-descent", "nesterov", "gauss-newton", "hessian-free", "newton",
     "torchopt-sgd", "torchopt-adam", "torchopt-rmsprop", "torchopt-adagrad",
 ]  # fmt: skip
 LinearSolverName: TypeAlias = Literal["cg", "minres", "neumann", "identity"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
+LEAST_HEAD_LAM = 1e-4
+"""Of the proximal term of `imaml-head`, which is meta-learnt."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class System:
         The matrix of that system, and of Hessian-free steps.
     proximal
         Whether inner steps that follow a gradient see the proximal term.
+    adapted
+        What a task adapts: the whole network, or its last layer alone.
     """
 
     name: str
@@ -62,9 +66,11 @@ class System:
     linear_solver: LinearSolverName = "cg"
     curvature: Curvature = "hessian"
     proximal: bool = True
+    adapted: Literal["network", "head"] = "network"
 
 
 SYSTEMS: dict[Method, System] = {
+    "imaml-head": System("iMAML, head", "implicit", adapted="head"),
     "imaml": System("iMAML, Gauss-Newton", "implicit", curvature="gauss-newton"),
     "imaml-gd": System("iMAML, GD and CG", "implicit"),
     "imaml-neumann": System("iMAML, Neumann", "implicit", linear_solver="neumann"),
@@ -94,6 +100,8 @@ class Recipe:
         Tasks in a meta-step.
     compile
         Whether an implicit gradient is compiled; no other one is.
+    cg_steps
+        Of the linear solve of an implicit gradient, at most; or terms of the Neumann series.
     """
 
     inner_solver: SolverName
@@ -103,6 +111,7 @@ class Recipe:
     lr: float
     tasks_per_step: int
     compile: bool = False
+    cg_steps: int = 5
 
 
 def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9) -> InnerSolver:
@@ -136,8 +145,9 @@ def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9)
 
 
 def build_linear_solver(
-    name: LinearSolverName, steps: int, damping: float, lam: float, *, looks: bool = True
-) -> Solver:
+    name: LinearSolverName, steps: int, damping: float, lam: float,
+    *, looks: bool = True, rtol: float | None = None,
+) -> Solver:  # fmt: skip
     """Make the linear solver of an implicit gradient.
 
     Parameters
@@ -153,13 +163,15 @@ def build_linear_solver(
         first-order MAML.
     looks
         Whether the host may read a residual, to stop early; a GPU would be waited for each time.
+    rtol
+        Where it stops then. None: at the library's tolerance, and `steps` are a budget.
 
     Returns
     -------
     Solver
         The solver.
     """
-    rtol = None if looks else 0.0
+    rtol = rtol if looks else 0.0
     build: dict[LinearSolverName, Callable[[], Solver]] = {
         "cg": lambda: hypergrad.CG(maxiter=steps, rtol=rtol, damping=damping),
         "minres": lambda: hypergrad.MINRES(maxiter=steps, rtol=rtol, damping=damping),
@@ -185,6 +197,10 @@ def refuse(method: Method, recipe: Recipe, system: System) -> str | None:
         What is wrong; None: nothing.
     """
     where = f"--method {method} with --inner-solver {recipe.inner_solver}"
+    if system.adapted == "head":
+        return _refuse_for_head(method, recipe, system)
+    if recipe.inner_solver == "newton":
+        return f"{where}: Newton's steps are for the last layer alone, so --method imaml-head"
     try:
         solver = build_inner_solver(recipe, system)
     except ImportError:
@@ -202,4 +218,17 @@ def refuse(method: Method, recipe: Recipe, system: System) -> str | None:
         )
     if not system.proximal and steps is None:
         return f"{where}: it needs the proximal term, so --proximal"
+    return None
+
+
+def _refuse_for_head(method: Method, recipe: Recipe, system: System) -> str | None:
+    """Say why the last layer is not adapted to in this way."""
+    if recipe.inner_solver != "newton":
+        return f"--method {method}: its inner solver is newton, not {recipe.inner_solver}"
+    if system.differentiation != "implicit":
+        return f"--method {method}: --differentiation implicit alone, not {system.differentiation}"
+    if not system.proximal:
+        return f"--method {method}: it needs the proximal term, so --proximal"
+    if recipe.lam <= LEAST_HEAD_LAM:
+        return f"--method {method}: --lam above {LEAST_HEAD_LAM:g}, not {recipe.lam:g}"
     return None

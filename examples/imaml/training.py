@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.imaml.clock import Clock, clock_for
 from examples.imaml.episodes import Episodes, Params
 from examples.imaml.interruption import Interrupted, Interruption
-from examples.imaml.meta import MetaLearner
+from examples.imaml.learner import Learner
 from examples.imaml.ranks import Ranks, is_first
 from examples.imaml.recorded import MetaGradient
 from examples.imaml.resume import Keeping
@@ -84,7 +84,7 @@ class Trained:
 
 
 def train(
-    learner: MetaLearner,
+    learner: Learner,
     start: Params,
     sample: Callable[[int], Episodes],
     validate: Callable[[Params], float],
@@ -216,7 +216,7 @@ def _average(measures: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**means, "not_finite": missing}
 
 
-def _not_finite(learner: MetaLearner, step: int) -> str:
+def _not_finite(learner: Learner, step: int) -> str:
     return (
         f"{learner.method}: a meta-gradient was not finite before step {step}; "
         "try a smaller --inner-lr or --lr, or --curvature gauss-newton"

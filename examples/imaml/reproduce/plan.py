@@ -20,18 +20,26 @@ MEASUREMENTS: dict[Program, str] = {
 SEEDS = range(5)
 SINUSOID_SECONDS, LONGER_SINUSOID_SECONDS = 20, 60
 SINUSOID_EVALUATIONS = 200_000
-LONGER_SINUSOIDS: tuple[Method, ...] = ("imaml", "imaml-hf", "maml", "maml-nesterov", "fomaml")
+LONGER_SINUSOIDS: tuple[Method, ...] = (
+    "imaml-head",
+    "imaml",
+    "imaml-hf",
+    "maml",
+    "maml-nesterov",
+    "fomaml",
+)
 """Those that 20 seconds did not tell apart from `imaml`."""
 SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
-LONG_MINUTES = 25
+LONG_MINUTES, LONGEST_HEAD_MINUTES = 25, 240
 LONGEST_MINUTES, LONGEST_PROCESSES = 100, 2  # two hours by the clock, validation included
-SHORT_MINUTES, FULL_MINUTES = 5, 20
+FULL_MINUTES = 20
 SETTING_MINUTES, CROPPED_MINUTES = 20, 20
 # MAML and iMAML first, then the others.
 ORDER: tuple[Method, ...] = (
-    "imaml", "maml", "imaml-hf", "imaml-gd", "fomaml", "maml-nesterov", "reptile",
+    "imaml-head", "imaml", "maml", "imaml-hf", "imaml-gd", "fomaml", "maml-nesterov", "reptile",
     "truncated", "imaml-neumann",
 )  # fmt: skip
+BESIDE_HEADS: tuple[Method, ...] = ("maml", "fomaml")
 ENDLESS = "1000000"
 
 
@@ -78,6 +86,12 @@ def plan() -> list[Planned]:
     """
     long = _omniglot("imaml", 5, 1, LONG_MINUTES)
     return [
+        *_heads(),
+        *(
+            _omniglot(method, ways, 1, LONG_MINUTES, validate_every=200)
+            for ways in (5, 20)
+            for method in BESIDE_HEADS
+        ),
         long,
         *_sinusoids_at_equal_time("equal-time", METHODS, SINUSOID_SECONDS),
         Planned("inner-steps/sinusoid", "inner_steps", ("--seed", "0"), 120),
@@ -90,16 +104,32 @@ def plan() -> list[Planned]:
             LONGER_SINUSOIDS,
             LONGER_SINUSOID_SECONDS,
         ),
-        *(_omniglot(method, 5, 1, SHORT_MINUTES) for method in ORDER),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),
         _omniglot("imaml", 5, 1, LONGEST_MINUTES, processes=LONGEST_PROCESSES, validate_every=400),
         *(
             _omniglot(method, ways, shots, SETTING_MINUTES, validate_every=validate_every)
             for ways, shots, validate_every in ((5, 5, 100), (20, 1, 100), (20, 5, 50))
-            for method in ORDER[:2]
+            for method in ("imaml", "maml")
         ),
         _omniglot("imaml", 5, 1, CROPPED_MINUTES, cropped=True),
     ]
+
+
+def _heads() -> Iterator[Planned]:
+    """Return the runs of `imaml-head`: a seed of each setting first, then the others."""
+
+    def run(ways: int, shots: int, seed: int, minutes: int = LONG_MINUTES) -> Planned:
+        every = 200 if minutes == LONG_MINUTES else 1000
+        return _omniglot("imaml-head", ways, shots, minutes, seed=seed, validate_every=every)
+
+    for ways, shots in ((5, 1), (20, 1), (5, 5), (20, 5)):
+        yield run(ways, shots, 0)
+    for seeds in (SEEDS[1:3], SEEDS[3:]):
+        for ways in (5, 20):
+            for seed in seeds:
+                yield run(ways, 1, seed)
+    for ways in (5, 20):
+        yield run(ways, 1, 0, LONGEST_HEAD_MINUTES)
 
 
 def _sinusoids_at_equal_time(
@@ -169,6 +199,7 @@ def _omniglot(
     cropped: bool = False,
     processes: int = 1,
     validate_every: int = 100,
+    seed: int | None = None,
 ) -> Planned:
     # On 5 ways ten queries a class did better than five, on validation tasks at equal time.
     queries = 10 if ways == 5 and not cropped else 5
@@ -176,12 +207,13 @@ def _omniglot(
     setting = f"{ways}-way-{shots}-shot" + ("-cropped" if cropped else "")
     length = f"{minutes}-minutes" + (f"-on-{processes}-cores" if processes > 1 else "")
     return Planned(
-        f"omniglot/{setting}/{length}/{method}",
+        f"omniglot/{setting}/{length}/{method}" + ("" if seed is None else f"-seed{seed}"),
         "omniglot",
         (
             "--method", method, "--ways", str(ways), "--shots", str(shots), "--compare",
             "--meta-steps", ENDLESS, "--time-budget", str(60 * minutes),
             "--queries", str(queries), "--validate-every", str(validate_every), *pipeline,
+            *(() if seed is None else ("--seed", str(seed))),
         ),
         60 * minutes * 1.15 + 60,
         processes,
