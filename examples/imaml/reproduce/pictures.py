@@ -15,8 +15,8 @@ from examples.imaml.systems import METHODS, SYSTEMS, Method
 COLOURS: dict[Method, str] = dict(
     zip(
         METHODS,
-        ("tab:blue", "tab:cyan", "tab:purple", "navy", "tab:red", "tab:orange", "tab:brown",
-         "tab:green", "0.4"),
+        ("deepskyblue", "tab:blue", "tab:cyan", "tab:purple", "navy", "tab:red", "tab:orange",
+         "tab:brown", "tab:green", "0.4"),
         strict=True,
     )
 )  # fmt: skip
