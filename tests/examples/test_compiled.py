@@ -13,7 +13,11 @@ from examples.imaml.sinusoid import RECIPES
 from examples.imaml.sinusoid_tasks import SinusoidTasks
 from examples.imaml.systems import SYSTEMS, build_inner_solver, build_linear_solver
 
-IMPLICIT = [method for method, system in SYSTEMS.items() if system.differentiation == "implicit"]
+IMPLICIT = [
+    method
+    for method, system in SYSTEMS.items()
+    if system.differentiation == "implicit" and system.adapted == "network"
+]
 
 
 def learner(method):

@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 import hypergrad
 from examples.imaml import sinusoid
 from examples.imaml.episodes import Episodes
+from examples.imaml.head import HeadLearner, split_head
+from examples.imaml.head_newton import CrossEntropy
 from examples.imaml.meta import MetaLearner
 from examples.imaml.models import OmniglotConvNet
 from examples.imaml.omniglot import RECIPES
@@ -22,6 +24,16 @@ WAYS, TASKS = 5, 4
 
 def learner(method, network):
     recipe, system = RECIPES[method], SYSTEMS[method]
+    if system.adapted == "head":
+        body, names = split_head(network)
+        return HeadLearner(
+            lambda params, x: functional_call(body, params, (x,)),
+            names,
+            CrossEntropy(),
+            recipe.inner_steps,
+            recipe.lam,
+            build_linear_solver(system.linear_solver, 5, 0.0, recipe.lam, looks=False),
+        )
     return MetaLearner(
         lambda params, x: functional_call(network, params, (x,)),
         cross_entropy,
@@ -45,8 +57,9 @@ def tasks(device, seed=0):
     return Episodes(*(part.to(device) for part in drawn))
 
 
-def parameters(network, device):
-    return {name: leaf.detach().to(device) for name, leaf in network.named_parameters()}
+def parameters(network, device, method="imaml"):
+    params = {name: leaf.detach() for name, leaf in network.named_parameters()}
+    return {name: leaf.to(device) for name, leaf in learner(method, network).start(params).items()}
 
 
 @pytest.fixture
@@ -64,7 +77,7 @@ def test_a_meta_step_never_waits_for_the_device(network, monkeypatch, method):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # has none there
     compute = learner(method, network).meta_gradient
     with host_is_not_asked():
-        gradient, measures = compute(parameters(network, "meta"), tasks("meta"))
+        gradient, measures = compute(parameters(network, "meta", method), tasks("meta"))
 
     assert {leaf.device.type for leaf in gradient.values()} == {"meta"}
     assert all(measure.shape == (TASKS,) for measure in measures.values())
@@ -141,7 +154,7 @@ def test_on_a_cuda_device_a_graph_gives_what_the_function_gives(network, method)
     network = network.cuda()
     compute = learner(method, network).meta_gradient
     recorded = RecordedMetaGradient(compute, method)
-    params = parameters(network, "cuda")
+    params = parameters(network, "cuda", method)
     for seed in range(3):
         episodes = tasks("cuda", seed)
         expected, _ = compute(params, episodes)

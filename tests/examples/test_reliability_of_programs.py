@@ -456,6 +456,23 @@ def test_row_38_resuming_gives_the_same_bits(tmp_path, interrupt, method):
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("program", [sinusoid, omniglot])
+def test_row_38_resuming_the_head_gives_the_same_bits(tmp_path, interrupt, program):
+    flags = (
+        "--method", "imaml-head", "--inner-solver", "newton", "--cg-steps", "60",
+        "--meta-steps", "4", "--validate-every", "2", "--smoke",
+    )  # fmt: skip
+    benchmark = {sinusoid: sinusoid.SinusoidBenchmark, omniglot: omniglot.OmniglotBenchmark}
+    assert run(tmp_path / "whole", *flags, program=program) == 0
+    interrupt(3, benchmark[program])
+    assert run(tmp_path / "parts", *flags, program=program) == 130
+
+    assert run(tmp_path / "parts", *flags, "--resume", "auto", program=program) == 0
+
+    assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
+    assert "strength" in torch.load(tmp_path / "parts" / "parameters.pt", weights_only=True)
+
+
 def test_row_38_resuming_omniglot_gives_the_same_bits(tmp_path, interrupt):
     flags = ("--smoke", "--ways", "2", "--meta-steps", "4", "--validate-every", "2")
     assert run(tmp_path / "whole", *flags, program=omniglot) == 0

@@ -85,7 +85,7 @@ def test_the_list_takes_what_the_program_takes_by_itself():
     settings = read_command_line([])
 
     assert settings.shots == SINUSOID_SHOTS
-    assert settings.cg_steps == SINUSOID_PRODUCTS
+    assert settings.recipes["imaml"].cg_steps == SINUSOID_PRODUCTS
     assert settings.truncate == TRUNCATE
 
 
@@ -98,7 +98,7 @@ def test_smoke_run_writes_tables_and_pictures_and_is_done_once(tmp_path, capsys)
     def run(only):
         reproduce.main(["--smoke", "--jobs", "2", "--only", only, *folders])
 
-    run("omniglot/5-way-1-shot/5-minutes/maml")
+    run("omniglot/5-way-1-shot/20-minutes/maml")
     run("sinusoid/equal-time/fomaml-seed0")
 
     assert capsys.readouterr().out.count("beginning") == 2

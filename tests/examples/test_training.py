@@ -313,7 +313,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training(meta, episodes, tmp_pat
 
 def test_a_flag_replaces_the_recipe_of_every_method(tmp_path):
     recipe = Recipe("gradient-descent", 5, inner_lr=0.1, lam=1.0, lr=0.1, tasks_per_step=2)
-    defaults = {"compare": ["maml"], "cg_steps": 5, "shots": 1, "queries": 1, "meta_steps": 9}
+    defaults = {"compare": ["maml"], "shots": 1, "queries": 1, "meta_steps": 9}
     settings = read_settings(
         make_parser("program", "", {**defaults, "validate_every": 3}),
         {"imaml": recipe, "maml": recipe, "fomaml": recipe},
