@@ -31,7 +31,7 @@ omniglot: $(VENV)/.with-examples  ## iMAML on Omniglot, 5-way 1-shot
 	$(BIN)/python -m examples.imaml.omniglot $(ARGS)
 
 reproduce: $(VENV)/.with-examples  ## the whole comparison, as far as ARGS="--budget SECONDS" goes; writes results/
-	$(BIN)/python -m examples.imaml.reproduce $(ARGS)
+	$(BIN)/python -m reproduction.report $(ARGS)
 
 # One thread each: as many workers as cores are already at work.
 test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings
