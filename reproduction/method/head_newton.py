@@ -59,8 +59,11 @@ class CrossEntropy:
 
     def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return its gradient in the outputs, (S, K)."""
-        truth = F.one_hot(targets, outputs.shape[1]).to(outputs)
-        return (torch.softmax(outputs, -1) - truth) / len(outputs)
+        classes = torch.arange(outputs.shape[1], device=outputs.device)
+        is_true = targets.unsqueeze(-1) == classes
+        others = torch.softmax(outputs, -1).masked_fill(is_true, 0.0)
+        # p - 1 as the sum of the others: where p is nearly one, the difference is all rounding.
+        return torch.where(is_true, -others.sum(-1, keepdim=True), others) / len(outputs)
 
     def solve(self, outputs: Tensor, gram: Tensor, lam: Tensor, right: Tensor) -> Tensor:
         """Return d with (lam I + H gram) d = right; `right` sums to zero over the classes."""
@@ -162,8 +165,9 @@ def solve_head(
 ) -> Tensor:
     """Minimise loss(features phi', targets) + lam / 2 * ||phi - centre||^2 by Newton's method.
 
-    A step is taken whole where that halves the gradient, so that the last ones go down to
-    rounding; elsewhere by that one of `STEP_SIZES` with the smallest objective.
+    A step is taken whole where that halves the gradient; elsewhere by that one of `STEP_SIZES`
+    with the smallest objective. Near the solution all that can be seen of the objective is its
+    rounding: where no size lowers it, the smallest gradient decides.
 
     Parameters
     ----------
@@ -193,20 +197,21 @@ def solve_head(
     def residual(alpha: Tensor, outputs: Tensor) -> Tensor:
         return lam * alpha + loss.slope(outputs, targets)
 
-    def gradient_squared(residual: Tensor) -> Tensor:
-        return (residual * (gram @ residual)).sum()
-
-    def objective(alpha: Tensor, outputs: Tensor) -> Tensor:
-        return loss(outputs, targets) + lam / 2 * (alpha * (outputs - start)).sum()
+    def look(alpha: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective and the squared length of its gradient."""
+        value = loss(outputs, targets) + lam / 2 * (alpha * (outputs - start)).sum()
+        slope = residual(alpha, outputs)
+        return value, (slope * (gram @ slope)).sum()
 
     for _ in range(steps):
-        here = residual(alpha, outputs)
-        step = loss.solve(outputs, gram, lam, -here)
+        step = loss.solve(outputs, gram, lam, -residual(alpha, outputs))
         change = gram @ step
-        values = vmap(lambda t: objective(alpha + t * step, outputs + t * change))(sizes)  # noqa: B023
-        best = torch.nan_to_num(values, nan=torch.inf).argmin(0, keepdim=True)
-        there = residual(alpha + step, outputs + change)
-        halves = gradient_squared(there) < 0.25 * gradient_squared(here)
-        size = torch.where(halves, sizes[:1], sizes.index_select(0, best))
+        seen = vmap(lambda t: look(alpha + t * step, outputs + t * change))(sizes)  # noqa: B023
+        values, slopes = (torch.nan_to_num(s, nan=torch.inf) for s in seen)
+        lowest, flattest = (
+            sizes.index_select(0, s.argmin(0, keepdim=True)) for s in (values, slopes)
+        )
+        size = torch.where(lowest > 0, lowest, flattest)
+        size = torch.where(slopes[0] < 0.25 * slopes[-1], sizes[:1], size)
         alpha, outputs = alpha + size * step, outputs + size * change
     return centre + alpha.mT @ features

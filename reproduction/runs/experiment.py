@@ -158,7 +158,7 @@ def _build_head_learner(settings: Settings, method: Method, benchmark: Benchmark
             settings.damping,
             recipe.lam,
             looks=settings.device.type == "cpu",
-            rtol=SOLVED_RESIDUAL,
+            rtol=SOLVED_RESIDUAL / 2,
         ),
         settings.clip,
         method,
