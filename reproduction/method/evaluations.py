@@ -62,6 +62,7 @@ def evaluations_a_task(
         "hessian-free": 1 + HESSIAN_FREE_PRODUCTS + len(STEP_SIZES),
     }.get(recipe.inner_solver, 1)
     steps = recipe.inner_steps
+    head = recipe.head_steps * (outputs + len(STEP_SIZES))
     after = {
         # The query's gradient, the inner gradient at the solution, and the linear solve.
         "implicit": 2 + products,
@@ -70,4 +71,4 @@ def evaluations_a_task(
         "first-order": 1,
         "reptile": 0,
     }[system.differentiation]
-    return steps * a_step + after
+    return head + steps * a_step + after

@@ -35,9 +35,11 @@ class HessianFree:
     cg_steps: int = 5
     curvature: Curvature = "hessian"
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
         """Return the parameters after the last step."""
-        position, unflatten = flatten(centre)
+        position, unflatten = flatten(first or centre)
 
         def objective(vector: Tensor) -> Tensor:
             return problem.objective(unflatten(vector), centre)
@@ -73,7 +75,8 @@ class HessianFree:
         push = vjp(lambda u: vjp(outputs, position)[1](u)[0], torch.zeros_like(values))[1]
 
         def product(v: Tensor) -> Tensor:
-            total: Tensor = pull_back(bend(push(v)[0])[0])[0] + problem.lam * v
+            lam = problem.strengths(unflatten(position))
+            total: Tensor = pull_back(bend(push(v)[0])[0])[0] + lam * v
             return total
 
         return product

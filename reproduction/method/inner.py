@@ -24,6 +24,8 @@ STEP_SIZES = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 class ProximalProblem:
     """Minimise loss(outputs(params)) + lam / 2 * ||params - centre||^2 over params.
 
+    With a lam for each leaf the proximal term is the sum of the leaves' terms.
+
     Parameters
     ----------
     outputs
@@ -31,12 +33,19 @@ class ProximalProblem:
     loss
         From these outputs to a scalar, convex in the outputs.
     lam
-        Strength of the pull towards the centre.
+        Strength of the pull towards the centre: a number, or one for each leaf, by name.
     """
 
     outputs: Callable[[Params], Tensor]
     loss: Callable[[Tensor], Tensor]
-    lam: float
+    lam: float | Params
+
+    def strengths(self, params: Params) -> float | Tensor:
+        """Return lam: a number, or a vector as `flatten` makes one of `params`."""
+        lam = self.lam
+        if not isinstance(lam, dict):
+            return lam
+        return flatten({name: lam[name].expand_as(leaf) for name, leaf in params.items()})[0]
 
     def data_loss(self, params: Params) -> Tensor:
         """Evaluate the loss without the proximal term."""
@@ -44,14 +53,15 @@ class ProximalProblem:
 
     def proximity(self, params: Params, centre: Params) -> Tensor:
         """Evaluate the proximal term, lam / 2 * ||params - centre||^2."""
-        squares = [(params[name] - centre[name]).square().sum() for name in params]
-        return self.lam / 2 * torch.stack(squares).sum()
+        return proximity(params, centre, self.lam)
 
     def objective(self, params: Params, centre: Params) -> Tensor:
         """Evaluate the whole objective."""
         return self.data_loss(params) + self.proximity(params, centre)
 
-    def condition(self, curvature: Curvature) -> hypergrad.Minimum | hypergrad.GaussNewton:
+    def condition(
+        self, curvature: Curvature, lam_of: Callable[[Params], float | Params] | None = None
+    ) -> hypergrad.Minimum | hypergrad.GaussNewton:
         """State what holds at the solution, with the matrix A that goes with it.
 
         Parameters
@@ -59,26 +69,43 @@ class ProximalProblem:
         curvature
             With 'hessian' A is H + lam I, H the Hessian of the loss; with 'gauss-newton' the
             Gauss-Newton matrix takes H's place.
+        lam_of
+            lam as a function of the meta-parameters, which are then differentiated through it.
+            None: lam does not depend on them.
 
         Returns
         -------
         Minimum or GaussNewton
             For `hypergrad.implicit_grad`.
         """
+
+        def pull(params: Params, meta: Params) -> Tensor:
+            return proximity(params, meta, lam_of(meta) if lam_of else self.lam)
+
         if curvature == "hessian":
-            return hypergrad.Minimum(self.objective)
+            return hypergrad.Minimum(lambda p, meta: self.data_loss(p) + pull(p, meta))
         return hypergrad.GaussNewton(
-            lambda params, centre: self.outputs(params),
-            lambda outputs, centre: self.loss(outputs),
-            self.proximity,
+            lambda params, meta: self.outputs(params),
+            lambda outputs, meta: self.loss(outputs),
+            pull,
         )
 
 
-class InnerSolver(Protocol):
-    """Adapts: from an inner problem and its centre, where it starts, to parameters."""
+def proximity(params: Params, centre: Params, lam: float | Params) -> Tensor:
+    """Evaluate the proximal term; `centre` may have further leaves."""
+    squares = {name: (params[name] - centre[name]).square().sum() for name in params}
+    if isinstance(lam, dict):
+        return torch.stack([lam[name] / 2 * square for name, square in squares.items()]).sum()
+    return lam / 2 * torch.stack(list(squares.values())).sum()
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
-        """Return the adapted parameters."""
+
+class InnerSolver(Protocol):
+    """Adapts: from an inner problem and its centre to parameters."""
+
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
+        """Return the adapted parameters; the steps begin at `first`, by default the centre."""
         ...
 
 
@@ -97,9 +124,11 @@ class FirstOrderSteps(ABC):
         """Whether the steps have finite derivatives."""
         return True
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
         """Return the parameters after the last step, differentiable in `centre`."""
-        state = self.start(centre)
+        state = self.start(first or centre)
         for _ in range(self.steps):
             state = self.step(problem, state, centre)
         return self.params(state)
@@ -122,7 +151,12 @@ class FirstOrderSteps(ABC):
         slope: Params = grad(problem.data_loss)(params)
         if not self.proximal:
             return slope
-        return {name: slope[name] + problem.lam * (params[name] - centre[name]) for name in params}
+        lam = problem.lam
+        return {
+            name: slope[name]
+            + (lam[name] if isinstance(lam, dict) else lam) * (params[name] - centre[name])
+            for name in params
+        }
 
 
 @dataclass(frozen=True)
@@ -200,7 +234,8 @@ class GaussNewtonSteps:
 
     With J the Jacobian of the m outputs, H the Hessian and g the gradient of the loss in
     them, and w = params - centre, the minimiser of the linearised problem is
-    centre + J^T a where (lam I + H J J^T) a = H J w - g, an m x m system. The line
+    centre + J^T a where (lam I + H J J^T) a = H J w - g, an m x m system. (With a lam for each
+    leaf, L the diagonal matrix of them: centre + L^-1 J^T a, (I + H J L^-1 J^T) a.) The line
     search takes the best of a few step sizes, zero among them, so that the objective never
     rises and no task can diverge.
 
@@ -212,10 +247,13 @@ class GaussNewtonSteps:
 
     steps: int
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
         """Return the parameters after the last step."""
         origin, unflatten = flatten(centre)
-        position = origin
+        position = flatten(first)[0] if first else origin
+        lam = problem.strengths(centre)
         shape = torch.Size()
 
         def outputs(vector: Tensor) -> Tensor:
@@ -228,11 +266,12 @@ class GaussNewtonSteps:
             return problem.loss(values.view(shape))
 
         def objective(vector: Tensor) -> Tensor:
-            distance = (vector - origin).square().sum()
-            return loss(outputs(vector)) + problem.lam / 2 * distance
+            if isinstance(lam, Tensor):
+                return loss(outputs(vector)) + (lam / 2 * (vector - origin).square()).sum()
+            return loss(outputs(vector)) + lam / 2 * (vector - origin).square().sum()
 
         for _ in range(self.steps):
-            direction = _newton_point(outputs, loss, position, origin, problem.lam) - position
+            direction = _newton_point(outputs, loss, position, origin, lam) - position
             position = line_search(objective, position, direction)
         return unflatten(position)
 
@@ -242,7 +281,7 @@ def _newton_point(
     loss: Callable[[Tensor], Tensor],
     position: Tensor,
     origin: Tensor,
-    lam: float,
+    lam: float | Tensor,
 ) -> Tensor:
     """Minimise the problem with the outputs linearised at `position`."""
     values, pull_back = vjp(outputs, position)[:2]
@@ -256,10 +295,50 @@ def _newton_point(
     curvature, slope = jacrev(slope_twice, has_aux=True)(values)
     # In a batch, products with a row are ten times as quick as products with a column.
     moved = ((position - origin).unsqueeze(0) @ jacobian.mT).squeeze(0)
-    matrix = lam * identity + curvature @ torch.einsum("ip,jp->ij", jacobian, jacobian)
+    scaled, ridge = (jacobian / lam, 1.0) if isinstance(lam, Tensor) else (jacobian, lam)
+    matrix = ridge * identity + curvature @ torch.einsum("ip,jp->ij", jacobian, scaled)
     right = curvature @ moved - slope
     weights, _ = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))
-    return origin + (weights.mT @ jacobian).squeeze(0)
+    return origin + (weights.mT @ scaled).squeeze(0)
+
+
+@dataclass(frozen=True)
+class HeadFirst:
+    """The last layer solved first, the rest held at the centre; then steps on all from there.
+
+    For the last layer the outputs are linear, so that Gauss-Newton steps are Newton's.
+
+    Parameters
+    ----------
+    steps
+        Of the last layer.
+    head
+        Names of its parameters.
+    then
+        Takes the steps that follow.
+    """
+
+    steps: int
+    head: tuple[str, ...]
+    then: InnerSolver
+
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
+        """Return the parameters after the last step."""
+        begin = first or centre
+
+        def part(params: Params) -> Params:
+            return {name: params[name] for name in self.head}
+
+        lam = problem.lam
+        of_head = ProximalProblem(
+            outputs=lambda own: problem.outputs({**begin, **own}),
+            loss=problem.loss,
+            lam=part(lam) if isinstance(lam, dict) else lam,
+        )
+        own = GaussNewtonSteps(self.steps)(of_head, part(centre), part(begin))
+        return self.then(problem, centre, {**begin, **own})
 
 
 def line_search(

@@ -1,5 +1,6 @@
 """The meta-gradient of a batch of tasks: implicit, unrolled, first-order or Reptile's."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,12 @@ import hypergrad
 from hypergrad.solvers import Solver
 from reproduction.method.episodes import Episodes, Params
 from reproduction.method.inner import Curvature, FirstOrderSteps, InnerSolver, ProximalProblem
-from reproduction.method.systems import Differentiation, Method
+from reproduction.method.systems import LEAST_LAM, Differentiation, Method
 
 INPUTS_AT_ONCE = 1_200_000  # numbers; pictures of 80 x 80 took four times as long, 20 tasks at once
+LAM_PREFIX = "lam of "
+LAM_RATE = 5.0
+"""Where each leaf has a lam, its logarithm moves so many times as fast as the other parameters."""
 PICTURES_AT_ONCE = 100  # more leave the processor's cache: 20-way 5-shot took eight times as long
 
 
@@ -46,6 +50,9 @@ class MetaLearner:
         A task's meta-gradient is scaled down to this norm where it is longer.
     method
         The name of the system that this is.
+    learn_lam
+        Whether each leaf of the network has a lam of its own, a meta-parameter beside it that
+        starts from `lam`. The derivative by it is implicit, and needs that differentiation.
     """
 
     model: Callable[[Params, Tensor], Tensor]
@@ -58,10 +65,24 @@ class MetaLearner:
     truncate: int = 5
     clip: float = 10.0
     method: Method = "imaml"
+    learn_lam: bool = False
 
     def start(self, params: Params) -> Params:
-        """Return the meta-parameters to start from: the network's parameters."""
-        return params
+        """Return the meta-parameters to start from: the network's parameters, and each lam."""
+        if not self.learn_lam:
+            return params
+        start = math.log(self.lam - LEAST_LAM) / LAM_RATE
+        return {**params, **{LAM_PREFIX + n: leaf.new_tensor(start) for n, leaf in params.items()}}
+
+    def strengths(self, meta: Params) -> float | Params:
+        """Return lam: a number, or the learnt ones by the names of the network's leaves."""
+        if not self.learn_lam:
+            return self.lam
+        return {
+            name.removeprefix(LAM_PREFIX): LEAST_LAM + (LAM_RATE * leaf).exp()
+            for name, leaf in meta.items()
+            if name.startswith(LAM_PREFIX)
+        }
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt the meta-parameters to one task.
@@ -78,7 +99,7 @@ class MetaLearner:
         Params
             The task's parameters.
         """
-        return self.inner_solver(self._inner_problem(support_x, support_y), meta)
+        return self.inner_solver(self._inner_problem(meta, support_x, support_y), _network(meta))
 
     def predict(self, meta: Params, episodes: Episodes) -> Tensor:
         """Adapt to each task of a batch and evaluate the network at its queries.
@@ -190,11 +211,11 @@ class MetaLearner:
         return clipped, {**measures, "gradient_norm": norm}
 
     def _implicit(self, meta: Params, task: Episodes) -> tuple[Params, dict[str, Tensor]]:
-        problem = self._inner_problem(task.support_x, task.support_y)
+        problem = self._inner_problem(meta, task.support_x, task.support_y)
         gradient, info = hypergrad.implicit_grad(
             lambda params, meta: self._query_loss(params, task),
-            problem.condition(self.curvature),
-            self.inner_solver(problem, meta),
+            problem.condition(self.curvature, self.strengths if self.learn_lam else None),
+            self.inner_solver(problem, _network(meta)),
             meta,
             solver=self.linear_solver,
             inner_tol=None,
@@ -213,7 +234,7 @@ class MetaLearner:
         solver = self.inner_solver
         if not (isinstance(solver, FirstOrderSteps) and solver.unrollable):
             raise TypeError(f"one cannot differentiate through the steps of {solver}")
-        problem = self._inner_problem(task.support_x, task.support_y)
+        problem = self._inner_problem(meta, task.support_x, task.support_y)
         gradient, state = hypergrad.unrolled_grad(
             lambda state, meta: self._query_loss(solver.params(state), task),
             lambda state, meta: solver.step(problem, state, meta),
@@ -243,9 +264,14 @@ class MetaLearner:
     def _query_loss(self, params: Params, task: Episodes) -> Tensor:
         return self.loss(self.model(params, task.query_x), task.query_y)
 
-    def _inner_problem(self, support_x: Tensor, support_y: Tensor) -> ProximalProblem:
+    def _inner_problem(self, meta: Params, support_x: Tensor, support_y: Tensor) -> ProximalProblem:
         return ProximalProblem(
             outputs=lambda params: self.model(params, support_x),
             loss=lambda outputs: self.loss(outputs, support_y),
-            lam=self.lam,
+            lam=self.strengths(meta),
         )
+
+
+def _network(meta: Params) -> Params:
+    """Leave out the lams."""
+    return {name: leaf for name, leaf in meta.items() if not name.startswith(LAM_PREFIX)}

@@ -42,7 +42,7 @@ class OmniglotConvNet(nn.Sequential):
     convolution; on the CPU that is faster than unfolding and a batched product.
     """
 
-    def __init__(self, ways: int, channels: int = 64) -> None:
+    def __init__(self, ways: int, channels: int = 64, side: int = 28) -> None:
         """Make the layers.
 
         Parameters
@@ -51,13 +51,17 @@ class OmniglotConvNet(nn.Sequential):
             Number of classes.
         channels
             Filters in each convolution.
+        side
+            Height and width of the pictures.
         """
+        for _ in range(4):
+            side = (side + 1) // 2
         super().__init__(
             OrderedDict(
                 first=InputBlock(channels),
                 rest=nn.Sequential(*(_block(channels) for _ in range(3))),
                 flatten=nn.Flatten(),
-                head=nn.Linear(4 * channels, ways),
+                head=nn.Linear(channels * side**2, ways),
             )
         )
 
@@ -65,11 +69,13 @@ class OmniglotConvNet(nn.Sequential):
 class PooledConvNet(nn.Sequential):
     """Four 3 x 3 convolutions with padding 1 and ReLU, each halved by a maximum, and a linear head.
 
-    For larger pictures, [B, 1, side, side]. There is no normalisation, so that what one picture
-    gives does not depend on the others in its batch.
+    For larger pictures, [B, 1, side, side]. Without a normalisation what one picture gives does not
+    depend on the others in its batch.
     """
 
-    def __init__(self, ways: int, side: int, channels: int = 64) -> None:
+    def __init__(
+        self, ways: int, side: int, channels: int = 64, *, normalised: bool = False
+    ) -> None:
         """Make the layers.
 
         Parameters
@@ -80,12 +86,17 @@ class PooledConvNet(nn.Sequential):
             Height and width of the pictures.
         channels
             Filters in each convolution.
+        normalised
+            Whether batch statistics follow each convolution, which then has no bias.
         """
         super().__init__()
         for block in range(4):
-            convolution = nn.Conv2d(channels if block else 1, channels, 3, padding=1)
+            convolution = nn.Conv2d(
+                channels if block else 1, channels, 3, padding=1, bias=not normalised
+            )
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            self.extend((convolution, nn.ReLU(), nn.MaxPool2d(2)))
+            norm = (BatchStatistics(channels),) if normalised else ()
+            self.extend((convolution, *norm, nn.ReLU(), nn.MaxPool2d(2)))
         self.extend((nn.Flatten(), nn.Linear(channels * (side // 16) ** 2, ways)))
 
 

@@ -5,7 +5,7 @@ of the implicit gradient is solved, and how one differentiates.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import hypergrad
@@ -16,6 +16,7 @@ from reproduction.method.inner import (
     FirstOrderSteps,
     GaussNewtonSteps,
     GradientDescent,
+    HeadFirst,
     InnerSolver,
     Nesterov,
 )
@@ -35,8 +36,8 @@ SolverName: TypeAlias = Literal[
 LinearSolverName: TypeAlias = Literal["cg", "minres", "neumann", "identity"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
-LEAST_HEAD_LAM = 1e-4
-"""Of the proximal term of `imaml-head`, which is meta-learnt."""
+LEAST_HEAD_LAM, LEAST_LAM = 1e-4, 1e-3
+"""Of the proximal term where it is meta-learnt: of `imaml-head`, and of a whole network's leaf."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class Recipe:
         Whether an implicit gradient is compiled; no other one is.
     cg_steps
         Of the linear solve of an implicit gradient, at most; or terms of the Neumann series.
+    head_steps
+        Newton steps on the last layer alone, before the others.
+    learn_lam
+        Whether each leaf of the network has a lam of its own, which is meta-learnt.
     """
 
     inner_solver: SolverName
@@ -112,9 +117,13 @@ class Recipe:
     tasks_per_step: int
     compile: bool = False
     cg_steps: int = 5
+    head_steps: int = 0
+    learn_lam: bool = False
 
 
-def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9) -> InnerSolver:
+def build_inner_solver(
+    recipe: Recipe, system: System, *, momentum: float = 0.9, head: tuple[str, ...] = ()
+) -> InnerSolver:
     """Make the inner solver.
 
     Parameters
@@ -125,12 +134,17 @@ def build_inner_solver(recipe: Recipe, system: System, *, momentum: float = 0.9)
         Whether with the proximal term, and with which curvature.
     momentum
         Of Nesterov's steps.
+    head
+        Names of the last layer's parameters, for `head_steps`.
 
     Returns
     -------
     InnerSolver
         The solver.
     """
+    if recipe.head_steps:
+        others = build_inner_solver(replace(recipe, head_steps=0), system, momentum=momentum)
+        return HeadFirst(recipe.head_steps, head, others)
     steps, lr, proximal = recipe.inner_steps, recipe.inner_lr, system.proximal
     optimiser = recipe.inner_solver.removeprefix("torchopt-")
     if optimiser != recipe.inner_solver:
@@ -199,6 +213,14 @@ def refuse(method: Method, recipe: Recipe, system: System) -> str | None:
     where = f"--method {method} with --inner-solver {recipe.inner_solver}"
     if system.adapted == "head":
         return _refuse_for_head(method, recipe, system)
+    if recipe.learn_lam and (
+        system.differentiation != "implicit" or system.linear_solver == "identity"
+    ):
+        return f"--method {method} with --learn-lam: a lam is learnt by the implicit gradient alone"
+    if recipe.learn_lam and recipe.lam <= LEAST_LAM:
+        return f"--method {method} with --learn-lam: --lam above {LEAST_LAM:g}, not {recipe.lam:g}"
+    if recipe.head_steps and not system.proximal:
+        return f"--method {method} with --head-steps: it needs the proximal term, so --proximal"
     if recipe.inner_solver == "newton":
         return f"{where}: Newton's steps are for the last layer alone, so --method imaml-head"
     try:
@@ -225,6 +247,8 @@ def _refuse_for_head(method: Method, recipe: Recipe, system: System) -> str | No
     """Say why the last layer is not adapted to in this way."""
     if recipe.inner_solver != "newton":
         return f"--method {method}: its inner solver is newton, not {recipe.inner_solver}"
+    if recipe.head_steps or recipe.learn_lam:
+        return f"--method {method}: without --head-steps and --learn-lam, which are for networks"
     if system.differentiation != "implicit":
         return f"--method {method}: --differentiation implicit alone, not {system.differentiation}"
     if not system.proximal:

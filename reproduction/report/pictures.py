@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reproduction.method.systems import METHODS, SYSTEMS, Method
-from reproduction.report.published import PUBLISHED, SETTINGS
 from reproduction.report.records import Record
-from reproduction.report.tables import by_seed, longest
+from reproduction.report.tables import by_seed
 
 # iMAML in blues, MAML in reds, what takes no second derivatives in greys and greens.
 COLOURS: dict[Method, str] = dict(
@@ -114,48 +113,6 @@ def draw_curves(tables: Mapping[str, Sequence[Record]]) -> Figure:
         axes.set_ylabel("accuracy on validation tasks, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    return figure
-
-
-def draw_published(records: Sequence[Record]) -> Figure:
-    """Draw ours beside what is published, with 95% intervals, a panel a setting.
-
-    Parameters
-    ----------
-    records
-        All of Omniglot's first pipeline; of each system the longest finished run is drawn.
-
-    Returns
-    -------
-    Figure
-        Settings without a run of ours are left out.
-    """
-    settings = [s for s in SETTINGS if any(longest(records, m, s) for m in METHODS)]
-    figure, panels = _panels(len(settings), columns=2, width=6.5)
-    for axes, setting in zip(panels, settings, strict=True):
-        shown = [m for m in METHODS if longest(records, m, setting) or (m, setting) in PUBLISHED]
-        for k, method in enumerate(shown):
-            ours, published = longest(records, method, setting), PUBLISHED.get((method, setting))
-            if published:
-                axes.errorbar(
-                    k - 0.12, published[0], published[1], fmt="s", color="0.5", capsize=3,
-                    label="published",
-                )  # fmt: skip
-            if ours:
-                mean, width = (100 * v for v in ours.figures["together"])
-                axes.errorbar(k + 0.12, mean, width, fmt="o", color=COLOURS[method], capsize=3)
-                axes.annotate(
-                    ours.length, (k + 0.12, mean), xytext=(5, -3),
-                    textcoords="offset points", fontsize="x-small",
-                )  # fmt: skip
-        axes.set_xlim(-0.6, len(shown))
-        axes.set_xticks(range(len(shown)), shown, rotation=40, ha="right")
-        axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
-        axes.set_ylabel("accuracy on test tasks, %")
-        axes.grid(alpha=0.3, axis="y")
-    handles, labels = panels[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles[:1], labels[:1], fontsize="small", loc="outside upper right")
     return figure
 
 

@@ -38,11 +38,11 @@ LONGER_SINUSOIDS: tuple[Method, ...] = (
 SINUSOID_SHOTS, SINUSOID_PRODUCTS, TRUNCATE = 10, 20, 5  # what the program takes by itself
 LONG_MINUTES, LONGEST_HEAD_MINUTES = 25, 240
 LONGEST_MINUTES, LONGEST_PROCESSES = 100, 2  # two hours by the clock, validation included
-FULL_MINUTES = 20
+FULL_MINUTES, NETWORK_MINUTES = 20, 60
 SETTING_MINUTES, CROPPED_MINUTES = 20, 20
-# MAML and iMAML first, then the others.
+# MAML and iMAML first, then the others; `imaml-head` has longer runs of its own.
 ORDER: tuple[Method, ...] = (
-    "imaml-head", "imaml", "maml", "imaml-hf", "imaml-gd", "fomaml", "maml-nesterov", "reptile",
+    "imaml", "maml", "imaml-hf", "imaml-gd", "fomaml", "maml-nesterov", "reptile",
     "truncated", "imaml-neumann",
 )  # fmt: skip
 BESIDE_HEADS: tuple[Method, ...] = ("maml", "fomaml")
@@ -110,6 +110,8 @@ def plan() -> list[Planned]:
             LONGER_SINUSOIDS,
             LONGER_SINUSOID_SECONDS,
         ),
+        *(_omniglot("imaml", ways, 1, NETWORK_MINUTES, validate_every=200) for ways in (5, 20)),
+        _omniglot("imaml-head", 5, 1, NETWORK_MINUTES, cropped=True),
         *(_omniglot(method, 5, 1, FULL_MINUTES) for method in ORDER),
         _omniglot("imaml", 5, 1, LONGEST_MINUTES, processes=LONGEST_PROCESSES, validate_every=400),
         *(

@@ -58,10 +58,12 @@ class Settings:
     precision: Precision
     cuda_graphs: bool
     out: Path
+    start_from: Path | None
     resume: ResumePoint
     force: bool
     checkpoint_every: int | None
     tensorboard: bool
+    validation_only: bool
     smoke: bool
     recipes: dict[Method, Recipe]
     systems: dict[Method, System]
@@ -109,6 +111,12 @@ def real(*, above: float | None = None, least: float | None = None) -> Callable[
     return parse
 
 
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a file, not {text!r}")
+    return Path(text)
+
+
 def _resume_point(text: str) -> ResumePoint:
     if text == "auto":
         return "auto"
@@ -150,6 +158,7 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
         ("--lr", real(above=0), "Adam's rate at the start, which falls to zero along a cosine"),
         ("--tasks-per-step", whole(1, MOST_SIZE), "tasks in a meta-step"),
         ("--cg-steps", whole(1), "steps of CG, or terms of the Neumann series, at most"),
+        ("--head-steps", whole(0), "Newton steps on the last layer alone, before the others"),
     ):
         add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the method's own)")
     for flag, names, text in (
@@ -162,6 +171,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
             help=f"{text} (default: the method's own)")  # fmt: skip
     add("--proximal", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="proximal term in gradient steps (default: the method's own)")  # fmt: skip
+    add("--learn-lam", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="a meta-learnt lam for each weight and bias (default: the method's own)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="trace an implicit gradient at the first meta-step, and replay it from then on "
         "(default: on the CPU, the method's own)")  # fmt: skip
@@ -186,6 +197,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add(
         "--test-tasks", type=whole(2, 10**6), default=600, help="unseen tasks behind the last table"
     )
+    add("--validation-only", action="store_true",
+        help="no test: for a search, whose choices are made on validation tasks")  # fmt: skip
     add(
         "--seed",
         type=whole(0, 2**63 - 1),
@@ -205,6 +218,8 @@ def make_parser(program: str, description: str, defaults: Mapping[str, Any]) -> 
     add("--cuda-graphs", action="store_true",
         help="on a GPU: launch the kernels of a meta-step as one, checked at first")  # fmt: skip
     add("--out", type=Path, help="output folder (default: runs/PROBLEM-METHOD-seedSEED)")
+    add("--start-from", type=_file, metavar="FILE",
+        help="begin from the parameters.pt of a training, of imaml-head too")  # fmt: skip
     add("--resume", type=_resume_point, metavar="auto|FILE",
         help="go on from the newest good checkpoint in the output folder, or a file")  # fmt: skip
     add("--force", action="store_true",

@@ -12,9 +12,17 @@ from reproduction.runs.command_line import Settings
 
 # These change where a run writes and what it says, and not one number of it.
 WITHOUT_EFFECT = {
-    "out", "compare", "resume", "force", "checkpoint_every", "tensorboard",
+    "out", "compare", "resume", "force", "checkpoint_every", "tensorboard", "validation_only",
     "further.data_dir", "further.download",
 }  # fmt: skip
+
+# What was done before there was such a choice: a run of that time goes on.
+BEFORE = {
+    "recipes.head_steps": 0,
+    "recipes.learn_lam": False,
+    "start_from": None,
+    "further.network": None,
+}
 
 
 def versions() -> dict[str, str]:
@@ -53,7 +61,11 @@ def describe(
         "versions": versions(),
     }
     flat = _flatten(json.loads(json.dumps(whole, default=str)))
-    return {name: value for name, value in flat.items() if name not in WITHOUT_EFFECT}
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in WITHOUT_EFFECT and not (name in BEFORE and value == BEFORE[name])
+    }
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol, TypeAlias
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from reproduction.method.compiled import CompiledMetaGradient
 from reproduction.method.episodes import Episodes, Params
-from reproduction.method.head import SOLVED_RESIDUAL, HeadLearner, split_head
+from reproduction.method.head import SOLVED_RESIDUAL, STRENGTH, HeadLearner, split_head
 from reproduction.method.head_newton import OutputLoss
 from reproduction.method.learner import Learner
 from reproduction.method.meta import MetaLearner
@@ -115,15 +117,18 @@ def build_meta_learner(settings: Settings, method: Method, benchmark: Benchmark)
     """
     recipe, system = settings.recipes[method], settings.systems[method]
     network = benchmark.build_network().to(settings.device)
+    own = dict(network.named_parameters())
 
     def model(params: Params, x: Tensor) -> Tensor:
-        return torch.func.functional_call(network, params, (x,))
+        return torch.func.functional_call(network, {name: params[name] for name in own}, (x,))
 
     return MetaLearner(
         model=_in_precision(settings, model),
         loss=benchmark.loss,
         differentiation=system.differentiation,
-        inner_solver=build_inner_solver(recipe, system, momentum=settings.momentum),
+        inner_solver=build_inner_solver(
+            recipe, system, momentum=settings.momentum, head=(*own,)[-2:]
+        ),
         lam=recipe.lam,
         linear_solver=build_linear_solver(
             system.linear_solver,
@@ -136,6 +141,7 @@ def build_meta_learner(settings: Settings, method: Method, benchmark: Benchmark)
         truncate=settings.truncate,
         clip=settings.clip,
         method=method,
+        learn_lam=recipe.learn_lam,
     )
 
 
@@ -229,7 +235,9 @@ def run_experiment(
                     raise
                 console.print(f"left out: {failure}", markup=False, soft_wrap=True)
                 continue
-            outcomes[method] = Outcome(trained, benchmark.test(learners[method], trained.params))
+            tested = not settings.validation_only
+            figures = benchmark.test(learners[method], trained.params) if tested else {}
+            outcomes[method] = Outcome(trained, figures)
             folder.write_json("results.json", summarise(outcomes))
             if not settings.smoke:
                 schedule = 10**9, outcomes[settings.method].trained.seconds
@@ -325,7 +333,7 @@ def _train_one(
     try:
         trained = train(
             learner,
-            learner.start(dict(network.named_parameters())),
+            learner.start(_initial(settings.start_from, network)),
             lambda tasks: benchmark.sample(tasks, generator),
             lambda params: benchmark.validate(learner, params),
             Schedule(*schedule, recipe.tasks_per_step, recipe.lr, settings.validate_every),
@@ -349,6 +357,25 @@ def _train_one(
             sink.close()
     folder.write_bytes("parameters.pt", _saved(trained.params))
     return trained
+
+
+def _initial(path: Path | None, network: nn.Module) -> Params:
+    """Return the parameters to start from: the network's, or those that a training has kept."""
+    params: Params = dict(network.named_parameters())
+    if path is None:
+        return params
+    try:
+        saved: Params = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: saved[name].shape for name in params}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+        raise Refused(f"--start-from {path}: not parameters of this network ({error})") from error
+    if other := [name for name, leaf in params.items() if shapes[name] != leaf.shape]:
+        raise Refused(f"--start-from {path}: of another network, in {', '.join(other)}")
+    initial = {name: saved[name].to(leaf).detach() for name, leaf in params.items()}
+    if STRENGTH in saved:  # there the features are divided by the square root of their number
+        weight = split_head(network)[1][0]
+        initial[weight] = initial[weight] / math.sqrt(initial[weight].shape[1])
+    return initial
 
 
 def _compute(settings: Settings, learner: Learner) -> MetaGradient:

@@ -110,7 +110,9 @@ def print_table(
     console.print(table)
 
 
-def draw_learning_curves(axes: Axes, outcomes: Mapping[Method, Outcome], ylabel: str) -> None:
+def draw_learning_curves(
+    axes: Axes, outcomes: Mapping[Method, Outcome], ylabel: str, scale: float = 1.0
+) -> None:
     """Draw the figure on the validation tasks against the seconds of training.
 
     Parameters
@@ -121,13 +123,21 @@ def draw_learning_curves(axes: Axes, outcomes: Mapping[Method, Outcome], ylabel:
         The runs.
     ylabel
         What the figure is.
+    scale
+        Figures are multiplied by it: 100 for per cent.
     """
     for method, outcome in outcomes.items():
-        axes.plot(*outcome.trained.history.curve("validation"), label=SYSTEMS[method].name)
-    axes.set_xlabel("seconds of training")
+        seconds, values = outcome.trained.history.curve("validation")
+        axes.plot(seconds, [scale * value for value in values], label=SYSTEMS[method].name)
+    axes.set_xlabel("training, seconds")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def budget(trained: Trained) -> str:
+    """Say how long a training was, for the title of a picture."""
+    return f"{trained.steps:,} meta-steps in {trained.seconds / 60:.1f} minutes"
 
 
 def save_figure(figure: Figure) -> Callable[[Path], None]:

@@ -17,17 +17,23 @@ from reproduction.method.head_newton import OutputLoss, SquaredError
 from reproduction.method.learner import Learner
 from reproduction.method.models import SinusoidMLP
 from reproduction.method.sinusoid_tasks import SinusoidTasks
-from reproduction.method.systems import Method, Recipe
+from reproduction.method.systems import SYSTEMS, Method, Recipe
 from reproduction.runs.command_line import Settings, finish, make_parser, read_settings
 from reproduction.runs.experiment import run_experiment
 from reproduction.runs.ranks import is_first
-from reproduction.runs.reporting import Outcome, draw_learning_curves, print_table, save_figure
+from reproduction.runs.reporting import (
+    Outcome,
+    budget,
+    draw_learning_curves,
+    print_table,
+    save_figure,
+)
 from reproduction.runs.run_folder import RunFolder
 
 VALIDATION_SEED, TEST_SEED = 20170101, 20261123
 VALIDATION_TASKS, GRID = 100, 100
 
-# How these were found: examples/README.md.
+# How these were found: reproduction/README.md.
 IMPLICIT = Recipe(
     "gauss-newton", inner_steps=3, inner_lr=0.01, lam=0.1, lr=0.02, tasks_per_step=25, cg_steps=20
 )
@@ -131,9 +137,10 @@ def draw(
     first = Episodes(*(part[:tasks] for part in benchmark.held_out))
     before = vmap(learner.model, in_dims=(None, 0))(params, first.query_x).cpu()
     after = learner.predict(params, first).cpu()
-    figure = Figure(figsize=(4 * (tasks + 1), 3.6), layout="constrained")
-    panels = figure.subplots(1, tasks + 1)
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
     for k, axes in enumerate(panels[:tasks]):
+        axes.sharey(panels[0])
         x = shown.query_x[k, :, 0].numpy()
         axes.plot(x, shown.query_y[k, :, 0].numpy(), color="0.6", linewidth=3, label="target")
         axes.plot(x, before[k, :, 0].numpy(), "--", color="tab:orange", label="before adaptation")
@@ -143,10 +150,12 @@ def draw(
             "^", color="tab:red", label=f"{shown.support_x.shape[1]} points",
         )  # fmt: skip
         axes.set_title(f"unseen sinusoid {k + 1}")
-        axes.set_xlabel("x")
-    panels[0].legend(fontsize="small")
-    draw_learning_curves(panels[-1], outcomes, benchmark.figure)
+        axes.set(xlabel="x", ylabel="y")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    draw_learning_curves(panels[-1], outcomes, f"mean squared {benchmark.figure}")
     panels[-1].set_yscale("log")
+    trained = outcomes[learner.method].trained
+    figure.suptitle(f"Sinusoids, {SYSTEMS[learner.method].name}: {budget(trained)}", fontsize=14)
     return figure
 
 

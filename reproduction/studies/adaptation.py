@@ -79,8 +79,13 @@ def read_run(folder: Path, data_dir: Path | None) -> tuple[Settings, Params]:
     }
     if "ways" not in config["further"]:
         raise Refused(f"{folder} holds a run of another program; one of Omniglot is needed")
-    config["further"] |= {"data_dir": data_dir, "download": False}
-    settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
+    config["further"] = {
+        "network": None, **config["further"], "data_dir": data_dir, "download": False
+    }  # fmt: skip
+    if config["systems"][config["method"]].adapted == "head":
+        raise Refused(f"{folder} holds a run that adapts the last layer; it has no inner steps")
+    later = {"start_from": None, "validation_only": False}  # flags that a run may be older than
+    settings = Settings(**{f.name: {**later, **config}[f.name] for f in fields(Settings)})
     params: Params = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
     return settings, {name: leaf.detach() for name, leaf in params.items()}
 

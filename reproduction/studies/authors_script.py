@@ -45,9 +45,11 @@ class PulledGradientDescent:
     steps: int
     lr: float
 
-    def __call__(self, problem: ProximalProblem, centre: Params) -> Params:
+    def __call__(
+        self, problem: ProximalProblem, centre: Params, first: Params | None = None
+    ) -> Params:
         """Return the parameters after the pull."""
-        params = GradientDescent(self.steps, self.lr, proximal=False)(problem, centre)
+        params = GradientDescent(self.steps, self.lr, proximal=False)(problem, centre, first)
         pull = grad(problem.proximity)(params, centre)
         return {name: params[name] - self.lr * pull[name] for name in params}
 
@@ -75,7 +77,9 @@ def script_meta_gradient(learner: MetaLearner, meta: Params, task: Episodes) -> 
     adapted = learner.adapt(meta, task.support_x, task.support_y)
     c = learner.lam + EXTRA_LAM
     strong = dataclasses.replace(
-        learner, inner_solver=lambda problem, centre: adapted, lam=(1 + EXTRA_IDENTITY) * c
+        learner,
+        inner_solver=lambda problem, centre, first=None: adapted,
+        lam=(1 + EXTRA_IDENTITY) * c,
     )
     gradient, _ = strong.task_gradient(meta, task)  # 2 c (H + 2 c I)^-1 g
     return {name: leaf / (1 + EXTRA_IDENTITY) for name, leaf in gradient.items()}

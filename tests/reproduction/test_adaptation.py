@@ -13,8 +13,8 @@ from reproduction.studies import adaptation
 from reproduction.studies.adaptation import read_run
 
 SMALL = (
-    "--smoke", "--ways", "2", "--channels", "4", "--queries", "1", "--test-tasks", "4",
-    "--tasks-per-step", "2",
+    "--smoke", "--method", "imaml", "--ways", "2", "--channels", "4", "--queries", "1",
+    "--test-tasks", "4", "--tasks-per-step", "2",
 )  # fmt: skip
 
 
@@ -54,6 +54,29 @@ def test_a_folder_without_such_a_run_is_refused(tmp_path):
     sinusoid.main(["--smoke", "--compare", "--out", str(tmp_path)])
     with pytest.raises(Refused, match="another program"):
         adaptation.main([str(tmp_path)])
+
+
+def test_a_run_of_the_last_layer_has_no_inner_steps_to_count(tmp_path):
+    omniglot.main([*SMALL, "--method", "imaml-head", "--out", str(tmp_path)])
+
+    with pytest.raises(Refused, match="adapts the last layer"):
+        adaptation.main([str(tmp_path)])
+
+
+def test_a_run_from_before_the_later_flags_is_read(tmp_path):
+    omniglot.main([*SMALL, "--inner-steps", "1", "--out", str(tmp_path)])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("start_from", "validation_only"):
+        del config[name]
+    del config["further"]["network"]
+    for name in ("head_steps", "learn_lam"):
+        del config["recipes"]["imaml"][name]
+    path.write_text(json.dumps(config))
+
+    settings, _ = read_run(tmp_path, None)
+    assert settings.recipes["imaml"].head_steps == 0
+    OmniglotBenchmark.build(settings)
 
 
 def test_steps_that_follow_no_gradient_are_refused(tmp_path):

@@ -35,7 +35,7 @@ def test_a_smoke_run_of_omniglot_ends_with_table_picture_and_files(smoke, capsys
         assert text in shown
     assert (folder / "omniglot.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["further"]["ways"] == 5
-    figures = json.loads((folder / "results.json").read_text())["imaml"]["figures"]
+    figures = json.loads((folder / "results.json").read_text())["imaml-head"]["figures"]
     assert all(0.2 < mean <= 1 for mean, _ in figures.values())
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 

@@ -19,6 +19,7 @@ from reproduction.method.evaluations import evaluations_a_task, expected_product
 from reproduction.method.systems import METHODS, SYSTEMS
 from reproduction.report import __main__ as reproduce
 from reproduction.report.earlier import read_earlier, together
+from reproduction.report.first_pictures import draw_accuracies, draw_learning
 from reproduction.report.plan import (
     SINUSOID_EVALUATIONS,
     SINUSOID_PRODUCTS,
@@ -104,10 +105,11 @@ def test_smoke_run_writes_tables_and_pictures_and_is_done_once(tmp_path, capsys)
     assert capsys.readouterr().out.count("beginning") == 2
     results = tmp_path / "results"
     text = (results / "README.md").read_text()
-    for part in ("2 are finished", "| `fomaml` | 1 |", "| `maml` | 0 |", "98.7 ± 0.4", "torch"):
+    for part in ("2 are finished", "| `fomaml` | 1 |", "| `maml` | 0 |", "98.7 ± 0.4", "torch",
+                 "<summary>5-way 1-shot</summary>", "not run yet"):  # fmt: skip
         assert part in text
     assert os.uname().nodename not in text
-    for name in ("sinusoids.png", "curves.png", "published.png"):
+    for name in ("sinusoids.png", "accuracies.png", "learning.png"):
         assert f"({name})" in text
         assert (results / name).read_bytes().startswith(b"\x89PNG")
     written = json.loads((results / "results.json").read_text())
@@ -435,11 +437,95 @@ def test_accuracies_stand_beside_the_published_ones(tmp_path):
     long = replace(maml, table="omniglot/5-way-1-shot/40-minutes-on-2-cores", seconds=2400.0)
     text = report(tmp_path, [maml, replace(long, method="imaml", processes=2)])
 
-    assert "## Omniglot, 5-way-1-shot, 20 minutes each" in text
-    assert "## Omniglot, 5-way-1-shot, 40 minutes on 2 cores" in text
+    assert "**Omniglot, 5-way 1-shot, 20 minutes each.**" in text
+    assert "**Omniglot, 5-way 1-shot, 40 minutes on 2 cores.**" in text
     assert "| iMAML, Gauss-Newton, here | 94.00 ± 0.40 (40 min on 2 cores) | - | - | - |" in text
     assert "20.0 | 93.0 | 94.00 ± 0.40 | 92.00 ± 0.50 | 98.7 ± 0.4 |" in text
     assert "| MAML, GD, here | 94.00 ± 0.40 (20 min) | - | - | - |" in text
+
+
+def of_characters(method, seed, accuracy, minutes, setting=(5, 1), **changed):
+    ways, shots = setting
+    return record(
+        method, seed, 0.0, table=f"omniglot/{ways}-way-{shots}-shot/{minutes}-minutes", ways=ways,
+        shots=shots, seconds=60.0 * minutes,
+        curve=[(30.0, 50, 0.5), (60.0 * minutes, 99, accuracy)],
+        figures={"together": (accuracy, 0.004), "one at a time": (0.5, 0.005)}, **changed,
+    )  # fmt: skip
+
+
+def test_the_page_begins_with_four_settings_and_four_systems(tmp_path):
+    heads = [of_characters("imaml-head", seed, 0.98 + 0.001 * seed, 25) for seed in range(5)]
+    text = report(
+        tmp_path,
+        [
+            *heads,
+            of_characters("imaml-head", 0, 0.991, 240),
+            of_characters("imaml", 0, 0.90, 5),
+            of_characters("imaml", 0, 0.93, 20),
+            of_characters("imaml", 0, 0.95, 60),
+            of_characters("maml", 0, 0.7, 25, state="broken off", message=""),
+            of_characters("maml", 0, 0.85, 20, setting=(20, 1)),
+            of_characters("imaml-hf", 0, 0.99, 25),  # not a column
+        ],
+    )
+
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    head, _, first, published, *_ = rows
+    names = ["setting", "", "iMAML, last layer", "iMAML, whole network", "MAML", "first-order MAML"]
+    cells = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells(head) == names
+    assert cells(first) == [
+        "5-way 1-shot", "here",
+        "98.2, from 98.0 to 98.4 (25 min, 5 seeds); 99.1 ± 0.4 (240 min)",
+        "93.0 ± 0.4 (20 min); 95.0 ± 0.4 (60 min)", "not run yet", "not run yet",
+    ]  # fmt: skip
+    assert cells(published) == [
+        "", "published", "-", "99.16 ± 0.35 by gradient descent; 99.5 ± 0.26 Hessian-free",
+        "98.7 ± 0.4", "98.3 ± 0.5",
+    ]  # fmt: skip
+    twenty = next(row for row in rows if row.startswith("| 20-way 1-shot | here"))
+    assert cells(twenty)[2:] == ["not run yet", "not run yet", "85.0 ± 0.4 (20 min)", "not run yet"]
+    assert len([row for row in rows if "| here |" in row]) == 4
+
+
+def test_a_new_run_is_on_the_page_when_it_is_written_again(tmp_path):
+    first = report(tmp_path, [of_characters("imaml", 0, 0.93, 20)])
+    again = report(
+        tmp_path, [of_characters("imaml", 0, 0.93, 20), of_characters("imaml-head", 0, 0.98, 25)]
+    )
+
+    assert "98.0 ± 0.4 (25 min)" not in first
+    assert "98.0 ± 0.4 (25 min)" in again
+
+
+def test_the_first_pictures_have_units_chance_and_budgets():
+    records = [of_characters("imaml-head", seed, 0.98, 25) for seed in range(2)]
+    records += [of_characters("maml", 0, 0.9, 20, setting=(20, 1))]
+    accuracies, learning = draw_accuracies(records), draw_learning(records)
+
+    titles = [axes.get_title() for axes in accuracies.axes]
+    assert titles[0] == "5-way 1-shot (chance: 20%)"
+    assert {text.get_text() for text in accuracies.axes[0].texts} == {"25 min"}
+    assert {text.get_text() for text in accuracies.axes[2].texts} == {"20 min"}
+    assert accuracies.axes[0].get_ylabel().endswith("%")
+    left, right = learning.axes
+    assert [line.get_label() for line in right.lines] == ["MAML, 20 min", "chance"]
+    assert right.lines[-1].get_ydata()[0] == 5
+    assert len(left.lines) == 3  # two seeds, and chance
+    assert left.get_xlabel().startswith("minutes")
+    assert left.get_ylabel().endswith("%")
+
+
+def test_every_part_that_is_folded_ends(tmp_path):
+    text = report(tmp_path, [record("imaml", 0, 0.1), of_characters("maml", 0, 0.9, 20)])
+
+    opened = 0
+    for line in text.splitlines():
+        opened += (line == "<details>") - (line == "</details>")
+        assert opened in {0, 1}
+        assert not (opened and line.startswith("#"))  # a heading would end the part
+    assert opened == 0
 
 
 def test_what_people_say_is_put_below_the_table(tmp_path):
