@@ -33,7 +33,8 @@ from reproduction.runs.run_folder import RunFolder, WriteFailed
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--method", "imaml", "--inner-solver", "gradient-descent", "--inner-steps", "1",
-    "--cg-steps", "2", "--queries", "2", "--tasks-per-step", "2", "--test-tasks", "2", "--meta-steps", "6", "--validate-every", "3",
+    "--cg-steps", "2", "--queries", "2", "--tasks-per-step", "2", "--test-tasks", "2",
+    "--meta-steps", "6", "--validate-every", "3",
 )  # fmt: skip
 
 
