@@ -13,6 +13,7 @@ from reproduction.report.published import PUBLISHED, SETTINGS, Setting
 from reproduction.report.records import Record
 
 TITLE, LABEL = 15, 13  # points: a page shows pictures smaller than they are
+TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200)  # minutes
 LEGEND = (
     ("o", "0.3", "here, one run (95% interval over tasks)"),
     ("D", "0.3", "here, mean of several seeds (lowest to highest)"),
@@ -109,7 +110,9 @@ def draw_learning(records: Sequence[Record]) -> Figure:
         axes.tick_params(labelsize=LABEL)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=LABEL - 1, loc="lower right", bbox_to_anchor=(1.0, 0.22))
-        axes.xaxis.set_major_formatter(lambda minutes, _: f"{minutes:g}")
+        axes.set_xticks(TICKS, [f"{minutes:g}" for minutes in TICKS])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0.5, 300)
     panels[0].set_ylabel("accuracy on 200 validation tasks, %", fontsize=LABEL)
     figure.suptitle("Omniglot along the trainings, each along its own cosine", fontsize=TITLE)
     return figure

@@ -367,7 +367,9 @@ def _initial(path: Path | None, network: nn.Module) -> Params:
     try:
         saved: Params = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: saved[name].shape for name in params}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+    except (
+        OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError
+    ) as error:  # fmt: skip
         raise Refused(f"--start-from {path}: not parameters of this network ({error})") from error
     if other := [name for name, leaf in params.items() if shapes[name] != leaf.shape]:
         raise Refused(f"--start-from {path}: of another network, in {', '.join(other)}")

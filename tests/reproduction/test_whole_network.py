@@ -30,7 +30,7 @@ def no_data(monkeypatch):
 
 def strengths_of(meta):
     """Return a lam for each leaf, all of them different."""
-    return {name: torch.tensor(LAM * (1 + k)).double() for k, name in enumerate(meta)}
+    return {name: torch.tensor(LAM * (1 + k), dtype=torch.float64) for k, name in enumerate(meta)}
 
 
 def weighted(problem, meta, strengths):
@@ -64,7 +64,7 @@ def test_gauss_newton_steps_with_a_lam_for_each_leaf_are_the_dense_ones(network,
 
 
 def test_equal_lams_are_one_lam(network, meta, task):
-    each = {name: torch.tensor(LAM).double() for name in meta}
+    each = {name: torch.tensor(LAM, dtype=torch.float64) for name in meta}
     problems = [
         network_problem(task.support_x, task.support_y, network, lam) for lam in (LAM, each)
     ]
@@ -110,7 +110,9 @@ def test_the_head_alone_is_what_imaml_head_solves(network, meta, task):
     body = torch.tanh(task.support_x @ meta["0.weight"].T + meta["0.bias"])
     z = torch.cat([body, torch.ones_like(body[:, :1])], 1)
     centre = torch.cat([meta["2.weight"], meta["2.bias"][:, None]], 1)
-    expected = solve_head(SquaredError(), z, task.support_y, centre, torch.tensor(LAM).double(), 1)
+    expected = solve_head(
+        SquaredError(), z, task.support_y, centre, torch.tensor(LAM, dtype=torch.float64), 1
+    )
     torch.testing.assert_close(
         torch.cat([found["2.weight"], found["2.bias"][:, None]], 1), expected
     )
@@ -241,7 +243,7 @@ def test_parameters_of_another_size_are_no_start(tmp_path):
         (["--method", "fomaml", "--learn-lam"], "by the implicit gradient alone"),
         (["--linear-solver", "identity", "--learn-lam"], "by the implicit gradient alone"),
         (["--learn-lam", "--lam", "1e-4"], "--lam above 0.001"),
-        (["--method", "maml", "--head-steps", "1"], "one differentiates through"),
+        (["--method", "maml", "--head-steps", "1", "--proximal"], "one differentiates through"),
         (["--method", "reptile", "--head-steps", "1"], "--proximal"),
         (["--method", "imaml-head", "--head-steps", "1"], "without --head-steps"),
         (["--start-from", "no-such-file"], "must be a file"),
