@@ -207,7 +207,7 @@ def test_predictions_are_those_of_the_adapted_head(kind):
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 100])
-def test_one_query_at_a_time_has_the_support_set_beside_it_and_nothing_else(monkeypatch, at_once):
+def test_a_query_of_the_head_has_the_support_set_beside_it_and_nothing_else(monkeypatch, at_once):
     monkeypatch.delenv("OMNIGLOT_DIR", raising=False)
     monkeypatch.setattr(head, "PICTURES_AT_ONCE", at_once)
     settings = omniglot.read_command_line(["--smoke", "--ways", "2", "--method", "imaml-head"])
