@@ -1,7 +1,7 @@
 """Meta-learn to tell handwritten characters apart: ``python -m examples.imaml.omniglot``.
 
 N-way K-shot classification of Omniglot (Lake et al. 2015), by default 5-way 1-shot by iMAML on the
-last layer, which takes about eight minutes of one core. Every choice is made on validation
+last layer, which takes about ten minutes of one core. Every choice is made on validation
 characters; test characters are for the last table.
 """
 
