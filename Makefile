@@ -27,11 +27,11 @@ help:  ## show this list
 demo: $(VENV)/.with-examples  ## iMAML on sinusoids: trains, then a table and a picture
 	$(BIN)/python -m examples.imaml.sinusoid $(ARGS)
 
-omniglot: $(VENV)/.with-examples  ## iMAML on Omniglot, 5-way 1-shot
+omniglot: $(VENV)/.with-examples  ## iMAML of the last layer on Omniglot, 5-way 1-shot: ten minutes; ARGS="--data-dir FOLDER", or --download
 	$(BIN)/python -m examples.imaml.omniglot $(ARGS)
 
 reproduce: $(VENV)/.with-examples  ## the whole comparison, as far as ARGS="--budget SECONDS" goes; writes results/
-	$(BIN)/python -m examples.imaml.reproduce $(ARGS)
+	$(BIN)/python -m reproduction.report $(ARGS)
 
 # One thread each: as many workers as cores are already at work.
 test: $(VENV)/.with-test  ## the tests, and the examples in the docstrings

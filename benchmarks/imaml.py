@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.by_hand import conjugate_gradients
-from examples.imaml.episodes import Episodes, Params
-from examples.imaml.models import OmniglotConvNet, SinusoidMLP
-from examples.imaml.omniglot_data import draw_characters, sample_tasks
-from examples.imaml.sinusoid_tasks import SinusoidTasks
+from reproduction.method.episodes import Episodes, Params
+from reproduction.method.models import OmniglotConvNet, SinusoidMLP
+from reproduction.method.sinusoid_tasks import SinusoidTasks
+from reproduction.omniglot.data import draw_characters, sample_tasks
 
 CG_STEPS = 5
 # So strong that the Hessian is positive definite at the start, where nothing is learnt yet, and

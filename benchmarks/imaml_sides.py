@@ -12,9 +12,9 @@ from torch.func import functional_call, vmap
 import hypergrad
 from benchmarks.by_hand import conjugate_gradients
 from benchmarks.imaml import CG_STEPS, MetaStep, flat_gradient
-from examples.imaml.episodes import Episodes, Params
-from examples.imaml.inner import GradientDescent
-from examples.imaml.meta import MetaLearner
+from reproduction.method.episodes import Episodes, Params
+from reproduction.method.inner import GradientDescent
+from reproduction.method.meta import MetaLearner
 
 MetaGradient = Callable[[MetaStep], Tensor]
 
@@ -79,7 +79,7 @@ by_inductor: MetaGradient = hypergrad.compile(
 
 
 def by_examples(step: MetaStep) -> Tensor:
-    """As examples/imaml does it: the inner loop is mapped over the tasks too."""
+    """As the laboratory does it: the inner loop is mapped over the tasks too."""
     gradient, _ = _learner(step).meta_gradient(step.meta, step.tasks)
     return flat_gradient(gradient)
 
@@ -181,7 +181,7 @@ BATCHED: dict[str, MetaGradient] = {
     "hypergrad": by_hypergrad,
     "hypergrad, whole step": by_hypergrad_alone,
     "hypergrad, compiled": compiled,
-    "hypergrad, by examples/imaml": by_examples,
+    "hypergrad, by reproduction": by_examples,
     "by hand, batched": by_hand_batched,
 }
 #: Where calls of operations take longer than their arithmetic; it takes a C++ compiler.

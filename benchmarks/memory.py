@@ -17,11 +17,11 @@ from benchmarks.allocator import peak_bytes as allocated
 from benchmarks.imaml import OMNIGLOT_LAM, OMNIGLOT_LR
 from benchmarks.results import OURS, Row, Settings
 from benchmarks.timing import Quartiles
-from examples.imaml.inner import GradientDescent
-from examples.imaml.meta import MetaLearner
-from examples.imaml.models import OmniglotConvNet
-from examples.imaml.omniglot_data import draw_characters, sample_tasks
-from examples.imaml.systems import Differentiation
+from reproduction.method.inner import GradientDescent
+from reproduction.method.meta import MetaLearner
+from reproduction.method.models import OmniglotConvNet
+from reproduction.method.systems import Differentiation
+from reproduction.omniglot.data import draw_characters, sample_tasks
 
 TASKS, STEPS = 8, (4, 16, 64)
 

@@ -1,1 +1,1 @@
-"""Implicit MAML (Rajeswaran et al. 2019) on sinusoid regression and on Omniglot."""
+"""The two programs of the laboratory under short names; see `reproduction`."""

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:We've integrated functorch")
 
 from benchmarks import imaml_sides, own_process  # noqa: E402
 from benchmarks.imaml import MetaStep  # noqa: E402
-from examples.imaml.episodes import Episodes  # noqa: E402
+from reproduction.method.episodes import Episodes  # noqa: E402
 
 MAKE = {"sinusoid": MetaStep.sinusoid, "omniglot": MetaStep.omniglot}
 

@@ -28,7 +28,8 @@ PUBLIC = {
     },
 }
 # Those outside of the site, whose links the build of the documentation checks.
-PAGES = [page for page in sorted(ROOT.rglob("*.md")) if page.parent in (ROOT, ROOT / "examples")]
+HAVE_PAGES = (ROOT, ROOT / "examples", ROOT / "reproduction")
+PAGES = [page for page in sorted(ROOT.rglob("*.md")) if page.parent in HAVE_PAGES]
 
 
 def test_the_readme_example_gives_the_hypergradient():

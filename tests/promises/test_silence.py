@@ -12,8 +12,9 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 import hypergrad
-from examples.imaml import curvature, omniglot, sinusoid
 from hypergrad import CG, ConvergenceWarning, Neumann, implicit_backward, implicit_grad
+from reproduction.runs import omniglot, sinusoid
+from reproduction.studies import curvature
 from tests import problems
 
 # torch.func.jvp compiles its formulas with torch.jit when it is first used.

@@ -1,0 +1,1 @@
+"""The laboratory: the comparison of iMAML with the systems beside it, and what was measured."""

@@ -1,0 +1,1 @@
+"""The method: inner problems, their solvers, and the meta-gradients of the systems."""

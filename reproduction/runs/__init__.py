@@ -1,0 +1,1 @@
+"""Trainings: the two programs, their command line, and what is kept of a run."""
