@@ -18,7 +18,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         return
     columns = min(2, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(6.5 * columns, 2.9 * lines), layout="constrained")
+    figure = Figure(figsize=(7 * columns, 3.4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
         shown = [row for row in rows if row.benchmark == name and _shown(row)][::-1]
@@ -29,19 +29,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             )
             axes.annotate(
                 f"{median:.3g}", (median, place), (0, 5), textcoords="offset points", ha="center",
-                fontsize="x-small",
+                fontsize="small",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(range(len(shown)), [row.side for row in shown], fontsize="x-small")
+        axes.set_yticks(range(len(shown)), [row.side for row in shown], fontsize="small")
         axes.set_ylim(-0.5, len(shown) - 0.2)
         axes.margins(x=0.12)
         axes.grid(axis="x", color="0.9")
-        axes.set_title(title(name), fontsize="small")
-        axes.set_xlabel(f"time, in {shown[0].unit}; left is faster", fontsize="x-small")
-        axes.tick_params(axis="x", which="both", labelsize="x-small")
+        axes.set_title(title(name), fontsize="medium")
+        axes.set_xlabel(f"time, in {shown[0].unit}; left is faster", fontsize="small")
+        axes.tick_params(axis="x", which="both", labelsize="small")
     for axes in panels[len(names) :]:
         axes.remove()
     figure.savefig(path, dpi=110)

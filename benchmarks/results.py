@@ -130,13 +130,16 @@ def overview(rows: Sequence[Row]) -> str:
     for benchmark in dict.fromkeys(row.benchmark for row in rows):
         of_it = [row for row in rows if row.benchmark == benchmark and row.threads == 1]
         of_it = [row for row in of_it if row.error is not None and "of jax" not in row.side]
-        if not of_it:
-            continue
-        cells = []
-        for start in kinds.values():
-            medians = [row.figure.median for row in of_it if row.side.startswith(start)]
-            cells.append(f"{min(medians):.3g}" if medians else "")
-        lines.append(f"| {title(benchmark)}, in {of_it[0].unit} | " + " | ".join(cells) + " |")
+        for loop in (False, True):
+            rows_of_it = [row for row in of_it if ("along a loop" in row.side) is loop]
+            if not rows_of_it:
+                continue
+            cells = []
+            for start in kinds.values():
+                medians = [row.figure.median for row in rows_of_it if row.side.startswith(start)]
+                cells.append(f"{min(medians):.3g}" if medians else "")
+            what = title(benchmark) + (", along a loop of 1 per cent steps" if loop else "")
+            lines.append(f"| {what}, in {of_it[0].unit} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

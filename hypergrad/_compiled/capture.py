@@ -320,7 +320,7 @@ class Capture:
                     random.setstate(numbers)
                 raise
             except Exception as error:
-                if getattr(error, "gb_type", "") == "Observed exception":
+                if str(error).startswith("Observed exception"):
                     raise Failed("one of its functions raises") from error
                 raise NotCaptured(_why(error)) from error
             finally:

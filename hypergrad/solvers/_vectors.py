@@ -29,6 +29,8 @@ def norm(v: Tensor) -> Tensor:
     """Form the Euclidean norm of each task's vector, safe for entries of 1e-30 and 1e30."""
     if v.shape[-1] == 0:
         return v.new_zeros(v.shape[:-1])
+    if v.shape[-1] == 1 and not is_shards(v):  # of which torch 2.10 gives Inductor a wrong shape
+        return v.abs().squeeze(-1)
     # Of a few numbers the careful way costs less in a trace than a look, which would also bind it
     # to whether a residual is zero or rounding.
     few = traced() and v.numel() < _FEW
