@@ -68,7 +68,7 @@ def draw(names, weights, single):
     right.semilogy(range(50, 1000), decays[50:], ".", color="0.65", markersize=4)
     right.semilogy(range(50), decays[:50], ".", color="C3", markersize=6)
     right.set(xlabel="feature", ylabel="learnt weight decay")
-    right.set_title("red: the 50 that count; grey: the 950 that do not", fontsize=13)
+    right.set_title("the 50 that count (red), and the rest", fontsize=13)
     figure.savefig(HERE / "thousand_penalties.png", dpi=130)
 
 
