@@ -47,6 +47,7 @@ from .conditions._gradient_step import ProjectedGradient, ProximalGradient
 from .conditions._kkt import KKT
 from .conditions._minimum import Minimum
 from .conditions._root import Root
+from .conditions._supervised import Supervised, supervised
 from .estimators import (
     EvolutionInfo,
     ValueFunctionInfo,
@@ -139,6 +140,7 @@ __all__ = [
     "StepInfo",
     "StocBiO",
     "StructureMismatch",
+    "Supervised",
     "UnsupportedOperation",
     "ValueFunctionInfo",
     "all_reduced",
@@ -158,6 +160,7 @@ __all__ = [
     "penalty_grad",
     "root_jvp",
     "root_vjp",
+    "supervised",
     "unrolled_grad",
     "value_function_grad",
 ]

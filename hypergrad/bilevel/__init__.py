@@ -9,6 +9,7 @@ from ._amigo import AmIGO
 from ._bilevel import Bilevel
 from ._f2sa import F2SA
 from ._fsla import FSLA
+from ._history import History
 from ._hoag import HOAG
 from ._levels import Levels
 from ._method import Method
@@ -29,6 +30,7 @@ __all__ = [
     "Alternating",
     "AmIGO",
     "Bilevel",
+    "History",
     "Levels",
     "Method",
     "StepInfo",

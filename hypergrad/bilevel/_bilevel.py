@@ -23,9 +23,11 @@ from .._warnings import OnFailure, check_on_failure, listening
 from ._alternating import Alternating
 from ._batches import Batch, Source
 from ._estimate import Estimator
+from ._history import History
 from ._levels import Levels
 from ._method import Method
 from ._optimisers import Optimiser
+from ._run import Run
 from ._state import copied, restored
 from ._step_info import StepInfo
 
@@ -146,7 +148,7 @@ class Bilevel:
                 f"projections.non_negative; got {hparams_projection!r}."
             )
         self.method = method if isinstance(method, Method) else _by_estimator(method)
-        self._callback = callback
+        self._callback, self._history = callback, History()
         optimizers, batches = (inner_optimizer, outer_optimizer), (inner_batches, outer_batches)
         drawing = torch.Generator().manual_seed(seed), hparams_projection
         problem = outer, inner, params, hparams
@@ -169,6 +171,11 @@ class Bilevel:
     def steps(self) -> int:
         """How many outer steps have been made."""
         return self._levels.steps
+
+    @property
+    def history(self) -> History:
+        """The numbers of the steps that `run` has made, which plot themselves."""
+        return self._history
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -245,6 +252,43 @@ class Bilevel:
             self._callback(info)
         return info
 
+    def run(self, steps: int, *, progress: bool = False, history: bool = True) -> Run:
+        """Make steps one after the other: ``for step in loop.run(100, progress=True)``.
+
+        Each is a call of `step`, made when the next one is asked for. A ``break`` leaves the loop
+        where it is, and another `run` goes on from there. What iterates, such as `list` or a
+        progress bar of your own, makes all of them.
+
+        Parameters
+        ----------
+        steps : int
+            How many more.
+        progress : bool
+            Whether to write to stderr how far it is, with the outer loss, the norm of the inner
+            gradient, how the linear system ended, and the time left. On a terminal that is one
+            line, written over; elsewhere ten lines, and more if a minute has gone without one. The
+            device is waited for when a line is written.
+        history : bool
+            Whether the numbers of the steps go into `history`.
+
+        Returns
+        -------
+        run : iterable of StepInfo
+            What is to be iterated over: until then no step is made.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than no steps.
+        TypeError
+            If `steps` is no whole number.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps must be a whole number; got {steps!r}.")
+        if steps < 0:
+            raise ValueError(f"steps must not be negative; got {steps}.")
+        return Run(self, steps, progress, history)
+
     def state_dict(self) -> dict[str, Any]:
         """Copy everything that a resumed run needs: tensors, numbers, text, lists and dicts.
 
@@ -252,7 +296,7 @@ class Bilevel:
         that goes on from it is bit-equal on the same machine, given the same losses, optimisers,
         method and batches. It leaves out two things that are not ours: the generators that the
         losses draw from, and the order in which an iterable gives its batches. A sequence or a
-        callable is drawn from with the generator that is in it.
+        callable is drawn from with the generator that is in it. The `history` is in it too.
 
         Returns
         -------
@@ -273,6 +317,7 @@ class Bilevel:
             "generator": levels.generator.get_state(),
             "batches": [levels.inner_batches.state(), levels.outer_batches.state()],
             "warned": dict(levels.warned),
+            "history": self._history.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,6 +359,7 @@ class Bilevel:
             for place, variable in enumerate(tree.variables):
                 value = restored(variable, saved[place], tree.variable_path(place))
                 moved.append((variable, value))
+        history = History.of(state.get("history", {}))
         levels.state = restored(levels.state, copied(state["state"]), "state")
         with torch.no_grad():
             for variable, value in moved:
@@ -326,6 +372,7 @@ class Bilevel:
         levels.steps = int(state["steps"])
         levels.memory.load(state.get("memory", {}))
         levels.warned = dict(state.get("warned", {}))
+        self._history = history
 
 
 @contextmanager

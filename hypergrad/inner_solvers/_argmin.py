@@ -20,7 +20,7 @@ from .._implicit.keywords import bound
 from .._info import SolveInfo
 from .._mistakes import explained, refuse_unknown
 from .._warnings import OnFailure
-from ..conditions._base import Condition
+from ..conditions._base import Condition, as_condition
 from ..conditions._gradient_step import ProjectedGradient, ProximalGradient
 from ..conditions._minimum import Minimum
 from ..inner_solvers import FISTA, LBFGS, Anderson, Bisection, InnerSolver, LevenbergMarquardt
@@ -169,7 +169,9 @@ def _smooth(objective: Function, solver: InnerSolver) -> tuple[Condition, Functi
     if isinstance(solver, LevenbergMarquardt):
         residuals = _several(objective)
         return Minimum(_half_squares(residuals)), functools.partial(solver, residuals)
-    return Minimum(objective), functools.partial(solver, objective)
+    # The losses of `supervised` are functions, and know their own condition.
+    condition = as_condition(objective, Minimum)
+    return condition, functools.partial(solver, objective)
 
 
 def _several(residuals: Function) -> Function:
@@ -251,7 +253,7 @@ def _refuse_no_functions(objective: Any, project: Any, prox: Any) -> None:
             "argmin takes project or prox, not both: the proximal map of a sum is in general not "
             "made of theirs. A projection as a proximal map is hypergrad.prox.from_projection."
         )
-    if isinstance(objective, Condition):
+    if isinstance(objective, Condition) and not callable(objective):
         raise TypeError(
             f"argmin takes the objective itself and makes its condition; got a "
             f"{type(objective).__name__}. A condition object is for custom_argmin."
