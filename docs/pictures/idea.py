@@ -47,7 +47,10 @@ def row(axes, name, first, says):
         for i in range(first + 1, len(STEPS)):
             arrow(axes, (1.3 * i, -0.3), (1.3 * i - 1.3, -0.3), RED, -0.35)
         arrow(axes, (6.7, -0.3), (5.25, -0.3), RED, -0.35)
-        arrow(axes, (1.3 * first - 0.05, -0.4), (0.55, -1.05), RED, -0.1 if first else 0.0)
+        if first:
+            arrow(axes, (1.3 * first - 0.05, -0.4), (0.55, -1.05), RED, -0.1)
+        else:
+            arrow(axes, (0.1, -0.34), (0.1, -0.86), RED)
     hypergradient = BLUE if first is None else RED
     axes.text(0.45, -1.05, "gradient", ha="right", va="center", fontsize=12, color=hypergradient)
     axes.set_title(name, loc="left", fontsize=14, fontweight="bold")
