@@ -48,7 +48,13 @@ OF_A_SYSTEM = ("Layout", "Tree", "NewtonStep", "Probe", "State", "Watch", "Memor
 nitpick_ignore = [("py:class", name) for name in (*PROSE, *OF_A_SYSTEM)]
 # Where signatures name a class of torch by the module that defines it.
 nitpick_ignore += [
-    ("py:class", name) for name in ("torch._C.Generator", "torch.optim.optimizer.Optimizer")
+    ("py:class", f"torch.{name}")
+    for name in (
+        "_C.Generator",
+        "nn.modules.module.Module",
+        "nn.parameter.Parameter",
+        "optim.optimizer.Optimizer",
+    )
 ]
 # A default that is made anew ends what Sphinx can parse of a signature.
 nitpick_ignore += [("py:class", "dict[str")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -181,16 +181,17 @@ class Supervised:
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
-        """The parameters that require grad, by name: the module's own tensors, no copies."""
+        """The parameters that require grad, by name, which are the module's own tensors."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def inner(self) -> InnerLoss | InnerMinimum:
-        """The inner loss: ``inner(batch)`` is a condition, and a function of (params, hparams).
+        """The inner loss of a batch.
 
-        In place of one batch ``inner(loader)`` takes the mean over the batches of a `DataLoader`
-        without shuffling, as `Minimum` does with `batches`. The condition of `Bilevel`, which draws
-        batches itself, is ``problem.inner``.
+        ``inner(batch)`` is a condition, and a function of ``(params, hparams)``. In place of one
+        batch ``inner(loader)`` takes the mean over the batches of a `DataLoader` without shuffling,
+        as `Minimum` does with `batches`. `Bilevel`, which draws batches itself, takes
+        ``problem.inner`` as it is.
         """
         if self.curvature == "hessian":
             return InnerMinimum(self._whole)
@@ -361,14 +362,17 @@ def _mean_of(function: Callable[..., Tensor], batches: Iterable[Any], *arguments
     return torch.stack(values).mean()
 
 
+def _field(outputs: Any, name: str) -> Any:
+    """Look a field of a model's outputs up; None: there is none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    return None if isinstance(outputs, Tensor) else getattr(outputs, name, None)
+
+
 def _logits(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs
-    of_object = getattr(outputs, "logits", None)
-    if of_object is None and isinstance(outputs, Mapping):
-        of_object = outputs.get("logits")
-    if of_object is not None:
-        return of_object
+    logits = _field(outputs, "logits")
+    if logits is not None:
+        return logits
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(outputs)):
         raise StructureMismatch(
             f"The model returned a {type(outputs).__name__}, which has no attribute logits and is "
@@ -380,19 +384,15 @@ def _logits(outputs: Any) -> Any:
 
 
 def _own_loss(outputs: Any) -> Tensor:
-    of_object = getattr(outputs, "loss", None)
-    if of_object is None and isinstance(outputs, Mapping):
-        of_object = outputs.get("loss")
-    if of_object is None and isinstance(outputs, Tensor):
-        of_object = outputs
-    if of_object is None:
+    loss = outputs if isinstance(outputs, Tensor) else _field(outputs, "loss")
+    if loss is None:
         raise StructureMismatch(
             f"With loss_fn=None the model must return its loss: a scalar, or an object with a "
             f"loss; it returned a {type(outputs).__name__} without one. Are the labels in the "
             "batch? Otherwise pass loss_fn.",
             argument="model",
         )
-    return scalar("the model's loss", of_object)
+    return scalar("the model's loss", loss)
 
 
 def _refuse_no_names(params: Any) -> None:
@@ -408,12 +408,8 @@ def _refuse_no_choice(name: str, value: Any, words: tuple[str, ...], arguments: 
     if value is None or value in words or (callable(value) and not isinstance(value, type)):
         return
     listed = "".join(f"{word!r}, " for word in words)
-    _refuse(f"{name} must be {listed}None or a function of {arguments}", value)
-
-
-def _refuse(text: str, value: Any) -> NoReturn:
     error = ValueError if isinstance(value, str) else TypeError
-    raise error(f"{text}; got {_kind(value)}.")
+    raise error(f"{name} must be {listed}None or a function of {arguments}; got {_kind(value)}.")
 
 
 def _kind(value: Any) -> str:
