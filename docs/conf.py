@@ -28,7 +28,9 @@ version = release = hypergrad.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
+    "matplotlib.sphinxext.plot_directive",  # the picture of the idea
     "sphinx.ext.intersphinx",
     "sphinx-mathjax-offline",  # the formulae without the network
     "sphinx.ext.napoleon",
@@ -67,6 +69,7 @@ html_css_files = ["site.css"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+autosummary_generate = False  # tables of names alone: a page has a family
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 80
 autodoc_typehints = "signature"
@@ -81,6 +84,10 @@ bibtex_reference_style = "author_year"
 # The types in docstrings are for reading ("pytree of tensors"); those in signatures are links.
 napoleon_use_param = False
 napoleon_use_rtype = False
+
+plot_formats = [("svg", 90)]
+plot_html_show_formats = plot_html_show_source_link = False
+plot_rcparams = {"svg.fonttype": "path"}
 
 # Where the links lead is read from lists kept here, not from the network.
 INVENTORIES = HERE / "_build" / "inventories"

@@ -6,6 +6,7 @@ The tests check every cell of it. ``python docs/matrix.py`` writes it into ``com
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "composition.md"
@@ -108,8 +109,8 @@ def outcome(row: str, column: str) -> str | Raises:
 # What stands in the page, where a column's name does not say it all.
 WORDS = {
     "backward": "`.backward()`",
-    "gradcheck": "`gradcheck`, both modes",
-    "gradgradcheck": "`gradgradcheck`, both modes",
+    "gradcheck": "`gradcheck` (both modes)",
+    "gradgradcheck": "`gradgradcheck` (both modes)",
     "is_grads_batched": "`autograd.grad(is_grads_batched=True)`",
     "forward_ad": "`torch.autograd.forward_ad`",
     "forward_ad over backward": "`forward_ad` over `.backward()`",
@@ -124,23 +125,33 @@ WORDS = {
 }
 
 
+def alike(names: Iterable[str], key: Callable[[str], object]) -> list[list[str]]:
+    """Names by what is the same of them, in the order of the first of each."""
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return list(groups.values())
+
+
 def table() -> str:
-    """The matrix, in Markdown."""
+    """The matrix, in Markdown: entrances that are alike share a column, compositions a row."""
+    rows = alike(ROWS, lambda row: str(EXCEPTIONS[row]))
     notes: list[str] = []
     lines = []
     for group, columns in GROUPS.items():
-        head = [f"**{group}**", *(f"`{row}`" for row in ROWS)]
-        lines += ["", "| " + " | ".join(head) + " |", "| --- |" + " :-: |" * len(ROWS)]
-        for column in columns:
+        head = [f"**{group}**", *(", ".join(f"`{row}`" for row in same) for same in rows)]
+        lines += ["", "| " + " | ".join(head) + " |", "| --- |" + " :-: |" * len(rows)]
+        for same in alike(columns, lambda column: tuple(outcome(row[0], column) for row in rows)):
             cells = []
-            for row in ROWS:
-                found = outcome(row, column)
+            for row in rows:
+                found = outcome(row[0], same[0])
                 if isinstance(found, Raises):
                     if found.advice not in notes:
                         notes.append(found.advice)
                     found = f"raises ({'abcdef'[notes.index(found.advice)]})"
                 cells.append(found)
-            lines.append(f"| {WORDS.get(column, f'`{column}`')} | " + " | ".join(cells) + " |")
+            words = ", ".join(WORDS.get(column, f"`{column}`") for column in same)
+            lines.append(f"| {words} | " + " | ".join(cells) + " |")
     lines += [""]
     for letter, note in zip("abcdef", notes, strict=False):
         lines.append(f"- ({letter}) {{class}}`~hypergrad.UnsupportedOperation`, naming `{note}`.")

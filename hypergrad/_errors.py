@@ -1,4 +1,4 @@
-"""The errors and the warning; every one of them says what was measured, where, and what to try."""
+"""The errors and the warnings: what was measured, where, what to try, and where it is explained."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ class HypergradError(Exception):
         self.args = args  # as Exception.__init__ does, which torch.export cannot trace
         self.info, self.leaf = info, leaf
         self.argument = argument if argument is not None or leaf is None else argument_of(leaf)
+
+    def __str__(self) -> str:
+        """Write the text, and the place of the documentation that shows the cure."""
+        text = super().__str__()
+        named = [
+            kind for kind in type(self).__mro__ if kind.__module__ == HypergradError.__module__
+        ]
+        return text if named[0] is HypergradError or not text else with_place(text, named[0])
+
+
+def with_place(text: str, kind: type[Exception]) -> str:
+    """End a text with the place of the documentation that shows what cures such an error."""
+    return f"{text} See docs/errors.md#{kind.__name__.lower()}."
 
 
 def argument_of(leaf: str) -> str | None:

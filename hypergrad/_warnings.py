@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._errors import CompileWarning, ConvergenceWarning
+from ._errors import CompileWarning, ConvergenceWarning, with_place
 from ._pytrees import Tree
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -40,17 +40,20 @@ def listening(listener: Callable[[str], bool]) -> Iterator[None]:
         _listener.reset(token)
 
 
-def warn(text: str) -> None:
-    """Issue a `ConvergenceWarning` at the line that called the library."""
+def warn(text: str, kind: type[Exception] = ConvergenceWarning) -> None:
+    """Issue a `ConvergenceWarning` at the line that called the library.
+
+    `kind` is the error in whose place it stands.
+    """
     listener = _listener.get()
     if listener is not None and not listener(text):
         return
-    _warn(text, ConvergenceWarning)
+    _warn(with_place(text, kind), ConvergenceWarning)
 
 
 def warn_of_compiling(text: str) -> None:
     """Issue a `CompileWarning` at the line that called the library."""
-    _warn(text, CompileWarning)
+    _warn(with_place(text, CompileWarning), CompileWarning)
 
 
 def _warn(text: str, category: type[Warning]) -> None:

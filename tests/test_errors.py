@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import hypergrad
 from hypergrad import (
     CG,
     KKT,
+    CompileWarning,
+    ConvergenceWarning,
     Exact,
     FixedPoint,
     HypergradError,
@@ -26,7 +30,9 @@ from hypergrad import (
     root_jvp,
     root_vjp,
 )
+from hypergrad._errors import with_place
 
+ROOT = Path(__file__).parents[1]
 D = torch.float64
 ONE = torch.ones(2, dtype=D)
 SIGNS = torch.tensor([1.0, -1.0], dtype=D)
@@ -61,7 +67,7 @@ def read(error):
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_error_has_the_attributes(kind):
     error = kind("text")
-    assert str(error) == "text"
+    assert error.args == ("text",)
     assert (error.info, error.leaf, error.argument) == (None, None, None)
     error = kind("text", leaf="params['a'][0]")
     assert (error.leaf, error.argument) == ("params['a'][0]", "params")
@@ -82,6 +88,26 @@ def test_every_error_has_the_attributes(kind):
 )
 def test_the_argument_is_that_of_the_leaf(leaf, argument):
     assert HypergradError(leaf=leaf).argument == argument
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, ConvergenceWarning, CompileWarning])
+def test_a_message_ends_with_a_place_of_the_documentation(kind):
+    if kind is HypergradError:
+        assert str(kind("text")) == "text"
+        return
+    text = with_place("text", kind)
+    if issubclass(kind, HypergradError):
+        assert str(kind("text")) == text
+        assert str(type("Mine", (kind,), {})("text")) == text
+    page, anchor = re.fullmatch(r"text See (docs/errors.md)#(\w+)\.", text).groups()
+    headings = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert anchor in [heading.lower() for heading in headings]
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1.0, "notconverged"), (-1.0, "indefinitehessian")])
+def test_a_warning_names_the_place_of_the_error_that_it_stands_for(scale, kind):
+    with pytest.warns(ConvergenceWarning, match=f" See docs/errors.md#{kind}.$"):
+        implicit_grad(outer, lambda w, t: scale * bowl(w, t), ONE + 1, ONE)
 
 
 def test_a_class_of_ones_own_has_its_own_text():
@@ -118,7 +144,7 @@ def test_they_survive_pickle_and_copy(kind):
     error.add_note("a note")
     for other in travelled(error):
         assert type(other) is kind
-        assert str(other) == "text"
+        assert (other.args, str(other)) == (("text",), str(error))
         assert (other.leaf, other.argument, other.__notes__) == ("params['a']", "init", ["a note"])
         assert str(other.info) == str(info)
         assert other.info.residual_norm == info.residual_norm

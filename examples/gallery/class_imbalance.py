@@ -95,7 +95,8 @@ for name, recall in recalls.items():
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.semilogy(counts, "C7o-", label="training examples")
 left.semilogy((100 * loop.hparams.softmax(0)).numpy(), "C1s-", label="learnt weight, %")
-left.set(xlabel="class", title="Rare classes weigh more", xticks=range(10))
+left.set(xlabel="class", ylabel="examples, or weight in %", xticks=range(10))
+left.set_title("Rare classes weigh more")
 left.legend()
 for (name, recall), style in zip(recalls.items(), ("C7o-", "C0x:", "C2^:", "C1s-"), strict=True):
     right.plot(recall.numpy(), style, label=name)

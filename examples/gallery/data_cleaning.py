@@ -87,8 +87,9 @@ report("classifier learnt with them", disagrees(w), w)
 # What the weights have become, and the twelve labels that are trusted least.
 
 figure, (left, right) = plt.subplots(
-    1, 2, figsize=(9, 3.6), width_ratios=[1, 1.2], layout="constrained"
+    1, 2, figsize=(10, 3.2), width_ratios=[1, 1.9], layout="constrained"
 )
+figure.get_layout_engine().set(wspace=0.06)
 weights = logits.sigmoid()
 left.hist(
     [weights[~wrong].numpy(), weights[wrong].numpy()], bins=20, label=["right label", "wrong label"]

@@ -114,5 +114,7 @@ for axis, (alpha, score), title in zip(axes, (best, learnt), titles, strict=True
     axis.contourf(ticks, ticks, values.numpy(), levels=20, cmap="RdBu")
     edges = ["black" if multiplier > 0 else "white" for multiplier in alpha]
     axis.scatter(*x.T, c=y, cmap="RdBu", edgecolors=edges, s=24)
-    axis.set(title=title, xticks=[], yticks=[], aspect="equal")
+    axis.scatter([], [], c="w", edgecolors="black", s=24, label="support vector")
+    axis.set(title=title, xlabel="first input", ylabel="second input", aspect="equal")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", facecolor="0.8")
 plt.show()

@@ -110,7 +110,8 @@ figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
 strengths = torch.linspace(-5, 1, 13)
 axis.plot(strengths, [top(s, init).item() for s in strengths], "C0", label="third set")
 for at, loss, slope in path:
-    axis.plot([at - 0.3, at + 0.3], [loss - 0.3 * slope, loss + 0.3 * slope], "C1")
+    label = "its hypergradients" if at == path[0][0] else None
+    axis.plot([at - 0.3, at + 0.3], [loss - 0.3 * slope, loss + 0.3 * slope], "C1", label=label)
     axis.plot(at, loss, "C1o")
 axis.axvline(found, color="C1", linestyle=":", label="where it ended")
 axis.set(

@@ -225,19 +225,19 @@ def _changes(trial: Trial) -> str | None:
 @_suspect(_NOT_CONNECTED, "Do outer and inner use hparams as they are given it?", When.FIRST)
 def _hparams_not_connected(trial: Trial) -> str | None:
     refused = trial.case.refused
-    return str(refused) if refused is not None and refused.argument == "hparams" else None
+    return refused.args[0] if refused is not None and refused.argument == "hparams" else None
 
 
 @_suspect("params not connected", "Do outer and inner use params as they are given it?", When.FIRST)
 def _params_not_connected(trial: Trial) -> str | None:
     refused = trial.case.refused
-    return None if refused is None else str(refused)
+    return None if refused is None else refused.args[0]
 
 
 @_suspect(_SYSTEM, "Does the linear solver return finite numbers?", When.FIRST)
 def _system_not_finite(trial: Trial) -> str | None:
     error = None if trial.case.finite else trial.case.judgement
-    return None if error is None or isinstance(error, NotFinite) else str(error)
+    return None if error is None or isinstance(error, NotFinite) else error.args[0]
 
 
 @_suspect("not finite", "Are the losses and the hypergradient finite?", When.FIRST)

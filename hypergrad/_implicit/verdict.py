@@ -159,7 +159,7 @@ def _judge_rows(
     said = counted(len(failed), tasks, exact=exact, unit=unit) + text(worst)
     if exact:
         raise error(said, info=_plain(info))
-    warn(said)
+    warn(said, error)
 
 
 class _Row(NamedTuple):

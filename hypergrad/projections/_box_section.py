@@ -13,7 +13,7 @@ from ._arguments import Number, alike, described, one_number, share, vector, wid
 
 
 def box_section(v: Tensor, lower: Any, upper: Any, w: Any, c: Number) -> Tensor:
-    """Project onto ``lower <= x <= upper`` with ``w . x = c``.
+    """Project onto ``lower <= x <= upper`` with ``<w, x> = c``.
 
     It is exact: the multiplier of the equation is found among the points at which an entry meets
     a bound, by bisection.

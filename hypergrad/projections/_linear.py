@@ -60,7 +60,7 @@ def affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 
 def hyperplane(v: Any, a: Any, b: Number) -> Any:
-    """Project onto the solutions x of ``a . x = b``, one equation.
+    """Project onto the solutions x of ``<a, x> = b``, one equation.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def hyperplane(v: Any, a: Any, b: Number) -> Any:
 
 
 def halfspace(v: Any, a: Any, b: Number) -> Any:
-    """Project onto the x with ``a . x <= b``, one inequality.
+    """Project onto the x with ``<a, x> <= b``, one inequality.
 
     Parameters
     ----------

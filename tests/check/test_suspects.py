@@ -37,7 +37,7 @@ def check(outer=outer, inner=inner, solve=torch.clone, hparams=THETA, **options)
 def test_a_suspect_has_a_name_that_is_documented_and_a_question(suspect):
     assert suspect.question.endswith("?")
     assert suspect.when
-    page = Path(__file__).parents[2] / "docs" / "reliability.md"
+    page = Path(__file__).parents[2] / "docs" / "checking.md"
     assert f"| `{suspect.name}` |" in page.read_text()
     documented = re.sub(r"\s+", " ", hypergrad.Report.__doc__)
     assert f'``"{suspect.name}"``' in documented
