@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import random
 import re
 import sys
 import threading
@@ -113,8 +112,6 @@ class Captured:
         How many tensors they return.
     depth : int
         How many transforms surrounded it where it was captured.
-    draws : bool
-        Whether the functions draw random numbers of Python's.
     kept : dict
         What the caller has made of it, to be used again.
     """
@@ -128,7 +125,6 @@ class Captured:
     returned: list[pytree.TreeSpec] = dataclasses.field(default_factory=list)
     tensors: int = 0
     depth: int = 0
-    draws: bool = False
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def functions(self, lifted: Callable[[int], Tensor]) -> list[_Stage]:
@@ -268,8 +264,9 @@ class Capture:
         def backend(module: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             codes = torch._guards.TracingContext.get_traced_code() or []
             followed = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+            if followed.output.random_calls:  # before any number is drawn
+                raise NotCaptured("random numbers are drawn by Python's random")
             captured = Captured(module, codes, _methods(codes))
-            captured.draws = bool(followed.output.random_calls)
             self.graphs.append(captured)
             return lambda *real: self._called(captured, real)
 
@@ -308,7 +305,6 @@ class Capture:
         """
         _refuse_where_unsure()
         leaves = [t for t in pytree.tree_leaves(tuple(arguments)) if isinstance(t, Tensor)]
-        numbers = None if self.graphs else random.getstate()
         before = getattr(self._now, "call", None)
         self._now.call = call = _Call(tuple(first for _, first in stages), leaves)
         # As where the functions are called without this: their own `no_grad` ends in grad mode.
@@ -316,10 +312,11 @@ class Capture:
             try:
                 values = self._values(list(stages), tuple(arguments))
             except NotCaptured:
-                if numbers is not None:  # which have been drawn once
-                    random.setstate(numbers)
                 raise
             except Exception as error:
+                inside = getattr(error, "inner_exception", None)
+                if isinstance(inside, NotCaptured):
+                    raise inside from error
                 if str(error).startswith("Observed exception"):
                     raise Failed("one of its functions raises") from error
                 raise NotCaptured(_why(error)) from error
@@ -417,8 +414,6 @@ def _refuse_impure(captured: Captured) -> None:
         raise NotCaptured("a torch.autograd.Function is called, which has a backward of its own")
     if [*module.parameters(), *module.buffers()]:
         raise NotCaptured("a module's tensors cannot be told from the program")
-    if captured.draws:
-        raise NotCaptured("random numbers are drawn by Python's random")
 
 
 def _forwards() -> set[CodeType]:
