@@ -62,7 +62,9 @@ def test_values_can_be_pickled(value):
 
 def test_a_traceback_names_the_public_class():
     error = hypergrad.NotConverged("no")
-    assert traceback.format_exception_only(error) == ["hypergrad.NotConverged: no\n"]
+    assert traceback.format_exception_only(error) == [
+        "hypergrad.NotConverged: no See docs/errors.md#notconverged.\n"
+    ]
 
 
 @pytest.mark.parametrize("full", WRITTEN_IN)

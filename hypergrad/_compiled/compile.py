@@ -122,5 +122,5 @@ def compile(
         )
     if not callable(fn):
         cure = " Pass its step: hypergrad.compile(loop.step)." if hasattr(fn, "step") else ""
-        raise TypeError(f"fn must be a function; got a {type(fn).__name__}.{cure}")
+        raise TypeError(f"fn must be a function; got an object of type {type(fn).__name__}.{cure}")
     return CompiledFunction(fn, Session(backend, on_fallback, check, fixed))
