@@ -22,7 +22,7 @@ from ..solvers._krylov import AROUND, FEW, NEGATIVE, noise_floor
 from ..solvers._long import is_vast, pieces
 from ..solvers._normal import LSMR, NormalCG
 from ..solvers._nystrom import Nystrom
-from ..solvers._probe import claimed, probed
+from ..solvers._probe import again, claimed, probed
 from ..solvers._system import LinearSystem, NewtonStep, Solution
 from ..solvers._vectors import dot, norm
 from .causes import Place
@@ -237,12 +237,12 @@ class Evidence:
         self.extent = norm(self._weighted(self.params))
         newton = solution.newton
         if newton is not None and self._unreached(newton, F):
-            rows = self._rows()
-            least = norm(newton.left) / rows.amax(dim=-1)  # the inverse is no smaller than this
-            entries = torch.maximum(self._by_entry(newton.left, rows), least)
-            newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
-            length = norm(self._weighted(newton.step)) + newton.beyond
-            far = ~(length <= _LOOK_AGAIN[self.system.layout.precision] * self.extent)
+            reached, probe = newton, solution.probe
+            newton, far = self._with_rows(reached)
+            if any_task(far) and probe is not None:
+                damping = getattr(self.choices.solver, "damping", 0.0)
+                solution.probe = again(probe, self.system, solution, damping)
+                newton, far = self._with_rows(reached)
             newton = self._along_condition(F, newton) if any_task(far) else newton
         if newton is None:
             newton = self._along_condition(F, None)
@@ -253,6 +253,15 @@ class Evidence:
         nothing = (length == 0) | (norm(F) == 0)
         residual = torch.where(nothing, torch.zeros_like(residual), residual)
         return residual.expand_as(self.solution.status), newton
+
+    def _with_rows(self, newton: NewtonStep) -> tuple[NewtonStep, Tensor]:
+        """Bound by the rows of A what a step leaves; say whether that may count."""
+        rows = self._rows()
+        least = norm(newton.left) / rows.amax(dim=-1)  # the inverse is no smaller than this
+        entries = torch.maximum(self._by_entry(newton.left, rows), least)
+        newton = dataclasses.replace(newton, beyond=torch.maximum(newton.beyond, entries))
+        length = norm(self._weighted(newton.step)) + newton.beyond
+        return newton, ~(length <= _LOOK_AGAIN[self.system.layout.precision] * self.extent)
 
     def _weighted(self, v: Tensor) -> Tensor:
         return v if self.solution.metric is None else v * self.solution.metric
@@ -337,9 +346,13 @@ class Evidence:
             For each task.
         """
         lengths, sizes = [], []
-        for p, some, rows in pieces(self.params, left, curvature):
+        probe = self.solution.probe
+        known = () if probe is None or not over else (probe.rows.expand_as(left),)
+        for p, some, rows, *known_rows in pieces(self.params, left, curvature, *known):
             p = p.abs()
             rows = (rows / torch.where(some != 0, some, 1.0)).abs() if over else rows
+            for of_probe in known_rows:  # an entry of an image comes out small by chance, not twice
+                rows = torch.maximum(rows, of_probe)
             reach = some.abs() / rows
             far = (reach >= _MUCH * p) & (some != 0)
             lengths.append(norm(torch.where(far, torch.minimum(reach, p), torch.zeros_like(p))))

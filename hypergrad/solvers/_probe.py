@@ -63,11 +63,27 @@ def probed(system: LinearSystem, solution: Solution, damping: float) -> Probe | 
     z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
     rows = _rows(system, z, damping)
     probe = Probe(rows, hides(rows, system, solution))
-    if any_task(probe.hides):  # of very many rows some come out small by chance, though not twice
-        solution.matvecs += 1
-        rows = torch.maximum(rows, _rows(system, z.reciprocal(), damping))
-        probe = Probe(rows, hides(rows, system, solution))
-    return probe
+    return again(probe, system, solution, damping) if any_task(probe.hides) else probe
+
+
+def again(probe: Probe, system: LinearSystem, solution: Solution, damping: float) -> Probe:
+    """Measure the rows by another product: of many some come out small by chance, not twice.
+
+    Parameters
+    ----------
+    probe, system, solution, damping
+        What `probed` has returned, and what it was called with.
+
+    Returns
+    -------
+    probe : Probe
+        With the larger of both measurements of each row.
+    """
+    z = signs(system.b)
+    z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
+    solution.matvecs += 1
+    rows = torch.maximum(probe.rows, _rows(system, z.reciprocal(), damping))
+    return Probe(rows, hides(rows, system, solution))
 
 
 def _rows(system: LinearSystem, z: Tensor, damping: float) -> Tensor:
