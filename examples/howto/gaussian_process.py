@@ -2,9 +2,9 @@
 Choose the kernel of a Gaussian process or of kernel ridge
 ==========================================================
 
-The marginal likelihood of a Gaussian process is an ordinary function: differentiate it by
-autograd. Use an implicit derivative where the choice is made by *other data*: here kernel
-ridge regression, whose predictions are those of the process, and a validation error.
+Differentiate the marginal likelihood of a Gaussian process by autograd.
+Use an implicit derivative where other data make the choice: here a validation error of
+kernel ridge regression, which predicts what the process predicts.
 """
 
 import matplotlib.pyplot as plt

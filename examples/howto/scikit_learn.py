@@ -40,8 +40,8 @@ def fit(init, C):
 
 
 # %%
-# ``SVC``: the dual program, its equality and its bounds as a :class:`~hypergrad.KKT`. The
-# multipliers come from ``multipliers``; that of the equality is the intercept.
+# ``SVC``: the dual program, its equality and its bounds as a :class:`~hypergrad.KKT`.
+# The multipliers come from ``multipliers``; that of the equality is the intercept.
 
 
 def kernel(a, b, h):
@@ -52,6 +52,10 @@ def dual(alpha, h):
     return (alpha * y) @ kernel(x, x, h) @ (alpha * y) / 2 - alpha.sum()
 
 
+def balance(alpha, h):
+    return alpha @ y
+
+
 def bounds(alpha, h):
     return torch.cat([-alpha, alpha - h["log_C"].exp()])
 
@@ -60,7 +64,7 @@ def outer(params, h):
     return loss(kernel(x_val, x, h) @ (params[0] * y) + params[1])
 
 
-program = hypergrad.KKT(dual, equalities=lambda alpha, h: alpha @ y, inequalities=bounds)
+program = hypergrad.KKT(dual, equalities=balance, inequalities=bounds)
 
 
 def svc(h):
@@ -73,12 +77,12 @@ def svc(h):
 
 # %%
 # Train both. A gradient of all hyperparameters costs one linear solve.
-log_C = torch.tensor(-3.0, requires_grad=True)
+log_c = torch.tensor(-3.0, requires_grad=True)
 h = {name: torch.tensor(1.0, requires_grad=True) for name in ("log_C", "log_gamma")}
-adam, curves = torch.optim.Adam([log_C, *h.values()], lr=0.2), []
+adam, curves = torch.optim.Adam([log_c, *h.values()], lr=0.2), []
 for _ in range(40):
     adam.zero_grad()
-    of_logistic = loss(x_val @ fit(torch.zeros(2), log_C.exp()))
+    of_logistic = loss(x_val @ fit(torch.zeros(2), log_c.exp()))
     of_logistic.backward()
     of_svc = hypergrad.implicit_backward(outer, program, svc(h), h)
     adam.step()
