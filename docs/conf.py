@@ -92,7 +92,7 @@ intersphinx_mapping = {
 }
 
 extensions += ["sphinx_gallery.gen_gallery", "gallery_runs"]
-# Every script of the how-tos and of the gallery runs here, two at a time; an error or a warning in one is fatal.
+# Every script of both runs here, two at a time; an error or a warning in one is fatal.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sphinx_gallery_conf = {
     "examples_dirs": ["../examples/howto", "../examples/gallery"],

@@ -83,9 +83,9 @@ HOWTO_FIGURES = {
         (r"by the log of the scale -#", 0.0124, 0.0128),
         (r"the central difference: -#", 0.0124, 0.0128),
     ],
+    "several_processes": [(r"at the start #,", 1.5, 1.8), (r"at the end #", 0.9, 1.0)],
     "scikit_learn": [(r"at the end: logistic #, SVC #", 0.28, 0.37)],
     "gaussian_process": [(r"at the start #,", 0.5, 0.7), (r"at the end #", 0.05, 0.12)],
-    "several_processes": [(r"at the start #,", 1.5, 1.8), (r"at the end #", 0.9, 1.0)],
 }
 GALLERIES = {"gallery": FIGURES, "howto": HOWTO_FIGURES}
 ORDER = [script for figures in GALLERIES.values() for script in figures]

@@ -58,7 +58,8 @@ worst = change.argsort()
 print(f"{(worst[:20] < 20).sum()} of the 20 most harmful examples have a wrong label")
 
 # %%
-# Compare with training again for four of them.
+# Compare with training again for four of them. First order has signs and ranks
+# right, and is too small where one example weighs much.
 some, again = worst[[0, 1, 198, 199]], []
 for i in some:
     without, _ = solve(objective, params, (torch.arange(200) != i).double())
