@@ -97,7 +97,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sphinx_gallery_conf = {
     "examples_dirs": ["../examples/howto", "../examples/gallery"],
     "gallery_dirs": ["howto", "gallery"],
-    "filename_pattern": r"\.py$",
+    "filename_pattern": r"(?<!hugging_face)\.py$",  # which `make test-models` runs
     "within_subsection_order": "gallery_runs.order",
     "reset_modules": ("matplotlib", "gallery_runs.reset"),
     "reset_modules_order": "both",

@@ -72,6 +72,5 @@ for strength in strengths:
 plt.figure(figsize=(6, 3.4), layout="constrained")
 bars = plt.bar([str(strength) for strength in strengths], losses)
 plt.bar_label(bars, [f"{share:.0%} success" for share in shares])
-plt.margins(y=0.15)
-plt.gca().set(xlabel="strength", ylabel="loss on unseen tasks")
+plt.gca().set(xlabel="strength", ylabel="loss on unseen tasks", ylim=(0, 0.4))
 plt.show()

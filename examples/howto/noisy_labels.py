@@ -28,10 +28,6 @@ def network():
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-def accuracy(model):
-    return (model(x[test]).argmax(1) == y[test]).float().mean().item()
-
-
 def decay(params, hparams):
     return 1e-3 * sum(p.square().sum() for p in params.values())
 
@@ -60,13 +56,13 @@ list(loop.run(80))
 # Train two others as usual: one trusts all labels, one sees the checked ones alone.
 for other, data in ((trusting, noisy), (small, checked)):
     adam = torch.optim.Adam(other.parameters(), lr=0.01, weight_decay=2e-3)
-    loader = DataLoader(data, 250, shuffle=True)
-    for inputs, targets, *_ in (batch for _ in range(60) for batch in loader):
+    for inputs, targets, *_ in list(DataLoader(data, 250, shuffle=True)) * 60:
         adam.zero_grad()
         cross_entropy(other(inputs), targets).backward()
         adam.step()
-scores = [f"{accuracy(each):.3f}" for each in (trusting, small, model)]
-print("test accuracy: all labels {}, checked {}, learnt weights {}".format(*scores))
+right = [each(x[test]).argmax(1) == y[test] for each in (trusting, small, model)]
+scores = [each.float().mean() for each in right]
+print("all labels {:.3f}, checked {:.3f}, learnt weights {:.3f}".format(*scores))
 weights = loop.hparams["logit"].sigmoid()
 plt.figure(figsize=(6, 3.4), layout="constrained")
 groups = {"right label": weights[~wrong], "wrong label": weights[wrong]}

@@ -2,8 +2,7 @@
 Tune the weight decay of a network that Adam trains
 ===================================================
 
-You have a network, Adam and two loaders. Train the weight decay of each layer by the
-validation loss, in the same run.
+Train the weight decay of each layer by the validation loss, in the run of the weights.
 """
 
 import copy
