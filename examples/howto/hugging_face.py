@@ -2,7 +2,7 @@
 Tune a model of Hugging Face: its head, or LoRA
 ===============================================
 
-:func:`~hypergrad.supervised` trains what requires grad, and takes a batch that is a dict.
+:func:`~hypergrad.supervised` trains what requires grad, and a batch may be a dict.
 So you freeze the model or add adapters as you always do, and nothing else changes. This
 page runs in ``make test-models``, and its last lines are what it printed there.
 """
