@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if not chosen.draw:
-        warm_up()
         for name in chosen.data:
+            warm_up(name)
             measure(chosen.out / f"{name}.json", chosen.counts, chosen.seeds, chosen.seconds)
     stored = [json.loads(file.read_text("utf-8")) for file in sorted(chosen.out.glob("*.json"))]
     page = table(stored)
@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(page)
 
 
-def warm_up() -> None:
-    """Run each method once, so that no import and no first call is on anyone's account."""
-    for method in METHODS:
-        search(problem("diabetes", 1, seed=-1), method, seed=0, seconds=0.3)
+def warm_up(name: str) -> None:
+    """Make some points by each method, so that no import and no first call is on its account."""
+    for method in METHODS.values():
+        for _ in itertools.islice(method(problem(name, 1, seed=-1), 0), 3):
+            pass
 
 
 def measure(file: Path, counts: Sequence[int], seeds: int, seconds: float) -> None:

@@ -18,7 +18,11 @@ TITLES = {
     "diabetes": "diabetes",
     "digits": "digits, even or odd",
 }
-LOSSES = {"breast_cancer": "cross-entropy", "diabetes": "squared error", "digits": "cross-entropy"}
+LOSSES = {
+    "breast_cancer": "cross-entropy, nats",
+    "diabetes": "squared error, variances",
+    "digits": "cross-entropy, nats",
+}
 CLEAR = 0.01  # a lead of less than this share is no win
 
 Run = dict[str, Any]

@@ -111,6 +111,7 @@ def test_the_hypergradient_is_the_slope_of_the_values():
 
 
 def test_a_search_keeps_its_budget(method):
+    list(itertools.islice(METHODS[method](problem("diabetes", 1, seed=0), 0), 3))  # warm
     result = search(problem("diabetes", 1, seed=0), method, seed=0, seconds=0.4)
     assert 1 <= len(result.bests) <= result.points
     assert 0 < result.bests[0].seconds <= result.bests[-1].seconds <= result.seconds <= 0.4
@@ -126,7 +127,6 @@ def test_a_budget_that_ends_before_the_first_point_is_refused():
 def test_the_benchmark_is_run_stored_gone_on_with_and_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna", reason="the extra bench brings Optuna")
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(worth_it, "warm_up", lambda: None)
     out, drawing = tmp_path / "figures", tmp_path / "picture.png"
     stores = ["--out", str(out), "--picture", str(drawing)]
     measures = [*stores, "--seconds", "0.3", "--data", "diabetes", "--counts", "10"]
