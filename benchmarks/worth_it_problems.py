@@ -71,7 +71,7 @@ def coefficients(w: Tensor, log_decay: Tensor) -> Tensor:
 def problem(name: str, count: int, seed: int) -> Problem:
     """One data set, split at random into thirds, with some number of decays."""
     train, valid, test = _thirds(name, seed)
-    error = functional.mse_loss
+    error: Callable[..., Tensor] = functional.mse_loss
     if name != "diabetes":
         error = functional.binary_cross_entropy_with_logits
 
