@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import processor
-from benchmarks.worth_it_page import picture, table
+from benchmarks.worth_it_page import compared, picture, table
 from benchmarks.worth_it_problems import COUNTS, DATA, problem
 from benchmarks.worth_it_searches import METHODS, RATE, Search, search
 
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in chosen.data:
             warm_up(name)
             measure(chosen.out / f"{name}.json", chosen.counts, chosen.seeds, chosen.seconds)
-    stored = [json.loads(file.read_text("utf-8")) for file in sorted(chosen.out.glob("*.json"))]
+    files = sorted(chosen.out.glob("*.json"))
+    stored = [compared(json.loads(file.read_text("utf-8"))) for file in files]
     page = table(stored)
     (chosen.out / "table.md").write_text(page, encoding="utf-8")
     chosen.picture.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,15 @@ CLEAR = 0.01  # a lead of less than this share is no win
 Run = dict[str, Any]
 
 
+def compared(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures without the splits that not every method has been run on."""
+    methods: dict[tuple[int, int], set[str]] = {}
+    for run in figures["runs"]:
+        methods.setdefault((run["count"], run["seed"]), set()).add(run["method"])
+    runs = [run for run in figures["runs"] if methods[run["count"], run["seed"]] == set(COLOURS)]
+    return {**figures, "runs": runs}
+
+
 def table(stored: Sequence[dict[str, Any]]) -> str:
     """Losses at the end of the budget, a row for each data set and number of decays."""
     lines = [

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 import hypergrad
 from benchmarks import worth_it
-from benchmarks.worth_it_page import at, table, winners
+from benchmarks.worth_it_page import at, compared, table, winners
 from benchmarks.worth_it_problems import (
     COUNTS,
     DATA,
@@ -166,6 +166,13 @@ def test_a_lead_of_less_than_a_hundredth_is_a_tie():
         "| digits, even or odd | 1 | 1.000 / 2.000 (7) | 0.500 / 1.000 (7) | 0.500 / 1.000 (7) | "
         "TPE 1, hypergradients 1 |"
     )
+
+
+def test_a_split_that_lacks_a_method_is_left_out():
+    figures = stored_runs([(1.0, 0.5, 0.75), (1.0, 0.5, 0.25)])
+    assert compared(figures) == figures
+    unfinished = {**figures, "runs": figures["runs"][:-1]}
+    assert compared(unfinished)["runs"] == figures["runs"][:3]
 
 
 def test_a_curve_is_a_step_function_of_time():
