@@ -39,7 +39,9 @@ def compared(figures: dict[str, Any]) -> dict[str, Any]:
 
 def table(stored: Sequence[dict[str, Any]]) -> str:
     """Losses at the end of the budget, a row for each data set and number of decays."""
+    splits = len({run["seed"] for run in stored[0]["runs"]})
     lines = [
+        f"Means of {splits} splits, {stored[0]['seconds']:g} processor seconds a run.\n",
         f"| data | decays | {' | '.join(COLOURS)} | lowest validation loss |",
         f"| --- | --- |{' --- |' * (len(COLOURS) + 1)}",
     ]
