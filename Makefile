@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 SPHINX := $(BIN)/python -m sphinx -W -q
 
-.PHONY: help demo omniglot reproduce test test-models wheel-test docs lint format bench clean asked-torch
+.PHONY: help demo omniglot reproduce test test-models wheel-test docs lint format bench worth clean asked-torch
 # Two pips in one environment get into each other's way.
 .NOTPARALLEL:
 
@@ -61,6 +61,10 @@ format: $(VENV)/.with-dev  ## format the code, and mend what can be mended by it
 
 bench: $(VENV)/.with-bench  ## the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# With ARGS="--draw" nothing is measured: table and picture of what is stored.
+worth: $(VENV)/.with-bench  ## is it worth it: random search, Optuna and hypergradients, ten minutes of one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.worth_it $(ARGS)
 
 clean:  ## remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist docs/_build docs/gallery docs/howto .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -80,7 +80,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     content = {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -164,7 +164,8 @@ def _error(row: Row) -> str:
     return "" if row.error is None else f"{row.error:.1e}{judged}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name the processor, as Linux does where it can."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
