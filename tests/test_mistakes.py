@@ -68,7 +68,7 @@ def loop(**changes):
         (lambda: hypergrad.custom_argmin(fit)(W, H), "custom_argmin(objective)(solver)"),
         (lambda: hypergrad.custom_root(fit)(W), "with a Tensor"),
         (lambda: hypergrad.custom_fixed_point(fit)(W, H, H), "with several arguments"),
-        (lambda: hypergrad.compile(3), "got a int"),
+        (lambda: hypergrad.compile(3), "got an object of type int"),
         (lambda: hypergrad.compile(loop()), "hypergrad.compile(loop.step)"),
     ],
 )
