@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd.maps import most_positional, selected
+from ._autograd.maps import selected, taken
 from ._autograd.singular_values import shrunk_singular_values
 from ._autograd.torch_pytrees import pytree
 from ._errors import StructureMismatch
@@ -294,13 +294,14 @@ def from_projection(project: Callable[..., Any]) -> Callable[..., Any]:
     >>> prox.from_projection(projections.non_negative)(torch.tensor([2.0, -1.0]), 0.5)
     tensor([2., 0.])
     """
-    most = most_positional(project, 1)
+    takes = taken(project, 1)
 
     @functools.wraps(project)
     def of_set(v: Any, step_size: Number, *args: Any, **keywords: Any) -> Any:
-        return project(*selected(most, (v,), args), **keywords)
+        return project(*selected(takes.most, (v,), args), **keywords)
 
     of_set.called = "project"  # type: ignore[attr-defined]
+    of_set.projection = takes  # type: ignore[attr-defined]
     return of_set
 
 

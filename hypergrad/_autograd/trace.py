@@ -205,6 +205,14 @@ def graph(output: Tensor) -> Graph:
     return entry[2]
 
 
+def reaches(output: Tensor, alias: Tensor) -> bool:
+    """Say whether an output depends on the alias of a variable, as autograd sees it."""
+    leaves, edges = graph(output)
+    if alias.grad_fn is None:
+        return any(leaf is alias for leaf in leaves)
+    return (alias.grad_fn, alias.output_nr) in edges
+
+
 def _walk(output: Tensor) -> Graph:
     leaves: list[Tensor] = []
     edges: set[tuple[Any, int]] = set()

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._autograd.maps import most_positional, selected
+from .._autograd.maps import Taken, selected, taken
 from .._autograd.products import Parts, Replay
-from .._autograd.trace import graph
+from .._autograd.trace import graph, reaches
 from .._errors import NotConnected, StructureMismatch
 from .._pytrees import Layout
 from ..solvers._factorisation import signs
@@ -62,12 +62,12 @@ class GradientStep(Condition):
         return self.called, self._mapped
 
     @functools.cached_property
-    def _most(self) -> int | None:
-        return most_positional(getattr(self, self.called), self.leading)
+    def _takes(self) -> Taken:
+        return taken(getattr(self, self.called), self.leading)
 
     def _mapped(self, v: Any, step_size: Any, *args: Any) -> Any:
         first = (v, step_size)[: self.leading]
-        return getattr(self, self.called)(*selected(self._most, first, args))
+        return getattr(self, self.called)(*selected(self._takes.most, first, args))
 
     def step(self, args: Sequence[Any]) -> Any:
         """Take the caller's step size, a constant for derivatives; one where there is none."""
@@ -115,6 +115,7 @@ class GradientStep(Condition):
         """Record the step: `f` is evaluated once, P three times."""
         problem, tensors, params = point.problem, point.tensors, point.params
         value = problem.objective("inner", self.f, tensors)
+        self._refuse_unclear(point, value)
         gradient = point.gradient(value)
         lead = params[0].shape[: len(problem.own_axes)]
         estimated = None
@@ -138,6 +139,16 @@ class GradientStep(Condition):
             product=point.product(outputs),
             sides=self._sides(problem, applied, v, stepped, residual),
         )
+
+    def _refuse_unclear(self, point: Point, value: Tensor) -> None:
+        """Raise where P would take an argument that may be meant for the smooth part alone."""
+        problem = point.problem
+        given = len(problem.args)
+        owner = [i for i, tree in enumerate(problem.trees) for _ in tree.tensors]
+        for place in self._takes.unclear(self.f, given):
+            for at, alias in zip(problem.outer, point.args, strict=True):
+                if owner[at] == place + 1 and reaches(value, alias):
+                    raise self._takes.unclear_error(self.f, given, place)
 
     def _lengths(self, problem: Problem, tensors: Sequence[Tensor]) -> Tensor:
         """Take the caller's step, for each task."""
@@ -234,7 +245,8 @@ class ProximalGradient(GradientStep):
         ``prox(v, step_size, hparams)``, shaped like `params`: the minimiser over x of
         ``||x - v||^2 / 2 + step_size g(x, hparams)``. In the decorators ``prox(v, step_size,
         *args)``. One that takes no more than ``prox(v, step_size)`` or ``prox(v)`` is called so.
-        `hypergrad.prox` has the usual ones.
+        An optional argument takes the hyperparameter in its place; where `f` uses that too, under
+        another name, a lambda has to say what is meant. `hypergrad.prox` has the usual ones.
     step_size : float, Tensor or callable, optional
         A number or ``step_size(hparams)`` (in the decorators ``step_size(*args)``), greater than 0.
         The derivative of the solution does not depend on it, and it is taken for a constant. One
@@ -288,8 +300,9 @@ class ProjectedGradient(GradientStep):
         evaluated once, `project` three times.
     project : callable
         ``project(v, hparams)``, shaped like `params`: the closest point of the set. In the
-        decorators ``project(v, *args)``. One that takes no more than ``project(v)`` is called so.
-        `hypergrad.projections` has the usual ones.
+        decorators ``project(v, *args)``. One that takes no more than ``project(v)`` is called so,
+        and optional arguments are as in `ProximalGradient`. `hypergrad.projections` has the usual
+        ones.
     step_size : float, Tensor or callable, optional
         As in `ProximalGradient`.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from .._autograd.maps import most_positional, selected
+from .._autograd.maps import Taken, selected, taken
 from ._base import InnerSolver
 from ._evaluator import Evaluator
 from ._fixed_steps import FixedSteps, accelerate
@@ -79,7 +79,8 @@ class FISTA(InnerSolver):
     prox : callable, optional
         ``prox(v, step_size, *args)``, shaped like the parameters. One that takes no more than
         ``prox(v, step_size)`` or ``prox(v)`` is called so. None: that of `hypergrad.argmin`, which
-        the solver is passed to.
+        the solver is passed to. An optional argument of it takes the one of `f` in its place; where
+        `f` uses that too, under another name, a lambda has to say what is meant.
     step_size, maxiter, tol
         As in `Nesterov`.
 
@@ -106,8 +107,9 @@ class FISTA(InnerSolver):
     tol: float | None = None
 
     @functools.cached_property
-    def _most(self) -> int | None:
-        return None if self.prox is None else most_positional(self.prox, 2)
+    def _takes(self) -> Taken:
+        assert self.prox is not None
+        return taken(self.prox, 2)
 
     def _run(self, evaluator: Evaluator, x: Tensor) -> tuple[Tensor, Progress | FixedSteps]:
         prox = self.prox
@@ -117,13 +119,17 @@ class FISTA(InnerSolver):
                 "prox=...). A projection is FISTA(hypergrad.prox.from_projection(project)). For "
                 "neither take Nesterov()."
             )
+        takes, given = self._takes, len(evaluator.args)
+        for place in takes.unclear(evaluator.fun, given):
+            if evaluator.uses(place, x):
+                raise takes.unclear_error(evaluator.fun, given, place)
 
         def backward(v: Tensor, step: Tensor) -> Tensor:
             def mapped(v: Any, *steps: Tensor) -> Any:
                 fixed = self.step_size  # as the caller has passed it
                 if fixed is not None:
                     steps = (torch.as_tensor(fixed, dtype=x.dtype, device=x.device).detach(),)
-                return prox(*selected(self._most, (v, *steps), evaluator.args))
+                return prox(*selected(takes.most, (v, *steps), evaluator.args))
 
             steps = () if self.step_size is not None else (step[..., 0],)
             called = getattr(prox, "called", "prox")

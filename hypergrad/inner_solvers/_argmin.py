@@ -88,6 +88,9 @@ def argmin(
         If an argument is of the wrong kind, such as a linear solver passed as `solver`.
     ValueError
         If both `project` and `prox` are passed, or two proximal maps.
+    StructureMismatch
+        If an optional argument of `project` or `prox` would take a hyperparameter of another name
+        that the objective uses too: a lambda then says which is meant.
 
     Notes
     -----

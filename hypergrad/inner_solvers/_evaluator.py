@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from .._autograd.host import any_task
 from .._autograd.products import ForwardReplay, Replay, filled, gradient_of
 from .._autograd.recording import Recording, record
 from .._autograd.torch_pytrees import pytree
-from .._autograd.trace import detached, graph, versions
+from .._autograd.trace import detached, graph, reaches, versions
 from .._autograd.transforms import alive, carries_derivative
 from .._autograd.vmaps import Vmaps
 from .._errors import NotConnected, StructureMismatch
@@ -191,6 +192,53 @@ class Evaluator:
         """Evaluate the objective alone."""
         value: Tensor = self._called(_OBJECTIVE, self._scalar, self.layout.split(x))
         return value.detach().to(x.dtype).unsqueeze(-1)
+
+    def uses(self, place: int, x: Tensor) -> bool:
+        """Say whether the objective uses one of the further arguments, as autograd sees it.
+
+        Numbers and tensors of integers, whose derivative nobody can take, are looked at as tensors
+        of floating point; an objective that fails by these alone uses them.
+
+        Parameters
+        ----------
+        place : int
+            The argument's place among those after the parameters.
+        x : Tensor
+            Where the objective is evaluated, once.
+
+        Returns
+        -------
+        uses : bool
+            False where it reads the argument by `.item()` or `.detach()` alone.
+        """
+        leaves = self.layout.split(x)
+
+        def evaluate(recording: Recording) -> bool:
+            (seed,) = recording.aliases  # zero, so that no value changes
+
+            def marked(leaf: Any) -> Any:
+                if isinstance(leaf, Tensor):
+                    as_real = leaf.is_floating_point() or leaf.is_complex()
+                    leaf = leaf if as_real or leaf.dtype == torch.bool else leaf.to(x.dtype)
+                    return leaf if leaf.dtype == torch.bool else leaf + seed.to(leaf)
+                is_number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
+                return leaf + seed if is_number else leaf
+
+            args = list(self.args)
+            args[place] = pytree.tree_map(marked, args[place])
+
+            def fun(leaves: Sequence[Tensor]) -> Tensor:
+                return scalar("objective", self.fun(self.tree.rebuild(leaves), *args))
+
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
+                    return reaches(self._called(_OBJECTIVE, fun, leaves), seed)
+            except Exception:
+                self._called(_OBJECTIVE, self._scalar, leaves)  # its own error, where it has one
+                return True
+
+        return record(evaluate, [x.new_zeros(())], [self.tree])
 
     def mapped(self, x: Tensor) -> Tensor:
         """Evaluate a map."""
