@@ -53,8 +53,8 @@ loop = hypergrad.Bilevel(
 list(loop.run(80))
 
 # %%
-# Train two others as usual: one trusts all labels, one sees the checked ones alone. With
-# 200 checked examples the last one would win.
+# Train two others as usual: one trusts all labels, one sees the checked ones alone.
+# With 200 checked examples the last one would win.
 for other, data in ((trusting, noisy), (small, checked)):
     adam = torch.optim.Adam(other.parameters(), lr=0.01, weight_decay=2e-3)
     for inputs, targets, *_ in list(DataLoader(data, 250, shuffle=True)) * 60:

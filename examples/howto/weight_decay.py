@@ -47,8 +47,8 @@ for _ in loop.run(100):
     losses.append(cross_entropy(model(x), y).item())
 
 # %%
-# Train the copy for as many steps, without decay. A sweep of fixed rates would do as well as
-# the learnt ones; the loop spares you the sweep.
+# Train the copy for as many steps, without decay. A sweep of fixed rates would do
+# as well as the learnt ones; the loop spares you the sweep.
 adam = torch.optim.Adam(plain.parameters(), lr=0.01)
 for inputs, labels in (batch for _ in range(334) for batch in train_loader):
     adam.zero_grad()
