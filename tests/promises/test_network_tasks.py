@@ -83,14 +83,14 @@ def b_weights_of_noisy_examples(model, train, valid):
 
 def c_few_shot_learning(model, tasks, adapt):
     near = lambda params, start: 0.3 * sum((p - start[n]).square().sum() for n, p in params.items())
-    problem = hypergrad.supervised(model, F.mse_loss, penalty=near)
+    problem = hypergrad.supervised(model, F.mse_loss, penalty=near, curvature="hessian")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for four_tasks in tasks:
         optimizer.zero_grad()
         for train, test in four_tasks:
             inner, outer = problem.inner(train), problem.outer(test)
             params, _ = adapt(inner, problem.params, problem.params)
-            hypergrad.implicit_backward(outer, inner, params, problem.params, inner_tol=None)
+            hypergrad.implicit_backward(outer, inner, params, problem.params)
         optimizer.step()
     return problem
 
@@ -134,9 +134,47 @@ def test_wrong_labels_lose_their_weight(capsys):
 
 
 @pytest.mark.slow
+def test_a_larger_penalty_and_batches_find_wrong_labels_that_small_ones_do_not():
+    generator = torch.Generator().manual_seed(0)
+
+    def points(count, wrong=0):
+        x = torch.randn(count, 10, generator=generator)
+        y = (x[:, 0] + x[:, 1] * x[:, 2] > 0).long()
+        y[:wrong] = 1 - y[:wrong]
+        return TensorDataset(x, y, torch.arange(count))
+
+    train, valid, (x, y, _) = points(400, wrong=120), points(150), points(2000).tensors
+
+    def weighted(rate, size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+        penalty = lambda params, _: rate * sum(p.square().sum() for p in params.values())
+        problem = hypergrad.supervised(
+            model, F.cross_entropy, penalty=penalty, example_weights="logit"
+        )
+        loop = hypergrad.Bilevel(
+            problem.outer, problem.inner, problem.params, {"logit": torch.zeros(400)},
+            inner_optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+            outer_optimizer=lambda hparams: torch.optim.Adam(hparams, lr=0.2),
+            inner_batches=shuffled(train, size), outer_batches=shuffled(valid, 150),
+            method=hypergrad.Alternating(inner_tol=None), on_failure="ignore",
+        )  # fmt: skip
+        for _ in loop.run(60):
+            pass
+        weights = loop.hparams["logit"]
+        above = (weights[120:, None] > weights[:120]).float().mean()
+        return above, (model(x).argmax(1) == y).float().mean()
+
+    above, accuracy = weighted(1e-2, 400)
+    above_before, accuracy_before = weighted(1e-3, 50)
+    assert above > 0.85 > 0.8 > above_before
+    assert accuracy > accuracy_before + 0.03
+
+
+@pytest.mark.slow
 def test_a_start_is_learnt_from_which_ten_points_are_enough():
     model = regressor()
-    adapt = hypergrad.inner_solvers.LBFGS(maxiter=20)
+    adapt = hypergrad.inner_solvers.LBFGS()
 
     def unseen(problem):
         drawn = list(sinusoids(20, torch.Generator().manual_seed(5)))
@@ -150,3 +188,36 @@ def test_a_start_is_learnt_from_which_ten_points_are_enough():
     after = unseen(c_few_shot_learning(model, [sinusoids(4) for _ in range(20)], adapt))
     assert before > 1.0
     assert after < 0.65 * before
+
+
+def test_the_gradient_by_the_start_is_that_of_differences_and_that_of_gauss_newton_is_not():
+    model = regressor().double()
+    adapt = hypergrad.inner_solvers.LBFGS(maxiter=400)
+    train, test = next(sinusoids(1, torch.Generator().manual_seed(7)))
+    train, test = [tuple(part.double() for part in batch) for batch in (train, test)]
+    problem = c_few_shot_learning(model, [[(train, test)]], adapt)  # one step, to leave the start
+    inner, outer = problem.inner(train), problem.outer(test)
+    start = {name: p.detach().clone() for name, p in problem.params.items()}
+    generator = torch.Generator().manual_seed(8)
+    direction = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in start.items()}
+
+    def loss_from(step):
+        moved = {name: p + step * direction[name] for name, p in start.items()}
+        params, adapted = adapt(inner, moved, moved)
+        assert adapted.success
+        return outer(params, moved).item()
+
+    expected = (loss_from(1e-4) - loss_from(-1e-4)) / 2e-4
+    params, _ = adapt(inner, start, start)
+
+    def along(condition, **options):
+        found = hypergrad.implicit_grad(outer, condition, params, start, **options)
+        return sum((found[name] * d).sum().item() for name, d in direction.items())
+
+    assert along(inner) == pytest.approx(expected, rel=1e-4)
+    near = lambda params, start: 0.3 * sum((p - start[n]).square().sum() for n, p in params.items())
+    gauss_newton = hypergrad.supervised(model, F.mse_loss, penalty=near).inner(train)
+    with pytest.warns(hypergrad.ConvergenceWarning, match="GaussNewton leaves out"):
+        wrong = along(gauss_newton)
+    assert abs(wrong - expected) > 0.1 * abs(expected)
+    assert along(gauss_newton, inner_tol=None) == pytest.approx(wrong)  # and nothing is said
