@@ -77,13 +77,13 @@ def again(probe: Probe, system: LinearSystem, solution: Solution, damping: float
     Returns
     -------
     probe : Probe
-        With the larger of both measurements of each row.
+        With the larger of both measurements of each row; what it hides, both have shown.
     """
     z = signs(system.b)
     z = z.expand(system.b.shape if system.shared == 1 else system.b.shape[1:])
     solution.matvecs += 1
     rows = torch.maximum(probe.rows, _rows(system, z.reciprocal(), damping))
-    return Probe(rows, hides(rows, system, solution))
+    return Probe(rows, probe.hides & hides(rows, system, solution))
 
 
 def _rows(system: LinearSystem, z: Tensor, damping: float) -> Tensor:
