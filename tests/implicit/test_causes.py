@@ -44,7 +44,8 @@ def test_nan_of_a_prox_is_not_blamed_on_the_data():
 
 
 def test_nan_of_the_smooth_part_is_no_fault_of_the_prox():
-    log = hypergrad.ProximalGradient(lambda w, h: (w.log() * h).sum(), hypergrad.prox.l1, 0.1)
+    prox = lambda v, step, h: hypergrad.prox.l1(v, step, h)
+    log = hypergrad.ProximalGradient(lambda w, h: (w.log() * h).sum(), prox, 0.1)
     for call in entrances(log):
         with pytest.raises(NotFinite, match=r"the smooth part of the inner problem holds"):
             call()
