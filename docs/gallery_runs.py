@@ -86,6 +86,15 @@ HOWTO_FIGURES = {
     "several_processes": [(r"at the start #,", 1.5, 1.8), (r"at the end #", 0.9, 1.0)],
     "scikit_learn": [(r"at the end: logistic #, SVC #", 0.28, 0.37)],
     "gaussian_process": [(r"at the start #,", 0.5, 0.7), (r"at the end #", 0.05, 0.12)],
+    "in_lightning": [
+        (r"learnt decay #, test loss", 0.001, 0.01),
+        (r"learnt decay .*, test loss #", 0.2, 0.275),
+        (r"without decay: test loss #", 0.28, 0.4),
+    ],
+    "in_skorch": [
+        (r"decay learnt: test loss #,", 0.2, 0.275),
+        (r"decay none: test loss #,", 0.3, 0.45),
+    ],
 }
 #: Run by `make test-models`: the build has no transformers.
 HOWTO_ELSEWHERE = ["hugging_face"]
@@ -110,6 +119,8 @@ def reset(gallery_conf, fname, when):
         warnings.simplefilter("error")
         # Where the machine is busy, whatever the amount of data.
         warnings.filterwarnings("ignore", "Creating legend with loc=.best. can be slow")
+        # What Lightning says of torch, and of the machine.
+        warnings.filterwarnings("ignore", module=r"pytorch_lightning\.|typing_extensions")
         # torch 2.13 itself, at the first use of forward mode.
         warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", DeprecationWarning)
     else:
