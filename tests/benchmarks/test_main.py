@@ -21,6 +21,7 @@ def run(tmp_path, monkeypatch):
     return bench
 
 
+@pytest.mark.slow
 def test_quick_run_measures_every_side_with_its_error(run, tmp_path):
     rows = run("--only", "logistic-500-float64", "--only", "sinusoid-8", "--only", "omniglot-8")
 

@@ -264,6 +264,7 @@ def test_peak_memory_is_what_the_allocator_reports_to_the_profiler(kind):
 # The programs
 
 
+@pytest.mark.slow
 def test_smoke_run_of_the_table(tmp_path, capsys):
     first, again = tmp_path / "first", tmp_path / "again"
     for folder in (first, again):
