@@ -406,7 +406,7 @@ def _code_in(owner: type, name: str) -> CodeType | None:
 
 
 def _refuse_impure(captured: Captured) -> None:
-    """Raise where a graph holds a tensor, or reads random numbers or variables of the system."""
+    """Raise where a graph holds a tensor, or reads variables of the system."""
     module = captured.module
     if any({"environ", "getenv"} & {*code.co_names} for code in captured.codes):
         raise NotCaptured("a variable of the environment is read")
