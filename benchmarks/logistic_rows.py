@@ -98,7 +98,8 @@ def measure(settings: Settings, *, features: int, dtype: str) -> list[Row]:
             "benchmarks.logistic_jaxopt", rows, features, dtype, settings.rounds
         )
         for side, figure in figures.items():
-            answer.append(row(side, figure=figure, error=said["error"], products=steps))
+            products = None if side == logistic_sides.JAXOPT_ALONG else steps
+            answer.append(row(side, figure=figure, error=said["errors"][side], products=products))
     return answer
 
 
@@ -106,8 +107,7 @@ def _along(
     recycled: logistic_sides.Recycled, problems: list[LogisticRegression]
 ) -> tuple[float, int]:
     """The error and the products of a hypergradient once there and back: medians."""
-    exact = [problem.exact() for problem in problems]
-    exact += reversed(exact[1:-1])
+    exact = [problem.exact() for problem in logistic_sides.there_and_back(problems)]
     errors, products = [], []
     for _ in exact:
         place, gradient, info = recycled.solved()

@@ -16,6 +16,7 @@ STEPS = 20
 WITH_INFO = "hypergrad, return_info=True"
 COMPILED = "hypergrad, compiled"
 RECYCLED = "hypergrad, compiled, recycle, along a loop"
+JAXOPT_ALONG = "jaxopt under jit, from the last solution, along a loop"
 
 Hypergradient = Callable[[], Tensor]
 
@@ -56,11 +57,15 @@ compiled: Callable[[LogisticRegression], Tensor] = hypergrad.compile(
 )
 
 
+def there_and_back(loop: Sequence[LogisticRegression]) -> list[LogisticRegression]:
+    """Go along a loop and back, so that neighbours are always a step apart."""
+    return [*loop, *reversed(loop[1:-1])]
+
+
 class Recycled:
     """A compiled hypergradient along an outer loop, which keeps what it learns of the system.
 
-    Each call takes the next problem. At the end of the loop it goes back by the same steps, so that
-    neighbours are always a step apart.
+    Each call takes the next problem, there and back.
 
     Parameters
     ----------
@@ -69,7 +74,7 @@ class Recycled:
     """
 
     def __init__(self, loop: Sequence[LogisticRegression]) -> None:
-        self.there_and_back = [*loop, *reversed(loop[1:-1])]
+        self.there_and_back = there_and_back(loop)
         self.calls = 0
         # The relative residual that the steps from zero reach is the one to reach.
         self.rtol = float(with_info(loop[0])[1].residual_norm)
