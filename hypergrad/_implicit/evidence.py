@@ -28,7 +28,7 @@ from ..solvers._vectors import dot, norm
 from .causes import Place
 from .choices import Choices
 from .degeneracy import DEGENERATE, degeneracy
-from .second_look import is_noise
+from .second_look import look_near
 from .uses import Use
 from .verdict import Case, Cause
 
@@ -387,12 +387,8 @@ class Evidence:
         self.cause = torch.where(blamed & linear, int(Cause.INNER), self.cause)
         if look is None:
             unsolved = some & ~(residual <= tol)
-            if looks and any_task(unsolved & self.success) and step.ndim == self.params.ndim:
-                noise = is_noise(self.lin, step)
-                unsolved = unsolved & ~noise
-                estimate = torch.where(noise, torch.zeros_like(estimate), estimate)
-            self._fail(unsolved, Cause.INNER)
-            return estimate
+            rounding = self._fail_unsolved(unsolved, step)
+            return torch.where(rounding, torch.zeros_like(estimate), estimate)
         # The part that the step did not reach is taken for as harmful as any way of its length.
         beyond = _FROM_STEP * newton.beyond / self.extent
         change = _AGAIN * look.change.nan_to_num(math.inf) + beyond.nan_to_num(math.inf)
@@ -408,9 +404,20 @@ class Evidence:
             nothing = unsolved & (residual > _AWAY) & self.use.negligible(self.params)
             change = torch.where(nothing, torch.zeros_like(change), change)
             unsolved = unsolved & ~nothing
-        self._fail(unsolved, Cause.INNER)
+        self._fail_unsolved(unsolved, step, forgives=False)
         self._fail(some & ~wanted & ~(residual <= tol), Cause.INNER)
         return torch.where(wanted, change, estimate)
+
+    def _fail_unsolved(self, unsolved: Tensor, step: Tensor, *, forgives: bool = True) -> Tensor:
+        """Take answers for those of unsolved problems, or of kinks; return which are rounding."""
+        rounding = torch.zeros_like(unsolved)
+        looks = self.choices.looks and step.ndim == self.params.ndim
+        if looks and any_task(unsolved & self.success):
+            near, kink = look_near(self.lin, step)
+            self._fail(unsolved & kink, Cause.JUMP)
+            rounding = rounding | near if forgives else rounding
+        self._fail(unsolved & ~rounding, Cause.INNER)
+        return rounding & unsolved
 
     def _left_over(self) -> Tensor:
         """Form ``b - A u`` as damping, a budget, or another matrix leave it by design."""

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._autograd.host import any_task
 from ..solvers._vectors import norm
 from .linearisation import Linearisation
 
 _PART = 64.0  # of a Newton step, along which a smooth condition hardly changes
-_JUMP = 0.25  # the relative change there that only rounding makes
+_JUMP = 0.25  # the relative change there that only rounding and kinks make
+_PLACES = 8  # at which it is looked at, where it changes by so much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,11 @@ def shifted(lin: Linearisation, tensors: Sequence[Tensor], step: Tensor) -> list
     return moved
 
 
-def is_noise(lin: Linearisation, step: Tensor) -> Tensor:
-    """Say whether the inner condition is mere rounding, so that no step can make it smaller.
+def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Look whether the inner condition is mere rounding, or jumps at a kink, beside the solution.
+
+    No step makes either smaller. Rounding is another one wherever it is looked at; behind a kink
+    the condition is as smooth as before it.
 
     Parameters
     ----------
@@ -51,11 +56,29 @@ def is_noise(lin: Linearisation, step: Tensor) -> Tensor:
 
     Returns
     -------
-    noise : Tensor
+    rounding, kink : Tensor
         bool, for each task.
     """
+    F, size = lin.residual, norm(lin.residual)
+    changes = torch.zeros_like(size)
+
+    def at(part: float) -> Tensor:
+        return lin.at(shifted(lin, lin.tensors, step * part)).residual
+
+    def differ(here: Tensor, there: Tensor) -> Tensor:
+        return norm(here - there) > _JUMP * size
+
+    none = torch.zeros_like(size, dtype=torch.bool)
     try:
-        there = lin.at(shifted(lin, lin.tensors, step / _PART)).residual
+        there = at(1 / _PART)
+        changed = differ(F, there)
+        if not any_task(changed):
+            return none, none
+        for i in reversed(range(_PLACES)):
+            here = at(i / (_PLACES * _PART)) if i else F
+            changes = changes + differ(here, there)
+            there = here
     except Exception:  # the user's function does not like what it gets there
-        return torch.zeros(step.shape[:-1], dtype=torch.bool, device=step.device)
-    return norm(there - lin.residual) > _JUMP * norm(lin.residual)
+        return none, none
+    rounding = changes >= _PLACES / 2
+    return changed & rounding, changed & ~rounding

@@ -42,6 +42,7 @@ class Cause(IntEnum):
     KINK = 6
     UNITS = 7
     PRODUCTS = 8
+    JUMP = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +302,18 @@ def _unsolved(failure: _Failure) -> str:
     )
 
 
+def _jumps(failure: _Failure) -> str:
+    figure = f" (its norm there is {failure.row.condition:.3g})" if failure.exact else ""
+    return (
+        "The inner condition jumps at params, where it does not vanish"
+        f"{figure}: the objective has a kink there, of abs, relu, max or a hinge loss, say. "
+        "The implicit gradient needs a condition that is zero at the solution. Leave the smooth "
+        "part in the objective and pass the rest as a proximal map: argmin(..., prox=...) or "
+        "ProximalGradient, with hypergrad.prox.l1 for an absolute value. Or take a smooth loss "
+        "in its place, softplus or Huber's, or write the problem with constraints, as KKT."
+    )
+
+
 def _away(failure: _Failure) -> str:
     row = failure.row
     figures = (
@@ -375,6 +388,7 @@ _OF_CAUSE: dict[Cause, _Diagnosis] = {
     Cause.KINK: (NotDifferentiable, _kinked),
     Cause.UNITS: (NotConverged, _units),
     Cause.PRODUCTS: (NotConverged, _differenced),
+    Cause.JUMP: (NotConverged, _jumps),
 }
 
 

@@ -365,3 +365,74 @@ def test_a_module_called_past_its_arguments_is_no_missing_term():
 
     with pytest.raises(hypergrad.NotConnected, match="functional_call"):
         implicit_grad(lambda p, lam: p["weight"].sum(), inner, params, scalar(1.0), inner_tol=None)
+
+
+KINKED = {
+    "l1": lambda X, y, w, lam: ((X @ w - y) ** 2).mean() / 2 + lam * w.abs().sum(),
+    "hinge": lambda X, y, w, lam: torch.relu(1 - y.sign() * (X @ w)).mean() + lam * (w @ w),
+    "absolute error": lambda X, y, w, lam: (X @ w - y).abs().mean() + lam * (w @ w),
+    "one-sided": lambda X, y, w, lam: (
+        ((X @ w - y) ** 2).mean() / 2 + lam * torch.relu(w + 0.3).sum()
+    ),
+}
+
+
+def kinked(name, dtype):
+    """An objective with kinks, and its solver's idea of the minimiser: on some of them."""
+    drawn = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 8, dtype=D, generator=drawn)
+    y = X @ scalar([1.0, -2.0, 0.5, 0, 0, 0, 0, 0]) + 0.1 * torch.randn(40, generator=drawn)
+    X, y = X.to(dtype), y.to(dtype)
+    return lambda w, lam: KINKED[name](X, y, w, lam)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", KINKED)
+@pytest.mark.parametrize("mode", ["backward", "grad", "jvp", "vmap", "raise"])
+def test_a_kink_of_the_objective_at_the_minimum_speaks(mode, name, dtype):
+    """The gradient jumps there over zero; beside a kink it is no rounding error that is left."""
+    objective, lam = kinked(name, dtype), torch.tensor(0.3, dtype=dtype)
+    seen = []
+    fit = hypergrad.argmin(
+        objective,
+        solver=hypergrad.inner_solvers.LBFGS(maxiter=60),
+        on_failure="raise" if mode == "raise" else "warn",
+        callback=seen.append,
+    )
+    value = lambda lam: (fit(torch.zeros(8, dtype=dtype), lam) ** 2).sum()
+    if mode == "raise":
+        with pytest.raises(hypergrad.NotConverged, match=r"kink there.*hypergrad\.prox"):
+            grad(value)(lam)
+        return
+    with pytest.warns(ConvergenceWarning, match=r"kink there.*hypergrad\.prox") as spoken:
+        if mode == "backward":
+            value(lam.requires_grad_()).backward()
+        elif mode == "grad":
+            grad(value)(lam)
+        elif mode == "jvp":
+            jvp(value, (lam,), (torch.ones_like(lam),))
+        else:
+            vmap(grad(value))(torch.stack([lam, lam * 1.1]))
+    assert [one.category for one in spoken].count(ConvergenceWarning) == 1
+    assert not seen[0].success.any()
+
+
+def test_tasks_beside_one_at_a_kink_are_not_blamed():
+    objective = lambda w, lam, c: ((w - c) ** 2).sum() / 2 + lam * torch.relu(w).sum()
+    fit = hypergrad.argmin(objective, callback=lambda info: seen.append(info.success))
+    seen, centres = [], scalar([[2.0, -1.0], [0.2, -1.0]])  # in the second task the first is at 0
+    with pytest.warns(ConvergenceWarning, match="1 of 2 tasks: .* kink there"):
+        vmap(grad(lambda lam, c: (fit(c, lam, c) ** 2).sum()), in_dims=(None, 0))(
+            scalar(0.5), centres
+        )
+    assert seen[0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=["float32", "float64"])
+def test_a_root_at_a_jump_of_its_map_speaks(dtype):
+    """An equation that changes its sign without a zero."""
+    F = lambda z, t: z + torch.where(z > t, 1.0, -1.0).to(z) - 0.5 * t
+    find = hypergrad.inner_solvers.Bisection(lower=-2.0, upper=2.0)
+    root = hypergrad.custom_root(F)(lambda init, t: find(F, init, t)[0])
+    with pytest.warns(ConvergenceWarning, match="kink there"):
+        grad(lambda t: root(torch.zeros_like(t), t) ** 2)(torch.tensor(0.3, dtype=dtype))
