@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,16 @@ def test_a_split_that_lacks_a_method_is_left_out():
     assert compared(figures) == figures
     unfinished = {**figures, "runs": figures["runs"][:-1]}
     assert compared(unfinished)["runs"] == figures["runs"][:3]
+
+
+def test_the_stored_figures_are_of_five_splits_and_their_table_is_beside_them():
+    folder = Path(__file__).parents[2] / worth_it.FIGURES
+    stored = [json.loads((folder / f"{name}.json").read_text("utf-8")) for name in sorted(DATA)]
+    expected = sorted(itertools.product(range(5), COUNTS, METHODS))
+    for figures in stored:
+        runs = [(run["seed"], run["count"], run["method"]) for run in figures["runs"]]
+        assert sorted(runs) == expected
+    assert (folder / "table.md").read_text("utf-8") == table(stored)
 
 
 def test_a_curve_is_a_step_function_of_time():
