@@ -45,7 +45,8 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
     """Look whether the inner condition is mere rounding, or jumps at a kink, beside the solution.
 
     No step makes either smaller. Rounding is another one wherever it is looked at; behind a kink
-    the condition is as smooth as before it.
+    the condition is as smooth as before it. What changes nowhere by much is smooth, though the step
+    is long.
 
     Parameters
     ----------
@@ -81,4 +82,4 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
     except Exception:  # the user's function does not like what it gets there
         return none, none
     rounding = changes >= _PLACES / 2
-    return changed & rounding, changed & ~rounding
+    return changed & rounding, changed & ~rounding & (changes > 0)
