@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from ..solvers._vectors import norm
+from ..solvers._vectors import dot, norm
 from .linearisation import Linearisation
 
 _PART = 64.0  # of a Newton step, along which a smooth condition hardly changes
 _JUMP = 0.25  # the relative change there that only rounding and kinks make
 _PLACES = 8  # at which it is looked at, where it changes by so much
+_NEAR = 1e-4  # of the length of params, within which a kink is where params is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
     F, size = lin.residual, norm(lin.residual)
     changes = torch.zeros_like(size)
 
-    def at(part: float) -> Tensor:
+    def at(part: float | Tensor) -> Tensor:
         return lin.at(shifted(lin, lin.tensors, step * part)).residual
 
     def differ(here: Tensor, there: Tensor) -> Tensor:
@@ -78,7 +79,13 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
             here = at(i / (_PLACES * _PART)) if i else F
             changes = changes + differ(here, there)
             there = here
+        rounding = changes >= _PLACES / 2
+        kink = changed & ~rounding
+        if any_task(kink):
+            near = (_NEAR * norm(lin.params) / norm(step)).clamp(max=1 / _PART)
+            there = at(torch.where(near > 0, near, 1 / _PART)[..., None])
+            # A minimum that lies on a kink has no way down: the slope along the step turns round.
+            kink = kink & differ(F, there) & (dot(there, step) * dot(F, step) <= 0)
     except Exception:  # the user's function does not like what it gets there
         return none, none
-    rounding = changes >= _PLACES / 2
-    return changed & rounding, changed & ~rounding
+    return changed & rounding, kink
