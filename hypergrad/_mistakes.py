@@ -186,7 +186,13 @@ def _explain(
     ) from error
 
 
-def refuse_signatures(name: str, value: Any, expected: Sequence[str], error: Exception) -> None:
+def refuse_signatures(
+    name: str,
+    value: Any,
+    expected: Sequence[str],
+    error: BaseException,
+    cure: str | None = None,
+) -> None:
     """Raise where a function, or one of a condition's, cannot be called with its arguments.
 
     Parameters
@@ -199,12 +205,17 @@ def refuse_signatures(name: str, value: Any, expected: Sequence[str], error: Exc
         What its functions are given.
     error : Exception
         What the call has raised.
+    cure : str, optional
+        What to do about it, in a sentence; None: what most functions need.
 
     Raises
     ------
     TypeError
         With the arguments that the function must take.
     """
+    while isinstance(error.__cause__, TypeError):  # said by an entrance that the call went through
+        error = error.__cause__
+    cure = cure or "What it needs beside them it closes over, or is passed in the call."
     batched = getattr(value, "batches", None) is not None
     for called, function in _functions(name, value):
         given = (*expected, "batch") if batched and "regulariser" not in called else expected
@@ -215,9 +226,17 @@ def refuse_signatures(name: str, value: Any, expected: Sequence[str], error: Exc
         numbered = (*given, "number") if name == "step" else given
         if not (_binds(signature, given) or _binds(signature, numbered)):
             raise TypeError(
-                f"{called} must take ({', '.join(given)}), and takes {signature}. What it needs "
-                f"beside them it closes over, or is passed in the call. ({error})"
+                f"{called} must take ({', '.join(given)}), and takes {signature}. {cure} ({error})"
             ) from error
+
+
+def takes(name: str, value: Any, arguments: Sequence[str]) -> bool:
+    """Say whether a function, or all of a condition's, can be called with so many arguments."""
+    try:
+        signatures = [inspect.signature(function) for _, function in _functions(name, value)]
+    except (TypeError, ValueError):  # of a builtin nobody knows
+        return False
+    return all(_binds(signature, arguments) for signature in signatures)
 
 
 def _binds(signature: inspect.Signature, arguments: Sequence[str]) -> bool:

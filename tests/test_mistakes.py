@@ -120,6 +120,32 @@ def test_a_function_of_too_few_arguments_or_too_many_is_told_which(few):
         loop(inner_batches=[(X, Y)]).step()
 
 
+METHODS = [None, hypergrad.HOAG(), hypergrad.SOBA(), hypergrad.F2SA(), hypergrad.SABA()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_losses_of_a_batch_in_a_loop_without_batches_name_where_they_are_passed(method):
+    of_batch = lambda w, h, batch: ((batch[0] @ w - batch[1]) ** 2).mean() + h * (w**2).sum()
+    batches, both = [(X, Y)], "pass outer_batches=... and inner_batches=... to Bilevel"
+    for losses, given, words in (
+        ({"outer": of_batch, "inner": of_batch}, {}, both),
+        ({"outer": of_batch, "inner": of_batch}, {"inner_batches": batches}, "pass outer_batches"),
+        ({"outer": of_batch, "inner": of_batch}, {"outer_batches": batches}, "pass inner_batches"),
+        ({"outer": of_batch}, {}, "pass outer_batches=... to"),
+        ({"inner": of_batch}, {}, "pass inner_batches=... to"),
+        ({"inner": hypergrad.Minimum(of_batch)}, {}, "pass inner_batches=... to"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            loop(method=method, **losses, **given).step()
+        assert words in str(caught.value)
+        assert str(caught.value).count("must take") == 1
+    with pytest.raises(TypeError) as caught:  # of other arguments altogether
+        loop(inner=lambda w: (w**2).sum(), method=method).step()
+    assert "batches=" not in str(caught.value)
+    loop(outer=of_batch, inner=of_batch, method=method, inner_batches=batches,
+         outer_batches=batches, on_failure="ignore").step()  # fmt: skip
+
+
 def test_a_function_of_one_argument_is_told_which():
     two, one = lambda w, h: (X @ w - Y) ** 2, lambda w: (X @ w - Y) ** 2
     for call, words in (

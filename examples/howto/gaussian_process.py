@@ -33,9 +33,13 @@ def matrix(h):
 
 
 # %%
-# The weights of the prediction solve a linear system. State it as a
-# :class:`~hypergrad.Root`; its matrix is symmetric.
-condition = hypergrad.Root(lambda weights, h: matrix(h) @ weights - y, symmetric=True)
+# The weights of the prediction solve a linear system. Its matrix is symmetric and
+# positive definite, so state it as the objective that the weights minimise: you are
+# warned if the matrix is not definite, and as a :class:`~hypergrad.Root` you are not.
+
+
+def inner(weights, h):
+    return weights @ matrix(h) @ weights / 2 - y @ weights
 
 
 def outer(weights, h):
@@ -50,7 +54,7 @@ adam, errors, lengths = torch.optim.Adam(h.values(), lr=0.1), [], []
 for _ in range(60):
     adam.zero_grad()
     weights = torch.linalg.solve(matrix(h), y).detach()
-    errors.append(hypergrad.implicit_backward(outer, condition, weights, h).item())
+    errors.append(hypergrad.implicit_backward(outer, inner, weights, h).item())
     lengths.append(h["log_length"].exp().tolist())
     adam.step()
 print(f"validation error at the start {errors[0]:.3f}, at the end {errors[-1]:.3f}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._autograd.captured import refuse_one_level_reduced
 from .._errors import NotConnected, NotFinite, UnsupportedOperation
 from .._implicit.task_norms import finite
-from .._mistakes import refuse_signatures
+from .._mistakes import refuse_signatures, takes
 from .._warnings import OnFailure
 from ..conditions._base import Condition, as_condition
 from ..conditions._gauss_newton import GaussNewton
@@ -185,12 +185,23 @@ class Levels:
 
     def _refuse_signatures(self, error: TypeError) -> None:
         """Raise where a loss cannot be called with its arguments."""
-        for name, value, passed, source in (
-            ("outer", self.outer, self.passed[1], self.outer_batches),
-            ("inner", self.condition, self.passed[0], self.inner_batches),
-        ):
-            batch = ["batch"] if passed is not None or source.there else []
-            refuse_signatures(name, value, ("params", "hparams", *batch), error)
+        plain = ("params", "hparams")
+        levels = (
+            ("outer", self.outer, self.passed[1] is not None or self.outer_batches.there),
+            ("inner", self.condition, self.passed[0] is not None or self.inner_batches.there),
+        )
+        missing = [
+            f"{name}_batches=..."
+            for name, value, there in levels
+            if not there and not takes(name, value, plain) and takes(name, value, (*plain, "batch"))
+        ]
+        batches = (
+            f"Where its last argument is a batch, pass {' and '.join(missing)} to Bilevel: a list "
+            "of batches, or a DataLoader."
+        )
+        for name, value, there in levels:
+            cure = batches if f"{name}_batches=..." in missing else None
+            refuse_signatures(name, value, (*plain, "batch") if there else plain, error, cure)
 
     # --- derivatives ---------------------------------------------------------------------
 

@@ -45,14 +45,11 @@ def take(
     Raises
     ------
     StructureMismatch
-        If a ready optimiser does not hold exactly the variables, or a factory makes no optimiser
-        of them.
+        If there is no variable, a ready optimiser does not hold exactly the variables, or a factory
+        makes no optimiser of them.
     """
     tree = Tree(name, value, skip_frozen=skip_frozen, of_autograd=of_autograd)
-    if not tree.variables:
-        raise StructureMismatch(
-            f"{name} holds no floating-point tensor to optimise.", argument=name
-        )
+    tree.refuse_constant()
     level = "inner_optimizer" if name == "params" else "outer_optimizer"
     if isinstance(optimizer, torch.optim.Optimizer):
         _match(tree, optimizer, level)

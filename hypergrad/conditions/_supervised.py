@@ -17,8 +17,8 @@ from ._gauss_newton import GaussNewton
 from ._inner_problem import scalar
 from ._minimum import Minimum
 from ._objective import with_batch
-from ._supervised_batch import ABSENT, beside, is_loader, moved, split, there
-from ._supervised_hparams import Loss, decay, each_loss, entry, weighted, weights_of
+from ._supervised_batch import ABSENT, beside, is_loader, moved, refuse_no_arguments, split, there
+from ._supervised_hparams import Loss, called, decay, each_loss, entry, weighted, weights_of
 
 #: A word for the penalty, or ``penalty(params, hparams)``.
 Penalty = Literal["decay", "log_decay"] | Callable[[Any, Any], Tensor] | None
@@ -39,9 +39,10 @@ def supervised(
 ) -> Supervised:
     """Make the two losses of a bi-level problem from a module and a loss function.
 
-    The inner loss is the mean loss on a training batch plus the penalty, and the outer one is the
-    mean loss on a validation batch. Both are functions of ``(params, hparams)``, as `implicit_grad`
-    and `Bilevel` take them; `params` are the module's parameters.
+    The inner loss is the loss on a training batch plus the penalty, and the outer one is the loss
+    on a validation batch: means over their examples, unless `loss_fn` sums. Both are functions of
+    ``(params, hparams)``, as `implicit_grad` and `Bilevel` take them; `params` are the module's
+    parameters.
 
     Parameters
     ----------
@@ -50,8 +51,10 @@ def supervised(
         parameters. Batches are moved to its device. Batch-norm layers must be in eval mode.
     loss_fn : callable, optional
         ``loss_fn(outputs, targets)``, one number, or a loss for each example, of which the mean is
-        taken. Of outputs with an attribute `logits` it gets that. None: the model computes the loss
-        itself, and returns it as an attribute `loss`; the curvature is then "hessian".
+        taken. One number is used as it is: with ``reduction="sum"`` the loss is a sum, which grows
+        with the batch while the penalty does not. Of outputs with an attribute `logits` it gets
+        that. None: the model computes the loss itself, and returns it as an attribute `loss`; the
+        curvature is then "hessian".
     penalty : {"decay", "log_decay"} or callable, optional
         A word is weight decay, ``sum(rate * params**2) / 2`` as in `torch.optim`. The rates are
         ``hparams["decay"]``, or the exponential of ``hparams["log_decay"]``: one number, or a dict
@@ -59,7 +62,8 @@ def supervised(
         broadcasts to it. What the dict leaves out has no decay. A callable is
         ``penalty(params, hparams)``, a scalar tensor, which should be convex in `params`.
     example_weights : {"weight", "logit"} or callable, optional
-        A word weights the training examples: the inner loss is ``(weights * losses).mean()``, with
+        A word weights the training examples: the inner loss is ``(weights * losses).mean()``, or
+        ``.sum()`` where `loss_fn` has ``reduction="sum"``. The weights are
         ``hparams["weight"][index]``, or the sigmoid of ``hparams["logit"][index]``. The index of
         each example is in the batch. A callable is ``weights(hparams, batch)``, a tensor with one
         weight for each example of the batch.
@@ -96,8 +100,9 @@ def supervised(
     model.
 
     With example weights a loss of `torch.nn` or `torch.nn.functional` is called with
-    ``reduction="none"``; class weights and ignored targets then count in the mean as losses like
-    any other. A loss function of your own must return one loss for each example.
+    ``reduction="none"``, and what it returns is reduced as the loss would have done; class weights
+    and ignored targets then count in a mean as losses like any other. A loss function of your own
+    must return one loss for each example.
 
     Examples
     --------
@@ -213,6 +218,7 @@ class Supervised:
         loss or value : callable or Tensor
             The loss of the batch, or a scalar.
         """
+        refuse_no_arguments("outer", arguments)
         if len(arguments) != 1:
             return self._validation(*arguments)
         (batch,) = arguments
@@ -246,7 +252,7 @@ class Supervised:
         batch = there("inner", batch)
         if self.transform is None:
             return self._called(params, batch)
-        batch = self.transform(batch, hparams)
+        batch = called("transform", self.transform, batch=batch, hparams=hparams)
         outputs = self._called(params, batch)
         if self.loss_fn is None:
             return outputs
@@ -264,14 +270,15 @@ class Supervised:
         if self.example_weights is None:
             return self._mean(outputs, targets)
         if callable(self.example_weights):
-            weights = self.example_weights(hparams, batch)
+            weights = called("example_weights", self.example_weights, hparams=hparams, batch=batch)
         else:
             weights = weights_of(self.example_weights, hparams, index)
         return weighted(self._of_each, weights, outputs, targets)
 
     def _penalty(self, params: Any, hparams: Any, batch: Any = None) -> Tensor:
         if callable(self.penalty):
-            return scalar("penalty", self.penalty(params, hparams))
+            value = called("penalty", self.penalty, params=params, hparams=hparams)
+            return scalar("penalty", value)
         assert self.penalty is not None
         return decay(params, entry(hparams, self.penalty), log=self.penalty == "log_decay")
 
@@ -286,7 +293,8 @@ class Supervised:
 
     def _mean(self, outputs: Any, targets: Any) -> Tensor:
         assert self.loss_fn is not None
-        value = self.loss_fn(outputs, beside(outputs, targets))
+        targets = beside(outputs, targets)
+        value = called("loss_fn", self.loss_fn, outputs=outputs, targets=targets)
         if isinstance(value, Tensor) and value.ndim:
             value = value.mean()
         return scalar("loss_fn", value)
@@ -308,6 +316,7 @@ class _OnBatches:
         condition or value : condition or Tensor
             The condition of the batch, or a scalar.
         """
+        refuse_no_arguments("inner", arguments)
         itself: Any = self
         if len(arguments) == 1:
             return itself._bound(arguments[0])

@@ -65,12 +65,22 @@ def split(batch: Any, *, whole: bool = False) -> Split:
 
 def there(level: str, batch: Any) -> Any:
     if batch is ABSENT:
+        other = "outer" if level == "inner" else "inner"
         raise StructureMismatch(
-            f"problem.{level} was called without a batch. Pass problem.{level}(batch) in its place;"
-            f" a Bilevel is told where batches come from by {level}_batches=....",
+            f"problem.{level} was called without a batch. Pass problem.{level}(batch) in its place,"
+            f" and problem.{other}(batch) in that of the other loss; a Bilevel is told where "
+            f"batches come from by {level}_batches=... and {other}_batches=....",
             argument=level,
         )
     return batch
+
+
+def refuse_no_arguments(level: str, arguments: tuple[Any, ...]) -> None:
+    if not arguments:
+        raise TypeError(
+            f"problem.{level} takes a batch, problem.{level}(batch), and what that returns takes "
+            "(params, hparams); got no argument."
+        )
 
 
 def is_loader(batch: Any) -> bool:

@@ -12,16 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import StructureMismatch
+from .._mistakes import refuse_signatures
 from ._supervised_batch import beside, moved
 
 Loss = Callable[..., Any]
+
+
+def called(name: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function of the caller's by position, and say which arguments it must take."""
+    try:
+        return function(*arguments.values())
+    except TypeError as error:
+        cure = f"It is called as {name}({', '.join(arguments)}), and need not use all of them."
+        refuse_signatures(name, function, tuple(arguments), error, cure)
+        raise
 
 
 def weighted(of_each: tuple[Loss, str] | None, weights: Any, outputs: Any, targets: Any) -> Tensor:
     """Average the losses of the examples, each times its weight."""
     assert of_each is not None
     each, reduction = of_each
-    losses = each(outputs, beside(outputs, targets))
+    targets = beside(outputs, targets)
+    losses = called("loss_fn", each, outputs=outputs, targets=targets)
     if not isinstance(losses, Tensor) or losses.ndim == 0:
         raise StructureMismatch(
             "With example_weights loss_fn must return a loss for each example; it returned "

@@ -133,6 +133,37 @@ def test_weights_of_two_are_twice_the_loss_whatever_its_reduction(loss):
     torch.testing.assert_close(value, 2 * loss(model(x), y))
 
 
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+@pytest.mark.parametrize("weights", [None, "weight"])
+def test_a_loss_that_sums_is_a_sum_with_weights_and_without(weights, curvature):
+    x, classes = torch.randn(12, 3), torch.randint(4, (12,))
+    decay = lambda p, h: 0.3 * (p["weight"] ** 2).sum()
+    problem = supervised(
+        nn.Linear(3, 4, bias=False), nn.CrossEntropyLoss(reduction="sum"), penalty=decay,
+        example_weights=weights, curvature=curvature,
+    )  # fmt: skip
+    h = {"weight": torch.rand(12)}
+    batch, valid = (x, classes, torch.arange(12)), (torch.randn(5, 3), torch.randint(4, (5,)))
+
+    def training(w, each):
+        return (each * F.cross_entropy(x @ w.T, classes, reduction="none")).sum() + 0.3 * (
+            w**2
+        ).sum()
+
+    inner, outer = problem.inner(batch), problem.outer(valid)
+    params, _ = EXACT(inner, problem.params, h)
+    w, each = params["weight"], h["weight"] if weights else torch.ones(12)
+    torch.testing.assert_close(inner(params, h), training(w, each))
+    validation = lambda w: F.cross_entropy(valid[0] @ w.T, valid[1], reduction="sum")
+    torch.testing.assert_close(outer(params, h), validation(w))
+    if weights:
+        grads = implicit_grad(outer, inner, params, h, on_failure="raise")["weight"]
+        hessian = jacrev(jacrev(training))(w, each).reshape(12, 12)
+        u = torch.linalg.solve(hessian, torch.func.grad(validation)(w).flatten()).view_as(w)
+        slope = lambda each: (torch.func.grad(training)(w, each) * u).sum()
+        torch.testing.assert_close(grads, -torch.func.grad(slope)(each))
+
+
 # --- networks ----------------------------------------------------------------------------
 
 
@@ -586,6 +617,58 @@ def test_a_batch_that_is_missing_is_named():
     )
     with pytest.raises(StructureMismatch, match="inner_batches="):
         loop.step()
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_a_call_without_a_batch_names_its_loss_first_and_the_other(curvature):
+    model = copy.deepcopy(LINEAR).double()
+    problem = supervised(model, F.mse_loss, penalty="decay", curvature=curvature)
+    h = {"decay": torch.tensor(1.0)}
+    for level, other in (("inner", "outer"), ("outer", "inner")):
+        loss = getattr(problem, level)
+        words = rf"problem\.{level} was called without a batch.*problem\.{other}\(batch\)"
+        with pytest.raises(StructureMismatch, match=words) as caught:
+            loss(problem.params, h)
+        assert caught.value.argument == level
+        with pytest.raises(TypeError, match=rf"problem\.{level}\(batch\).* no argument"):
+            loss()
+    with pytest.raises(StructureMismatch, match=r"problem\.inner\(batch\)"):
+        implicit_grad(problem.outer, problem.inner, problem.params, h)
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+@pytest.mark.parametrize(
+    ("loss", "options", "words"),
+    [
+        (F.mse_loss, {"penalty": lambda p: 0}, "penalty(params, hparams)"),
+        (F.mse_loss, {"penalty": lambda p, h, batch: 0}, "penalty(params, hparams)"),
+        (F.mse_loss, {"transform": lambda batch: batch}, "transform(batch, hparams)"),
+        (F.mse_loss, {"example_weights": lambda h: h}, "example_weights(hparams, batch)"),
+        (lambda o: o.mean(), {}, "loss_fn(outputs, targets)"),
+        (lambda o: o, {"example_weights": lambda h, batch: h}, "loss_fn(outputs, targets)"),
+    ],
+)
+def test_a_function_of_other_arguments_is_told_how_it_is_called(loss, options, words, curvature):
+    problem = supervised(copy.deepcopy(LINEAR).double(), loss, curvature=curvature, **options)
+    h, sgd = torch.ones(4), lambda variables: torch.optim.SGD(variables, lr=0.05)
+    loop = hypergrad.Bilevel(
+        problem.outer, problem.inner, problem.params, h, inner_optimizer=sgd, outer_optimizer=sgd,
+        inner_batches=[BATCH], outer_batches=[BATCH],
+    )  # fmt: skip
+    for call in (
+        lambda: problem.inner(BATCH)(problem.params, h),
+        lambda: implicit_grad(problem.outer(BATCH), problem.inner(BATCH), problem.params, h),
+        loop.step,
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert f"called as {words}" in str(caught.value)
+
+
+def test_an_error_within_a_function_of_the_callers_stays_what_it_is():
+    problem = supervised(LINEAR, F.mse_loss, penalty=lambda p, h: len(3))
+    with pytest.raises(TypeError, match=r"^object of type 'int' has no len\(\)$"):
+        problem.inner(tuple(t.float() for t in BATCH))(problem.params, {})
 
 
 def test_its_repr_is_short():

@@ -187,6 +187,18 @@ def test_hyperparameters_that_are_no_tensors_are_refused_with_the_cure():
             raised(StructureMismatch, call, "hparams holds no floating-point", "torch.tensor(2.0)")
 
 
+def test_a_loop_refuses_variables_that_are_no_tensors_with_the_cure():
+    sgd = lambda variables: torch.optim.SGD(variables, lr=0.1)
+    loop = lambda params, hparams: hypergrad.Bilevel(
+        outer, inner, params, hparams, inner_optimizer=sgd, outer_optimizer=sgd
+    )
+    for value, kind in ((2.0, "float"), (torch.tensor(3), "torch.int64"), ({}, "nothing")):
+        words = f"(it holds {kind}). Pass a number as torch.tensor(2.0)"
+        raised(StructureMismatch, lambda v=value: loop(W, v), "hparams holds no", words)
+        raised(StructureMismatch, lambda v=value: loop(v, DECAY), "params holds no", words)
+    raised(StructureMismatch, lambda: loop(W, [DECAY, np.ones(2)]), "hparams[1] is a NumPy array")
+
+
 def test_an_array_in_place_of_a_tensor_is_refused_with_the_cure():
     weights = {"a": W, "b": np.zeros(3)}
     of = lambda f: lambda p, h: f(p["a"] + 0 * float(p["b"].sum()), h)
