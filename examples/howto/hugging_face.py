@@ -6,6 +6,8 @@ Tune a model of Hugging Face: its head, or LoRA
 freeze the model or add adapters as usual. ``make test-models`` printed the last lines.
 """
 
+import copy
+
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
@@ -38,7 +40,7 @@ def decay(params, hparams):
     return 1e-2 * sum(p.square().sum() for p in params.values())
 
 
-def weights_of(model, lr):
+def trained(model, lr, outer_lr):
     problem = hypergrad.supervised(
         model, cross_entropy, penalty=decay, example_weights="logit"
     )
@@ -46,17 +48,25 @@ def weights_of(model, lr):
         problem.outer,
         problem.inner,
         problem.params,
-        {"logit": torch.zeros(200)},
+        {"logit": torch.full((200,), 2.0)},
         inner_optimizer=torch.optim.Adam(problem.params.values(), lr=lr),
-        outer_optimizer=lambda variables: torch.optim.Adam(variables, lr=0.3),
+        outer_optimizer=lambda variables: torch.optim.Adam(variables, lr=outer_lr),
         inner_batches=DataLoader(rows, 100, shuffle=True),
         outer_batches=[valid],
         method=hypergrad.Alternating(inner_tol=None),
     )
     list(loop.run(20))
     right = model(test["input_ids"]).logits.argmax(1) == test["labels"]
-    weights = loop.hparams["logit"].sigmoid()
-    print(f"test accuracy {right.float().mean():.2f}")
+    return right.float().mean(), loop.hparams["logit"].sigmoid()
+
+
+# %%
+# Begin with all weights near one, at ``sigmoid(2)``. With an outer rate of 0 they stay
+# there: the same run without the hypergradient step.
+def compare(model, lr):
+    without, _ = trained(copy.deepcopy(model), lr, outer_lr=0.0)
+    accuracy, weights = trained(model, lr, outer_lr=0.3)
+    print(f"test accuracy {accuracy:.2f}, without the step {without:.2f}")
     means = [weights[some].mean() for some in (wrong, ~wrong)]
     print("mean weight: wrong {:.2f}, right {:.2f}".format(*means))
 
@@ -66,17 +76,17 @@ def weights_of(model, lr):
 model = BertForSequenceClassification(config).eval()
 for name, parameter in model.named_parameters():
     parameter.requires_grad_(name.startswith("classifier"))
-weights_of(model, lr=0.03)
+compare(model, lr=0.03)
 
 # %%
 # LoRA, with the head beside it.
 lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-weights_of(get_peft_model(model, lora).eval(), lr=0.01)
+compare(get_peft_model(model, lora).eval(), lr=0.01)
 
 # %%
 # .. code-block:: none
 #
-#    test accuracy 0.73
-#    mean weight: wrong 0.27, right 0.84
-#    test accuracy 0.73
-#    mean weight: wrong 0.31, right 0.81
+#    test accuracy 0.74, without the step 0.61
+#    mean weight: wrong 0.39, right 0.93
+#    test accuracy 0.74, without the step 0.53
+#    mean weight: wrong 0.44, right 0.92

@@ -67,7 +67,8 @@ def custom_argmin(
     ----------
     inner : callable or condition
         ``inner(params, *args)``, a scalar tensor, or a condition object whose functions receive
-        ``(params, *args)``.
+        ``(params, *args)``. A part that is not smooth, such as `abs` or a hinge loss, is no part of
+        the objective but a proximal map, in a `ProximalGradient`; or take a smooth loss, or `KKT`.
     argnums : int or sequence of int, optional
         Positions, in the decorated function, of the arguments that are differentiated. None:
         every floating-point tensor after the initial guess. Position 0, the initial guess, has

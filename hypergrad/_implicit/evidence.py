@@ -402,6 +402,7 @@ class Evidence:
         unsolved = wanted & ~((change <= _MOVES * tol) & (residual <= _MOVES * tol) & ~lost)
         if any_task(unsolved & self.success & (residual > _AWAY)):  # params may be zero
             nothing = unsolved & (residual > _AWAY) & self.use.negligible(self.params)
+            nothing = nothing & self.use.negligible(step)  # the solution then too
             change = torch.where(nothing, torch.zeros_like(change), change)
             unsolved = unsolved & ~nothing
         self._fail_unsolved(unsolved, step, forgives=False)

@@ -55,8 +55,9 @@ def argmin(
     Parameters
     ----------
     objective : callable
-        ``objective(params, *args)``, a scalar tensor; with `project` or `prox` the smooth part.
-        For `LevenbergMarquardt` the residuals, of which half the sum of squares is minimised.
+        ``objective(params, *args)``, a scalar tensor. A part that is not smooth, such as `abs` or a
+        hinge loss, is no part of it but a `prox`; or take a smooth loss, or `KKT`. For
+        `LevenbergMarquardt` the residuals, of which half the sum of squares is minimised.
     solver : InnerSolver, optional
         One of `hypergrad.inner_solvers`, or None: ``LBFGS()``, or with `project` or `prox`
         ``FISTA()``, which alone can take them.

@@ -160,6 +160,17 @@ def test_an_inner_solution_at_zero_is_no_failure():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("size", [1e-12, 1e-9, 1e-6, 1e-3])
+@pytest.mark.parametrize("kink", [0.0, 3.0])
+def test_params_that_are_nothing_beside_the_solution_are_unsolved(kink, size, dtype):
+    """A start of 1e-9 passed for a solution at zero, with an error of 1e-16."""
+    inner = lambda w, t: (w**2).sum() / 2 - t * w.sum() + kink * w.abs().sum()
+    start, t = torch.full((3,), size, dtype=dtype), torch.tensor(2.0, dtype=dtype)
+    with pytest.raises(hypergrad.NotConverged, match="kink there" if kink else "does not solve"):
+        implicit_grad(lambda w, t: ((w - 1) ** 2).sum(), inner, start, t, on_failure="raise")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_with_everything_in_order_nothing_is_said(h, dtype):
     weights = torch.linalg.solve(MATRIX + torch.diag(h), TARGET).to(dtype)
     matrix, target = MATRIX.to(dtype), TARGET.to(dtype)

@@ -25,6 +25,7 @@ from hypergrad import (
     implicit_backward,
     implicit_grad,
 )
+from hypergrad.inner_solvers import LBFGS
 
 torch.manual_seed(0)
 X, X_VAL = torch.randn(80, 30), torch.randn(40, 30)
@@ -106,6 +107,53 @@ def test_losses_that_are_exchanged_are_among_the_reasons():
 def test_a_module_called_directly_on_a_copy_of_its_parameters_is_among_the_reasons():
     copy = {name: p.detach().clone() for name, p in LINEAR.named_parameters()}
     warned(lambda: implicit_grad(of_linear, called_directly, copy, DECAY), "functional_call")
+
+
+def test_dropout_in_the_inner_loss_stops_its_solver_and_eval_mode_is_the_cure():
+    network = nn.Sequential(nn.Linear(30, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1))
+    batch = (X, Y[:, None])
+    problem = hypergrad.supervised(network, nn.functional.mse_loss, penalty="decay")
+    losses, h = (problem.outer(batch), problem.inner(batch)), {"decay": torch.tensor(0.1)}
+
+    def solved():
+        return LBFGS()(losses[1], problem.params, h)
+
+    params, info = solved()
+    assert info.status == hypergrad.Status.STAGNATED
+    assert info.iterations < 10
+    warned(lambda: implicit_grad(*losses, params, h), "does not solve the inner problem")
+    network.eval()
+    params, info = solved()
+    assert info.success
+    implicit_grad(*losses, params, h, inner_tol=None)
+    exact = hypergrad.supervised(
+        network, nn.functional.mse_loss, penalty="decay", curvature="hessian"
+    )
+    implicit_grad(exact.outer(batch), exact.inner(batch), params, h)  # silent
+
+
+def test_a_layer_whose_map_expands_has_a_residual_that_grows_and_a_norm_is_the_cure():
+    layer, data = nn.Linear(6, 6, bias=False), torch.randn(5, 6)
+    nn.init.orthogonal_(layer.weight, 2.0)
+    step = lambda z, data: torch.relu(layer(z) + data)
+
+    def residual(steps):
+        @hypergrad.custom_fixed_point(step, callback=seen.append)
+        def equilibrium(z, data):
+            for _ in range(steps):
+                z = step(z, data)
+            return z
+
+        equilibrium(torch.zeros(5, 6), data).square().mean().backward()
+
+    seen = []
+    warned(lambda: residual(20), "does not solve the inner problem")
+    warned(lambda: residual(40), "does not solve the inner problem")
+    assert min(float(info.inner_residual) for info in seen) > 0.1
+    nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=20)
+    layer.eval()
+    residual(100)  # silent
+    assert seen[-1].inner_residual < 1e-5
 
 
 # A hyperparameter that is forgotten
