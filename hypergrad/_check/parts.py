@@ -29,10 +29,11 @@ from ..conditions._inner_problem import Problem, scalar
 from ..conditions._minimum import Minimum
 from ..conditions._passes import Passes
 from ..solvers import GMRES, Exact, Solver
-from .differences import Direction
+from .differences import Direction, first_step
 
 _DENSE_BELOW = 1024
 _NEWTON_STEPS = 10
+_TOLERANCE = 0.4  # a solved problem's relative error is at most this power of eps, 5e-7 in float64
 
 
 class Case:
@@ -269,6 +270,36 @@ class Case:
             moved = [p - d for p, d in zip(tree.variables, lin.layout.split(step), strict=True)]
             params = tree.rebuild([like(p, m) for p, m in zip(tree.variables, moved, strict=True)])
         return best
+
+    def rough(self, line: Direction) -> float:
+        """Measure the error of a difference that is due to the tolerance of `solve`.
+
+        Parameters
+        ----------
+        line : Direction
+            That of the difference.
+
+        Returns
+        -------
+        error : float
+            Zero where Newton steps move params by more than a solver's tolerance: that is a
+            problem which `solve` does not solve, or another one.
+        """
+        step = first_step(self.precision) * line.length / 4
+        error = 0.0
+        try:
+            for variables in (line.moved(self.at, step), line.moved(self.at, -step)):
+                params = self.solved(variables)
+                refined = self.newton(params, variables)
+                flat = self.flat(params)
+                far = torch.finfo(self.precision).eps ** _TOLERANCE * flat.norm()
+                if not bool((self.flat(refined) - flat).norm() <= far):
+                    return 0.0
+                change = self.value(refined, variables) - self.value(params, variables)
+                error += abs(change) / (2 * step)
+        except HypergradError:
+            return 0.0
+        return error
 
 
 def _fields(condition: Condition) -> Sequence[Any]:

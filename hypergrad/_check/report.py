@@ -356,7 +356,16 @@ class _Check:
             for line, size in zip(self.lines, least, strict=True)
         ]
         differences, errors = _numbers(pairs).unbind(dim=1)
-        return self.compare(_Comparison(implicit, differences, errors, terms))
+        seen = self.compare(_Comparison(implicit, differences, errors, terms))
+        if seen.relative_error > seen.tolerance:
+            # Steps of all sizes may end at the same rounding of the inner solver's tolerance.
+            apart = (implicit - differences).abs() > 4 * errors
+            rough = [
+                case.rough(line) if far else 0.0
+                for line, far in zip(self.lines, apart.tolist(), strict=True)
+            ]
+            seen = self.compare(dataclasses.replace(seen, errors=errors + _numbers(rough)))
+        return seen
 
     def along(self, gradient: Sequence[Tensor]) -> Tensor:
         """Form the derivatives along all directions."""

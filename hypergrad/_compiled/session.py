@@ -240,6 +240,8 @@ class Session:
         present: Sequence[Tensor],
         nudged: Callable[[], Sequence[Tensor]] | None = None,
         unsolved: float = 0.0,
+        *,
+        sure: bool = True,
     ) -> None:
         """Compare a replay with the call as it is.
 
@@ -255,6 +257,9 @@ class Session:
         unsolved : float
             The relative residual that a solve leaves: an iteration that is rounded in another way
             may stop somewhere else within it.
+        sure : bool
+            Whether the call as it is takes its own answer for good. Where it does not, another
+            one shows nothing, and a later call is compared.
 
         Raises
         ------
@@ -265,6 +270,8 @@ class Session:
         moved = distance(nudged(), present) if away > 1 and nudged is not None else 0.0
         free = min(_UNSOLVED * unsolved, _MOST) / _allowed(present)
         if away > 1 and not away <= max(_NUDGES * moved, free):
+            if not sure:
+                return
             self.causes[replay.of] = "a compiled call differed from the same call as it is"
             raise CompileMismatch(
                 f"A compiled call is off by {away * _allowed(present):.2g} from the same call as "

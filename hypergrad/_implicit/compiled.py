@@ -138,7 +138,8 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         with outside(vmaps):
             rtol = getattr(choices.solver, "rtol", None) or 0.0  # both end somewhere within it
             left = max(float(measured.info.residual_norm.nan_to_num(0.0).max()), rtol)
-            session.agree(replay, measured.leaves, plain, moved, left)
+            sure = every_task(present.info.success)
+            session.agree(replay, measured.leaves, plain, moved, left, sure=sure)
         return present
     with outside(vmaps):
         if not every_task(measured.sound):

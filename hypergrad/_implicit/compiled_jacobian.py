@@ -133,5 +133,8 @@ def _compared(
     ours = [torch.cat(parts) for parts in zip(*(b.leaves for b in blocks), strict=True)]
     rtol = getattr(call.choices.solver, "rtol", None) or 0.0  # both end somewhere within it
     left = max(rtol, *(float(b.info.residual_norm.nan_to_num(0.0).max()) for b in blocks))
-    session.agree(replay, ours, present.leaves, lambda: nudged(call).solved().leaves, left)
+    sure = every_task(present.info.success)
+    session.agree(
+        replay, ours, present.leaves, lambda: nudged(call).solved().leaves, left, sure=sure
+    )
     return call.handed_back(*present)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
-from hypergrad import CG, Exact, check_hypergrad
+from hypergrad import CG, Exact, check_hypergrad, inner_solvers, supervised
 from tests.problems import (
     EVERY,
     F64,
@@ -202,3 +203,43 @@ def test_a_step_size_of_the_solver_alone_is_no_fault():
     assert check_three(
         hparams=hparams, solve=solve, inner=lambda w, h: inner_of_three(w, h["theta"])
     ).ok
+
+
+def rings(n, wrong=0):
+    x = torch.randn(n, 2, dtype=F64)
+    y = (x.norm(dim=1) > 1.2).long()
+    y[:wrong] = 1 - y[:wrong]
+    return x, y
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])  # three of five that the check once called wrong
+def test_a_decay_that_hardly_matters_is_not_measured_by_the_rest_of_an_inner_solver(seed):
+    """Of a network at LBFGS's own tolerance: decays of layers that have died hardly matter."""
+    torch.manual_seed(seed)
+    train, valid = rings(100, wrong=20), rings(60)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+    problem = supervised(model.double(), cross_entropy, penalty="log_decay", curvature="hessian")
+    inner, outer = problem.inner(train), problem.outer(valid)
+    decays = {"log_decay": {name: torch.tensor(-3.0, dtype=F64) for name in problem.params}}
+
+    def solve(hparams):
+        return inner_solvers.LBFGS()(inner, problem.params, hparams)[0]
+
+    report = check_hypergrad(outer, inner, solve, decays)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(("off", "ok"), [(1e-9, True), (1e-3, False)])
+def test_what_a_solver_leaves_is_tolerance_only_where_it_is_small(off, ok):
+    """The solution of another problem, a thousandth away, is none."""
+    one = torch.ones((), dtype=F64)
+    solution = lambda t: torch.stack([t["a"], 1e-3 * t["b"]])
+    inner = lambda w, t: ((w - solution(t)) ** 2).sum() / 2
+
+    def solve(t):  # starts at the same place, and stops as soon as it may
+        short = off * (100 * (t["b"] - 1)).clamp(-1, 1)
+        return solution(t) + short * one.new_tensor([0.0, 1.0])
+
+    outer = lambda w, t: w.sum() + (w**2).sum() / 2
+    report = check_hypergrad(outer, inner, solve, {"a": one, "b": one})
+    assert report.ok == ok, report

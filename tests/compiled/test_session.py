@@ -1176,3 +1176,34 @@ def test_an_answer_may_be_off_by_what_a_solve_leaves_or_a_rounding_makes(
             session.agree(replay, ours, present, lambda: moved, left)
         assert not program.checked
         assert session.causes
+
+
+def test_an_answer_that_is_taken_for_bad_shows_nothing_against_a_replay():
+    """Iterations that end nowhere end elsewhere in another order of sums."""
+    session, present = Session(), [torch.ones(4, dtype=D)]
+    program = Program(run=lambda: present, seen=[], static=None, nodes=1)
+    replay = Replayed(present, program, ("loss",), [], [])
+    session.agree(replay, [2 * present[0]], present, sure=False)
+    assert not program.checked  # a later call is compared
+    assert not session.causes
+    session.agree(replay, present, present, sure=False)
+    assert program.checked
+
+
+def test_a_solve_that_hides_an_error_is_no_mismatch():
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(60, 60, dtype=D, generator=generator))
+    A = (Q * torch.logspace(0, -1, 60, dtype=D)) @ Q.T
+    t, c = (torch.randn(60, dtype=D, generator=generator) for _ in range(2))
+    units = torch.logspace(0, -4, 60, dtype=D)[torch.randperm(60, generator=generator)]
+    inner = lambda w, t: (w * units) @ (A @ (w * units)) / 2 - w @ (units * t)
+    step = hypergrad.compile(hypergrad.implicit_grad, on_fallback="raise")
+    for _ in range(2):
+        with pytest.warns(hypergrad.ConvergenceWarning, match="units that hide an error"):
+            step(
+                lambda w, t: (c * units) @ w,
+                inner,
+                torch.linalg.solve(A, t) / units,
+                t,
+                solver=hypergrad.CG(rtol=1e-2),
+            )
