@@ -15,7 +15,6 @@ from .linearisation import Linearisation
 _PART = 64.0  # of a Newton step, along which a smooth condition hardly changes
 _JUMP = 0.25  # the relative change there that only rounding and kinks make
 _PLACES = 8  # at which it is looked at, where it changes by so much
-_NEAR = 1e-4  # of the length of params, within which a kink is where params is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
     F, size = lin.residual, norm(lin.residual)
     changes = torch.zeros_like(size)
 
-    def at(part: float | Tensor) -> Tensor:
+    def at(part: float) -> Tensor:
         return lin.at(shifted(lin, lin.tensors, step * part)).residual
 
     def differ(here: Tensor, there: Tensor) -> Tensor:
@@ -78,14 +77,10 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
         for i in reversed(range(_PLACES)):
             here = at(i / (_PLACES * _PART)) if i else F
             changes = changes + differ(here, there)
-            there = here
-        rounding = changes >= _PLACES / 2
-        kink = changed & ~rounding
-        if any_task(kink):
-            near = (_NEAR * norm(lin.params) / norm(step)).clamp(max=1 / _PART)
-            there = at(torch.where(near > 0, near, 1 / _PART)[..., None])
-            # A minimum that lies on a kink has no way down: the slope along the step turns round.
-            kink = kink & differ(F, there) & (dot(there, step) * dot(F, step) <= 0)
+            beside, there = there, here
     except Exception:  # the user's function does not like what it gets there
         return none, none
-    return changed & rounding, kink
+    rounding = changes >= _PLACES / 2
+    # A minimum that lies on a kink has no way down: the slope along the step turns round.
+    kink = differ(F, beside) & (dot(beside, step) * dot(F, step) <= 0)
+    return changed & rounding, changed & ~rounding & kink
