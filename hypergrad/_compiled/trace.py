@@ -86,17 +86,11 @@ def traced(
             if branches.flags:
                 outputs.append(torch.stack(branches.flags))
     except Exception as error:
-        if recorder.failure:
-            raise NotCaptured(recorder.failure) from error
-        if recorder.error is not None:
-            raise Failed(str(recorder.error)) from error
+        recorder.refuse(error)
         raise
     finally:
         restore(random)
-    if recorder.failure:
-        raise NotCaptured(recorder.failure)
-    if recorder.error is not None:
-        raise Failed(str(recorder.error)) from recorder.error
+    recorder.refuse(recorder.error)
     if not all(map(_equal, own, examples)):
         raise NotCaptured(_IN_PLACE)
     recorder.graph.output([recorder.node_of(output) for output in outputs])
@@ -121,6 +115,13 @@ class Recorder(TorchDispatchMode):
         self._memories = {tensor.untyped_storage()._cdata for tensor in inputs}
         for place, tensor in enumerate(inputs):
             self._nodes[tensor] = self.graph.placeholder(f"input_{place}")
+
+    def refuse(self, error: Exception | None) -> None:
+        """Raise if a replay would not repeat the call, or an operation has failed."""
+        if self.failure:
+            raise NotCaptured(self.failure) from error
+        if self.error is not None:
+            raise Failed(str(self.error)) from error
 
     def paused(self, call: Callable[[], T]) -> T:
         """Make a call that is not recorded."""

@@ -17,6 +17,7 @@ from .._autograd.torch_pytrees import pytree
 from .._autograd.trace import being_traced, detached
 from .._autograd.transforms import is_batched, transforms_active
 from .._autograd.vmaps import Vmaps, outside, outside_of_vmaps
+from .._compiled.capture import Stage
 from .._compiled.session import Body, Session
 from .._errors import NotConnected
 from .._info import SolveInfo
@@ -73,8 +74,6 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
     if chain is None or cause is not None:
         session.refuse("implicit_grad", str(cause))
         return None
-    followed = [None if first is None else first + 1 for first in chain]
-    stages = [(call.outer, None), *zip(condition.functions(), followed, strict=True)]
 
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outer, *inner = functions
@@ -88,9 +87,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
 
     choices, memory = call.choices, call.choices.memory
     known = None if memory is None else memory.export()
-    python = session.backend != "cudagraphs"  # which records the solve, with its tolerance
-    solver = alike(choices.solver) if python else choices.solver
-    kept = dataclasses.replace(choices, solver=solver, memory=None)
+    kept = dataclasses.replace(choices, solver=kept_solver(choices, session), memory=None)
 
     def again() -> None:  # what is learnt of a system is learnt once
         if memory is not None and known is not None:
@@ -100,7 +97,7 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         replay = session.replay(
             "implicit_grad",
             (kept, id(memory), call.has_aux, kind_of(problem)),
-            stages,
+            stages(call.outer, condition, chain),
             problem.arguments(variables(problem, plain=vmaps is None)),
             [*problem.tensors, *(call.x0 or ())],
             body,
@@ -148,6 +145,17 @@ def replayed(call: Call, session: Session) -> Hypergradient | None:
         call.remember(measured)
         call.judge(measured)
         return call.handed_back(measured, vmaps, replay.lifted)
+
+
+def stages(outer: Any, condition: Condition, chain: Sequence[int | None]) -> list[Stage]:
+    """List the functions of a call, the outer one first, each with that whose value it takes."""
+    followed = [None if first is None else first + 1 for first in chain]
+    return [(outer, None), *zip(condition.functions(), followed, strict=True)]
+
+
+def kept_solver(choices: Choices, session: Session) -> Solver:
+    """Take the solver by which a program is kept: CUDA graphs record it with its tolerance."""
+    return choices.solver if session.backend == "cudagraphs" else alike(choices.solver)
 
 
 def refused(

@@ -17,17 +17,19 @@ from .._info import SolveInfo
 from .blocks import joined
 from .compiled import (
     flat,
+    kept_solver,
     kind_of,
     nudged,
     posed_at,
     put_together,
     reaches_past_arguments,
     refused,
+    stages,
     variables,
 )
 from .hypergradient import Measured
 from .jacobian_call import JacobianCall
-from .solve_in_trace import alike, solving_by
+from .solve_in_trace import solving_by
 
 #: A Jacobian of more blocks is not compiled: their arithmetic takes the time, and a graph of them
 #: would be long.
@@ -59,8 +61,6 @@ def replayed_jacobian(call: JacobianCall, session: Session) -> tuple[Any, SolveI
     start = list(call.x0 or ())
     if call.x0 is not None and not (start and all(isinstance(t, Tensor) for t in start)):
         return None  # which raises
-    followed = [None if first is None else first + 1 for first in chain]
-    stages = [(call.outers, None), *zip(condition.functions(), followed, strict=True)]
 
     def body(functions: list[Any], tensors: list[Tensor]) -> Body:
         outers, *inner = functions
@@ -70,13 +70,12 @@ def replayed_jacobian(call: JacobianCall, session: Session) -> tuple[Any, SolveI
         same = dataclasses.replace(call, outers=outers, problem=own, x0=tensors[n:] or None)
         return _flat(same, tensors[:n])
 
-    python = session.backend != "cudagraphs"
-    kept = dataclasses.replace(choices, solver=alike(choices.solver) if python else choices.solver)
+    kept = dataclasses.replace(choices, solver=kept_solver(choices, session))
     with solving_by(choices.solver):
         replay = session.replay(
             "jacobian",
             (kept, call.has_aux, call.memory, kind_of(problem)),
-            stages,
+            stages(call.outers, condition, chain),
             problem.arguments(variables(problem, plain=True)),
             [*problem.tensors, *start],
             body,
