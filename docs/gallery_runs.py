@@ -1,5 +1,6 @@
 """How the gallery is made: the order of its scripts, what is set anew, what must come out."""
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -119,7 +120,8 @@ def reset(gallery_conf, fname, when):
         warnings.simplefilter("error")
         # Where the machine is busy, whatever the amount of data.
         warnings.filterwarnings("ignore", "Creating legend with loc=.best. can be slow")
-        # What Lightning says of torch, and of the machine.
+        # What Lightning says of torch, of the machine, and of itself.
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"pytorch_lightning\.|typing_extensions")
         # torch 2.13 itself, at the first use of forward mode.
         warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", DeprecationWarning)

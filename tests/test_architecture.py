@@ -9,7 +9,7 @@ import pytest
 import hypergrad
 
 HOME = Path(hypergrad.__file__).parent
-MAP = HOME.parent / "docs" / "architecture.md"
+MAP = Path(__file__).parents[1] / "docs" / "architecture.md"
 #: From the ground up: a room imports from those below it, and from itself.
 FLOORS = [
     {"_autograd", "_errors", "_info", "_mistakes", "_public", "_pytrees", "_warnings"},

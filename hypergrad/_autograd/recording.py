@@ -153,7 +153,7 @@ def record(
             if own_backward:
                 run_alike(True)
                 raise
-            raise UnsupportedOperation(str(seen)) from None
+            raise UnsupportedOperation(*seen.args) from None
 
 
 def surroundings(devices: Collection[str]) -> Callable[[], AbstractContextManager[None]]:

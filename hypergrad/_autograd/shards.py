@@ -259,23 +259,21 @@ def refused(what: str) -> UnsupportedOperation:
     )
 
 
-def refuse_lost_derivatives() -> None:
-    """Raise where PyTorch's DTensors lose second derivatives, as before `NestedRedistribute`.
-
-    Raises
-    ------
-    UnsupportedOperation
-        There.
-    """
+def loses_derivatives() -> bool:
+    """Say whether PyTorch's DTensors lose second derivatives, as before `NestedRedistribute`."""
     from torch.distributed.tensor import _redistribute
 
-    if not hasattr(_redistribute, "NestedRedistribute"):
-        raise UnsupportedOperation(
-            f"PyTorch {torch.__version__} loses second derivatives through DTensors. Form products "
-            'from first derivatives, Minimum(f, products="difference"), use whole tensors, '
-            "tensor.full_tensor(), or take PyTorch 2.13.",
-            argument="params",
-        )
+    return not hasattr(_redistribute, "NestedRedistribute")
+
+
+def lost_derivatives() -> UnsupportedOperation:
+    """Word the error for exact products where they do."""
+    return UnsupportedOperation(
+        f"PyTorch {torch.__version__} loses second derivatives through DTensors. Form products "
+        'from first derivatives, Minimum(f, products="difference"), use whole tensors, '
+        "tensor.full_tensor(), or take PyTorch 2.13.",
+        argument="params",
+    )
 
 
 def refuse_transforms() -> None:

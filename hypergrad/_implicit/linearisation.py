@@ -15,7 +15,13 @@ from .._autograd.products import Parts, Replay, filled
 from .._autograd.random_numbers import Draw
 from .._autograd.recording import Recording, record
 from .._autograd.rows import by_rows, refuse_mapping
-from .._autograd.shards import placed_like, refuse_lost_derivatives, refused, unknown_like
+from .._autograd.shards import (
+    loses_derivatives,
+    lost_derivatives,
+    placed_like,
+    refused,
+    unknown_like,
+)
 from .._autograd.shared_factor import multiplies_matrices
 from .._autograd.tested_nodes import WRONG_WHEN_MAPPED
 from .._autograd.trace import Notes, detached, graph
@@ -77,8 +83,9 @@ class Linearisation:
         seeded = forward or cross_forward or again or inside is not None
         seeded = seeded or not problem.condition.twice
         exact = getattr(problem.condition, "products", "exact") == "exact"
-        if self.layout.space is not None and exact:
-            refuse_lost_derivatives()
+        if self.layout.space is not None and exact and loses_derivatives():
+            self._evaluate(places)  # a module of several processes is refused by its own name
+            raise lost_derivatives()
         if not problem.condition.replays:
             if again or inside is not None:
                 raise no_second_derivative(problem.condition)
@@ -142,6 +149,16 @@ class Linearisation:
             product=None if known.product is None else recorded("product"),
             cross=recorded("cross"),
         )
+
+    def _evaluate(self, places: Sequence[int]) -> None:
+        """Call the user's functions once, for what they refuse."""
+        problem, tensors = self.problem, self.tensors
+
+        def values(recording: Recording) -> list[Tensor]:
+            return problem.condition.probe(problem, recording.placed(tensors, places))
+
+        variables = [tensors[i] for i in places]
+        record(values, variables, problem.trees, draw=self.draw, in_pieces=True)
 
     def _record_by_itself(self, forward: bool) -> None:
         """Let a condition make its own recordings, for one product after the other."""

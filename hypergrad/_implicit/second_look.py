@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd.host import any_task
-from ..solvers._vectors import norm
+from ..solvers._vectors import dot, norm
 from .linearisation import Linearisation
 
 _PART = 64.0  # of a Newton step, along which a smooth condition hardly changes
@@ -45,8 +45,7 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
     """Look whether the inner condition is mere rounding, or jumps at a kink, beside the solution.
 
     No step makes either smaller. Rounding is another one wherever it is looked at; behind a kink
-    the condition is as smooth as before it. What changes nowhere by much is smooth, though the step
-    is long.
+    the condition is as smooth as before it.
 
     Parameters
     ----------
@@ -78,8 +77,10 @@ def look_near(lin: Linearisation, step: Tensor) -> tuple[Tensor, Tensor]:
         for i in reversed(range(_PLACES)):
             here = at(i / (_PLACES * _PART)) if i else F
             changes = changes + differ(here, there)
-            there = here
+            beside, there = there, here
     except Exception:  # the user's function does not like what it gets there
         return none, none
     rounding = changes >= _PLACES / 2
-    return changed & rounding, changed & ~rounding & (changes > 0)
+    # A minimum that lies on a kink has no way down: the slope along the step turns round.
+    kink = differ(F, beside) & (dot(beside, step) * dot(F, step) <= 0)
+    return changed & rounding, changed & ~rounding & kink

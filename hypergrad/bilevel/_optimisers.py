@@ -11,6 +11,7 @@ from torch import Tensor
 from .._autograd.plain_steps import descend, plain_rate
 from .._errors import StructureMismatch
 from .._pytrees import Tree
+from ..inner_solvers import InnerSolver
 
 Optimiser = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -53,6 +54,14 @@ def take(
     if isinstance(optimizer, torch.optim.Optimizer):
         _match(tree, optimizer, level)
         return tree, optimizer
+    if isinstance(optimizer, InnerSolver):
+        raise StructureMismatch(
+            f"{level} must be a torch.optim.Optimizer, which moves {name} step by step; "
+            f"{type(optimizer).__name__} of hypergrad.inner_solvers solves a problem in one call. "
+            "Pass lambda variables: torch.optim.LBFGS(variables), for example, or differentiate "
+            "hypergrad.argmin(objective, solver=...) in a loop of your own.",
+            argument=level,
+        )
     copies = [v.detach().clone().requires_grad_() for v in tree.variables]
     tree = Tree(name, tree.rebuild(copies), skip_frozen=skip_frozen, of_autograd=of_autograd)
     made = optimizer(list(copies))

@@ -162,3 +162,13 @@ def test_an_inner_optimiser_without_a_rate_for_the_linear_system_is_refused(meth
     field = "relaxed_lr" if isinstance(method, F2SA) else "linear_lr"
     with pytest.raises(hypergrad.UnsupportedOperation, match=f"{field}="):
         bilevel.step()
+
+
+@pytest.mark.parametrize("level", ["inner_optimizer", "outer_optimizer"])
+def test_an_inner_solver_is_no_optimiser(level):
+    problem = Quadratic()
+    both = {"inner_optimizer": sgd(0.1), "outer_optimizer": sgd(0.1)}
+    both[level] = hypergrad.inner_solvers.LBFGS()
+    with pytest.raises(hypergrad.StructureMismatch, match=rf"{level} .*LBFGS.*argmin") as caught:
+        Bilevel(problem.outer, problem.inner, *start(), **both)
+    assert caught.value.argument == level

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import hypergrad
 from hypergrad import UnsupportedOperation, implicit_grad
+from hypergrad._implicit import linearisation
 
 D = torch.float64
 distributed = pytest.importorskip("torch.distributed")
@@ -194,6 +195,13 @@ def test_row_51_the_module_inside_and_one_that_does_not_run_are_right(group):
     torch.testing.assert_close(hypergradient, expected)
 
 
+@pytest.fixture(params=["this PyTorch", "one that loses second derivatives of DTensors"])
+def torches(request, monkeypatch):
+    if request.param != "this PyTorch":
+        monkeypatch.setattr(linearisation, "loses_derivatives", lambda: True)
+
+
+@pytest.mark.usefixtures("torches")
 def test_row_51_fully_shard_is_refused_by_its_name(group):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(D)
@@ -205,6 +213,20 @@ def test_row_51_fully_shard_is_refused_by_its_name(group):
         with pytest.raises(UnsupportedOperation, match=r"fully_shard.*all_reduced") as caught:
             implicit_grad(lambda p, h: decay(p, h), inner, params, h, inner_tol=None)
         assert "functional_call" not in str(caught.value)
+        assert str(caught.value).count("See docs/errors.md") == 1
+
+
+def test_row_51_dtensors_without_second_derivatives_are_refused(group, monkeypatch):
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    p = {"w": tensors.distribute_tensor(torch.ones(4, dtype=D), mesh, [tensors.Shard(0)])}
+    h = torch.tensor(0.0, dtype=D)
+    inner = lambda p, h: decay(p, h).full_tensor()
+    monkeypatch.setattr(linearisation, "loses_derivatives", lambda: True)
+    with pytest.raises(UnsupportedOperation, match="loses second derivatives") as caught:
+        implicit_grad(inner, inner, p, h, inner_tol=None)
+    assert 'products="difference"' in str(caught.value)
+    assert caught.value.argument == "params"
 
 
 def test_row_51_parameters_that_are_split_over_processes_are_refused(group):
