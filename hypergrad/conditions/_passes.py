@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 
 from .._autograd.ranks import any_process
 from .._autograd.torch_pytrees import pytree
@@ -122,7 +123,8 @@ def refuse_iterators(batches: Any) -> None:
     TypeError
         If they are no iterable at all.
     StructureMismatch
-        If they are an iterator, such as a generator.
+        If they are an iterator, such as a generator, or batches of unequal size that are drawn anew
+        in each pass, so that their mean is another loss each time.
     """
     if batches is None:
         return
@@ -137,6 +139,21 @@ def refuse_iterators(batches: Any) -> None:
             f"pass, and several are made: {_CURE}",
             argument="batches",
         )
+    if isinstance(batches, DataLoader) and _changes_the_mean(batches):
+        raise StructureMismatch(
+            f"batches shuffles the examples into batches of {batches.batch_size} and a rest, so "
+            f"that the mean over them is another loss in each pass: {_CURE}",
+            argument="batches",
+        )
+
+
+def _changes_the_mean(loader: DataLoader[Any]) -> bool:
+    """Say whether the mean over a loader's batches is another one in each pass."""
+    sampler, size = loader.sampler, loader.batch_size
+    if not isinstance(sampler, RandomSampler) or size is None:
+        return False
+    some = sampler.replacement or len(sampler) != len(sampler.data_source)
+    return some or (len(sampler) % size != 0 and (len(sampler) > size or loader.drop_last))
 
 
 def _refuse_change(what: str) -> NoReturn:
