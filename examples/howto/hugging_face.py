@@ -29,8 +29,7 @@ def texts(n):
 # mode, since dropout changes the loss at each call. Three labels in ten are wrong.
 train, valid, test = texts(200), texts(60), texts(500)
 wrong = torch.rand(200) < 0.3
-train["labels"] = (train["labels"] + wrong) % 2
-train["index"] = torch.arange(200)
+train |= {"labels": (train["labels"] + wrong) % 2, "index": torch.arange(200)}
 rows = [{key: column[i] for key, column in train.items()} for i in range(200)]
 sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 config = BertConfig(vocab_size=20, intermediate_size=64, num_labels=2, **sizes)
@@ -56,37 +55,29 @@ def trained(model, lr, outer_lr):
         method=hypergrad.Alternating(inner_tol=None),
     )
     list(loop.run(20))
-    right = model(test["input_ids"]).logits.argmax(1) == test["labels"]
-    return right.float().mean(), loop.hparams["logit"].sigmoid()
+    guess = model(test["input_ids"]).logits.argmax(1)
+    return (guess == test["labels"]).float().mean()
 
 
 # %%
-# Begin with all weights near one, at ``sigmoid(2)``. With an outer rate of 0 they stay
-# there: the same run without the hypergradient step.
+# With an outer rate of 0 all weights stay alike, at ``sigmoid(2)``, where they begin.
 def compare(model, lr):
-    without, _ = trained(copy.deepcopy(model), lr, outer_lr=0.0)
-    accuracy, weights = trained(model, lr, outer_lr=0.3)
-    print(f"test accuracy {accuracy:.2f}, without the step {without:.2f}")
-    means = [weights[some].mean() for some in (wrong, ~wrong)]
-    print("mean weight: wrong {:.2f}, right {:.2f}".format(*means))
+    without = trained(copy.deepcopy(model), lr, outer_lr=0.0)
+    accuracy = trained(model, lr, outer_lr=0.3)
+    print(f"test accuracy {accuracy:.2f}, with all weights alike {without:.2f}")
 
 
 # %%
-# The head alone.
+# The head alone, and then LoRA with the head beside it.
 model = BertForSequenceClassification(config).eval()
 for name, parameter in model.named_parameters():
     parameter.requires_grad_(name.startswith("classifier"))
 compare(model, lr=0.03)
-
-# %%
-# LoRA, with the head beside it.
 lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
 compare(get_peft_model(model, lora).eval(), lr=0.01)
 
 # %%
 # .. code-block:: none
 #
-#    test accuracy 0.74, without the step 0.61
-#    mean weight: wrong 0.39, right 0.93
-#    test accuracy 0.74, without the step 0.53
-#    mean weight: wrong 0.44, right 0.92
+#    test accuracy 0.74, with all weights alike 0.61
+#    test accuracy 0.74, with all weights alike 0.53

@@ -128,7 +128,7 @@ class TestScript:
         text = script.read_text()
         if script.stem in RUNS.HOWTO_ELSEWHERE:  # where there is no matplotlib
             assert re.search(r"torch.manual_seed\(0\)", text)
-            assert text.splitlines()[-1].startswith("#    mean weight")
+            assert text.splitlines()[-1].startswith("#    test accuracy")
             return
         assert re.search(r"torch.manual_seed\(0\)|random_state=0", text)
         assert re.search(r"plt.show\(\)\n(distributed.destroy_process_group\(\)\n)?\Z", text)
