@@ -118,6 +118,7 @@ def test_the_head_alone_is_what_imaml_head_solves(network, meta, task):
     )
 
 
+@pytest.mark.slow
 def test_the_derivative_by_each_lam_is_the_central_difference(network, meta, task):
     solver = HeadFirst(2, HEAD, GradientDescent(3000, LR))
     own = learner(
